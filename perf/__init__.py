@@ -1,0 +1,1 @@
+"""Workloads and measurements: the harness for tuning."""

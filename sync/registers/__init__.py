@@ -1,0 +1,1 @@
+"""Register synchronisation: operations, profiles, snapshot and replay."""

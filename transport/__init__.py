@@ -1,0 +1,1 @@
+"""Moves pages and records between two hosts. Knows no device and no VMM."""
