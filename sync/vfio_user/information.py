@@ -1,0 +1,383 @@
+"""Messages about what a device has: device, region and interrupt information, SET_IRQS.
+
+Source: vfio-user specification, sections VFIO_USER_DEVICE_GET_INFO, _GET_REGION_INFO,
+_GET_REGION_IO_FDS, _GET_IRQ_INFO and _SET_IRQS; <linux/vfio.h> for capability identities and PCI
+indices. `argsz` of a request is the largest reply body its sender can take; a reply that would be
+larger is cut to its fixed part and says in its own `argsz` how much was needed.
+"""
+
+import struct
+from dataclasses import dataclass
+from enum import IntEnum, IntFlag
+from typing import Final, Self
+
+from sync.vfio_user.errors import ProtocolError
+from sync.vfio_user.wire import require_argsz, unpack_exactly, unpack_start
+
+_INFO: Final = struct.Struct("<IIII")
+_REGION: Final = struct.Struct("<IIIIQQ")
+_CAP: Final = struct.Struct("<HHI")
+_SPARSE: Final = struct.Struct("<II")
+_AREA: Final = struct.Struct("<QQ")
+_TYPE: Final = struct.Struct("<II")
+_SUB_REGION: Final = struct.Struct("<QQIIIIQ")
+_SET_IRQS: Final = struct.Struct("<IIIII")
+
+_CAP_SPARSE_MMAP: Final = 1
+_CAP_TYPE: Final = 2
+
+
+class DeviceFlags(IntFlag):
+    RESET = 1
+    PCI = 2
+
+
+class RegionFlags(IntFlag):
+    """CAPS is not among them: packing sets it when there are capabilities, unpacking removes it."""
+
+    READ = 1
+    WRITE = 2
+    MMAP = 4
+
+
+_REGION_FLAG_CAPS: Final = 8
+
+
+class IrqFlags(IntFlag):
+    EVENTFD = 1
+    MASKABLE = 2
+    AUTOMASKED = 4
+    NORESIZE = 8
+
+
+class IrqSet(IntFlag):
+    """Flags of SET_IRQS: one DATA and one ACTION."""
+
+    DATA_NONE = 1
+    DATA_BOOL = 2
+    DATA_EVENTFD = 4
+    ACTION_MASK = 8
+    ACTION_UNMASK = 16
+    ACTION_TRIGGER = 32
+
+
+_IRQ_DATA: Final = IrqSet.DATA_NONE | IrqSet.DATA_BOOL | IrqSet.DATA_EVENTFD
+_IRQ_ACTIONS: Final = IrqSet.ACTION_MASK | IrqSet.ACTION_UNMASK | IrqSet.ACTION_TRIGGER
+
+
+class PciRegion(IntEnum):
+    """Region indices of a PCI device (<linux/vfio.h>)."""
+
+    BAR0 = 0
+    BAR1 = 1
+    BAR2 = 2
+    BAR3 = 3
+    BAR4 = 4
+    BAR5 = 5
+    ROM = 6
+    CONFIG = 7
+    VGA = 8
+
+
+class PciIrq(IntEnum):
+    """Interrupt indices of a PCI device (<linux/vfio.h>)."""
+
+    INTX = 0
+    MSI = 1
+    MSIX = 2
+    ERR = 3
+    REQ = 4
+
+
+PCI_NUM_REGIONS: Final = len(PciRegion)
+PCI_NUM_IRQS: Final = len(PciIrq)
+
+
+class IoFdType(IntEnum):
+    IOEVENTFD = 0
+    IOREGIONFD = 1
+
+
+@dataclass(frozen=True, slots=True)
+class DeviceInfoRequest:
+    """DEVICE_GET_INFO request."""
+
+    argsz: int = _INFO.size
+
+    def pack(self) -> bytes:
+        return _INFO.pack(self.argsz, 0, 0, 0)
+
+    @classmethod
+    def unpack(cls, body: bytes | memoryview) -> Self:
+        argsz, *_ = unpack_exactly(_INFO, body, "DEVICE_GET_INFO")
+        require_argsz(argsz, _INFO.size, "DEVICE_GET_INFO")
+        return cls(argsz)
+
+
+@dataclass(frozen=True, slots=True)
+class DeviceInfo:
+    """DEVICE_GET_INFO reply."""
+
+    flags: int
+    num_regions: int
+    num_irqs: int
+
+    def pack(self) -> bytes:
+        return _INFO.pack(_INFO.size, self.flags, self.num_regions, self.num_irqs)
+
+    @classmethod
+    def unpack(cls, body: bytes | memoryview) -> Self:
+        argsz, flags, num_regions, num_irqs = unpack_start(_INFO, body, "DEVICE_GET_INFO reply")
+        require_argsz(argsz, _INFO.size, "DEVICE_GET_INFO reply")
+        return cls(flags, num_regions, num_irqs)
+
+
+@dataclass(frozen=True, slots=True)
+class RegionInfoRequest:
+    """DEVICE_GET_REGION_INFO request."""
+
+    index: int
+    argsz: int = _REGION.size
+
+    def pack(self) -> bytes:
+        return _REGION.pack(self.argsz, 0, self.index, 0, 0, 0)
+
+    @classmethod
+    def unpack(cls, body: bytes | memoryview) -> Self:
+        argsz, _, index, *_ = unpack_exactly(_REGION, body, "DEVICE_GET_REGION_INFO")
+        require_argsz(argsz, _REGION.size, "DEVICE_GET_REGION_INFO")
+        return cls(index, argsz)
+
+
+@dataclass(frozen=True, slots=True)
+class RegionInfo:
+    """DEVICE_GET_REGION_INFO reply: a region of `size` bytes.
+
+    `offset`: where the region starts in its descriptor (MMAP only).
+    `sparse_areas`: (offset, size) in bytes of the parts that can be mapped; empty: all of it.
+    `region_type`: (type, subtype) of a device-specific region.
+    `missing_bytes`: length of the capabilities that were cut off because the request's `argsz` was
+    too small; ask again with 32 bytes more than that.
+    Capabilities of other kinds are passed over.
+    """
+
+    index: int
+    flags: int
+    size: int
+    offset: int = 0
+    sparse_areas: tuple[tuple[int, int], ...] = ()
+    region_type: tuple[int, int] | None = None
+    missing_bytes: int = 0
+
+    def pack(self, argsz: int | None = None) -> bytes:
+        """Return the reply body, cut to its fixed part if it is longer than `argsz`."""
+        caps = self._pack_caps()
+        full = _REGION.size + (len(caps) or self.missing_bytes)
+        has_caps = full > _REGION.size
+        flags = self.flags | (_REGION_FLAG_CAPS if has_caps else 0)
+        complete = bool(caps) and (argsz is None or full <= argsz)
+        fixed = _REGION.pack(
+            full, flags, self.index, _REGION.size if complete else 0, self.size, self.offset
+        )
+        return fixed + caps if complete else fixed
+
+    def _pack_caps(self) -> bytes:
+        parts = []
+        if self.sparse_areas:
+            areas = b"".join(_AREA.pack(*area) for area in self.sparse_areas)
+            parts.append((_CAP_SPARSE_MMAP, _SPARSE.pack(len(self.sparse_areas), 0) + areas))
+        if self.region_type is not None:
+            parts.append((_CAP_TYPE, _TYPE.pack(*self.region_type)))
+        caps = b""
+        for number, (identity, content) in enumerate(parts, 1):
+            following = _REGION.size + len(caps) + _CAP.size + len(content)
+            caps += _CAP.pack(identity, 1, following if number < len(parts) else 0) + content
+        return caps
+
+    @classmethod
+    def unpack(cls, body: bytes | memoryview) -> Self:
+        argsz, flags, index, cap_offset, size, offset = unpack_start(
+            _REGION, body, "DEVICE_GET_REGION_INFO reply"
+        )
+        require_argsz(argsz, max(_REGION.size, len(body)), "DEVICE_GET_REGION_INFO reply")
+        plain = flags & ~_REGION_FLAG_CAPS
+        if argsz > len(body):
+            missing = argsz - _REGION.size
+            return cls(index, plain, size, offset, missing_bytes=missing)
+        if not flags & _REGION_FLAG_CAPS:
+            return cls(index, plain, size, offset)
+        sparse, region_type = _unpack_caps(body, cap_offset)
+        return cls(index, plain, size, offset, sparse, region_type)
+
+
+def _unpack_caps(
+    body: bytes | memoryview, position: int
+) -> tuple[tuple[tuple[int, int], ...], tuple[int, int] | None]:
+    sparse: tuple[tuple[int, int], ...] = ()
+    region_type = None
+    while position:
+        if position < _REGION.size:
+            raise ProtocolError("region capability inside the region information")
+        identity, _, following = unpack_start(_CAP, body[position:], "region capability")
+        content = body[position + _CAP.size :]
+        if identity == _CAP_SPARSE_MMAP:
+            count, _ = unpack_start(_SPARSE, content, "sparse areas")
+            length = count * _AREA.size
+            areas = content[_SPARSE.size : _SPARSE.size + length]
+            if len(areas) != length:
+                raise ProtocolError(f"{count} sparse areas do not fit into the reply")
+            sparse = tuple(_AREA.iter_unpack(areas))
+        elif identity == _CAP_TYPE:
+            kind, subtype = unpack_start(_TYPE, content, "region type")
+            region_type = (kind, subtype)
+        if following and following <= position:
+            raise ProtocolError("region capabilities do not go forward")
+        position = following
+    return sparse, region_type
+
+
+@dataclass(frozen=True, slots=True)
+class RegionIoFdsRequest:
+    """DEVICE_GET_REGION_IO_FDS request."""
+
+    index: int
+    argsz: int = _INFO.size
+
+    def pack(self) -> bytes:
+        return _INFO.pack(self.argsz, 0, self.index, 0)
+
+    @classmethod
+    def unpack(cls, body: bytes | memoryview) -> Self:
+        argsz, flags, index, count = unpack_exactly(_INFO, body, "DEVICE_GET_REGION_IO_FDS")
+        require_argsz(argsz, _INFO.size, "DEVICE_GET_REGION_IO_FDS")
+        if flags or count:
+            raise ProtocolError("DEVICE_GET_REGION_IO_FDS with flags or a count")
+        return cls(index, argsz)
+
+
+@dataclass(frozen=True, slots=True)
+class IoSubRegion:
+    """A span of a region and how it is notified: `value` is `datamatch` or `user_data` by type."""
+
+    offset: int
+    size: int
+    fd_index: int
+    type: int
+    flags: int
+    value: int
+
+
+@dataclass(frozen=True, slots=True)
+class RegionIoFds:
+    """DEVICE_GET_REGION_IO_FDS reply.
+
+    `missing_bytes`: length of the sub-regions that were cut off because of the request's `argsz`.
+    """
+
+    index: int
+    sub_regions: tuple[IoSubRegion, ...] = ()
+    missing_bytes: int = 0
+
+    def pack(self, argsz: int | None = None) -> bytes:
+        """Return the reply body, cut to its fixed part if it is longer than `argsz`."""
+        entries = b"".join(
+            _SUB_REGION.pack(sub.offset, sub.size, sub.fd_index, sub.type, sub.flags, 0, sub.value)
+            for sub in self.sub_regions
+        )
+        full = _INFO.size + (len(entries) or self.missing_bytes)
+        count = (full - _INFO.size) // _SUB_REGION.size
+        fixed = _INFO.pack(full, 0, self.index, count)
+        return fixed if argsz is not None and full > argsz else fixed + entries
+
+    @classmethod
+    def unpack(cls, body: bytes | memoryview) -> Self:
+        argsz, _, index, count = unpack_start(_INFO, body, "DEVICE_GET_REGION_IO_FDS reply")
+        require_argsz(argsz, max(_INFO.size, len(body)), "DEVICE_GET_REGION_IO_FDS reply")
+        if argsz > len(body):
+            return cls(index, missing_bytes=argsz - _INFO.size)
+        entries = body[_INFO.size :]
+        if count == 0 and not entries:
+            return cls(index)
+        # Entries may grow in later versions, so their distance comes from the total length.
+        step, rest = divmod(len(entries), count) if count else (0, 1)
+        if rest or step < _SUB_REGION.size:
+            raise ProtocolError(f"{count} sub-regions in {len(entries)} bytes")
+        subs = []
+        for start in range(0, len(entries), step):
+            offset, size, fd_index, kind, flags, _, value = _SUB_REGION.unpack_from(entries, start)
+            subs.append(IoSubRegion(offset, size, fd_index, kind, flags, value))
+        return cls(index, tuple(subs))
+
+
+@dataclass(frozen=True, slots=True)
+class IrqInfoRequest:
+    """DEVICE_GET_IRQ_INFO request."""
+
+    index: int
+    argsz: int = _INFO.size
+
+    def pack(self) -> bytes:
+        return _INFO.pack(self.argsz, 0, self.index, 0)
+
+    @classmethod
+    def unpack(cls, body: bytes | memoryview) -> Self:
+        argsz, _, index, _ = unpack_exactly(_INFO, body, "DEVICE_GET_IRQ_INFO")
+        require_argsz(argsz, _INFO.size, "DEVICE_GET_IRQ_INFO")
+        return cls(index, argsz)
+
+
+@dataclass(frozen=True, slots=True)
+class IrqInfo:
+    """DEVICE_GET_IRQ_INFO reply: `count` interrupts of one type."""
+
+    index: int
+    flags: int
+    count: int
+
+    def pack(self) -> bytes:
+        return _INFO.pack(_INFO.size, self.flags, self.index, self.count)
+
+    @classmethod
+    def unpack(cls, body: bytes | memoryview) -> Self:
+        argsz, flags, index, count = unpack_start(_INFO, body, "DEVICE_GET_IRQ_INFO reply")
+        require_argsz(argsz, _INFO.size, "DEVICE_GET_IRQ_INFO reply")
+        return cls(index, flags, count)
+
+
+@dataclass(frozen=True, slots=True)
+class SetIrqs:
+    """DEVICE_SET_IRQS request: an action on interrupts [start, start + count) of a type.
+
+    `data`: `count` bytes of 0 or 1 with DATA_BOOL, else empty. With DATA_EVENTFD the descriptors
+    travel beside the message: one for each interrupt, or none to take theirs away.
+    """
+
+    flags: int
+    index: int
+    start: int
+    count: int
+    data: bytes = b""
+
+    @property
+    def is_disable(self) -> bool:
+        """Whether every interrupt of the type is to be disabled."""
+        return bool(self.flags & IrqSet.DATA_NONE) and self.start == 0 and self.count == 0
+
+    def pack(self) -> bytes:
+        argsz = _SET_IRQS.size + len(self.data)
+        return _SET_IRQS.pack(argsz, self.flags, self.index, self.start, self.count) + self.data
+
+    @classmethod
+    def unpack(cls, body: bytes | memoryview) -> Self:
+        argsz, flags, index, start, count = unpack_start(_SET_IRQS, body, "DEVICE_SET_IRQS")
+        # No equality: QEMU counts descriptors as data, as the ioctl does, and does not send them.
+        require_argsz(argsz, len(body), "DEVICE_SET_IRQS")
+        data = bytes(body[_SET_IRQS.size :])
+        data_kind, action = flags & _IRQ_DATA, flags & _IRQ_ACTIONS
+        if flags != data_kind | action or data_kind.bit_count() != 1 or action.bit_count() != 1:
+            raise ProtocolError(f"DEVICE_SET_IRQS with flags {flags:#x}")
+        if len(data) != (count if data_kind == IrqSet.DATA_BOOL else 0):
+            raise ProtocolError(f"DEVICE_SET_IRQS of {count} interrupts with {len(data)} bytes")
+        if count == 0 and (start or data_kind != IrqSet.DATA_NONE):
+            raise ProtocolError("DEVICE_SET_IRQS of no interrupt")
+        return cls(flags, index, start, count, data)
