@@ -13,12 +13,24 @@ class RecordError(TransportError):
     """A control or tunnel message is malformed or breaks the protocol."""
 
 
+class EndpointError(TransportError):
+    """The URL is not one that can be bound or connected to (`tcp://host:port`, `ipc:///path`)."""
+
+
 class PeerUnreachable(TransportError):
     """Nobody answers at the peer's address."""
 
 
 class PeerLost(TransportError):
     """The peer answered once and is gone, or has been silent for too long."""
+
+
+class PeerClosed(PeerLost):
+    """The peer ended the session on purpose; `reason` is what it said, possibly empty."""
+
+    def __init__(self, reason: str) -> None:
+        super().__init__(f"the peer ended the session: {reason}" if reason else "the peer ended it")
+        self.reason = reason
 
 
 class PeerRefused(TransportError):
@@ -31,3 +43,11 @@ class PeerRefused(TransportError):
 
 class VersionMismatch(TransportError):
     """The peer speaks another version of the transport protocol."""
+
+
+class LayoutMismatch(TransportError):
+    """The two sides attached memories of different sizes."""
+
+
+class LinkFailed(TransportError):
+    """A thread of this side failed; the cause is chained. A fault of ours, not of the peer."""

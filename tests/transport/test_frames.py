@@ -1,0 +1,285 @@
+"""Frames that are malformed, corrupted or hostile: refused, and nothing written where it must not.
+
+Frames are built here from the documentation of the format, not by the code under test.
+"""
+
+import struct
+
+import lz4.block
+import numpy as np
+import pytest
+import xxhash
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from transport.decoder import Decoder
+from transport.errors import FrameError
+from transport.frames import MAX_FRAME_BYTES, parse_frame
+
+SEED = 0xA5A5A5A5A5A5A5A5
+N_PAGES = 8
+GUARD_PAGES = 32
+
+ZERO, RAW, LZ4, DELTA, LZ4_BASE = range(5)
+HELD = np.random.default_rng(5).bytes(4096)  # what every page holds at first
+HELD_DIGEST = xxhash.xxh3_64_intdigest(HELD, SEED)
+BLOCK = lz4.block.compress(b"page " * 819 + b"!", store_size=False)
+BASE_BLOCK = lz4.block.compress(HELD[:4000] + b"x" * 96, store_size=False, dict=HELD)
+
+Page = tuple[int, int, bytes, int]  # index, kind, data, base digest
+
+
+def make_frame(pages: list[Page], **header: int) -> bytes:
+    """A frame with these pages; fields of the header can be given wrong values."""
+    body = b"".join(data for _, _, data, _ in pages)
+    body += b"".join(struct.pack("<Q", base) for _, kind, _, base in pages if kind in (3, 4))
+    body += b"".join(struct.pack("<I", index) for index, _, _, _ in pages)
+    body += b"".join(struct.pack("<H", len(data)) for _, _, data, _ in pages)
+    body += bytes(kind for _, kind, _, _ in pages)
+    fields = {
+        "sequence": 0,
+        "round_no": 1,
+        "body_bytes": len(body),
+        "n_pages": len(pages),
+        "lane": 0,
+        "codec": 0,
+        "reserved": 0,
+    } | {name: value for name, value in header.items() if name not in ("magic", "version")}
+    start = struct.pack("<II", header.get("magic", 0x67706676), header.get("version", 1))
+    return with_checksum(start + bytes(8) + struct.pack("<QIIHBBI", *fields.values()) + body)
+
+
+def with_checksum(frame: bytes) -> bytes:
+    """The frame with a checksum that fits, so that the checks behind it are reached."""
+    return frame[:8] + struct.pack("<Q", xxhash.xxh3_64_intdigest(frame[16:], SEED)) + frame[16:]
+
+
+GOOD: list[Page] = [
+    (0, ZERO, b"", 0),
+    (1, RAW, bytes(range(256)) * 16, 0),
+    (2, LZ4, BLOCK, 0),
+    (3, DELTA, b"\x05\x02ab\x83\x01\x01c", HELD_DIGEST),
+    (4, LZ4_BASE, BASE_BLOCK, HELD_DIGEST),
+    (7, ZERO, b"", 0),
+]
+
+
+class GuardedMemory:
+    """Pages to decode into, in the middle of memory that must stay as it is."""
+
+    def __init__(self) -> None:
+        self.before = np.frombuffer(HELD * (GUARD_PAGES + N_PAGES + GUARD_PAGES), np.uint8)
+        self.whole = self.before.copy()
+        self.pages = self.whole[GUARD_PAGES * 4096 : (GUARD_PAGES + N_PAGES) * 4096]
+        self.decoder = Decoder(self.pages, N_PAGES, SEED)
+
+    def check_guards(self) -> None:
+        for guard in (slice(0, GUARD_PAGES * 4096), slice(-GUARD_PAGES * 4096, None)):
+            assert np.array_equal(self.whole[guard], self.before[guard])
+
+    def is_untouched(self) -> bool:
+        return np.array_equal(self.whole, self.before)
+
+
+def refuse(frame: bytes, message: str | None = None) -> None:
+    memory = GuardedMemory()
+    with pytest.raises(FrameError, match=message):
+        memory.decoder.apply(frame)
+    assert memory.is_untouched()
+    assert memory.decoder.next_sequence == 0
+
+
+@pytest.mark.parametrize("container", [bytes, bytearray, memoryview])
+def test_a_frame_made_by_the_book_is_applied(container: type) -> None:
+    memory = GuardedMemory()
+    applied = memory.decoder.apply(container(make_frame(GOOD, sequence=0, round_no=9)))
+    assert (applied.round_no, applied.sequence, applied.n_pages) == (9, 0, 6)
+    assert applied.rejected.tolist() == []
+    pages = [page.tobytes() for page in memory.pages.reshape(-1, 4096)]
+    assert pages[0] == pages[7] == bytes(4096)
+    assert pages[1] == bytes(range(256)) * 16
+    assert pages[2] == b"page " * 819 + b"!"
+    assert pages[3] == HELD[:5] + b"ab" + HELD[7:138] + b"c" + HELD[139:]
+    assert pages[4] == HELD[:4000] + b"x" * 96
+    assert pages[5] == pages[6] == HELD
+    memory.check_guards()
+
+
+@pytest.mark.parametrize(
+    ("header", "message"),
+    [
+        ({"magic": 0x67706600}, "not a page frame"),
+        ({"version": 2}, "version 2; this side speaks 1"),
+        ({"version": 0}, "version 0"),
+        ({"body_bytes": 7}, "body of 7 bytes"),
+        ({"body_bytes": 0xFFFFFFFF}, "body of 4294967295 bytes"),
+        ({"n_pages": 0}, "0 pages"),
+        ({"n_pages": 65535}, "65535 pages"),
+        ({"lane": 1}, "lane 1 on lane 0"),
+        ({"codec": 1}, "unknown codec 1"),
+        ({"reserved": 1}, "reserved field 1"),
+        ({"sequence": 1}, "frame 1 where 0 was due"),
+        ({"sequence": 2**64 - 1}, "frame 18446744073709551615"),
+    ],
+)
+def test_a_wrong_header_is_refused(header: dict[str, int], message: str) -> None:
+    refuse(make_frame(GOOD, **header), message)
+
+
+@pytest.mark.parametrize(
+    ("page", "message"),
+    [
+        ((N_PAGES, ZERO, b"", 0), "page 8 of 8"),
+        ((0xFFFFFFFF, RAW, bytes(4096), 0), "page 4294967295 of 8"),
+        ((0, 5, b"x", 0), "unknown page kind 5"),
+        ((0, 255, b"", 0), "unknown page kind 255"),
+        ((0, ZERO, b"x", 0), "length"),
+        ((0, RAW, bytes(4095), 0), "length"),
+        ((0, RAW, bytes(4097), 0), "length"),
+        ((0, LZ4, b"", 0), "length"),
+        ((0, LZ4, bytes(4096), 0), "length"),
+        ((0, DELTA, b"", HELD_DIGEST), "length"),
+        ((0, LZ4_BASE, b"", HELD_DIGEST), "length"),
+        ((0, DELTA, bytes(65535), HELD_DIGEST), "length"),
+    ],
+)
+def test_i9_a_wrong_page_is_refused_before_anything_is_written(page: Page, message: str) -> None:
+    refuse(make_frame([*GOOD, page]), message)
+
+
+def test_tables_that_do_not_fit_into_the_body_are_refused() -> None:
+    frame = bytearray(make_frame([(0, DELTA, b"\x00\x01x", HELD_DIGEST)]))
+    del frame[40:46]
+    frame[28:32] = struct.pack("<I", len(frame) - 40)
+    refuse(with_checksum(bytes(frame)), "cannot hold the tables")
+
+
+def test_lengths_that_do_not_add_up_are_refused() -> None:
+    frame = make_frame([(0, LZ4, BLOCK, 0)])
+    refuse(with_checksum(frame[:-3] + struct.pack("<H", len(BLOCK) - 1) + frame[-1:]), "payload of")
+    # 70 pages of 4095 bytes, of which the payload holds one.
+    frame = make_frame([(0, LZ4, bytes(4095), 0)] + [(0, ZERO, b"", 0)] * 69)
+    frame = frame[: -70 * 3] + struct.pack("<H", 4095) * 70 + bytes([LZ4]) * 70
+    refuse(with_checksum(frame), "payload of")
+
+
+def test_a_frame_cut_short_or_too_long_is_refused() -> None:
+    frame = make_frame(GOOD)
+    for length in [*range(64), len(frame) - 1]:
+        refuse(frame[:length], "bytes")
+    refuse(frame + b"x", "bytes")
+    refuse(bytes(MAX_FRAME_BYTES + 1), f"frame of {MAX_FRAME_BYTES + 1} bytes")
+
+
+def test_each_flipped_bit_is_found() -> None:
+    frame = make_frame([(0, DELTA, b"\x05\x02ab", HELD_DIGEST)])
+    for bit in range(len(frame) * 8):
+        flipped = bytearray(frame)
+        flipped[bit // 8] ^= 1 << bit % 8
+        with pytest.raises(FrameError):
+            parse_frame(flipped, seed=SEED, n_pages=N_PAGES)
+
+
+def test_a_frame_of_another_migration_is_refused() -> None:
+    with pytest.raises(FrameError, match="checksum"):
+        parse_frame(make_frame(GOOD), seed=SEED + 1, n_pages=N_PAGES)
+
+
+def test_i3_a_page_of_another_lane_is_refused() -> None:
+    frame = make_frame([(127, ZERO, b"", 0), (128, ZERO, b"", 0)], lane=1)
+    with pytest.raises(FrameError, match="page of another lane"):
+        parse_frame(frame, seed=SEED, n_pages=256, lane=1, lanes=2)
+
+
+@pytest.mark.parametrize(
+    ("kind", "data"),
+    [
+        (LZ4, BLOCK[:-1]),
+        (LZ4, b"\x00"),
+        (LZ4, lz4.block.compress(bytes(4095), store_size=False)),
+        (LZ4, lz4.block.compress(bytes(4097), store_size=False)),
+        (LZ4, lz4.block.compress(bytes(900000), store_size=False)),  # a bomb
+        (LZ4, BASE_BLOCK),  # reaches for a dictionary that is not there
+        (LZ4_BASE, BASE_BLOCK[:-1]),
+        (LZ4_BASE, b"\x0f\x01\x10" + b"\xff" * 20 + b"\x00"),  # reaches in front of the base
+        (DELTA, b"\x00"),  # no second number
+        (DELTA, b"\x80"),  # half a number
+        (DELTA, b"\x00\x80"),
+        (DELTA, b"\x80\x80\x01\x01x"),  # a number of three bytes
+        (DELTA, b"\x05\x00"),  # replaces nothing
+        (DELTA, b"\x00\x02x"),  # bytes are missing
+        (DELTA, b"\x80\x20\x01x"),  # keeps 4096, replaces one behind the page
+        (DELTA, b"\xff\x1f\x02xy"),  # keeps 4095, replaces two
+        (DELTA, b"\xff\x7f\xff\x7fx"),
+        (DELTA, b"\x00\x01x\xff\x7f\x01y"),
+    ],
+)
+def test_i9_a_page_that_does_not_decode_is_refused(kind: int, data: bytes) -> None:
+    memory = GuardedMemory()
+    frame = make_frame([(0, ZERO, b"", 0), (1, kind, data, HELD_DIGEST), (2, ZERO, b"", 0)])
+    with pytest.raises(FrameError, match="page 1 does not decode"):
+        memory.decoder.apply(frame)
+    memory.check_guards()
+    assert not memory.pages[:4096].any(), "pages in front of it are applied"
+    assert memory.pages[4096:].tobytes() == HELD * (N_PAGES - 1)
+
+
+def test_the_longest_delta_is_applied() -> None:
+    memory = GuardedMemory()
+    memory.decoder.apply(make_frame([(0, DELTA, b"\xff\x1f\x01x", HELD_DIGEST)]))
+    assert memory.pages[:4096].tobytes() == HELD[:4095] + b"x"
+    memory.check_guards()
+
+
+@settings(max_examples=400, deadline=None)
+@given(
+    st.lists(st.tuples(st.integers(8, 4000), st.integers(0, 255)), min_size=1, max_size=6),
+    st.lists(st.sampled_from(GOOD), min_size=1, max_size=6),
+    st.integers(0, 12),
+)
+def test_i9_a_valid_frame_with_changed_bytes_stays_within_bounds(
+    changes: list[tuple[int, int]], pages: list[Page], cut: int
+) -> None:
+    """The checksum is made to fit, so everything behind it meets the changed bytes."""
+    frame = bytearray(make_frame(pages))
+    for place, value in changes:
+        # Counted from the end, where the tables are, or from the start, turn by turn.
+        at = -1 - place % (len(frame) - 16) if place % 2 else 16 + place % (len(frame) - 16)
+        frame[at] = value
+    if cut and len(frame) - cut > 40:
+        del frame[40 : 40 + cut]
+        frame[28:32] = struct.pack("<I", len(frame) - 40)
+    expect_within_bounds(with_checksum(bytes(frame)))
+
+
+arbitrary_pages = st.tuples(
+    st.integers(0, N_PAGES),
+    st.sampled_from([ZERO, LZ4, DELTA, LZ4_BASE, LZ4, DELTA, LZ4_BASE]),
+    st.binary(min_size=1, max_size=60),
+    st.sampled_from([HELD_DIGEST, HELD_DIGEST, HELD_DIGEST, 0]),
+).map(lambda page: (page[0], page[1], b"" if page[1] == ZERO else page[2], page[3]))
+
+
+@settings(max_examples=400, deadline=None)
+@given(st.lists(arbitrary_pages, min_size=1, max_size=6))
+def test_i9_arbitrary_pages_stay_within_bounds(pages: list[Page]) -> None:
+    expect_within_bounds(make_frame(pages))
+
+
+@settings(max_examples=200, deadline=None)
+@given(st.binary(max_size=200))
+def test_i9_arbitrary_bytes_are_refused(data: bytes) -> None:
+    refuse(data)
+    refuse(with_checksum(b"vfpg\x01\0\0\0" + data.ljust(8, b"\0")))
+
+
+def expect_within_bounds(frame: bytes) -> None:
+    memory = GuardedMemory()
+    try:
+        applied = memory.decoder.apply(frame)
+    except FrameError:
+        pass
+    else:
+        assert applied.rejected.size <= applied.n_pages
+        assert (applied.rejected < N_PAGES).all()
+    memory.check_guards()

@@ -1,0 +1,204 @@
+"""Pages of live guest memory into frames, each page in the cheapest form.
+
+Owns the sender's side of one lane: the frame in the making. The work on pages is done in
+`transport.kernels.pages`; the frame's layout is in `frames`, what is known of the receiver in
+`replica`. Sends nothing.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Final
+
+import numpy as np
+import numpy.typing as npt
+
+from transport.frames import (
+    BASE_BYTES,
+    DEFAULT_FRAME_BYTES,
+    ENTRY_BYTES,
+    FIRST_KIND_WITH_BASE,
+    HEADER_BYTES,
+    MAX_FRAME_BYTES,
+    MAX_FRAME_PAGES,
+    MIN_FRAME_BYTES,
+    PAGE_BYTES,
+    PageKind,
+    seal_frame,
+)
+from transport.kernels import pages as kernels
+from transport.kernels.clib import LZ4_STATE_WORDS
+from transport.kernels.compiled import warm_up
+from transport.kernels.digests import digest_all, page_count
+from transport.replica import Replica
+
+MAX_CALL_PAGES: Final = 65536
+"""Indices that one call looks at, at most, so that a caller can be interrupted: some 25 ms."""
+
+
+@dataclass(frozen=True, slots=True)
+class EncodedFrame:
+    """What one call of `Encoder.encode` has done.
+
+    `consumed == same + n_pages` and `n_pages == zero + raw + lz4 + delta + lz4_base`.
+    """
+
+    consumed: int
+    """Indices taken from the list, from `start` on; 0 only at its end."""
+    n_bytes: int
+    """Length of the frame at the start of `out`; 0: nothing to send, the sequence is not used."""
+    n_pages: int
+    """Pages in the frame."""
+    same: int
+    """Pages left out because the receiver holds them already."""
+    zero: int
+    """Pages of zeros, in the frame without payload."""
+    raw: int
+    """Pages as they are."""
+    lz4: int
+    """Pages as an LZ4 block."""
+    delta: int
+    """Pages as the bytes that changed."""
+    lz4_base: int
+    """Pages as an LZ4 block with the base as dictionary."""
+
+
+class Encoder:
+    """Encodes the pages of one lane. Not thread-safe; works without the GIL."""
+
+    def __init__(
+        self,
+        memory: npt.NDArray[np.uint8],
+        replica: Replica,
+        seed: int,
+        *,
+        lane: int = 0,
+        frame_bytes: int = DEFAULT_FRAME_BYTES,
+    ) -> None:
+        """Read from `memory` (uint8, replica.n_pages * 4096, 8-byte aligned, may be read-only).
+
+        The memory may change at any time. `seed` (64 bits) is the migration's secret, the same on
+        both sides. A frame is never longer than `frame_bytes`. There is one encoder for each lane
+        of the replica. Makes the kernels ready, which takes long if they were never compiled (see
+        `transport.kernels.compiled.warm_up`). Raises ValueError for arguments that do not suit,
+        `NativeLibraryError` if the C libraries are not there.
+        """
+        if page_count(memory) != replica.n_pages:
+            raise ValueError(f"memory of {page_count(memory)} pages, replica of {replica.n_pages}")
+        if not 0 <= lane < replica.lanes:
+            raise ValueError(f"lane {lane} of {replica.lanes}")
+        if not MIN_FRAME_BYTES <= frame_bytes <= MAX_FRAME_BYTES:
+            raise ValueError(f"frames of {frame_bytes} bytes: {MIN_FRAME_BYTES}-{MAX_FRAME_BYTES}")
+        warm_up()
+        self._memory = memory.view(np.uint64)
+        self._replica = replica
+        self._seed = seed
+        self._lane = lane
+        self._frame_bytes = frame_bytes
+        self._known = replica.knowledge_of_lane(lane)
+        self._tables = kernels.Tables(
+            index=np.empty(MAX_FRAME_PAGES, np.uint32),
+            length=np.empty(MAX_FRAME_PAGES, np.uint16),
+            kind=np.empty(MAX_FRAME_PAGES, np.uint8),
+            base=np.empty(MAX_FRAME_PAGES, np.uint64),
+        )
+        self._workspace = kernels.new_workspace()
+        self._lz4_state = np.zeros(LZ4_STATE_WORDS, np.uint64)
+        self._zero_digest = digest_all(np.zeros(PAGE_BYTES, np.uint8), seed)[0]
+
+    @property
+    def replica(self) -> Replica:
+        """What is known of the receiver."""
+        return self._replica
+
+    def encode(
+        self,
+        indices: npt.NDArray[np.uint32],
+        start: int,
+        out: npt.NDArray[np.uint8],
+        *,
+        round_no: int,
+        sequence: int,
+    ) -> EncodedFrame:
+        """Encode pages `indices[start:]` until the frame is full, into the start of `out`.
+
+        `indices` uint32, 1-D, contiguous, each below n_pages and of this lane, in any order,
+        repeats allowed. `out` uint8, writable, 1-D, contiguous, at least `frame_bytes` long. The
+        replica takes what is encoded for delivered: a page that is not applied must be forgotten.
+        At most `MAX_CALL_PAGES` indices are looked at, so a call may end without a frame and before
+        the end of the list. Raises IndexError for an index out of range or of another lane (the
+        pages that this call has encoded are forgotten, so nothing is lost), ValueError for an
+        unfit `start` or `out`.
+        """
+        if not 0 <= start <= indices.size:
+            raise ValueError(f"start {start} in a list of {indices.size}")
+        if out.size < self._frame_bytes:
+            raise ValueError(f"{out.size} bytes of room for a frame of {self._frame_bytes}")
+        counters = np.zeros(kernels.COUNTERS, np.int64)
+        stop = kernels.encode_pages(
+            self._memory,
+            indices,
+            start,
+            min(indices.size, start + MAX_CALL_PAGES),
+            self._lane,
+            self._replica.lanes,
+            np.uint64(self._seed),
+            self._zero_digest,
+            self._known,
+            out[HEADER_BYTES : self._frame_bytes],
+            self._tables,
+            self._workspace,
+            self._lz4_state,
+            counters,
+        )
+        if stop < 0:
+            bad = -1 - stop
+            self._replica.forget(indices[start:bad])
+            raise IndexError(f"page {indices[bad]} is not one of lane {self._lane}")
+        by_kind = [int(n) for n in counters[: len(PageKind)]]
+        n_pages = sum(by_kind)
+        n_bytes = 0
+        if n_pages:
+            payload_bytes = int(counters[kernels.COUNT_PAYLOAD_BYTES])
+            n_bases = sum(by_kind[FIRST_KIND_WITH_BASE:])
+            n_bytes = seal_frame(
+                out,
+                body_bytes=self._put_tables(out, payload_bytes, n_pages, n_bases),
+                n_pages=n_pages,
+                sequence=sequence,
+                round_no=round_no,
+                lane=self._lane,
+                seed=self._seed,
+            )
+        return EncodedFrame(
+            consumed=stop - start,
+            n_bytes=n_bytes,
+            n_pages=n_pages,
+            same=int(counters[kernels.COUNT_SAME]),
+            zero=by_kind[PageKind.ZERO],
+            raw=by_kind[PageKind.RAW],
+            lz4=by_kind[PageKind.LZ4],
+            delta=by_kind[PageKind.DELTA],
+            lz4_base=by_kind[PageKind.LZ4_BASE],
+        )
+
+    def forget(self, indices: npt.NDArray[np.uint32]) -> None:
+        """The receiver rejected these pages, or they never arrived: send them whole next time."""
+        self._replica.forget(indices)
+
+    def _put_tables(
+        self, out: npt.NDArray[np.uint8], payload_bytes: int, n_pages: int, n_bases: int
+    ) -> int:
+        """Copy the tables behind the payload. Returns the length of the body in bytes."""
+        at = HEADER_BYTES + payload_bytes
+        for table in (
+            self._tables.base[:n_bases],
+            self._tables.index[:n_pages],
+            self._tables.length[:n_pages],
+            self._tables.kind[:n_pages],
+        ):
+            out[at : at + table.nbytes] = table.view(np.uint8)
+            at += table.nbytes
+        body_bytes = at - HEADER_BYTES
+        assert body_bytes == payload_bytes + n_pages * ENTRY_BYTES + n_bases * BASE_BYTES
+        return body_bytes

@@ -1,0 +1,109 @@
+"""How a kernel is declared, and when it is compiled.
+
+Owns the `kernel` decorator and `warm_up`. A kernel has one explicit signature and is loaded from
+numba's cache, or compiled, at its first call or by `warm_up`, never at import: importing this room
+must cost nothing to a command that only prints its help, and whoever starts a migration wants to
+say how long a first compilation takes.
+
+Numba looks at the time stamp of a kernel's own file to tell whether its cache is stale. What a
+kernel takes from other files (`intrinsics`, `clib`, the constants of `frames`) does not count: who
+edits those deletes the cache (`__pycache__/*.nb?`).
+"""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+from numba import njit, types
+from numba.core.types import Type
+
+from transport.kernels import clib
+
+
+def readonly(element: Type) -> Type:
+    """A 1-D contiguous array that the kernel only reads; takes writable arrays, too."""
+    return types.Array(element, 1, "C", readonly=True)
+
+
+def writable(element: Type) -> Type:
+    """A 1-D contiguous array that the kernel writes."""
+    return types.Array(element, 1, "C")
+
+
+def named_tuple(fields: tuple[Type, ...], of: type[tuple[Any, ...]]) -> Type:
+    """A NamedTuple class with fields of these types."""
+    kind: Type = types.NamedTuple(fields, of)  # type: ignore[no-untyped-call]
+    return kind
+
+
+class Kernel:
+    """A compiled function with one signature, without the GIL; compiled when first needed."""
+
+    def __init__(self, function: Callable[..., Any], signature: tuple[Type, ...]) -> None:
+        self._function = function
+        self._signature = signature
+        self._compiled: Any = None
+
+    def load(self) -> bool:
+        """Make the kernel ready. True if it had to be compiled, False if it was there already."""
+        with _lock:
+            if self._compiled is not None:
+                return False
+            clib.bind()
+            compiled = njit(self._signature, nogil=True, cache=True)(self._function)
+            self._compiled = compiled
+            return bool(compiled.stats.cache_misses)
+
+    def __call__(self, *arguments: Any) -> Any:
+        if self._compiled is None:
+            self.load()
+        return self._compiled(*arguments)
+
+
+_kernels: list[Kernel] = []
+_lock = threading.Lock()
+
+
+def kernel(*signature: Type) -> Callable[[Callable[..., Any]], Kernel]:
+    """Declare a module-level function as a kernel with these argument types."""
+
+    def declare(function: Callable[..., Any]) -> Kernel:
+        declared = Kernel(function, signature)
+        _kernels.append(declared)
+        return declared
+
+    return declare
+
+
+@dataclass(frozen=True, slots=True)
+class WarmUp:
+    """What `warm_up` has done."""
+
+    seconds: float
+    """Time it took: well under a second from cache, tens of seconds for a first compilation."""
+    kernels: int
+    """Kernels that are ready now."""
+    compiled: int
+    """Those that were compiled because the cache did not hold them."""
+
+    @property
+    def cache_hit(self) -> bool:
+        """Nothing had to be compiled."""
+        return self.compiled == 0
+
+
+def warm_up() -> WarmUp:
+    """Load or compile every kernel; may be called again and from any thread.
+
+    Raises `NativeLibraryError` if the C libraries are missing or too old.
+    """
+    # Imported here because these modules declare their kernels by this one.
+    from transport.kernels import bitmap, digests, pages  # noqa: F401
+
+    began = time.monotonic()
+    compiled = sum(each.load() for each in _kernels)
+    return WarmUp(time.monotonic() - began, len(_kernels), compiled)

@@ -1,0 +1,514 @@
+"""The loops over pages: encode from live memory, apply to memory.
+
+Owns what happens to one page: snapshot, zero test, digest, comparison with what the receiver holds,
+choice of form, cache of bases; and the way back. Kernels trust their arguments: sizes and ranges
+are checked by `Encoder`, `frames.parse_frame` and `Decoder`. What a page's own bytes say (LZ4
+block, delta runs) is checked here, because only decoding shows it.
+
+**Delta runs.** A page is written as its difference from a base that the receiver holds: pairs of
+numbers (bytes to keep, bytes to replace), each pair followed by the replacing bytes; what is left
+of the page is kept. A number is coded in 7 bits a byte, lowest first, in at most two bytes. It is
+the idea of XBZRLE (QEMU, docs/xbzrle.txt).
+
+**Choice of form.** Zero pages cost nothing. If the base is cached and few words changed, delta runs
+are tried, and taken if short. Otherwise LZ4 is tried, with the base as its dictionary if the page
+still has something of it: that finds content that moved within the page, too, and on recorded
+guests it is never much longer, and often shorter, than LZ4 of the page's XOR with the base. The
+shortest form wins; a page that does not shrink by `_MIN_SAVING_BYTES` is sent raw, which is cheaper
+to apply.
+
+**Cache of bases.** A slot holds the snapshot that was sent last. Slots are reused in clock order
+(second chance); the hand gives up after `_CLOCK_STEPS`, so that each page costs a bounded time.
+"""
+
+from __future__ import annotations
+
+from typing import Any, Final, NamedTuple
+
+import numpy as np
+import numpy.typing as npt
+from numba import njit, types
+
+from transport.frames import (
+    BASE_BYTES,
+    ENTRY_BYTES,
+    FIRST_KIND_WITH_BASE,
+    MAX_FRAME_PAGES,
+    PAGE_BYTES,
+    STRIPE_PAGES,
+    PageKind,
+)
+from transport.kernels import clib
+from transport.kernels.compiled import kernel, named_tuple, readonly, writable
+from transport.kernels.intrinsics import count_ones, prefetch, trailing_zeros
+
+PAGE_WORDS: Final = PAGE_BYTES // 8
+UNKNOWN: Final = 0
+"""Digest of a page of which nothing is known. A page that really has it is sent every time."""
+NO_PAGE: Final = 0xFFFFFFFF
+"""Owner of a free slot."""
+
+# What `encode_pages` counts: the number of pages by kind, then these.
+COUNT_SAME: Final = len(PageKind)
+COUNT_PAYLOAD_BYTES: Final = COUNT_SAME + 1
+COUNTERS: Final = COUNT_PAYLOAD_BYTES + 1
+
+# The workspace, in bytes. The base stands right in front of the snapshot because LZ4 is faster
+# with a dictionary that its input continues.
+_BASE: Final = 0
+_PAGE: Final = _BASE + PAGE_BYTES
+_MASK: Final = _PAGE + PAGE_BYTES
+_DELTA: Final = _MASK + PAGE_BYTES // 8
+_DELTA_ROOM: Final = 1024
+WORKSPACE_BYTES: Final = _DELTA + _DELTA_ROOM
+
+_MASK_WORDS: Final = PAGE_WORDS // 8  # a bit for each byte of the page
+_CACHE_LINE_BYTES: Final = 64
+_CLOCK_STEPS: Final = 32
+_MIN_SAVING_BYTES: Final = 128
+_SPARSE_WORDS: Final = 128  # with more words changed, LZ4 is nearly always shorter than runs
+_RELATED_WORDS: Final = 480  # with more words changed, a dictionary costs more time than it saves
+_ACCELERATION: Final = 1  # LZ4's default
+_SHORT_DELTA_BYTES: Final = 128  # so short that LZ4 is not worth its time
+_JOINED_GAP_BYTES: Final = 2  # a new run costs as much as bytes that did not change
+_LONGEST_RUN_CODE_BYTES: Final = 4
+
+_ZERO: Final = int(PageKind.ZERO)
+_RAW: Final = int(PageKind.RAW)
+_LZ4: Final = int(PageKind.LZ4)
+_DELTA_RUNS: Final = int(PageKind.DELTA)
+_LZ4_BASE: Final = int(PageKind.LZ4_BASE)
+_FIRST_WITH_BASE: Final = int(FIRST_KIND_WITH_BASE)
+
+
+class Knowledge(NamedTuple):
+    """What is known of the receiver's pages; the last four are the part of one lane."""
+
+    digests: Any
+    """uint64 (pages), or `UNKNOWN`."""
+    slots: Any
+    """uint32 (pages): 1 + the page's slot in its lane's cache, or 0."""
+    cache: Any
+    """uint64 (slots * PAGE_WORDS): snapshots as sent."""
+    owners: Any
+    """uint32 (slots): the page in it, or `NO_PAGE`."""
+    referenced: Any
+    """uint8 (slots): used since the clock's hand came by."""
+    hand: Any
+    """int64 (1): the slot at which the clock's hand stands."""
+
+
+class Tables(NamedTuple):
+    """The tables of a frame in the making, MAX_FRAME_PAGES long each; see `transport.frames`."""
+
+    index: Any
+    length: Any
+    kind: Any
+    base: Any
+
+
+def new_workspace() -> npt.NDArray[np.uint64]:
+    """Scratch for one encoder or decoder, aligned to a cache line."""
+    words, line_words = WORKSPACE_BYTES // 8, _CACHE_LINE_BYTES // 8
+    space = np.zeros(words + line_words, np.uint64)
+    first = -space.ctypes.data % _CACHE_LINE_BYTES // 8
+    return space[first : first + words]
+
+
+_BYTES = readonly(types.uint8)
+_OUT_BYTES = writable(types.uint8)
+_OUT_U16 = writable(types.uint16)
+_OUT_U32 = writable(types.uint32)
+_OUT_U64 = writable(types.uint64)
+_OUT_I64 = writable(types.int64)
+_KNOWLEDGE = named_tuple((_OUT_U64, _OUT_U32, _OUT_U64, _OUT_U32, _OUT_BYTES, _OUT_I64), Knowledge)
+_TABLES = named_tuple((_OUT_U32, _OUT_U16, _OUT_BYTES, _OUT_U64), Tables)
+
+
+@njit
+def _snapshot(memory, page, workspace):  # type: ignore[no-untyped-def]
+    """Copy a live page into the workspace, reading each word once. True if it was all zero."""
+    start = np.uint64(page) * np.uint64(PAGE_WORDS)
+    seen = np.uint64(0)
+    for word in range(PAGE_WORDS):
+        value = memory[start + np.uint64(word)]
+        workspace[_PAGE // 8 + word] = value
+        seen |= value
+    return seen == 0
+
+
+@njit
+def _prefetch_page(address):  # type: ignore[no-untyped-def]
+    for line in range(0, PAGE_BYTES, _CACHE_LINE_BYTES):
+        prefetch(np.uint64(address) + np.uint64(line))
+
+
+@njit
+def _load_base(cache, slot, workspace):  # type: ignore[no-untyped-def]
+    """Copy a base from the cache into the workspace. Returns in how many words the page differs."""
+    start = np.uint64(slot) * np.uint64(PAGE_WORDS)
+    changed = 0
+    for word in range(PAGE_WORDS):
+        value = cache[start + np.uint64(word)]
+        changed += value != workspace[_PAGE // 8 + word]
+        workspace[_BASE // 8 + word] = value
+    return changed
+
+
+@njit
+def _mark_changes(workspace):  # type: ignore[no-untyped-def]
+    """Set a bit of the mask for each byte in which page and base differ; returns their number."""
+    changed = 0
+    for m in range(_MASK_WORDS):
+        mask = np.uint64(0)
+        for k in range(8):
+            word = m * 8 + k
+            x = workspace[_BASE // 8 + word] ^ workspace[_PAGE // 8 + word]
+            # The high bit of each byte that is not zero, then these eight bits side by side.
+            low = np.uint64(0x7F7F7F7F7F7F7F7F)
+            high = ((((x & low) + low) | x) & ~low) >> np.uint64(7)
+            mask |= ((high * np.uint64(0x0102040810204080)) >> np.uint64(56)) << np.uint64(8 * k)
+        workspace[_MASK // 8 + m] = mask
+        changed += count_ones(mask)
+    return changed
+
+
+@njit
+def _next_byte(workspace, start, flip):  # type: ignore[no-untyped-def]
+    """First byte from `start` on whose bit in the mask, turned by `flip`, is set; or PAGE_BYTES."""
+    if start >= PAGE_BYTES:
+        return PAGE_BYTES
+    m = start >> 6
+    mask = (workspace[_MASK // 8 + m] ^ flip) & (
+        np.uint64(0xFFFFFFFFFFFFFFFF) << np.uint64(start & 63)
+    )
+    while mask == 0:
+        m += 1
+        if m == _MASK_WORDS:
+            return PAGE_BYTES
+        mask = workspace[_MASK // 8 + m] ^ flip
+    return m * 64 + trailing_zeros(mask)
+
+
+@njit
+def _put_number(space, at, number):  # type: ignore[no-untyped-def]
+    if number < 128:
+        space[at] = number
+        return at + 1
+    space[at] = (number & 127) | 128
+    space[at + 1] = number >> 7
+    return at + 2
+
+
+@njit
+def _make_delta(workspace, space):  # type: ignore[no-untyped-def]
+    """Write the delta runs into the workspace; returns their length, 0 if they do not fit."""
+    same, differs = np.uint64(0xFFFFFFFFFFFFFFFF), np.uint64(0)
+    at = _DELTA
+    kept_from = 0
+    start = _next_byte(workspace, 0, differs)
+    while start < PAGE_BYTES:
+        end = _next_byte(workspace, start, same)
+        following = _next_byte(workspace, end, differs)
+        while following < PAGE_BYTES and following - end <= _JOINED_GAP_BYTES:
+            end = _next_byte(workspace, following, same)
+            following = _next_byte(workspace, end, differs)
+        if at + _LONGEST_RUN_CODE_BYTES + end - start > _DELTA + _DELTA_ROOM:
+            return 0
+        at = _put_number(space, at, start - kept_from)
+        at = _put_number(space, at, end - start)
+        for byte in range(start, end):
+            space[at + byte - start] = space[_PAGE + byte]
+        at += end - start
+        kept_from = end
+        start = following
+    return at - _DELTA
+
+
+@njit
+def _claim_slot(known, page):  # type: ignore[no-untyped-def]
+    """A slot for `page`, taken from its owner if it has one."""
+    slot = known.hand[0]
+    for _ in range(_CLOCK_STEPS):
+        if known.referenced[slot] == 0:
+            break
+        known.referenced[slot] = 0
+        slot = slot + 1 if slot + 1 < known.owners.size else 0
+    known.hand[0] = slot + 1 if slot + 1 < known.owners.size else 0
+    owner = known.owners[slot]
+    if owner != NO_PAGE:
+        known.slots[owner] = 0
+    known.owners[slot] = page
+    known.referenced[slot] = 0
+    known.slots[page] = slot + 1
+    return slot
+
+
+@njit
+def _release_slot(known, page):  # type: ignore[no-untyped-def]
+    slot = np.int64(known.slots[page]) - 1
+    if slot >= 0:
+        known.slots[page] = 0
+        known.owners[slot] = NO_PAGE
+        known.referenced[slot] = 0
+
+
+@njit
+def _keep_snapshot(known, page, workspace):  # type: ignore[no-untyped-def]
+    slot = np.int64(known.slots[page]) - 1
+    if slot < 0:
+        slot = _claim_slot(known, page)
+    start = np.uint64(slot) * np.uint64(PAGE_WORDS)
+    for word in range(PAGE_WORDS):
+        known.cache[start + np.uint64(word)] = workspace[_PAGE // 8 + word]
+
+
+@njit
+def _compress(workspace, lz4_state, address, room):  # type: ignore[no-untyped-def]
+    """LZ4 of the snapshot to `address`; returns its length, 0 if it does not fit."""
+    page = workspace.ctypes.data + _PAGE
+    return np.int64(
+        clib.lz4_compress(lz4_state.ctypes.data, page, address, PAGE_BYTES, room, _ACCELERATION)
+    )
+
+
+@njit
+def _compress_with_base(workspace, lz4_state, address, room):  # type: ignore[no-untyped-def]
+    """As `_compress`, with the base as dictionary."""
+    space = workspace.ctypes.data
+    state = lz4_state.ctypes.data
+    clib.lz4_load_dictionary(state, space + _BASE, PAGE_BYTES)
+    return np.int64(
+        clib.lz4_compress_with_dictionary(
+            state, space + _PAGE, address, PAGE_BYTES, room, _ACCELERATION
+        )
+    )
+
+
+@njit
+def _compare_with_base(known, page, workspace, space):  # type: ignore[no-untyped-def]
+    """Load the page's base. Returns how many words changed and the length of the delta, if any."""
+    slot = np.int64(known.slots[page]) - 1
+    known.referenced[slot] = 1
+    changed_words = _load_base(known.cache, slot, workspace)
+    delta = 0
+    if changed_words <= _SPARSE_WORDS and _mark_changes(workspace) < _DELTA_ROOM:
+        delta = _make_delta(workspace, space)
+    return changed_words, delta
+
+
+@njit
+def _write_page(out, at, changed_words, delta, workspace, lz4_state):  # type: ignore[no-untyped-def]
+    """Write the snapshot to `out` in its shortest form; returns its kind and length.
+
+    `changed_words` is PAGE_WORDS if there is no base, `delta` 0 if there is no delta.
+    """
+    address = out.ctypes.data + at
+    kind = _RAW
+    length = PAGE_BYTES - _MIN_SAVING_BYTES
+    if delta > 0:
+        kind = _DELTA_RUNS
+        length = delta
+    if length > _SHORT_DELTA_BYTES:
+        # Given one byte less room than the best so far, LZ4 stops early if it is no better.
+        if changed_words <= _RELATED_WORDS:
+            form = _LZ4_BASE
+            shorter = _compress_with_base(workspace, lz4_state, address, length - 1)
+        else:
+            form = _LZ4
+            shorter = _compress(workspace, lz4_state, address, length - 1)
+        if shorter > 0:
+            return form, shorter
+    if kind == _RAW:
+        length = PAGE_BYTES
+    source = _PAGE if kind == _RAW else _DELTA
+    clib.memcpy(address, workspace.ctypes.data + source, length)
+    return kind, length
+
+
+@kernel(
+    readonly(types.uint64),
+    readonly(types.uint32),
+    types.int64,
+    types.int64,
+    types.int64,
+    types.int64,
+    types.uint64,
+    types.uint64,
+    _KNOWLEDGE,
+    _OUT_BYTES,
+    _TABLES,
+    _OUT_U64,
+    _OUT_U64,
+    _OUT_I64,
+)
+def encode_pages(  # type: ignore[no-untyped-def]
+    memory,
+    indices,
+    start,
+    stop,
+    lane,
+    lanes,
+    seed,
+    zero_digest,
+    known,
+    out,
+    tables,
+    workspace,
+    lz4_state,
+    counters,
+):
+    """Encode pages `indices[start:stop]` into `out` and `tables` until the frame is full.
+
+    `memory` uint64 (live), `zero_digest` the digest of a page of zeros, `known` a `Knowledge`,
+    `out` uint8 (payload and tables must fit into its size), `workspace` WORKSPACE_BYTES and
+    `lz4_state` clib.LZ4_STATE_WORDS as uint64, `counters` int64 (COUNTERS), zeroed by the caller.
+    Returns the position of the first index that was not encoded; for an index that is out of range
+    or of another lane, -1 minus its position.
+    """
+    space = workspace.view(np.uint8)
+    n_pages = memory.size // PAGE_WORDS
+    pages = 0
+    bases = 0
+    at = 0
+    position = start
+    while position < stop:
+        page = np.int64(indices[position])
+        if page >= n_pages or page // STRIPE_PAGES % lanes != lane:
+            return -1 - position
+        tables_bytes = (pages + 1) * ENTRY_BYTES + (bases + 1) * BASE_BYTES
+        if pages == MAX_FRAME_PAGES or at + PAGE_BYTES + tables_bytes > out.size:
+            break
+        position += 1
+
+        is_zero = _snapshot(memory, page, workspace)
+        if position < stop and indices[position] < n_pages:
+            # Fetches the next page while this one is worked on.
+            _prefetch_page(memory.ctypes.data + np.int64(indices[position]) * PAGE_BYTES)
+        digest = zero_digest
+        if not is_zero:
+            digest = clib.xxh3_64(workspace.ctypes.data + _PAGE, PAGE_BYTES, seed)
+        held = known.digests[page]
+        if held == digest and held != UNKNOWN:
+            counters[COUNT_SAME] += 1
+            continue
+
+        kind = _ZERO
+        length = 0
+        if is_zero:
+            if known.slots.size:
+                _release_slot(known, page)
+        else:
+            changed_words = PAGE_WORDS
+            delta = 0
+            if known.slots.size and known.slots[page] != 0 and held != UNKNOWN:
+                changed_words, delta = _compare_with_base(known, page, workspace, space)
+            kind, length = _write_page(out, at, changed_words, delta, workspace, lz4_state)
+            if known.slots.size:
+                _keep_snapshot(known, page, workspace)
+
+        if kind >= _FIRST_WITH_BASE:
+            tables.base[bases] = held
+            bases += 1
+        tables.index[pages] = page
+        tables.length[pages] = length
+        tables.kind[pages] = kind
+        pages += 1
+        at += length
+        counters[kind] += 1
+        known.digests[page] = digest
+    counters[COUNT_PAYLOAD_BYTES] = at
+    return position
+
+
+@njit
+def _get_number(payload, at, end):  # type: ignore[no-untyped-def]
+    """The number at `at` and where it ends; -1 if it is malformed."""
+    if at >= end:
+        return -1, at
+    first = np.int64(payload[at])
+    if first < 128:
+        return first, at + 1
+    if at + 1 >= end or payload[at + 1] >= 128:
+        return -1, at
+    return (first & 127) | (np.int64(payload[at + 1]) << 7), at + 2
+
+
+@njit
+def _apply_delta(payload, at, end, space):  # type: ignore[no-untyped-def]
+    """Apply delta runs to the page in the workspace. False if they are malformed."""
+    byte = 0
+    while at < end:
+        keep, at = _get_number(payload, at, end)
+        replace, at = _get_number(payload, at, end)
+        if keep < 0 or replace <= 0:
+            return False
+        byte += keep
+        if byte + replace > PAGE_BYTES or at + replace > end:
+            return False
+        for k in range(replace):
+            space[_PAGE + byte + k] = payload[at + k]
+        byte += replace
+        at += replace
+    return True
+
+
+@kernel(
+    _OUT_BYTES,
+    readonly(types.uint32),
+    readonly(types.uint8),
+    readonly(types.uint16),
+    readonly(types.uint32),
+    readonly(types.uint64),
+    _BYTES,
+    types.uint64,
+    _OUT_U64,
+    _OUT_U32,
+)
+def apply_pages(  # type: ignore[no-untyped-def]
+    memory, index, kind, length, offset, base, payload, seed, workspace, rejected
+):
+    """Decode the pages of a checked frame, one by one, each in the workspace, and write them.
+
+    The arrays are those of a `frames.Frame`. Pages that do not hold their base are left alone and
+    listed in `rejected` (uint32, as long as `index`). Returns how many these are; for a page whose
+    bytes are malformed, -1 minus its position, the pages in front of it being written.
+    """
+    space = workspace.view(np.uint8)
+    work = workspace.ctypes.data
+    n_rejected = 0
+    for position in range(index.size):
+        target = memory.ctypes.data + np.int64(index[position]) * PAGE_BYTES
+        at = np.int64(offset[position])
+        source = payload.ctypes.data + at
+        n_bytes = np.int64(length[position])
+        form = kind[position]
+        if form == _RAW:
+            clib.memcpy(target, source, PAGE_BYTES)
+            continue
+        if form == _ZERO:
+            first = np.int64(index[position]) * PAGE_BYTES
+            memory[first : first + PAGE_BYTES] = 0
+            continue
+        if form == _LZ4:
+            if clib.lz4_decompress(source, work + _PAGE, n_bytes, PAGE_BYTES, 0, 0) != PAGE_BYTES:
+                return -1 - position
+        else:
+            held = _PAGE if form == _DELTA_RUNS else _BASE
+            clib.memcpy(work + held, target, PAGE_BYTES)
+            if clib.xxh3_64(work + held, PAGE_BYTES, seed) != base[position]:
+                rejected[n_rejected] = index[position]
+                n_rejected += 1
+                continue
+            if form == _DELTA_RUNS:
+                if not _apply_delta(payload, at, at + n_bytes, space):
+                    return -1 - position
+            elif (
+                clib.lz4_decompress(
+                    source, work + _PAGE, n_bytes, PAGE_BYTES, work + _BASE, PAGE_BYTES
+                )
+                != PAGE_BYTES
+            ):
+                return -1 - position
+        clib.memcpy(target, work + _PAGE, PAGE_BYTES)
+    return n_rejected

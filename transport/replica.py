@@ -1,0 +1,103 @@
+"""What the sender knows of the receiver's memory: a digest for each page, and a cache of bases.
+
+Owns the arrays and their size; the loop that reads and updates them page by page is in
+`transport.kernels.pages`. A digest is known only for a page that this sender has sent or that was
+proven equal. The cache holds exact snapshots that were sent, which is what the receiver holds once
+it has applied them in order; a slot is valid as long as its page's digest is known.
+
+Memory: 12 bytes a page and 4101 bytes a slot, nearly all of it touched only when first used.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+import numpy.typing as npt
+
+from transport.frames import MAX_LANES, PAGE_BYTES, STRIPE_PAGES
+from transport.kernels.pages import NO_PAGE, PAGE_WORDS, UNKNOWN, Knowledge
+
+
+class Replica:
+    """The sender's knowledge of all pages, shared by the encoders of all lanes.
+
+    Lanes own disjoint stripes of pages and an equal share of the cache each, so encoders of
+    different lanes may run at the same time without a lock. Whatever concerns the pages of one
+    lane (`Encoder.encode`, `forget`, `learn`) must come from one thread at a time.
+    """
+
+    def __init__(self, n_pages: int, cache_bytes: int, lanes: int = 1) -> None:
+        """Know nothing of `n_pages` pages; a cache of 0 bytes means no deltas.
+
+        ValueError for numbers out of range.
+        """
+        if not 0 <= n_pages <= NO_PAGE:
+            raise ValueError(f"{n_pages} pages do not fit into 32-bit page numbers")
+        if not 1 <= lanes <= MAX_LANES:
+            raise ValueError(f"{lanes} lanes; there can be 1 to {MAX_LANES}")
+        if cache_bytes < 0:
+            raise ValueError(f"a cache of {cache_bytes} bytes")
+        self._lanes = lanes
+        # More slots than pages would never be used.
+        stripes_of_a_lane = -(-n_pages // (STRIPE_PAGES * lanes))
+        self._lane_slots = min(cache_bytes // PAGE_BYTES // lanes, stripes_of_a_lane * STRIPE_PAGES)
+        slots = self._lane_slots * lanes
+        self._digests = np.zeros(n_pages, np.uint64)
+        self._slots = np.zeros(n_pages if slots else 0, np.uint32)
+        self._cache = np.empty((lanes, self._lane_slots * PAGE_WORDS), np.uint64)
+        self._owners = np.full((lanes, self._lane_slots), NO_PAGE, np.uint32)
+        self._referenced = np.zeros((lanes, self._lane_slots), np.uint8)
+
+    @property
+    def n_pages(self) -> int:
+        """Pages of the flat page space."""
+        return self._digests.size
+
+    @property
+    def lanes(self) -> int:
+        """Lanes among which the pages are dealt."""
+        return self._lanes
+
+    @property
+    def cached_pages(self) -> int:
+        """Pages whose snapshot the cache can hold, all lanes together."""
+        return self._owners.size
+
+    @property
+    def known_pages(self) -> int:
+        """Pages whose digest is known."""
+        return int(np.count_nonzero(self._digests != UNKNOWN))
+
+    def knowledge_of_lane(self, lane: int) -> Knowledge:
+        """The arrays as the encoding kernel of `lane` wants them. For one `Encoder`."""
+        return Knowledge(
+            digests=self._digests,
+            slots=self._slots,
+            cache=self._cache[lane],
+            owners=self._owners[lane],
+            referenced=self._referenced[lane],
+            hand=np.zeros(1, np.int64),
+        )
+
+    def forget(self, indices: npt.NDArray[np.uint32]) -> None:
+        """Make these pages (uint32, 1-D) unknown: the next encode sends them whole."""
+        self._digests[indices] = UNKNOWN
+
+    def forget_all(self) -> None:
+        """Make every page unknown."""
+        self._digests[:] = UNKNOWN
+
+    def learn(self, indices: npt.NDArray[np.uint32], digests: npt.NDArray[np.uint64]) -> None:
+        """The receiver was proven to hold pages of these digests (uint64, one for each index)."""
+        self._drop_snapshots(indices)
+        self._digests[indices] = digests
+
+    def _drop_snapshots(self, indices: npt.NDArray[np.uint32]) -> None:
+        """Free the slots of these pages, since they may not hold what the receiver holds."""
+        if not self._slots.size:
+            return
+        slots = self._slots[indices]
+        pages, slots = indices[slots != 0], slots[slots != 0] - np.uint32(1)
+        lanes = pages // np.uint32(STRIPE_PAGES) % np.uint32(self._lanes)
+        self._owners[lanes, slots] = NO_PAGE
+        self._referenced[lanes, slots] = 0
+        self._slots[pages] = 0
