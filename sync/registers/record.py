@@ -9,6 +9,10 @@
 Little-endian. `value` holds the low `size` (1 to 8) bytes. A longer access is split into records
 that carry `MORE`, but for the last one; they are executed as one access. A `RESET` has size 0.
 
+A write that carries `WRITE_BACK` belongs to a batch: who executes it writes what the first read of
+the same register in the same batch returned, or `value` where there was none. So a batch can use
+a selector register and leave no trace, although nobody knows beforehand what it holds by then.
+
 The gateway packs single records with `struct` (it does not want numpy's start-up time on its
 data path); everybody else handles whole batches through `DTYPE`.
 """
@@ -46,6 +50,7 @@ class Flag(IntFlag):
     NONE = 0
     MORE = 1
     FAILED = 2
+    WRITE_BACK = 4
 
 
 class RecordFormatError(SyncError):
@@ -61,6 +66,7 @@ class Access(NamedTuple):
     size: int
     data: bytes = b""
     failed: bool = False
+    write_back: bool = False
 
 
 def pack_access(access: Access, seq: int) -> bytes:
@@ -68,7 +74,9 @@ def pack_access(access: Access, seq: int) -> bytes:
     if access.op is Op.RESET:
         return STRUCT.pack(seq, 0, 0, 0, 0, Op.RESET, Flag.FAILED if access.failed else 0)
     pieces: list[bytes] = []
-    failed = Flag.FAILED if access.failed else Flag.NONE
+    flags = Flag.FAILED if access.failed else Flag.NONE
+    if access.write_back:
+        flags |= Flag.WRITE_BACK
     for done in range(0, access.size, VALUE_BYTES):
         size = min(VALUE_BYTES, access.size - done)
         more = Flag.MORE if done + size < access.size else Flag.NONE
@@ -80,7 +88,7 @@ def pack_access(access: Access, seq: int) -> bytes:
                 access.region,
                 size,
                 access.op,
-                more | failed,
+                more | flags,
             )
         )
     return b"".join(pieces)
@@ -116,7 +124,13 @@ def unpack_accesses(records: bytes) -> Iterator[Access]:
         if flags & Flag.MORE:
             continue
         yield Access(
-            Op(start[0]), start[1], start[2], len(data), bytes(data), bool(flags & Flag.FAILED)
+            Op(start[0]),
+            start[1],
+            start[2],
+            len(data),
+            bytes(data),
+            bool(flags & Flag.FAILED),
+            bool(flags & Flag.WRITE_BACK),
         )
         start = None
         data = bytearray()

@@ -1,0 +1,1 @@
+"""DMA dirty-page trackers: which pages of guest memory did the devices write."""

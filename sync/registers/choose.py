@@ -1,0 +1,256 @@
+"""Which method moves a device's registers, and which profile knows them.
+
+Owns the search for profiles, the choice on either side, and the offer by which the target can
+tell that both sides mean the same. Profiles come, in this order of preference, from paths that
+the user gives, from plug-ins, and from `sync.profiles`; within one origin the narrowest match wins.
+
+A plug-in is an entry point of the group `vfio_ferry.profiles`: a `Profile`, a text in TOML, or a
+callable without parameters that returns either.
+"""
+
+from collections.abc import Iterable, Sequence
+from importlib.metadata import EntryPoint, entry_points
+from importlib.resources import files
+from pathlib import Path
+from typing import Any, Literal
+
+from sync.registers.capture import CaptureSource, CaptureTarget
+from sync.registers.device import DeviceView
+from sync.registers.errors import (
+    Difference,
+    IdentityMismatch,
+    MethodMismatch,
+    NoMethod,
+    PayloadError,
+    ProfileError,
+)
+from sync.registers.interface import GatewayPort, SourceRegisters, TargetRegisters
+from sync.registers.layout import Layout
+from sync.registers.payload import Kind, decode_json
+from sync.registers.profile import Profile
+from sync.registers.profile_toml import MAX_FILE_BYTES, parse_profile
+from sync.registers.v2 import StreamSource, StreamTarget
+
+ENTRY_POINT_GROUP = "vfio_ferry.profiles"
+MAX_CONSTANTS = 1 << 16
+
+RequestedMethod = Literal["auto", "v2", "replay"]
+Origin = tuple[Profile, ...]
+"""Profiles of equal preference."""
+
+
+def load_profiles(paths: Sequence[Path] = ()) -> tuple[Origin, ...]:
+    """All profiles, by origin, the preferred origin first.
+
+    Each of `paths` is a TOML file or a folder of them. Raises `ProfileError` for a profile that is
+    malformed, or a path where none is.
+    """
+    return (
+        *(tuple(_from_path(path)) for path in paths),
+        tuple(_from_plugin(point) for point in entry_points(group=ENTRY_POINT_GROUP)),
+        tuple(_own()),
+    )
+
+
+def find_profile(view: DeviceView, origins: Iterable[Origin]) -> Profile | None:
+    """The profile that is meant for this device, if there is one."""
+    for origin in origins:
+        fitting = [
+            (precision, profile.name, profile)
+            for profile in origin
+            if (precision := profile.precision(view)) is not None
+        ]
+        if fitting:
+            return max(fitting, key=lambda each: each[:2])[2]
+    return None
+
+
+def source_for(
+    view: DeviceView,
+    port: GatewayPort,
+    origins: Iterable[Origin],
+    method: RequestedMethod = "auto",
+) -> SourceRegisters:
+    """The source's half for a device.
+
+    `auto` prefers the device's own state stream. Raises `NoMethod` if the device does not offer
+    what is asked for, `ProfileMismatch` if its profile does not fit it.
+    """
+    if method in ("auto", "v2") and view.v2:
+        return StreamSource(port, _describe(view, "v2"), precopy=view.precopy)
+    if method == "v2":
+        raise NoMethod(
+            f"device {view.ids} does not offer VFIO migration v2: "
+            "use method 'replay' with a profile, or 'auto'"
+        )
+    profile = find_profile(view, origins)
+    if profile is None:
+        raise NoMethod(_no_profile(view))
+    layout = Layout(profile, view)
+    return CaptureSource(layout, port, _describe(view, "replay", layout))
+
+
+def target_for(
+    offer: bytes, view: DeviceView, port: GatewayPort, origins: Iterable[Origin]
+) -> TargetRegisters:
+    """The target's half for the device that `offer` describes; `view` is the device here.
+
+    Raises `IdentityMismatch`, `MethodMismatch`, `ProfileMismatch`, and `PayloadError` if the offer
+    is malformed.
+    """
+    document = decode_json(Kind.OFFER, offer)
+    method = document.get("method")
+    if method not in ("v2", "replay"):
+        raise MethodMismatch(
+            f"the source uses the register method {method!r}, which is not known here: "
+            "run the same release on both hosts"
+        )
+    here = _describe(view, method)
+    _compare(document, here, "device")
+    if method == "v2":
+        _compare(document, here, "structure")
+        if not view.v2:
+            raise MethodMismatch(
+                f"the source's device {view.ids} offers VFIO migration v2, the target's does not: "
+                "give it the same release, or ask the source for method 'replay'"
+            )
+        return StreamTarget(port)
+    profile = find_profile(view, origins)
+    if profile is None:
+        raise NoMethod(_no_profile(view))
+    _check_profile(document, profile)
+    layout = Layout(profile, view)
+    _compare(document, _describe(view, method, layout), "structure")
+    return CaptureTarget(layout, port, _texts(document, "constants"))
+
+
+def _describe(view: DeviceView, method: str, layout: Layout | None = None) -> dict[str, Any]:
+    structure = {
+        f"region {index}": f"{size:#x} bytes" for index, size in view.region_sizes.items() if size
+    }
+    document: dict[str, Any] = {
+        "method": method,
+        "device": {
+            "vendor": f"{view.vendor:#06x}",
+            "device": f"{view.device:#06x}",
+            "subsystem vendor": f"{view.subsystem_vendor:#06x}",
+            "subsystem": f"{view.subsystem:#06x}",
+            "class": f"{view.class_code:#08x}",
+        },
+        "structure": structure,
+    }
+    if layout is not None:
+        structure |= layout.structure()
+        document["profile"] = {
+            "name": layout.profile.name,
+            "version": layout.profile.version,
+            "digest": layout.profile.digest(),
+        }
+    return document
+
+
+def _compare(offered: dict[str, Any], here: dict[str, Any], part: str) -> None:
+    theirs, ours = _texts(offered, part), here[part]
+    differences = [
+        Difference(name, theirs.get(name, "nothing"), ours.get(name, "nothing"))
+        for name in sorted(theirs.keys() | ours.keys())
+        if theirs.get(name) != ours.get(name)
+    ]
+    if differences:
+        raise IdentityMismatch("the target's device is not like the source's", differences)
+
+
+def _check_profile(offered: dict[str, Any], profile: Profile) -> None:
+    theirs = _texts(offered, "profile")
+    if theirs.get("digest") != profile.digest():
+        raise MethodMismatch(
+            f"the source uses profile {theirs.get('name')} {theirs.get('version')}, here it is "
+            f"{profile.name} {profile.version}, and they differ: use the same file on both hosts"
+        )
+
+
+def _texts(document: dict[str, Any], part: str) -> dict[str, str]:
+    found = document.get(part)
+    if (
+        not isinstance(found, dict)
+        or len(found) > MAX_CONSTANTS
+        or any(not isinstance(value, str) for value in found.values())
+    ):
+        raise PayloadError(f"the source's offer has no sound '{part}'")
+    return found
+
+
+def _from_path(path: Path) -> list[Profile]:
+    try:
+        paths = sorted(path.glob("*.toml")) if path.is_dir() else [path]
+        profiles = []
+        for each in paths:
+            if each.stat().st_size > MAX_FILE_BYTES:
+                raise ProfileError(f"{each}: larger than {MAX_FILE_BYTES} bytes")
+            profiles.append(_parse(str(each), each.read_text("utf-8")))
+    except (OSError, UnicodeDecodeError) as error:
+        raise ProfileError(f"no profile can be read from {path}: {error}") from error
+    if not profiles:
+        raise ProfileError(f"there is no profile (*.toml) in {path}")
+    return profiles
+
+
+def _from_plugin(point: EntryPoint) -> Profile:
+    where = f"the plug-in {point.name} ({point.value})"
+    try:
+        loaded = point.load()
+        if not isinstance(loaded, (Profile, str)) and callable(loaded):
+            loaded = loaded()
+    except Exception as error:
+        raise ProfileError(f"{where} fails: {error!r}") from error
+    if isinstance(loaded, str):
+        return _parse(where, loaded)
+    if not isinstance(loaded, Profile):
+        raise ProfileError(f"{where} gives a {type(loaded).__name__}; a profile or TOML is needed")
+    return loaded
+
+
+def _own() -> list[Profile]:
+    return [
+        _parse(f"sync.profiles/{each.name}", each.read_text("utf-8"))
+        for each in sorted(files("sync.profiles").iterdir(), key=lambda each: each.name)
+        if each.name.endswith(".toml")
+    ]
+
+
+def _parse(where: str, text: str) -> Profile:
+    try:
+        return parse_profile(text)
+    except ProfileError as error:
+        raise ProfileError(f"{where}: {error}") from error
+
+
+def _no_profile(view: DeviceView) -> str:
+    return f"""\
+device {view.ids} (subsystem {view.subsystem_vendor:04x}:{view.subsystem:04x}, class \
+{view.class_code:06x}) offers no VFIO migration v2, and no profile describes its registers. \
+Write one, and give its path with --profile on both hosts:
+
+format = 1
+name = "my-device"
+version = "1"
+
+[[match]]
+vendor = {view.vendor:#06x}
+device = {view.device:#06x}
+
+[[register]]              # for each register: what it is, and what may be done with it
+name = "command"          # (python -m pydoc sync.registers.profile_toml describes the format)
+base = "pci:config"
+offset = 0x04
+size = 2
+class = "snapshot"
+hold_bits = 0x0004
+
+[[register]]
+name = "doorbell"
+base = "bar0"
+offset = 0x00
+size = 4
+class = "hold"
+"""
