@@ -1,0 +1,1 @@
+"""The process between a VMM and its device: relays, traps registers, tracks DMA, has the owner."""

@@ -1,0 +1,48 @@
+"""A listening UNIX socket of the gateway: for its own user alone, and never over a live one."""
+
+import contextlib
+import errno
+import socket
+from pathlib import Path
+
+from sync.gateway.errors import SocketInUse
+from sync.vfio_user.sockets import file_identity, listen_unix, unlink_unix
+
+
+class Listener:
+    """Listens at `path` (mode 0600), non-blocking; the file of a process that was killed is
+    replaced.
+
+    Raises `SocketInUse` if somebody listens there, or if the file is no socket; OSError if the path
+    cannot be used.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+        try:
+            self._sock = listen_unix(path)
+        except OSError as error:
+            if error.errno != errno.EADDRINUSE:
+                raise
+            raise SocketInUse(
+                f"{path} is in use by another process, or is no socket: stop that process or "
+                "choose another path"
+            ) from error
+        self._sock.setblocking(False)
+        self._identity = file_identity(path)
+
+    def fileno(self) -> int:
+        return self._sock.fileno()
+
+    def accept(self) -> socket.socket | None:
+        """The next connection, or None."""
+        try:
+            return self._sock.accept()[0]
+        except OSError:
+            return None
+
+    def close(self) -> None:
+        """Stops listening and removes the file, if it is still ours."""
+        self._sock.close()
+        with contextlib.suppress(OSError):
+            unlink_unix(self._path, self._identity)

@@ -1,0 +1,46 @@
+"""The gateway's process: signals, descriptors, and the event loop until the end.
+
+Started by the composition room with its options; imports neither trio nor numpy nor numba, for it
+has to be there at once and stay small for as long as the VM lives.
+"""
+
+import gc
+import resource
+import signal
+from contextlib import suppress
+
+from sync.gateway.log import Log
+from sync.gateway.loop import Gateway, GatewayOptions
+
+__all__ = ["GatewayOptions", "run"]
+
+
+def run(options: GatewayOptions) -> None:
+    """Runs a gateway until SIGTERM or SIGINT, then removes its sockets and returns.
+
+    Events go to stdout as JSON lines with `options.json`, else to stderr as text. Raises
+    `SocketInUse` or OSError if it cannot listen.
+    """
+    _allow_descriptors()
+    log = Log(1 if options.json else 2, as_json=options.json)
+    gateway = Gateway(options, log)
+    before = {
+        number: signal.signal(number, lambda *_: gateway.stop())
+        for number in (signal.SIGTERM, signal.SIGINT)
+    }
+    # What is loaded by now stays: the collector need not look at it again on the data path.
+    gc.freeze()
+    try:
+        gateway.run()
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+        log("ended")
+
+
+def _allow_descriptors() -> None:
+    """A memory map and a table of interrupts may bring thousands of descriptors."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if soft != hard:
+        with suppress(ValueError, OSError):
+            resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))

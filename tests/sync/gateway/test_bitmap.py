@@ -1,0 +1,121 @@
+"""The dirty bitmap against a set of page numbers."""
+
+import mmap
+import os
+from collections.abc import Iterator
+
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from sync.gateway.bitmap import DirtyBitmap
+from sync.gateway.dma import FlatRegion
+
+PAGE = 4096
+# Gaps between regions, one region that follows another without a gap, sizes that fill no word.
+LAYOUT = [(0x0, 7), (0x10000, 70), (0x10000 + 70 * PAGE, 3), (0x100000000, 130)]
+N_PAGES = sum(pages for _, pages in LAYOUT)
+
+
+def _flat() -> list[FlatRegion]:
+    flat, page = [], 0
+    for iova, pages in LAYOUT:
+        flat.append(FlatRegion(iova, pages * PAGE, 0, True, -1, page))
+        page += pages
+    return flat
+
+
+def _page_of(address: int) -> int | None:
+    page = 0
+    for iova, pages in LAYOUT:
+        if iova <= address < iova + pages * PAGE:
+            return page + (address - iova) // PAGE
+        page += pages
+    return None
+
+
+def _pages(bitmap: DirtyBitmap, half: int) -> set[int]:
+    data = os.pread(bitmap.descriptor, bitmap.half_bytes, half * bitmap.half_bytes)
+    bits = int.from_bytes(data, "little")
+    return {page for page in range(len(data) * 8) if bits >> page & 1}
+
+
+@pytest.fixture
+def bitmap() -> Iterator[DirtyBitmap]:
+    bitmap = DirtyBitmap(_flat())
+    yield bitmap
+    bitmap.close()
+
+
+@st.composite
+def ranges(draw: st.DrawFn) -> tuple[int, int]:
+    iova, pages = draw(st.sampled_from(LAYOUT))
+    address = max(0, iova + draw(st.integers(-3 * PAGE, pages * PAGE)))
+    return address, draw(st.integers(1, 20 * PAGE))
+
+
+@given(st.lists(ranges(), max_size=12))
+@settings(deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+def test_i1_every_page_written_is_marked_and_no_other(
+    bitmap: DirtyBitmap, writes: list[tuple[int, int]]
+) -> None:
+    expected = set()
+    for address, count in writes:
+        bitmap.mark(address, count)
+        # Every page that the write touches, one byte of each at a time.
+        probes = {address + count - 1, *range(address, address + count, PAGE)}
+        expected |= {page for probe in probes if (page := _page_of(probe)) is not None}
+    half = bitmap.swap()
+    assert _pages(bitmap, half) == expected
+    os.pwrite(bitmap.descriptor, bytes(bitmap.half_bytes), half * bitmap.half_bytes)
+
+
+@given(
+    st.integers(0, len(LAYOUT) - 1),
+    st.sampled_from([1, 2, 16, 512]),
+    st.integers(0, 80),
+    st.integers(min_value=0, max_value=(1 << 140) - 1),
+)
+@settings(deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+def test_i1_a_report_lands_on_the_pages_it_stands_for(
+    bitmap: DirtyBitmap, index: int, factor: int, first: int, bits: int
+) -> None:
+    """Any alignment of the region in the flat page space, any page size of the device."""
+    region = _flat()[index]
+    pages = region.length // PAGE
+    first = min(first, pages - 1)
+    n_bits = -(-(pages - first) // factor)
+    bits &= (1 << n_bits) - 1
+    data = bits.to_bytes(-(-n_bits // 64) * 8, "little")
+    bitmap.mark(0, 1)
+    bitmap.merge(region, first * PAGE, data, factor * PAGE)
+    expected = {
+        region.first_page + first + bit * factor + step
+        for bit in range(n_bits)
+        if bits >> bit & 1
+        for step in range(factor)
+        if first + bit * factor + step < pages
+    }
+    half = bitmap.swap()
+    assert _pages(bitmap, half) == expected | {0}
+    os.pwrite(bitmap.descriptor, bytes(bitmap.half_bytes), half * bitmap.half_bytes)
+
+
+def test_i1_a_page_marked_after_the_swap_is_in_the_other_half(bitmap: DirtyBitmap) -> None:
+    bitmap.mark(0, 1)
+    first = bitmap.swap()
+    bitmap.mark(PAGE, 1)
+    assert _pages(bitmap, first) == {0}
+    second = bitmap.swap()
+    assert second != first
+    assert _pages(bitmap, second) == {1}
+
+
+def test_who_gets_the_descriptor_cannot_take_the_file_away(bitmap: DirtyBitmap) -> None:
+    assert bitmap.n_pages == N_PAGES
+    with pytest.raises(PermissionError):
+        os.ftruncate(bitmap.descriptor, 0)
+    other = mmap.mmap(bitmap.descriptor, 2 * bitmap.half_bytes)
+    other[:] = bytes(2 * bitmap.half_bytes)
+    other.close()
+    bitmap.mark(0, PAGE)

@@ -1,0 +1,147 @@
+"""Jobs at the device: order, window, deadlines, and their end when the device goes."""
+
+import os
+
+import pytest
+
+from sync.gateway.errors import DeviceLost, DeviceRefused, DeviceTimeout
+from sync.gateway.relay import Relay
+from sync.gateway.runner import WINDOW, Call, Runner
+from sync.vfio_user.errors import ProtocolError
+from sync.vfio_user.protocol import HEADER, encode_message
+
+
+class Table:
+    """A runner whose device answers when told to."""
+
+    def __init__(self) -> None:
+        self.sent: list[bytes] = []
+        self.now = 0.0
+        self.relay = Relay(self._take)
+        self.runner = Runner(self.relay, lambda: self.now, 5.0)
+        self.outcome: list[tuple[object, object]] = []
+
+    def _take(self, data: object, descriptors: list[int]) -> None:
+        self.sent.append(bytes(data))
+        for descriptor in descriptors:
+            os.close(descriptor)
+
+    def start(self, job: object, *, held: bool = False) -> None:
+        self.runner.start(
+            job, lambda result, error: self.outcome.append((result, error)), held=held
+        )
+
+    def answer(self, count: int, body: bytes = b"") -> None:
+        for _ in range(count):
+            number, command, *_ = HEADER.unpack_from(self.sent.pop(0))
+            reply = encode_message(number, command, body, reply=True)
+            self.relay.from_device(number, command, 1, 0, memoryview(bytearray(reply)), [])
+
+
+@pytest.fixture
+def table() -> Table:
+    return Table()
+
+
+def test_no_more_than_a_window_is_under_way_and_answers_keep_their_order(table: Table) -> None:
+    def job():
+        answers = yield [Call(100 + number) for number in range(100)]
+        assert [answer.body for answer in answers] == [bytes([number % 7]) for number in range(100)]
+        return "done"
+
+    table.start(job())
+    done = 0
+    while not table.outcome:
+        assert len(table.sent) <= WINDOW
+        assert HEADER.unpack_from(table.sent[0])[1] == 100 + done
+        table.answer(1, bytes([done % 7]))
+        done += 1
+    assert table.outcome == [("done", None)]
+    assert done == 100 and table.sent == []
+
+
+def test_empty_lists_cost_nothing_and_errors_end_the_job(table: Table) -> None:
+    def job():
+        assert (yield []) == []
+        (answer,) = yield [Call(1)]
+        answer.error = 5
+        answer.expect("this")
+
+    table.start(job())
+    table.answer(1)
+    assert isinstance(table.outcome[0][1], DeviceRefused)
+    assert not table.runner.busy and table.runner.deadline is None
+
+
+def test_i10_a_held_job_has_one_deadline_for_all_of_its_steps(table: Table) -> None:
+    def job():
+        while True:
+            yield [Call(1)]
+
+    table.start(job(), held=True)
+    assert table.relay.holding
+    for table.now in (1.0, 2.0, 3.0, 4.0):
+        table.answer(1)
+        assert not table.runner.expired(table.now)
+    assert table.runner.expired(5.0), "the device is to be given up"
+    table.runner.abort(DeviceLost("gone"))
+    assert isinstance(table.outcome[0][1], DeviceLost)
+
+
+def test_a_job_that_holds_nobody_up_only_fails_itself(table: Table) -> None:
+    def job():
+        yield [Call(1)]
+        yield [Call(2)]
+
+    table.start(job())
+    table.now = 4.0
+    table.answer(1)
+    assert not table.runner.expired(6.0)
+    assert not table.runner.expired(9.5)
+    assert isinstance(table.outcome[0][1], DeviceTimeout)
+    table.answer(1)
+    assert len(table.outcome) == 1, "the late answer is nobody's"
+
+    def another():
+        yield [Call(3)]
+
+    table.start(another())
+    table.answer(1)
+    assert table.outcome[1] == (None, None)
+
+
+def test_a_job_waits_until_the_vmms_own_changes_are_through(table: Table) -> None:
+    def job():
+        yield [Call(1)]
+
+    table.relay.hold()
+    table.start(job(), held=True)
+    assert table.sent == []
+    table.relay.let_go()
+    assert len(table.sent) == 1 and table.relay.holding
+    table.answer(1)
+    assert not table.relay.holding
+
+
+def test_a_job_aborted_before_it_began_does_nothing(table: Table) -> None:
+    def job():
+        yield [Call(1)]
+
+    table.relay.hold()
+    table.start(job(), held=True)
+    table.runner.abort(DeviceLost("gone"))
+    table.relay.let_go()
+    assert table.sent == [] and not table.relay.holding
+    assert isinstance(table.outcome[0][1], DeviceLost)
+
+
+def test_a_device_that_breaks_the_protocol_is_not_the_jobs_to_hide(table: Table) -> None:
+    def job():
+        yield [Call(1)]
+        raise ProtocolError("nonsense")
+
+    table.start(job())
+    with pytest.raises(ProtocolError):
+        table.answer(1)
+    table.runner.abort(DeviceLost("gone"))
+    assert isinstance(table.outcome[0][1], DeviceLost)
