@@ -1,0 +1,236 @@
+"""Configuration space of a conventional PCI device (type 0 header, 256 bytes).
+
+Owns what software sees in the configuration space: identity, command and status, BAR sizing,
+interrupt pin, the list of capabilities, and which bits can be written. Does not own what an
+address in a BAR means, nor interrupts.
+
+Sources: PCI Local Bus Specification 3.0, sections 6.1 (header), 6.2.5 (BAR sizing), 6.7
+(capabilities), 6.8.2 (MSI-X).
+"""
+
+import struct
+from collections.abc import Sequence
+from dataclasses import dataclass
+from enum import IntEnum, IntFlag
+
+from sync.errors import SyncError
+
+CONFIG_BYTES = 256
+BAR_COUNT = 6
+
+COMMAND = 0x04
+STATUS = 0x06
+BAR0 = 0x10
+CAPABILITIES_POINTER = 0x34
+INTERRUPT_LINE = 0x3C
+
+_FIRST_CAPABILITY = 0x40
+_STATUS_INTERRUPT = 1 << 3
+_STATUS_CAPABILITIES = 1 << 4
+_MSIX_CAPABILITY_ID = 0x11
+_MSIX_FUNCTION_MASK = 1 << 14
+_MSIX_ENABLE = 1 << 15
+MSIX_ENTRY_BYTES = 16
+
+
+class PciStateError(SyncError):
+    """A saved configuration space belongs to a device that is built differently."""
+
+
+class Command(IntFlag):
+    """The bits of the command register that these devices implement."""
+
+    IO = 1 << 0
+    MEMORY = 1 << 1
+    BUS_MASTER = 1 << 2
+    PARITY = 1 << 6
+    SERR = 1 << 8
+    INTX_DISABLE = 1 << 10
+
+
+class BarKind(IntEnum):
+    """What a BAR decodes; the value is what its low bits read as."""
+
+    MEMORY_32 = 0b0000
+    MEMORY_64 = 0b0100
+    IO = 0b0001
+
+
+@dataclass(frozen=True, slots=True)
+class Bar:
+    """A base address register. `size` is a power of two, in bytes; at least 16 (IO: 4)."""
+
+    index: int
+    size: int
+    kind: BarKind = BarKind.MEMORY_32
+
+    def __post_init__(self) -> None:
+        smallest = 4 if self.kind is BarKind.IO else 16
+        last = BAR_COUNT - (2 if self.kind is BarKind.MEMORY_64 else 1)
+        if not 0 <= self.index <= last:
+            raise ValueError(f"a device has no BAR {self.index} of kind {self.kind.name}")
+        if self.size < smallest or self.size & (self.size - 1):
+            raise ValueError(f"{self.size} bytes are no size for a BAR")
+
+
+@dataclass(frozen=True, slots=True)
+class PciIdentity:
+    """What a driver is chosen by. `class_code` has 24 bits: class, subclass, interface."""
+
+    vendor_id: int
+    device_id: int
+    class_code: int
+    revision_id: int = 0
+    subsystem_vendor_id: int = 0
+    subsystem_id: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class Capability:
+    """A capability without its two leading bytes (id and next). `writable` masks `body`."""
+
+    id: int
+    body: bytes
+    writable: bytes = b""
+
+
+def msix_capability(
+    n_vectors: int, table_bar: int, table_offset: int, pba_bar: int, pba_offset: int
+) -> Capability:
+    """MSI-X for 1 to 2048 vectors. The offsets are multiples of 8 bytes within their BARs."""
+    if not 1 <= n_vectors <= 2048 or table_offset % 8 or pba_offset % 8:
+        raise ValueError("no such MSI-X capability")
+    return Capability(
+        _MSIX_CAPABILITY_ID,
+        struct.pack("<HII", n_vectors - 1, table_offset | table_bar, pba_offset | pba_bar),
+        struct.pack("<H", _MSIX_ENABLE | _MSIX_FUNCTION_MASK),
+    )
+
+
+class ConfigSpace:
+    """256 bytes that behave as the configuration space of a device with one function.
+
+    `interrupt_pin` is 1 to 4 for INTA to INTD, 0 for none. `interrupt_status` is what bit 3 of
+    the status register reads as; the device sets it.
+
+    Not thread-safe: the owner serialises accesses.
+    """
+
+    def __init__(
+        self,
+        identity: PciIdentity,
+        bars: Sequence[Bar],
+        capabilities: Sequence[Capability] = (),
+        *,
+        interrupt_pin: int = 0,
+    ) -> None:
+        self.bars = tuple(bars)
+        self.interrupt_status = False
+        self.capability_offsets: list[int] = []
+        """Where each of `capabilities` lies, in the order given."""
+        self._msix_control: int | None = None
+        self._initial = bytearray(CONFIG_BYTES)
+        self._writable = bytearray(CONFIG_BYTES)
+        self._build_header(identity, interrupt_pin)
+        for bar in self.bars:
+            self._build_bar(bar)
+        self._build_capabilities(capabilities)
+        self._bytes = bytearray(self._initial)
+
+    @property
+    def command(self) -> Command:
+        return Command(int.from_bytes(self._bytes[COMMAND : COMMAND + 2], "little"))
+
+    @property
+    def msix_enabled(self) -> bool:
+        if self._msix_control is None:
+            return False
+        control = int.from_bytes(self._bytes[self._msix_control : self._msix_control + 2], "little")
+        return bool(control & _MSIX_ENABLE)
+
+    def read(self, offset: int, count: int) -> bytes:
+        """`count` bytes. Raises `ValueError` if they do not all lie in the space."""
+        self._check(offset, count)
+        data = bytearray(self._bytes[offset : offset + count])
+        if self.interrupt_status and offset <= STATUS < offset + count:
+            data[STATUS - offset] |= _STATUS_INTERRUPT
+        return bytes(data)
+
+    def write(self, offset: int, data: bytes) -> None:
+        """Change the bits that can be written. Raises `ValueError` as `read` does."""
+        self._check(offset, len(data))
+        for at, value in enumerate(data, offset):
+            mask = self._writable[at]
+            self._bytes[at] = (self._bytes[at] & ~mask) | (value & mask)
+
+    def reset(self) -> None:
+        """The state after power-on: nothing is decoded, no DMA, no MSI-X."""
+        self._bytes[:] = self._initial
+        self.interrupt_status = False
+
+    def save(self) -> bytes:
+        """Everything `load` needs, `CONFIG_BYTES` long."""
+        return bytes(self._bytes)
+
+    def check(self, saved: bytes) -> None:
+        """Raise `PciStateError` unless `saved` is from a space with the same read-only bits."""
+        if len(saved) != CONFIG_BYTES:
+            raise PciStateError(f"a configuration space has {CONFIG_BYTES} bytes, not {len(saved)}")
+        for at, (mine, theirs, mask) in enumerate(
+            zip(self._initial, saved, self._writable, strict=True)
+        ):
+            if (mine ^ theirs) & ~mask:
+                raise PciStateError(f"read-only configuration byte {at:#04x} is different")
+
+    def load(self, saved: bytes) -> None:
+        """Take over what another space `save`d. Raises `PciStateError` as `check` does."""
+        self.check(saved)
+        self._bytes[:] = saved
+
+    def _check(self, offset: int, count: int) -> None:
+        if offset < 0 or count < 0 or offset + count > CONFIG_BYTES:
+            raise ValueError(f"{count} bytes at {offset:#x} are not in the configuration space")
+
+    def _build_header(self, identity: PciIdentity, interrupt_pin: int) -> None:
+        struct.pack_into("<HH", self._initial, 0x00, identity.vendor_id, identity.device_id)
+        class_and_revision = identity.class_code << 8 | identity.revision_id
+        struct.pack_into("<I", self._initial, 0x08, class_and_revision)
+        subsystem = (identity.subsystem_vendor_id, identity.subsystem_id)
+        struct.pack_into("<HH", self._initial, 0x2C, *subsystem)
+        self._initial[INTERRUPT_LINE + 1] = interrupt_pin
+        command = Command.BUS_MASTER | Command.PARITY | Command.SERR
+        if interrupt_pin:
+            command |= Command.INTX_DISABLE
+        for bar in self.bars:
+            command |= Command.IO if bar.kind is BarKind.IO else Command.MEMORY
+        struct.pack_into("<H", self._writable, COMMAND, command)
+        struct.pack_into("<BB", self._writable, 0x0C, 0xFF, 0xFF)
+        self._writable[INTERRUPT_LINE] = 0xFF
+
+    def _build_bar(self, bar: Bar) -> None:
+        # Sizing works by itself: address bits below the size are wired to 0, so that they read
+        # back as 0 after all ones were written.
+        at = BAR0 + 4 * bar.index
+        width = 8 if bar.kind is BarKind.MEMORY_64 else 4
+        if any(self._writable[at : at + width]):
+            raise ValueError(f"BAR {bar.index} is there twice")
+        struct.pack_into("<I", self._initial, at, bar.kind)
+        mask = -bar.size & ((1 << 8 * width) - 1)
+        self._writable[at : at + width] = mask.to_bytes(width, "little")
+
+    def _build_capabilities(self, capabilities: Sequence[Capability]) -> None:
+        link, at = CAPABILITIES_POINTER, _FIRST_CAPABILITY
+        for capability in capabilities:
+            end = at + 2 + len(capability.body)
+            if end > CONFIG_BYTES or len(capability.writable) > len(capability.body):
+                raise ValueError(f"capability {capability.id:#x} does not fit")
+            self._initial[link] = at
+            self._initial[at] = capability.id
+            self._initial[at + 2 : end] = capability.body
+            self._writable[at + 2 : at + 2 + len(capability.writable)] = capability.writable
+            if capability.id == _MSIX_CAPABILITY_ID:
+                self._msix_control = at + 2
+            self.capability_offsets.append(at)
+            link, at = at + 1, (end + 3) & ~3
+        if capabilities:
+            self._initial[STATUS] |= _STATUS_CAPABILITIES
