@@ -1,0 +1,1 @@
+"""Driving a VMM through its migration. Knows no device, no gateway and no network."""

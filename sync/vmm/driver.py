@@ -1,0 +1,314 @@
+"""The migration of a VMM that speaks QMP, as the steps of one side.
+
+Owns the order of QMP commands and how their end is recognised; the device, its gateway and the
+network are other people's. Source: QEMU's qapi/migration.json. What state a VMM is in is always
+asked of it (`query-status`, `query-migrate`); an event only says when to ask again.
+
+    source                                        target (`-S -incoming defer`)
+    check_source         running                  check_target     inmigrate
+                                                  start_incoming
+    start_outgoing       active, held by a downtime limit of 0
+    allow_switchover
+    wait_pre_switchover  finish-migrate
+    continue_switchover
+    wait_completed       postmigrate              wait_loaded      paused
+                                                  resume           running
+    cancel_and_resume    back to running, from each of these states
+"""
+
+import math
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from types import TracebackType
+from typing import Any, TypeVar
+
+import trio
+
+from sync.vmm.client import COMMAND_DEADLINE_S, QmpClient
+from sync.vmm.errors import (
+    MigrationFailed,
+    QmpProtocolError,
+    VmmGone,
+    VmmNotReady,
+    VmmRefused,
+)
+from sync.vmm.states import (
+    FAILED,
+    UNDER_WAY,
+    ResumeStep,
+    migration_status_of,
+    resume_step,
+    run_state_of,
+)
+
+POLL_S = 0.05
+"""How often a VMM is asked when it sends no event: the end of loading comes without one."""
+PAUSE_CAPABILITY = "pause-before-switchover"
+MAX_DOWNTIME_MS = 2_000_000
+"""QEMU's own limit for downtime-limit."""
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True, slots=True)
+class PreSwitchover:
+    """The guest stands still and the VMM waits for `continue_switchover`."""
+
+    guest_paused_at: float
+    """When the guest was paused, in seconds since the epoch: from the STOP event, or, if this
+    connection did not see one, the moment at which the pause was noticed."""
+
+
+@dataclass(frozen=True, slots=True)
+class VmmProgress:
+    """What `query-migrate` says. Numbers are 0 where the VMM does not say."""
+
+    status: str
+    """`none`, `setup`, `active`, `pre-switchover`, `device`, `completed`, `failed`, ..."""
+    transferred_bytes: int
+    remaining_bytes: int
+    total_bytes: int
+    dirty_pages_per_s: int
+    rounds: int
+    """How often the VMM has read its dirty bitmap."""
+    page_bytes: int
+    expected_downtime_ms: int
+    downtime_ms: int
+    error: str
+    """The VMM's `error-desc`, or empty."""
+
+
+class Vmm:
+    """One VMM under control. Every method may raise `VmmGone` and `QmpProtocolError`.
+
+    The wait_* methods have no deadline of their own: `trio.fail_after` is for that. All of them
+    may be cancelled and called again.
+    """
+
+    def __init__(self, client: QmpClient) -> None:
+        self.client = client
+        self._migration_mark = client.events_seen
+
+    @classmethod
+    async def connect(cls, path: str, *, deadline_s: float = 10.0) -> "Vmm":
+        """Takes the QMP socket `path`. Raises `VmmGone` when it is not to be had in time."""
+        return cls(await QmpClient.connect(path, deadline_s=deadline_s))
+
+    async def __aenter__(self) -> "Vmm":
+        return self
+
+    async def __aexit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        await self.aclose()
+
+    async def aclose(self) -> None:
+        """Gives the QMP socket back. The VMM goes on as it is."""
+        await self.client.aclose()
+
+    async def execute(
+        self,
+        command: str,
+        arguments: Mapping[str, Any] | None = None,
+        *,
+        deadline_s: float = COMMAND_DEADLINE_S,
+    ) -> Any:
+        """Any QMP command. Raises `VmmRefused`, `VmmNotReady` after the deadline."""
+        return await self.client.execute(command, arguments, deadline_s=deadline_s)
+
+    async def run_state(self) -> str:
+        """`running`, `paused`, `inmigrate`, `finish-migrate`, `postmigrate`, ..."""
+        return run_state_of(await self.execute("query-status"))
+
+    async def check_source(self) -> None:
+        """Raises `VmmNotReady` unless this guest runs and can be paused before the switchover."""
+        state = await self.run_state()
+        if state != "running":
+            raise VmmNotReady(f"the source's guest is {state!r}, it has to be running")
+        await self._check_pause_capability()
+        status = migration_status_of(await self.execute("query-migrate"))
+        if status in UNDER_WAY:
+            raise VmmNotReady(f"the source's VMM is migrating already (it is {status!r})")
+
+    async def check_target(self) -> None:
+        """Raises `VmmNotReady` unless this VMM waits for `migrate-incoming`."""
+        state = await self.run_state()
+        if state != "inmigrate":
+            raise VmmNotReady(
+                f"the target's guest is {state!r}; start its VMM with -S -incoming defer"
+            )
+        await self._check_pause_capability()
+
+    async def start_incoming(self, uri: str) -> None:
+        """Has the target's VMM listen at `uri` (`unix:PATH`)."""
+        await self._set_capabilities()
+        await self.execute("migrate-incoming", {"uri": uri})
+
+    async def start_outgoing(self, uri: str) -> None:
+        """Starts the source's migration to `uri`; it does not switch over until it is allowed to.
+
+        With a downtime limit of 0 a VMM goes on copying for as long as anything is dirty. QEMU
+        may still reach pre-switchover early, when its guest writes nothing at all.
+        """
+        self._migration_mark = self.client.events_seen
+        await self._set_capabilities()
+        await self.execute("migrate-set-parameters", {"downtime-limit": 0})
+        await self.execute("migrate", {"uri": uri})
+
+    async def allow_switchover(self, downtime_ms: int) -> None:
+        """Lets the VMM pause its guest once what is left takes less than `downtime_ms`."""
+        limit = min(max(downtime_ms, 1), MAX_DOWNTIME_MS)
+        await self.execute("migrate-set-parameters", {"downtime-limit": limit})
+
+    async def wait_pre_switchover(self) -> PreSwitchover:
+        """Waits until the source's guest is paused. Raises `MigrationFailed`."""
+
+        def judge(migration: Any) -> bool | None:
+            status = self._status_unless_failed(migration)
+            if status in ("device", "completed"):
+                raise MigrationFailed(status, "it did not wait in pre-switchover")
+            return True if status == "pre-switchover" else None
+
+        await self._watch(judge)
+        stop = self.client.last_event("STOP", since=self._migration_mark)
+        if stop is None or not stop.timestamp:
+            return PreSwitchover(time.time())
+        return PreSwitchover(stop.timestamp)
+
+    async def continue_switchover(self) -> None:
+        """Lets the source's VMM send the rest. Raises `VmmRefused` outside pre-switchover."""
+        await self.execute("migrate-continue", {"state": "pre-switchover"})
+
+    async def wait_completed(self) -> None:
+        """Waits until the source has sent everything. Raises `MigrationFailed`.
+
+        It says nothing about the target, which may have failed to load it.
+        """
+        await self._watch(
+            lambda migration: self._status_unless_failed(migration) == "completed" or None
+        )
+
+    async def wait_loaded(self) -> None:
+        """Waits until the target has loaded everything and is paused. Raises `MigrationFailed`."""
+        while True:
+            seen = self.client.events_seen
+            status = self._status_unless_failed(await self.execute("query-migrate"))
+            state = await self.run_state()
+            if status == "completed" and state != "inmigrate":
+                break
+            await self._wait_event_or_poll(seen)
+        if state != "paused":
+            raise VmmNotReady(f"the target's guest is {state!r} after loading, not 'paused'")
+
+    async def resume(self) -> None:
+        """Has a paused guest run. Raises `VmmRefused`, or `VmmNotReady` if it then does not."""
+        await self.execute("cont")
+        state = await self.run_state()
+        if state != "running":
+            raise VmmNotReady(f"the guest is {state!r} after 'cont'")
+
+    async def cancel_and_resume(self, deadline_s: float) -> None:
+        """Ends the source's migration in any of its states and has the guest run again.
+
+        Never call it once the target may own the guest. Raises `VmmNotReady` when the guest does
+        not run at the deadline, or cannot.
+        """
+        state = status = "unknown"
+        with trio.move_on_after(deadline_s):
+            while True:
+                seen = self.client.events_seen
+                # In this order: a migration that ends between both answers is seen as under way.
+                status = migration_status_of(await self.execute("query-migrate"))
+                state = await self.run_state()
+                step = resume_step(state, status)
+                if step is ResumeStep.NOTHING:
+                    return
+                if step is not ResumeStep.WAIT:
+                    try:
+                        await self.execute(step.value)
+                    except VmmRefused:
+                        # The state has moved on meanwhile. If not, the deadline ends this.
+                        pass
+                    else:
+                        if step is ResumeStep.CONTINUE:
+                            continue
+                await self._wait_event_or_poll(seen)
+        raise VmmNotReady(
+            f"the source's guest is {state!r} (migration {status!r}) after {deadline_s:g} s; "
+            "continue it by hand ('migrate_cancel', 'cont')"
+        )
+
+    async def quit(self) -> None:
+        """Ends the VMM. That it is gone already is no error."""
+        try:
+            await self.execute("quit")
+        except VmmGone:
+            return
+
+    async def progress(self) -> VmmProgress:
+        """How far the VMM's migration has come."""
+        return parse_progress(await self.execute("query-migrate"))
+
+    async def _check_pause_capability(self) -> None:
+        capabilities = await self.execute("query-migrate-capabilities")
+        if not isinstance(capabilities, list):
+            raise QmpProtocolError("query-migrate-capabilities returned no list")
+        names = [entry.get("capability") for entry in capabilities if isinstance(entry, dict)]
+        if PAUSE_CAPABILITY not in names:
+            raise VmmNotReady(f"the VMM cannot {PAUSE_CAPABILITY}; QEMU can since 2.11")
+
+    async def _set_capabilities(self) -> None:
+        wanted = [{"capability": name, "state": True} for name in ("events", PAUSE_CAPABILITY)]
+        await self.execute("migrate-set-capabilities", {"capabilities": wanted})
+
+    def _status_unless_failed(self, migration: Any) -> str:
+        status = migration_status_of(migration)
+        if status in FAILED:
+            raise MigrationFailed(status, str(migration.get("error-desc", "")))
+        return status
+
+    async def _watch(self, judge: Callable[[Any], T | None]) -> T:
+        """Asks `query-migrate` at once and after each event until `judge` returns something."""
+        while True:
+            seen = self.client.events_seen
+            verdict = judge(await self.execute("query-migrate"))
+            if verdict is not None:
+                return verdict
+            await self._wait_event_or_poll(seen)
+
+    async def _wait_event_or_poll(self, seen: int) -> None:
+        with trio.move_on_after(POLL_S):
+            await self.client.wait_event(since=seen)
+
+
+def parse_progress(migration: Any) -> VmmProgress:
+    """What `query-migrate` returned, checked. Raises `QmpProtocolError`."""
+    status = migration_status_of(migration)
+    ram = migration.get("ram", {})
+    if not isinstance(ram, dict):
+        raise QmpProtocolError("query-migrate returned a malformed 'ram'")
+
+    def number(source: dict[str, Any], key: str) -> int:
+        value = source.get(key, 0)
+        if isinstance(value, bool) or not isinstance(value, int | float) or not value >= 0:
+            raise QmpProtocolError(f"query-migrate returned a malformed {key!r}")
+        if math.isinf(value):
+            raise QmpProtocolError(f"query-migrate returned a malformed {key!r}")
+        return int(value)
+
+    return VmmProgress(
+        status=status,
+        transferred_bytes=number(ram, "transferred"),
+        remaining_bytes=number(ram, "remaining"),
+        total_bytes=number(ram, "total"),
+        dirty_pages_per_s=number(ram, "dirty-pages-rate"),
+        rounds=number(ram, "dirty-sync-count"),
+        page_bytes=number(ram, "page-size"),
+        expected_downtime_ms=number(migration, "expected-downtime"),
+        downtime_ms=number(migration, "downtime"),
+        error=str(migration.get("error-desc", "")),
+    )

@@ -1,0 +1,112 @@
+"""Brings a source's guest back to running when the controller that migrated it has died.
+
+Blocking and with nothing but the standard library behind it: the gateway calls it from a thread.
+The rule itself is `states.resume_step`.
+"""
+
+import socket
+import time
+from typing import Any
+
+from sync.vmm.errors import VmmError, VmmGone, VmmNotReady, VmmRefused
+from sync.vmm.qmp import QmpCore, QmpFailure, QmpGreeting, QmpReply
+from sync.vmm.states import ResumeStep, migration_status_of, resume_step, run_state_of
+
+RETRY_S = 0.02
+READ_BYTES = 1 << 16
+
+
+def recover_source(qmp_path: str, deadline_s: float) -> str:
+    """Has the guest of the VMM at `qmp_path` run again; returns what was needed, in words.
+
+    A VMM serves one QMP client at a time, and the connection of one that was killed may linger:
+    connecting is tried until the deadline. Only for a source that has not let go of its guest.
+    Raises `VmmNotReady` when the guest cannot run or does not run in time, `VmmGone` when the
+    VMM is not there, `QmpProtocolError` when it talks nonsense.
+    """
+    deadline = time.monotonic() + deadline_s
+    done: list[str] = []
+    problem: VmmError = VmmGone(f"no VMM at {qmp_path} in {deadline_s:g} s")
+    while time.monotonic() < deadline:
+        try:
+            with _Connection(qmp_path, deadline) as connection:
+                _resume(connection, done, deadline)
+        except (VmmGone, OSError) as error:
+            problem = error if isinstance(error, VmmGone) else VmmGone(f"{qmp_path}: {error}")
+            time.sleep(RETRY_S)
+            continue
+        return ", ".join(done) if done else "the guest was running"
+    raise problem
+
+
+def _resume(connection: "_Connection", done: list[str], deadline: float) -> None:
+    while True:
+        # In this order: a migration that ends between both answers is seen as under way.
+        status = migration_status_of(connection.execute("query-migrate"))
+        state = run_state_of(connection.execute("query-status"))
+        step = resume_step(state, status)
+        if step is ResumeStep.NOTHING:
+            return
+        if step is not ResumeStep.WAIT:
+            try:
+                connection.execute(step.value)
+            except VmmRefused:
+                # The state has moved on meanwhile. If not, the deadline ends this.
+                pass
+            else:
+                what = f"{step.value} from {status if step is ResumeStep.CANCEL else state}"
+                if what not in done:
+                    done.append(what)
+        if time.monotonic() + RETRY_S >= deadline:
+            raise VmmNotReady(f"the guest is still {state!r} (migration {status!r})")
+        time.sleep(RETRY_S)
+
+
+class _Connection:
+    """A QMP connection, negotiated. Every wait ends at `deadline` with `VmmGone`."""
+
+    def __init__(self, path: str, deadline: float) -> None:
+        self._deadline = deadline
+        self._core = QmpCore()
+        self._socket = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+        try:
+            self._set_timeout()
+            self._socket.connect(path)
+            while not isinstance(self._next_message(), QmpGreeting):
+                pass
+            self.execute("qmp_capabilities")
+        except BaseException:
+            self._socket.close()
+            raise
+
+    def __enter__(self) -> "_Connection":
+        return self
+
+    def __exit__(self, *_unused: object) -> None:
+        self._socket.close()
+
+    def execute(self, command: str) -> Any:
+        request_id, data = self._core.command(command)
+        self._set_timeout()
+        self._socket.sendall(data)
+        while True:
+            message = self._next_message()
+            if isinstance(message, QmpReply) and message.request_id == request_id:
+                return message.result
+            if isinstance(message, QmpFailure) and message.request_id == request_id:
+                raise VmmRefused(command, message.error_class, message.description)
+
+    def _next_message(self) -> object:
+        while (message := self._core.next_message()) is None:
+            self._set_timeout()
+            data = self._socket.recv(READ_BYTES)
+            if not data:
+                raise VmmGone("the VMM closed its connection")
+            self._core.feed(data)
+        return message
+
+    def _set_timeout(self) -> None:
+        left = self._deadline - time.monotonic()
+        if left <= 0:
+            raise VmmGone("the VMM did not answer in time")
+        self._socket.settimeout(left)
