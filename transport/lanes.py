@@ -1,0 +1,250 @@
+"""The sender's data lanes: one thread and one connection each, kept busy with tasks.
+
+Owns a lane's socket, its window, its buffers and its part in the bandwidth limit. What is sent is
+a `Task`'s business: a share of a round (`rounds`) or of a comparison (`compare`). The receiver
+answers every message of a lane, in order, so an answer is for the oldest message under way.
+
+A buffer goes round like this; libzmq sends from it without a copy, so it is written again only when
+the message was answered *and* libzmq has let go of it::
+
+    free ── task writes a frame ──► held ── bucket allows ──► under way ── answer ──► settling
+     ▲                                                                                  │
+     └───────────────────────── tracker done ───────────────────────────────────────────┘
+"""
+
+from __future__ import annotations
+
+import time
+from abc import ABC, abstractmethod
+from collections import deque
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import zmq
+
+from transport.connector import PEER_LIMIT_BYTES, poll_ms
+from transport.errors import PeerLost, RecordError
+from transport.link import LinkThread, Shared
+from transport.pacing import SharedBucket
+from transport.records import FIRST_DATA_LANE, LaneAnswer, routing_id, unpack_answer
+from transport.sockets import WATCH_S, ConnectionEvent, Watch, connect, open_dealer, receive
+
+SETTLE_S = 0.001
+"""Pause before a buffer is asked for again that libzmq still holds although it was answered."""
+
+
+@dataclass(frozen=True, slots=True)
+class Outgoing:
+    """One message of a lane."""
+
+    data: bytes | memoryview
+    """What to send; a view of the buffer offered, or bytes of its own."""
+    context: Any
+    """For the task, which gets it back with the answer."""
+
+
+class Task(ABC):
+    """Work for one lane. All methods but `cancel` are called by the lane's thread."""
+
+    def __init__(self) -> None:
+        self.done = False
+        """Set by the lane when it has put the task away; `Shared.changed` is notified then."""
+        self._under_way = 0
+        self._cancelled = False
+
+    def cancel(self) -> None:
+        """Produce no more; what is under way is still answered. From any thread."""
+        self._cancelled = True
+
+    @property
+    def ready(self) -> bool:
+        """Whether `produce` has something to do now, without a further answer."""
+        return not self._cancelled and self._has_more()
+
+    @property
+    def finished(self) -> bool:
+        """Whether nothing is left to do and nothing under way."""
+        return not self._under_way and not self.ready
+
+    def produce(self, buffer: npt.NDArray[np.uint8]) -> Outgoing | None:
+        """Do a piece of work: a message, or None if it came to none. Only if `ready`.
+
+        `buffer` (uint8, frame_bytes) may be used for the message.
+        """
+        outgoing = self._produce(buffer)
+        self._under_way += outgoing is not None
+        return outgoing
+
+    def on_answer(self, context: Any, answer: LaneAnswer) -> None:
+        """The receiver answered. RecordError: that is no answer to the message."""
+        self._on_answer(context, answer)
+        self._under_way -= 1
+
+    @abstractmethod
+    def _has_more(self) -> bool: ...
+
+    @abstractmethod
+    def _produce(self, buffer: npt.NDArray[np.uint8]) -> Outgoing | None: ...
+
+    @abstractmethod
+    def _on_answer(self, context: Any, answer: LaneAnswer) -> None: ...
+
+
+@dataclass(slots=True)
+class _UnderWay:
+    task: Task
+    outgoing: Outgoing
+    buffer: npt.NDArray[np.uint8]
+    due: float
+    tracker: zmq.MessageTracker | None = None
+
+
+@dataclass(slots=True)
+class LaneCounters:
+    """Of one lane; written by its thread, read by anybody."""
+
+    messages: int = 0
+    bytes: int = 0
+
+
+class SendLane(LinkThread):
+    """Sends what its tasks produce, one task after the other, a window at a time."""
+
+    def __init__(
+        self,
+        shared: Shared,
+        context: zmq.Context[zmq.Socket[bytes]],
+        url: str,
+        session: bytes,
+        lane: int,
+        prepare: Callable[[], None],
+        bucket: SharedBucket,
+        *,
+        window_frames: int,
+        frame_bytes: int,
+        progress_timeout_s: float,
+    ) -> None:
+        """`prepare` is called by the lane's thread before its first task: loads what takes long."""
+        super().__init__(f"ferry-lane-{lane}", shared)
+        self.counters = LaneCounters()
+        self._url = url
+        self._prepare = prepare
+        self._bucket = bucket
+        self._window_frames = window_frames
+        self._frame_bytes = frame_bytes
+        self._progress_timeout_s = progress_timeout_s
+        self._progress_by = float("inf")
+        self._wakeup = shared.new_wakeup()
+        self._tasks: deque[Task] = deque()
+        self._held: _UnderWay | None = None
+        self._under_way: deque[_UnderWay] = deque()
+        self._free: list[npt.NDArray[np.uint8]] = []
+        self._settling: list[_UnderWay] = []
+        self._buffers = 0
+        self._socket = open_dealer(context, routing_id(FIRST_DATA_LANE + lane, session))
+        self._watch = Watch(self._socket, PEER_LIMIT_BYTES)
+
+    def submit(self, task: Task) -> None:
+        """Add a task. From any thread."""
+        self._tasks.append(task)
+        self._wakeup.set()
+
+    def wake(self) -> None:
+        """A task has been cancelled. From any thread."""
+        self._wakeup.set()
+
+    def run(self) -> None:
+        """Work on tasks until the session is over."""
+        try:
+            connect(self._socket, self._url)
+            self._prepare()
+            self._loop()
+        finally:
+            self._watch.close()
+            self._socket.close(linger=0)
+
+    def _loop(self) -> None:
+        poller = zmq.Poller()
+        poller.register(self._wakeup, zmq.POLLIN)
+        poller.register(self._socket, zmq.POLLIN)
+        poller.register(self._watch.monitor, zmq.POLLIN)
+        while not self.shared.over:
+            again = self._advance()
+            poller.poll(poll_ms(min(again, time.monotonic() + WATCH_S, self._progress_by)))
+            self._wakeup.clear()
+            self._watch.enforce()
+            for event, _fd in self._watch.events():
+                if event is ConnectionEvent.GONE and self.shared.established:
+                    self.shared.suspect(PeerLost("a lane's connection to the receiver has ended"))
+            self._receive()
+            if time.monotonic() > self._progress_by:
+                raise PeerLost(
+                    f"the receiver has applied nothing for {self._progress_timeout_s:g} s"
+                )
+
+    def _advance(self) -> float:
+        """Produce and send at most one message; returns when to come back (0: at once)."""
+        while self._tasks and self._tasks[0].finished:
+            self._tasks.popleft().done = True
+            self.shared.changed.notify()
+        if self._held is None:
+            full = len(self._under_way) >= self._window_frames
+            if full or not self._tasks or not self._tasks[0].ready:
+                return float("inf")
+            buffer = self._take_buffer()
+            if buffer is None:
+                return time.monotonic() + SETTLE_S
+            task = self._tasks[0]
+            outgoing = task.produce(buffer)
+            if outgoing is None:
+                self._free.append(buffer)
+                return 0.0
+            due = self._bucket.reserve(len(outgoing.data))
+            self._held = _UnderWay(task, outgoing, buffer, due)
+        if self._held.due > time.monotonic():
+            return self._held.due
+        self._send(self._held)
+        self._held = None
+        return 0.0
+
+    def _send(self, message: _UnderWay) -> None:
+        # The window is far below the high-water mark, so there is always room in libzmq's queue.
+        message.tracker = self._socket.send(
+            message.outgoing.data, zmq.NOBLOCK, copy=False, track=True
+        )
+        if not self._under_way:
+            self._progress_by = time.monotonic() + self._progress_timeout_s
+        self._under_way.append(message)
+        self.counters.messages += 1
+        self.counters.bytes += len(message.outgoing.data)
+
+    def _receive(self) -> None:
+        while (parts := receive(self._socket)) is not None:
+            self._watch.given(parts)
+            if len(parts) != 1:
+                raise RecordError(f"an answer of {len(parts)} parts")
+            answer = unpack_answer(parts[0].buffer)
+            if not self._under_way:
+                raise RecordError("the receiver answers what it was not asked")
+            message = self._under_way.popleft()
+            message.task.on_answer(message.outgoing.context, answer)
+            self._settling.append(message)
+            now = time.monotonic()
+            self._progress_by = now + self._progress_timeout_s if self._under_way else float("inf")
+
+    def _take_buffer(self) -> npt.NDArray[np.uint8] | None:
+        """A buffer that may be written; None: all are with libzmq."""
+        if self._free:
+            return self._free.pop()
+        for message in self._settling:
+            if message.tracker is None or message.tracker.done:
+                self._settling.remove(message)
+                return message.buffer
+        # One more than the window, so that a frame can be made while a window is under way.
+        if self._buffers <= self._window_frames:
+            self._buffers += 1
+            return np.empty(self._frame_bytes, np.uint8)
+        return None

@@ -1,0 +1,166 @@
+"""One lane's share of a round: pages into frames, acknowledgements into progress.
+
+Owns the lane's encoder and sequence, and which pages of the share are still to be encoded, to be
+acknowledged, or to be sent again in full. Encoding itself is `encoder`'s, sending `lanes`'.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections import deque
+from dataclasses import dataclass, fields
+from typing import TYPE_CHECKING
+
+import numpy as np
+import numpy.typing as npt
+
+from transport.errors import RecordError
+from transport.frames import PAGE_BYTES
+from transport.lanes import Outgoing, Task
+from transport.records import Ack, LaneAnswer
+
+if TYPE_CHECKING:
+    from transport.encoder import EncodedFrame, Encoder
+    from transport.replica import Replica
+
+Memory = npt.NDArray[np.uint8]
+Indices = npt.NDArray[np.uint32]
+
+
+class Source:
+    """The sender's memory, and the replica that its lanes share."""
+
+    def __init__(self, memory: Memory, seed: int, cache_bytes: int, lanes: int) -> None:
+        """`memory` uint8[n_pages * 4096]. Allocates nothing yet."""
+        self.memory = memory
+        self.n_pages = memory.size // PAGE_BYTES
+        self.seed = seed
+        self._cache_bytes = cache_bytes
+        self._lanes = lanes
+        self._lock = threading.Lock()
+        self._replica: Replica | None = None
+
+    def encoder(self, lane: int, frame_bytes: int) -> Encoder:
+        """The encoder of one lane. For the lane's thread: the first call loads compiled code."""
+        # Imported here, for it costs up to a second that the greeting need not wait for.
+        from transport.encoder import Encoder
+        from transport.replica import Replica
+
+        with self._lock:
+            if self._replica is None:
+                self._replica = Replica(self.n_pages, self._cache_bytes, self._lanes)
+        return Encoder(self.memory, self._replica, self.seed, lane=lane, frame_bytes=frame_bytes)
+
+
+class LaneSource:
+    """A lane's encoder and the number of its next frame. For the lane's thread."""
+
+    def __init__(self, source: Source, lane: int, frame_bytes: int) -> None:
+        self.source = source
+        self.sequence = 0
+        self._lane = lane
+        self._frame_bytes = frame_bytes
+        self._encoder: Encoder | None = None
+
+    def prepare(self) -> None:
+        """Make the encoder."""
+        self._encoder = self.source.encoder(self._lane, self._frame_bytes)
+
+    def encode(self, indices: Indices, start: int, out: Memory, round_no: int) -> EncodedFrame:
+        """`Encoder.encode`, with the sequence taken care of."""
+        assert self._encoder is not None
+        frame = self._encoder.encode(indices, start, out, round_no=round_no, sequence=self.sequence)
+        self.sequence += frame.n_bytes > 0
+        return frame
+
+    def forget(self, indices: Indices) -> None:
+        """These pages are to be sent in full when they are next encoded."""
+        assert self._encoder is not None
+        self._encoder.forget(indices)
+
+
+@dataclass(slots=True)
+class RoundCounters:
+    """What a share has done, in pages unless named bytes; written by its lane, read by anybody."""
+
+    done: int = 0
+    zero: int = 0
+    same: int = 0
+    delta: int = 0
+    lz4: int = 0
+    raw: int = 0
+    resent: int = 0
+    wire_bytes: int = 0
+
+    def add(self, other: RoundCounters) -> None:
+        """Sum up."""
+        for field in fields(self):
+            setattr(self, field.name, getattr(self, field.name) + getattr(other, field.name))
+
+
+@dataclass(frozen=True, slots=True)
+class _Sent:
+    """A frame under way."""
+
+    sequence: int
+    indices: Indices
+    """Pages it was made of, those left out as equal included."""
+    full: bool
+    """Whether its pages are resent ones, which need no base and so cannot be rejected."""
+
+
+class RoundShare(Task):
+    """The pages of one round that belong to one lane."""
+
+    def __init__(self, lane: LaneSource, indices: Indices, round_no: int) -> None:
+        """`indices` uint32, 1-D, each of this lane."""
+        super().__init__()
+        self.counters = RoundCounters()
+        self._lane = lane
+        self._round_no = round_no
+        self._indices = np.ascontiguousarray(indices, np.uint32)
+        self._start = 0
+        self._rejected: deque[Indices] = deque()
+        self._resending = False
+
+    def _has_more(self) -> bool:
+        return self._start < self._indices.size or bool(self._rejected)
+
+    def _produce(self, buffer: Memory) -> Outgoing | None:
+        if self._start == self._indices.size and self._rejected:
+            self._indices = np.concatenate(self._rejected)
+            self._start = 0
+            self._resending = True
+            self._rejected.clear()
+        frame = self._lane.encode(self._indices, self._start, buffer, self._round_no)
+        pages = self._indices[self._start : self._start + frame.consumed]
+        self._start += frame.consumed
+        self._count(frame)
+        if frame.n_bytes == 0:
+            self.counters.done += pages.size
+            return None
+        sent = _Sent(self._lane.sequence - 1, pages, self._resending)
+        return Outgoing(buffer.data[: frame.n_bytes], sent)
+
+    def _on_answer(self, context: _Sent, answer: LaneAnswer) -> None:
+        if not isinstance(answer, Ack) or answer.sequence != context.sequence:
+            raise RecordError("the receiver acknowledges a frame that it was not sent")
+        self.counters.done += context.indices.size
+        if not answer.rejected.size:
+            return
+        rejected = np.unique(answer.rejected)
+        if context.full or not np.isin(rejected, context.indices).all():
+            raise RecordError("the receiver rejects pages that needed no base or were not sent")
+        self._lane.forget(rejected)
+        self._rejected.append(rejected)
+        self.counters.done -= rejected.size
+        self.counters.resent += rejected.size
+
+    def _count(self, frame: EncodedFrame) -> None:
+        counters = self.counters
+        counters.zero += frame.zero
+        counters.same += frame.same
+        counters.delta += frame.delta + frame.lz4_base
+        counters.lz4 += frame.lz4
+        counters.raw += frame.raw
+        counters.wire_bytes += frame.n_bytes
