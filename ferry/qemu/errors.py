@@ -1,0 +1,27 @@
+"""What can be wrong with QEMU, its environment or its guest. Each message says what to do."""
+
+from ferry.errors import LocalError
+
+
+class QemuError(LocalError):
+    """Something about QEMU or its guest on this machine is not as it has to be."""
+
+
+class QemuMissing(QemuError):
+    """There is no QEMU with vfio-user-pci here, and none can be made."""
+
+
+class EnvironmentFailed(QemuError):
+    """Making the environment failed; what was downloaded is kept, so running it again goes on."""
+
+
+class GuestImageError(QemuError):
+    """A kernel, a module or a program that the guest needs cannot be used."""
+
+
+class MachineError(QemuError):
+    """A QEMU process did not start, did not get ready or ended."""
+
+
+class GuestReportError(QemuError):
+    """The guest's report is malformed, or did not come in time."""
