@@ -1,0 +1,116 @@
+"""The command line: parses, calls the command's main, turns errors into exit codes.
+
+Commands are imported when they are run: `gateway` and `device` start in a fraction of the time
+that the compiled kernels of `send` and `receive` need.
+"""
+
+import argparse
+import importlib
+import sys
+from dataclasses import dataclass
+from typing import Any
+
+from ferry.config import add_arguments, load
+from ferry.errors import EXIT_MEANING, Exit, FerryError
+from sync.errors import SyncError
+
+
+@dataclass(frozen=True)
+class Command:
+    """`module` has a dataclass `Options` and a function `run(options) -> int`."""
+
+    module: str
+    help: str
+
+
+COMMANDS = {
+    "gateway": Command("ferry.gateway", "stand between a VMM and its device, for the VM's life"),
+    "send": Command("ferry.send", "migrate a running guest's devices from this host"),
+    "receive": Command("ferry.receive", "take over a guest's devices on this host"),
+    "resolve": Command("ferry.resolve", "settle who owns a guest after a failed commit"),
+    "demo": Command("ferry.demo", "migrate a small guest under load on this machine, and report"),
+    "device": Command("ferry.device", "serve a virtio-blk device over vfio-user"),
+    "guest": Command("ferry.guest", "run the small guest: a VMM, a driver and a checked workload"),
+}
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Runs a command and returns its exit code. Never lets a traceback reach the user, unless
+    `--debug` asks for it."""
+    parser = argparse.ArgumentParser(
+        prog="vfio-ferry",
+        description="Moves the pass-through devices of a running virtual machine to another host.",
+        epilog="Exit codes: see `vfio-ferry exit-codes`.",
+    )
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+    commands.add_parser("exit-codes", help="print every exit code and what it means")
+    wanted = next((word for word in arguments or sys.argv[1:] if word in COMMANDS), None)
+    for name, command in COMMANDS.items():
+        sub = commands.add_parser(name, help=command.help, description=command.help)
+        if name == wanted:
+            add_arguments(sub, importlib.import_module(command.module).Options)
+            sub.add_argument("--debug", action="store_true", help="print tracebacks")
+    parsed = parser.parse_args(arguments)
+    if parsed.command == "exit-codes":
+        for code, meaning in EXIT_MEANING.items():
+            print(f"{code.value:>3}  {code.name.lower():<14} {meaning}")
+        return Exit.OK
+    return _run(parsed.command, parsed)
+
+
+def _run(name: str, parsed: argparse.Namespace) -> int:
+    module: Any = importlib.import_module(COMMANDS[name].module)
+    try:
+        return int(module.run(load(module.Options, name, parsed)))
+    except KeyboardInterrupt:
+        return Exit.INTERRUPTED
+    except Exception as error:
+        if parsed.debug:
+            raise
+        code = exit_code_of(error)
+        print(f"vfio-ferry {name}: {describe(error)}", file=sys.stderr)
+        if code is Exit.INTERNAL:
+            print("this is a defect; --debug prints where it happened", file=sys.stderr)
+        return code
+
+
+def describe(error: BaseException) -> str:
+    """One line for a user: the error's own words, or its class's docstring."""
+    if isinstance(error, OSError) and error.strerror:
+        where = f"{error.filename}: " if error.filename else ""
+        return f"{where}{error.strerror}"
+    text = str(error)
+    return text or (type(error).__doc__ or type(error).__name__).splitlines()[0]
+
+
+def exit_code_of(error: BaseException) -> Exit:
+    """The exit code of any error that a command may end with."""
+    if isinstance(error, FerryError):
+        return error.exit_code
+    if isinstance(error, OSError | MemoryError):
+        return Exit.LOCAL
+    for names, code in _ROOM_CODES:
+        if any(cls.__module__ + "." + cls.__qualname__ in names for cls in type(error).__mro__):
+            return code
+    return Exit.DEVICE if isinstance(error, SyncError) else Exit.INTERNAL
+
+
+_ROOM_CODES: tuple[tuple[frozenset[str], Exit], ...] = (
+    (frozenset({"transport.errors.PeerUnreachable"}), Exit.UNREACHABLE),
+    (frozenset({"transport.errors.PeerLost"}), Exit.PEER_LOST),
+    (
+        frozenset({"transport.errors.PeerRefused", "transport.errors.VersionMismatch"}),
+        Exit.REFUSED,
+    ),
+    (
+        frozenset({"transport.errors.FrameError", "transport.errors.RecordError"}),
+        Exit.PEER_PROTOCOL,
+    ),
+    (frozenset({"transport.errors.TransportError"}), Exit.PEER_LOST),
+    (frozenset({"sync.vmm.errors.VmmError"}), Exit.VMM),
+)
+"""By name, so that a command does not import the rooms that it does not need. First match wins."""
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,174 @@
+"""What `send` and `receive` say to each other on the ordered control lane: a kind and a payload.
+
+`transport` carries both without looking at them. Everything of the handover is a small JSON
+object; register state is a device number followed by the bytes that `sync.registers` made.
+The peer is not trusted: every payload is bounded by the transport, and what is read out of it
+is checked here.
+
+    send                                receive
+    greeting: Hello       ->
+                          <-            answer: accepted (PREPARED) or refused with a reason
+    STATE n               ->            register state, journal; in the order of capture
+    LOADED?               ->            may the VMM's memory be compared now?
+                          <-            LOADED
+    ASK                   ->            can you take over?
+                          <-            READY, with what the register check found
+    COMMIT                ->            the point of no return
+                          <-            COMMITTED, with what it took; or START_FAILED
+    ABORT                 <->           at any time before COMMIT, with a reason
+"""
+
+import json
+import struct
+from dataclasses import asdict, dataclass, field
+from enum import IntEnum
+from typing import Any
+
+from ferry.errors import PeerProtocolError
+
+PROTOCOL_VERSION = 1
+MAX_DEVICES = 64
+"""Devices of one VM. A PCI root bus has 32 slots; the bound only keeps a hostile greeting small."""
+MAX_REGIONS = 65536
+"""Regions of guest memory, as many as vfio-user's default of max_dma_maps."""
+
+_DEVICE = struct.Struct("<H")
+
+
+class Kind(IntEnum):
+    """The kinds of control record."""
+
+    STATE = 1
+    ASK_LOADED = 2
+    LOADED = 3
+    ASK = 4
+    READY = 5
+    COMMIT = 6
+    COMMITTED = 7
+    START_FAILED = 8
+    ABORT = 9
+
+
+@dataclass(frozen=True)
+class DeviceOffer:
+    """One device as the source sees it; the target's has to be the same.
+
+    `regions`: [index, size in bytes], `irqs`: [index, number of vectors], ascending. `registers`:
+    what `sync.registers` offers (method, profile), in hexadecimal.
+    """
+
+    identity: dict[str, int]
+    regions: list[list[int]]
+    irqs: list[list[int]]
+    registers: str
+
+
+@dataclass(frozen=True)
+class Hello:
+    """The sender's greeting. `layout` is the guest memory: [IOVA, length] in bytes, ascending."""
+
+    session: str
+    devices: list[DeviceOffer]
+    layout: list[list[int]]
+    version: int = PROTOCOL_VERSION
+
+    def pack(self) -> bytes:
+        return json.dumps(asdict(self), separators=(",", ":")).encode()
+
+    @classmethod
+    def unpack(cls, payload: bytes) -> "Hello":
+        """Raises `PeerProtocolError` where the greeting is not what this version sends."""
+        data = load_object(payload)
+        if data.get("version") != PROTOCOL_VERSION:
+            raise PeerProtocolError(
+                f"the sender speaks version {data.get('version')!r} of the migration protocol, "
+                f"this side {PROTOCOL_VERSION}; install the same version on both hosts"
+            )
+        session, devices, layout = data.get("session"), data.get("devices"), data.get("layout")
+        if not (isinstance(session, str) and len(session) == 32 and session.isalnum()):
+            raise PeerProtocolError("the greeting has no session id")
+        if not isinstance(devices, list) or not 1 <= len(devices) <= MAX_DEVICES:
+            raise PeerProtocolError(f"the greeting has to name 1 to {MAX_DEVICES} devices")
+        return cls(
+            session=session,
+            devices=[_device(item) for item in devices],
+            layout=_numbers(layout, 2, MAX_REGIONS, "layout"),
+        )
+
+
+def _device(item: Any) -> DeviceOffer:
+    if not isinstance(item, dict):
+        raise PeerProtocolError("a device of the greeting is not an object")
+    identity = item.get("identity")
+    if not isinstance(identity, dict) or not all(
+        isinstance(key, str) and isinstance(value, int) for key, value in identity.items()
+    ):
+        raise PeerProtocolError("a device of the greeting has no identity")
+    registers = item.get("registers")
+    try:
+        bytes.fromhex(registers if isinstance(registers, str) else "?")
+    except ValueError as error:
+        raise PeerProtocolError("a device of the greeting has no register offer") from error
+    return DeviceOffer(
+        identity=dict(identity),
+        regions=_numbers(item.get("regions"), 2, 256, "regions"),
+        irqs=_numbers(item.get("irqs"), 2, 256, "irqs"),
+        registers=str(registers),
+    )
+
+
+def _numbers(rows: Any, width: int, most: int, what: str) -> list[list[int]]:
+    if not isinstance(rows, list) or len(rows) > most:
+        raise PeerProtocolError(f"{what} of the greeting is no list of at most {most} rows")
+    for row in rows:
+        if (
+            not isinstance(row, list)
+            or len(row) != width
+            or not all(type(n) is int and 0 <= n < 1 << 64 for n in row)
+        ):
+            raise PeerProtocolError(f"a row in {what} of the greeting is malformed")
+    return rows
+
+
+@dataclass(frozen=True)
+class Notice:
+    """A handover message with whatever it reports."""
+
+    values: dict[str, Any] = field(default_factory=dict)
+
+    def pack(self) -> bytes:
+        return json.dumps(self.values, separators=(",", ":")).encode()
+
+    @classmethod
+    def unpack(cls, payload: bytes) -> "Notice":
+        return cls(load_object(payload))
+
+    def text(self, key: str) -> str:
+        """The text under `key`, printable and at most 1000 characters: the peer wrote it."""
+        value = str(self.values.get(key, ""))[:1000]
+        return "".join(c if c.isprintable() else "?" for c in value)
+
+
+def load_object(payload: bytes) -> dict[str, Any]:
+    """The JSON object in `payload`. Raises `PeerProtocolError` where there is none."""
+    try:
+        data = json.loads(payload or b"{}")
+    except (ValueError, RecursionError) as error:
+        raise PeerProtocolError("the peer sent a control record that is not JSON") from error
+    if not isinstance(data, dict):
+        raise PeerProtocolError("the peer sent a control record that is no object")
+    return data
+
+
+def pack_state(device: int, payload: bytes) -> bytes:
+    return _DEVICE.pack(device) + payload
+
+
+def unpack_state(record: bytes, n_devices: int) -> tuple[int, bytes]:
+    """(device number, payload) of a STATE record."""
+    if len(record) < _DEVICE.size:
+        raise PeerProtocolError("a state record is too short")
+    (device,) = _DEVICE.unpack_from(record)
+    if device >= n_devices:
+        raise PeerProtocolError(f"a state record names device {device} of {n_devices}")
+    return device, record[_DEVICE.size :]

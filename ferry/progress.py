@@ -1,0 +1,72 @@
+"""Events of a running command: JSON lines for programs, one readable line each for people.
+
+An event is a name and flat values with the unit in the key. What it looks like on a terminal is
+decided here and nowhere else.
+"""
+
+import contextlib
+import json
+import sys
+import time
+from collections.abc import Callable
+from typing import Any, TextIO
+
+
+def bytes_text(value: float) -> str:
+    """`12.3 MiB`."""
+    for unit in ("B", "KiB", "MiB", "GiB"):
+        if value < 1024:
+            return f"{value:.0f} {unit}" if unit == "B" else f"{value:.1f} {unit}"
+        value /= 1024
+    return f"{value:.1f} TiB"
+
+
+def _phase(v: dict[str, Any]) -> str:
+    return f"{v['role']}: {v['phase']}" + (f" ({v['detail']})" if v.get("detail") else "")
+
+
+def _round(v: dict[str, Any]) -> str:
+    parts = [
+        f"round {v['round']:>3}",
+        f"dirty {v['dirty_pages']:>6} pages",
+        f"sent {v['sent_pages']:>6}",
+        f"wire {bytes_text(v['wire_bytes']):>10}",
+        f"{bytes_text(v['throughput_bytes_per_s'])}/s",
+        f"dirtying {v['dirty_pages_per_s']:.0f} pages/s",
+    ]
+    if v.get("vmm_remaining_bytes") is not None:
+        parts.append(f"VMM remaining {bytes_text(v['vmm_remaining_bytes'])}")
+    parts.append(f"downtime would be {v['predicted_downtime_ms']:.0f} ms")
+    return "  ".join(parts)
+
+
+def _generic(v: dict[str, Any]) -> str:
+    return "  ".join(f"{key}={value}" for key, value in v.items())
+
+
+_RENDER: dict[str, Callable[[dict[str, Any]], str]] = {
+    "phase": _phase,
+    "round": _round,
+    "message": lambda v: str(v["text"]),
+    "report": lambda v: str(v["text"]),
+    "error": lambda v: f"error: {v['message']}",
+}
+
+
+class Reporter:
+    """Writes events to `stream`; `role` is part of every JSON line."""
+
+    def __init__(self, role: str, *, as_json: bool, stream: TextIO | None = None) -> None:
+        self._role = role
+        self._json = as_json
+        self._stream = stream or sys.stdout
+
+    def event(self, name: str, /, **values: Any) -> None:
+        """One event. A reader that went away is no reason to stop a migration."""
+        if self._json:
+            values.pop("text", None) if name == "report" else None
+            line = json.dumps({"event": name, "time": time.time(), "role": self._role, **values})
+        else:
+            line = _RENDER.get(name, _generic)({"role": self._role, **values})
+        with contextlib.suppress(BrokenPipeError):
+            print(line, file=self._stream, flush=True)

@@ -1,0 +1,370 @@
+"""`vfio-ferry receive`: the target's side of one migration.
+
+Owns the order of things on the target. Nothing here starts the guest before the commit has come
+and the first gateway's ownership record says so.
+"""
+
+import contextlib
+import os
+import tempfile
+import time
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import trio
+
+from ferry.cli import describe
+from ferry.config import endpoint, option, seconds
+from ferry.errors import ConfigError, Exit, FerryError, LocalError, Mismatch, PeerAborted
+from ferry.messages import Hello, Kind, Notice, unpack_state
+from ferry.progress import Reporter
+from ferry.runner import Runner
+from ferry.side import (
+    Shell,
+    break_at_choices,
+    check_gateway,
+    conclude,
+    first_error,
+    offer_of,
+    run_tunnel,
+    warm_up_kernels,
+)
+from sync.gateway.client import GatewayClient
+from sync.gateway.errors import GatewayError, GatewayLost, WrongState
+from sync.handover import Action, Deadlines, Event, Handover, Role, State
+from sync.memory import GuestMemory, MemoryRegion
+from sync.registers.choose import load_profiles, target_for
+from sync.registers.device import DeviceView
+from sync.registers.interface import TargetRegisters
+from sync.vmm.driver import Vmm
+from transport.errors import TransportError
+from transport.receiver import Receiver, ReceiverOptions, open_receiver
+
+TELL_S = 1.0
+CONNECT_S = 5.0
+
+ADVICE = {
+    State.ABORTED: (
+        "This side has fenced the session and will never start the guest; the source keeps it. "
+        "Restart the target's VMM before the next attempt."
+    ),
+    State.IN_DOUBT: (
+        "Whether this side owns the guest could not be established: run "
+        "`vfio-ferry resolve --role target` when the gateway answers again."
+    ),
+    State.BROKEN: (
+        "This side never took the guest, but its gateway is not in order: restart the gateway "
+        "and the VMM here before the next attempt."
+    ),
+    State.OWNER_FAILED: (
+        "This side owns the guest and could not start it: run `vfio-ferry resolve --role target`."
+    ),
+}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Options:
+    gateway: tuple[str, ...] = option(
+        "control socket of a device's gateway; once for each device, in the sender's order",
+        (),
+        repeat=True,
+    )
+    listen: str = option("where to listen: tcp://HOST:PORT or ipc://PATH", parse=endpoint)
+    qmp: str = option("QMP socket of the VMM that waits for its guest (-incoming defer)")
+    profile: tuple[str, ...] = option(
+        "a device profile, or a folder of them, beside the built-in ones", (), repeat=True
+    )
+    peer_timeout: float = option("seconds of silence until the peer is lost", 5.0, parse=seconds)
+    wait: float | None = option("seconds to wait for a sender", None, parse=seconds)
+    json: bool = option("print events as JSON lines", False)
+    break_at: str = option(
+        "failure drill: stop this process (SIGSTOP) on entering this phase",
+        "",
+        choices=("", *break_at_choices()),
+    )
+
+
+class Target:
+    """The actions of the target. Each method named in `perform` does one phase's work."""
+
+    def __init__(
+        self, options: Options, reporter: Reporter, nursery: trio.Nursery, link: Receiver, vmm: Vmm
+    ) -> None:
+        self._options = options
+        self._reporter = reporter
+        self._nursery = nursery
+        self._link = link
+        self._vmm = vmm
+        self._hello = Hello("", [], [])
+        self._greeting = b""
+        self._accepted = trio.Event()
+        self._gateways: list[GatewayClient] = []
+        self._registers: list[TargetRegisters] = []
+        self._memory: GuestMemory | None = None
+        self._vmm_stream: trio.SocketStream | None = None
+        self._reports: list[dict[str, Any]] = []
+        self._ms: dict[str, float] = {}
+        machine = Handover(Role.TARGET, Deadlines(listening_s=options.wait))
+        self.runner = Runner(
+            machine,
+            {
+                Action.CHECK: self._check,
+                Action.ENTER_STANDBY: self._enter_standby,
+                Action.SEND_PREPARED: self._send_prepared,
+                Action.MAKE_READY: self._make_ready,
+                Action.SEND_READY: self._send_ready,
+                Action.OWN: self._own,
+                Action.START_GUEST: self._start_guest,
+                Action.SEND_COMMITTED: self._send_committed,
+                Action.TELL_ABORT: self._tell_abort,
+                Action.TELL_START_FAILED: self._tell_start_failed,
+                Action.FENCE: self._fence,
+            },
+            failure_events={Action.FENCE: Event.FENCE_FAILED},
+            on_state=Shell(reporter, options.break_at).on_state,
+        )
+
+    async def listen(self) -> None:
+        """Waits for a sender, then hears it out until the link ends."""
+        try:
+            greeting = await self._link.wait_hello()
+            self._greeting = greeting.payload
+            self.runner.post(Event.PEER_HELLO)
+            await self._accepted.wait()
+            while True:
+                record = await self._link.receive_record()
+                if record.kind == Kind.STATE:
+                    number, payload = unpack_state(record.payload, len(self._registers))
+                    await self._registers[number].receive(payload)
+                elif record.kind == Kind.ASK_LOADED:
+                    self._nursery.start_soon(self._answer_loaded)
+                elif record.kind == Kind.ASK:
+                    self.runner.post(Event.PEER_ASKS)
+                elif record.kind == Kind.COMMIT:
+                    self.runner.post(Event.PEER_COMMIT)
+                elif record.kind == Kind.ABORT:
+                    reason = Notice.unpack(record.payload).text("reason")
+                    self.runner.post(
+                        Event.PEER_ABORTED, PeerAborted(f"the source gave up: {reason}")
+                    )
+        except (TransportError, FerryError) as error:
+            self.runner.post(Event.PEER_LOST, error)
+        except Exception as error:
+            self.runner.post(Event.FAILED, error)
+
+    # --- prepare ---
+
+    async def _check(self) -> Event:
+        """Whether what the source has fits what is here; touches nothing."""
+        hello = self._hello = Hello.unpack(self._greeting)
+        paths = self._options.gateway
+        if len(hello.devices) != len(paths):
+            raise Mismatch(
+                f"the source has {len(hello.devices)} devices, this side {len(paths)} gateways: "
+                "give --gateway once for each device, in the same order on both hosts"
+            )
+        profiles = load_profiles([Path(item) for item in self._options.profile])
+        for number, (path, theirs) in enumerate(zip(paths, hello.devices, strict=True)):
+            gateway = await GatewayClient.connect(path, role="target", session=hello.session)
+            self._gateways.append(gateway)
+            info = await check_gateway(path, gateway, vmm=True)
+            ours = offer_of(info, b"")
+            for what in ("identity", "regions", "irqs"):
+                if getattr(ours, what) != getattr(theirs, what):
+                    raise Mismatch(
+                        f"device {number} has another {what} here: {getattr(ours, what)}, "
+                        f"the source's {getattr(theirs, what)}; use the same device with the same "
+                        "options on both hosts"
+                    )
+            registers = target_for(
+                bytes.fromhex(theirs.registers), DeviceView.from_info(info), gateway, profiles
+            )
+            await registers.check()
+            self._registers.append(registers)
+            await self._check_memory(path, gateway)
+        await self._vmm.check_target()
+        return Event.CHECKED
+
+    async def _check_memory(self, path: str, gateway: GatewayClient) -> None:
+        regions = await gateway.memory()
+        try:
+            layout = [[region.iova, region.length] for region in regions]
+            if layout != self._hello.layout:
+                raise Mismatch(
+                    f"the guest's memory behind {path} is {_layout_text(layout)}, the source's "
+                    f"{_layout_text(self._hello.layout)}: start the VMM with the same memory"
+                )
+            if self._memory is None:
+                check_room(regions)
+                # Unmapped by the end of the process: apply threads may write to it until then.
+                self._memory = GuestMemory.map(regions, writable=True)
+        finally:
+            for region in regions:
+                os.close(region.fd)
+
+    async def _enter_standby(self) -> Event:
+        for gateway in self._gateways:
+            await gateway.standby(self._hello.session)
+        with tempfile.TemporaryDirectory(prefix="vfio-ferry-") as folder:
+            socket_path = f"{folder}/vmm.sock"
+            await self._vmm.start_incoming(f"unix:{socket_path}")
+            with trio.fail_after(CONNECT_S):
+                self._vmm_stream = await trio.open_unix_socket(socket_path)
+        return Event.STOOD_BY
+
+    async def _send_prepared(self) -> None:
+        assert self._memory is not None and self._vmm_stream is not None
+        await self._link.accept(b"")
+        self._accepted.set()
+        self._link.attach_memory(self._memory.array)
+        self._nursery.start_soon(run_tunnel, self._vmm_stream, self._link, self.runner)
+
+    # --- switchover ---
+
+    async def _answer_loaded(self) -> None:
+        try:
+            await self._vmm.wait_loaded()
+            await self._link.send_record(Kind.LOADED, b"")
+        except TransportError as error:
+            self.runner.post(Event.PEER_LOST, error)
+        except Exception as error:
+            self.runner.post(Event.FAILED, error)
+
+    async def _make_ready(self) -> Event:
+        await self._vmm.wait_loaded()
+        self._reports = [asdict(await registers.finish()) for registers in self._registers]
+        return Event.MADE_READY
+
+    async def _send_ready(self) -> None:
+        await self._link.send_record(Kind.READY, Notice({"registers": self._reports}).pack())
+
+    async def _own(self) -> Event:
+        """The first gateway's record decides, so it is written last: with it, all are written."""
+        began = time.monotonic()
+        both = zip(self._gateways, self._registers, strict=True)
+        for gateway, registers in reversed(list(both)):
+            await gateway.own(self._hello.session, registers.start_records())
+        self._ms["own"] = (time.monotonic() - began) * 1e3
+        return Event.OWNED
+
+    async def _start_guest(self) -> Event:
+        began = time.monotonic()
+        for gateway in self._gateways:
+            await gateway.start()
+        started = time.monotonic()
+        await self._vmm.resume()
+        self._ms["device start"] = (started - began) * 1e3
+        self._ms["VMM resume"] = (time.monotonic() - started) * 1e3
+        return Event.STARTED
+
+    async def _send_committed(self) -> None:
+        with trio.move_on_after(TELL_S), contextlib.suppress(TransportError):
+            await self._link.send_record(
+                Kind.COMMITTED, Notice({"ms": self._ms}).pack(), flush=True
+            )
+
+    # --- the ways out ---
+
+    async def _fence(self) -> Event:
+        """After this, no message whatsoever can start the guest here from this session."""
+        for number, gateway in enumerate(self._gateways):
+            try:
+                info = await gateway.status()
+                if number == 0 and info.owner == "owned" and info.session == self._hello.session:
+                    return Event.ALREADY_OWNED
+                await gateway.fence(self._hello.session)
+                if info.state == "standby":
+                    await gateway.abandon()
+            except GatewayLost:
+                # A gateway that is gone, or starts anew, holds no standby that could be owned.
+                continue
+            except WrongState:
+                # Owned, but not the first: it stays in standby, and nobody will start it.
+                continue
+        return Event.FENCED
+
+    async def _tell_abort(self) -> None:
+        await self._tell(Kind.ABORT)
+
+    async def _tell_start_failed(self) -> None:
+        await self._tell(Kind.START_FAILED)
+
+    async def _tell(self, kind: Kind) -> None:
+        error = self.runner.first_error
+        reason = Notice({"reason": (describe(error) if error else "no reason")[:1000]}).pack()
+        with trio.move_on_after(TELL_S), contextlib.suppress(TransportError):
+            if self._accepted.is_set():
+                await self._link.send_record(kind, reason, flush=True)
+            else:
+                await self._link.refuse(reason)
+
+    async def close(self) -> None:
+        for gateway in self._gateways:
+            with contextlib.suppress(GatewayError):
+                await gateway.aclose()
+
+
+def check_room(regions: list[MemoryRegion]) -> None:
+    """Raises `LocalError` if the memory or file system behind the guest's RAM is too small.
+
+    A page that cannot be allocated when it is first written is a SIGBUS, which no error handling
+    survives, so this is asked before anything is touched.
+    """
+    for region in regions:
+        stat, room = os.fstat(region.fd), os.fstatvfs(region.fd)
+        missing = max(0, stat.st_size - stat.st_blocks * 512)
+        if room.f_blocks and room.f_bavail * room.f_frsize < missing:
+            raise LocalError(
+                f"the file behind the guest's memory needs {missing >> 20} MiB more, its file "
+                f"system has {room.f_bavail * room.f_frsize >> 20} MiB: make room and try again"
+            )
+    files = {(os.fstat(r.fd).st_dev, os.fstat(r.fd).st_ino): os.fstat(r.fd) for r in regions}
+    missing = sum(max(0, stat.st_size - stat.st_blocks * 512) for stat in files.values())
+    available = _memory_available()
+    if missing > available:
+        raise LocalError(
+            f"the guest needs {missing >> 20} MiB more memory, this host has "
+            f"{available >> 20} MiB: make room and try again"
+        )
+
+
+def _memory_available() -> int:
+    for line in Path("/proc/meminfo").read_text().splitlines():
+        if line.startswith("MemAvailable:"):
+            return int(line.split()[1]) << 10
+    raise LocalError("/proc/meminfo does not tell how much memory is available")
+
+
+def _layout_text(layout: list[list[int]]) -> str:
+    return ", ".join(f"{length >> 10} KiB at {iova:#x}" for iova, length in layout) or "empty"
+
+
+def run(options: Options) -> int:
+    """Waits for one migration to this host; returns the exit code."""
+    return trio.run(_main, options)
+
+
+async def _main(options: Options) -> Exit:
+    if not options.gateway:
+        raise ConfigError("--gateway is missing; see: vfio-ferry receive --help")
+    reporter = Reporter("receive", as_json=options.json)
+    receiver_options = ReceiverOptions(peer_timeout_s=options.peer_timeout)
+    try:
+        async with (
+            await Vmm.connect(options.qmp) as vmm,
+            open_receiver(options.listen, receiver_options) as link,
+            trio.open_nursery() as nursery,
+        ):
+            await vmm.check_target()
+            target = Target(options, reporter, nursery, link, vmm)
+            await nursery.start(Shell(reporter, options.break_at).watch_signals, target.runner)
+            nursery.start_soon(target.listen)
+            await warm_up_kernels(reporter)
+            reporter.event("listening", url=link.url)
+            state = await target.runner.run(Event.START)
+            await target.close()
+            nursery.cancel_scope.cancel()
+    except* Exception as group:
+        raise first_error(group) from group
+    return conclude(reporter, state, target.runner.first_error, ADVICE)

@@ -1,0 +1,88 @@
+"""What a migration cost and what was proven, for people and as one JSON object."""
+
+import time
+from dataclasses import dataclass, field
+from typing import Any
+
+from ferry.progress import bytes_text
+
+
+class Stopwatch:
+    """Splits the downtime into named phases that follow each other without gaps.
+
+    The first phase starts when the VMM stopped its vCPUs, by its own clock, which is on this host.
+    """
+
+    def __init__(self, started_at_epoch_s: float) -> None:
+        now = time.monotonic()
+        self._started = now - max(0.0, time.time() - started_at_epoch_s)
+        self._last = self._started
+        self.phases_ms: dict[str, float] = {}
+
+    def lap(self, phase: str) -> None:
+        """Ends `phase`: all that has passed since the phase before it ended."""
+        now = time.monotonic()
+        self.phases_ms[phase] = self.phases_ms.get(phase, 0.0) + (now - self._last) * 1e3
+        self._last = now
+
+    @property
+    def total_ms(self) -> float:
+        return (self._last - self._started) * 1e3
+
+
+@dataclass
+class Report:
+    """Filled while a migration runs; `values()` is what `--json` prints at its end."""
+
+    session: str
+    methods: list[dict[str, str]] = field(default_factory=list)
+    rounds: list[dict[str, Any]] = field(default_factory=list)
+    downtime_ms: dict[str, float] = field(default_factory=dict)
+    downtime_total_ms: float = 0.0
+    target_ms: dict[str, float] = field(default_factory=dict)
+    registers: list[dict[str, Any]] = field(default_factory=list)
+    verification: dict[str, Any] = field(default_factory=dict)
+    wire_bytes: dict[str, int] = field(default_factory=dict)
+    duration_s: float = 0.0
+
+    def values(self) -> dict[str, Any]:
+        return dict(vars(self))
+
+    def text(self) -> str:
+        """The report as lines for a terminal."""
+        lines = [f"migrated in {self.duration_s:.2f} s, session {self.session}"]
+        for number, method in enumerate(self.methods):
+            lines.append(
+                f"device {number}: registers by {method['registers']}, "
+                f"dirty pages by {method['dirty']}"
+            )
+        lines.append(
+            "round   dirty    sent    zero    same   delta     lz4     raw        wire      rate"
+        )
+        for r in self.rounds:
+            lines.append(
+                f"{r['round']:>5} {r['dirty_pages']:>7} {r['sent_pages']:>7} {r['zero']:>7} "
+                f"{r['same']:>7} {r['delta']:>7} {r['lz4']:>7} {r['raw']:>7} "
+                f"{bytes_text(r['wire_bytes']):>11} "
+                f"{bytes_text(r['throughput_bytes_per_s']):>8}/s"
+            )
+        phases = "  ".join(f"{name} {ms:.1f}" for name, ms in self.downtime_ms.items())
+        lines.append(f"downtime {self.downtime_total_ms:.1f} ms: {phases}")
+        inside = "  ".join(f"{name} {ms:.1f}" for name, ms in self.target_ms.items())
+        lines.append(f"  of the commit, on the target: {inside} ms")
+        for number, counts in enumerate(self.registers):
+            told = "  ".join(f"{name} {value}" for name, value in counts.items())
+            lines.append(f"device {number} register operations: {told}")
+        wire = "  ".join(f"{name} {bytes_text(count)}" for name, count in self.wire_bytes.items())
+        lines.append(f"on the wire: {wire}")
+        v = self.verification
+        lines.append(
+            f"verified by digest: {v['checked_pages']} pages ({v['scope']}), "
+            f"{v['repaired_pages']} repaired after the VMM had loaded its copy, 0 differ"
+        )
+        for region in v.get("regions", ()):
+            lines.append(
+                f"  region {region['iova']:#x} +{bytes_text(region['length'])}: equal, "
+                f"xxh3 {region['digest']}"
+            )
+        return "\n".join(lines)

@@ -1,0 +1,348 @@
+"""Two hosts on one machine, made of the real processes: for the demo, the tests and `perf`.
+
+Each side has a device, a gateway and a guest; both devices serve the same disk image, as two
+hosts with shared storage do. `send` and `receive` are started for each migration. Nothing here
+looks into a process: it starts them with the options that a user would give, reads the events
+that they print, and talks to the guests by QMP.
+"""
+
+import contextlib
+import json
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Self
+
+import trio
+
+from ferry.errors import FerryError
+from sync.guest.control import guest_report, verify_guest
+from sync.vmm.driver import Vmm
+
+START_S = 30.0
+"""A process that has not opened its socket by then will not."""
+POLL_S = 0.02
+
+
+class TestbedError(FerryError):
+    """A process of the testbed did not do what it was started for."""
+
+    __test__ = False
+
+
+class Process:
+    """A command of vfio-ferry, started for real. Its JSON events are collected as they come."""
+
+    def __init__(
+        self, name: str, arguments: Sequence[str], log: Path, on_event: Callable[..., None] | None
+    ) -> None:
+        self.name = name
+        self.log = log
+        self.events: list[dict[str, Any]] = []
+        self._news = threading.Condition()
+        self._on_event = on_event
+        with log.open("ab") as stderr:
+            self._popen = subprocess.Popen(
+                [sys.executable, "-m", "ferry.cli", *arguments],
+                stdout=subprocess.PIPE,
+                stderr=stderr,
+                stdin=subprocess.DEVNULL,
+                start_new_session=True,
+            )
+        self._reader = threading.Thread(target=self._read, daemon=True)
+        self._reader.start()
+
+    def _read(self) -> None:
+        assert self._popen.stdout is not None
+        for line in self._popen.stdout:
+            try:
+                event = json.loads(line)
+            except ValueError:
+                event = {"event": "text", "text": line.decode(errors="replace").rstrip()}
+            with self._news:
+                self.events.append(event)
+                self._news.notify_all()
+            if self._on_event is not None:
+                self._on_event(event)
+        with self._news:
+            self._news.notify_all()
+
+    @property
+    def running(self) -> bool:
+        return self._popen.poll() is None
+
+    def wait_event(self, name: str, timeout_s: float = START_S, **values: Any) -> dict[str, Any]:
+        """The first event of this name with these values. Raises `TestbedError` when the process
+        ends or the time passes without it."""
+
+        def found() -> dict[str, Any] | None:
+            for event in self.events:
+                if event.get("event") == name and values.items() <= event.items():
+                    return event
+            return None
+
+        with self._news:
+            self._news.wait_for(lambda: found() or not self._reader.is_alive(), timeout_s)
+            event = found()
+        if event is None:
+            raise TestbedError(f"{self.name} did not report {name} {values}; {self.tail()}")
+        return event
+
+    def wait(self, timeout_s: float) -> int:
+        """Its exit code. Raises `TestbedError` when it does not end in time."""
+        try:
+            code = self._popen.wait(timeout_s)
+        except subprocess.TimeoutExpired:
+            raise TestbedError(f"{self.name} does not end; {self.tail()}") from None
+        self._reader.join()
+        return code
+
+    def signal(self, number: signal.Signals) -> None:
+        with contextlib.suppress(ProcessLookupError):
+            self._popen.send_signal(number)
+
+    def kill(self) -> None:
+        """SIGKILL, and gone."""
+        self.signal(signal.SIGKILL)
+        self._popen.wait()
+
+    def resume(self) -> None:
+        """Lets a stopped process go on."""
+        self.signal(signal.SIGCONT)
+
+    def wait_stopped(self, timeout_s: float = START_S) -> None:
+        """Until the process has stopped itself (`--break-at`)."""
+        stat = Path(f"/proc/{self._popen.pid}/stat")
+        deadline = time.monotonic() + timeout_s
+        while time.monotonic() < deadline:
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                self._popen.wait(POLL_S)
+                break
+            if stat.read_text().rsplit(")", 1)[1].split()[0] == "T":
+                return
+        raise TestbedError(f"{self.name} did not stop itself; {self.tail()}")
+
+    def wait_socket(self, path: Path, timeout_s: float = START_S) -> None:
+        """Until somebody listens at `path`."""
+        deadline = time.monotonic() + timeout_s
+        while time.monotonic() < deadline:
+            with contextlib.suppress(OSError), socket.socket(socket.AF_UNIX) as probe:
+                probe.connect(str(path))
+                return
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                self._popen.wait(POLL_S)
+                break
+        raise TestbedError(f"{self.name} does not listen at {path}; {self.tail()}")
+
+    def tail(self) -> str:
+        """What it said last, for an error message."""
+        said = self.log.read_text(errors="replace").splitlines()[-8:]
+        last = [json.dumps(event) for event in self.events[-3:]]
+        code = self._popen.poll()
+        return f"exit code {code}; last events {last}; stderr {said}"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Setup:
+    """What the two hosts are made of. `device` and `guest` are flags of those commands."""
+
+    device: tuple[str, ...] = ()
+    guest: tuple[str, ...] = ()
+    image_bytes: int = 64 << 20
+
+
+@dataclass
+class Host:
+    """One side. The processes are None while they are not started."""
+
+    name: str
+    folder: Path
+    device: Process | None = None
+    gateway: Process | None = None
+    guest: Process | None = None
+    extra: list[Process] = field(default_factory=list)
+
+    @property
+    def device_socket(self) -> Path:
+        return self.folder / "device.sock"
+
+    @property
+    def gateway_socket(self) -> Path:
+        return self.folder / "gateway.sock"
+
+    @property
+    def control_socket(self) -> Path:
+        return self.folder / "control.sock"
+
+    @property
+    def qmp_socket(self) -> Path:
+        return self.folder / "qmp.sock"
+
+
+class Testbed:
+    """`with Testbed(folder, setup) as bed:`; every process it started is dead afterwards."""
+
+    __test__ = False
+
+    def __init__(self, folder: Path, setup: Setup) -> None:
+        self.folder = folder
+        self.setup = setup
+        self.image = folder / "disk.img"
+        self.processes: list[Process] = []
+        self.hosts = {name: Host(name, folder / name) for name in ("a", "b")}
+        for host in self.hosts.values():
+            host.folder.mkdir(mode=0o700, parents=True)
+        with self.image.open("wb") as image:
+            image.truncate(setup.image_bytes)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        for process in self.processes:
+            if process.running:
+                process.signal(signal.SIGCONT)
+                process.kill()
+
+    def start(
+        self,
+        name: str,
+        *arguments: object,
+        on_event: Callable[..., None] | None = None,
+    ) -> Process:
+        """Starts a command; its log is `NAME.log` in the testbed's folder."""
+        log = self.folder / f"{name.replace(' ', '-')}.log"
+        process = Process(name, [str(word) for word in arguments], log, on_event)
+        self.processes.append(process)
+        return process
+
+    def start_device(self, host: Host) -> Process:
+        host.device = self.start(
+            f"device {host.name}",
+            *("device", "--socket", host.device_socket, "--image", self.image),
+            *self.setup.device,
+        )
+        host.device.wait_socket(host.device_socket)
+        return host.device
+
+    def start_gateway(self, host: Host) -> Process:
+        host.gateway = self.start(
+            f"gateway {host.name}",
+            *("gateway", "--listen", host.gateway_socket, "--device", host.device_socket),
+            *("--control", host.control_socket, "--json"),
+        )
+        host.gateway.wait_socket(host.control_socket)
+        return host.gateway
+
+    def start_guest(self, host: Host, *, incoming: bool) -> Process:
+        host.guest = self.start(
+            f"guest {host.name}",
+            *("guest", "--device", host.gateway_socket, "--qmp", host.qmp_socket),
+            *self.setup.guest,
+            *(["--incoming"] if incoming else []),
+        )
+        self.wait_status(host, "inmigrate" if incoming else "running")
+        return host.guest
+
+    def start_host(self, host: Host, *, incoming: bool) -> None:
+        self.start_device(host)
+        self.start_gateway(host)
+        self.start_guest(host, incoming=incoming)
+
+    def receive(self, host: Host, *flags: object, **keywords: Any) -> Process:
+        """Starts `receive` on `host`, and waits until it listens."""
+        process = self.start(
+            f"receive {host.name}",
+            *("receive", "--listen", f"ipc://{host.folder}/link.sock", "--json"),
+            *("--gateway", host.control_socket, "--qmp", host.qmp_socket, *flags),
+            **keywords,
+        )
+        process.wait_event("listening")
+        return process
+
+    def send(self, source: Host, target: Host, *flags: object, **keywords: Any) -> Process:
+        return self.start(
+            f"send {source.name}",
+            *("send", "--to", f"ipc://{target.folder}/link.sock", "--json"),
+            *("--gateway", source.control_socket, "--qmp", source.qmp_socket, *flags),
+            **keywords,
+        )
+
+    # --- the guests, by QMP ---
+
+    def status(self, host: Host) -> str:
+        async def ask() -> str:
+            async with await Vmm.connect(str(host.qmp_socket), deadline_s=START_S) as vmm:
+                return await vmm.run_state()
+
+        return trio.run(ask)
+
+    def wait_status(self, host: Host, wanted: str, timeout_s: float = START_S) -> None:
+        async def wait() -> None:
+            async with await Vmm.connect(str(host.qmp_socket), deadline_s=timeout_s) as vmm:
+                while True:
+                    if await vmm.run_state() == wanted:
+                        return
+                    await trio.sleep(POLL_S)
+
+        self._within(timeout_s, wait, f"guest {host.name} is not {wanted}")
+
+    def report(self, host: Host) -> dict[str, Any]:
+        """The workload's statistics."""
+
+        async def ask() -> dict[str, Any]:
+            async with await Vmm.connect(str(host.qmp_socket), deadline_s=START_S) as vmm:
+                return await guest_report(vmm)
+
+        return trio.run(ask)
+
+    def wait_operations(self, host: Host, more: int, timeout_s: float = START_S) -> dict[str, Any]:
+        """Until the guest has done `more` operations than now; its report then."""
+        report: dict[str, Any] = {}
+
+        async def wait() -> None:
+            nonlocal report
+            async with await Vmm.connect(str(host.qmp_socket), deadline_s=timeout_s) as vmm:
+                report = await guest_report(vmm)
+                goal = report["operations"] + more
+                while report["operations"] < goal:
+                    await trio.sleep(POLL_S)
+                    report = await guest_report(vmm)
+
+        self._within(timeout_s, wait, f"guest {host.name} does no {more} operations")
+        return report
+
+    def verify(self, host: Host, timeout_s: float = 60.0) -> dict[str, Any]:
+        """Reads back every block that the guest ever wrote; its report afterwards."""
+        report: dict[str, Any] = {}
+
+        async def ask() -> None:
+            nonlocal report
+            async with await Vmm.connect(str(host.qmp_socket), deadline_s=START_S) as vmm:
+                report = await verify_guest(vmm)
+
+        self._within(timeout_s, ask, f"guest {host.name} does not finish verifying")
+        return report
+
+    def _within(self, timeout_s: float, work: Callable[..., Any], what: str) -> None:
+        async def limited() -> None:
+            with trio.fail_after(timeout_s):
+                await work()
+
+        try:
+            trio.run(limited)
+        except trio.TooSlowError:
+            tails = "; ".join(f"{p.name}: {p.tail()}" for p in self.processes)
+            raise TestbedError(f"{what} after {timeout_s:g} s; {tails}") from None

@@ -1,0 +1,120 @@
+"""Every process is killed in every phase, for every method; afterwards one side owns the guest.
+
+A migration is held at a phase (`--break-at` stops the process that entered it), a process is
+killed with SIGKILL, the migration goes on. Then whoever is left says how it ended, `resolve`
+settles what they could not, what was killed on the owner's side is started again, and the guest's
+I/O has to go on with every checksum right.
+"""
+
+from pathlib import Path
+
+import pytest
+
+from ferry.errors import Exit
+from ferry.testbed import Host, Process, Testbed
+from tests.e2e.rig import (
+    METHODS,
+    MIGRATION_S,
+    Method,
+    assert_sound,
+    new_bed,
+    run_resolve,
+    small_setup,
+    start_both,
+    start_migration,
+)
+
+PHASES = {
+    "preparing": "send",
+    "precopy": "send",
+    "stopping": "send",
+    "finalizing": "send",
+    "committing": "send",
+    "rising": "receive",
+}
+"""Phase: which of the two processes enters it."""
+VICTIMS = (
+    *("guest a", "device a", "gateway a", "send"),
+    *("receive", "gateway b", "device b", "guest b"),
+)
+
+
+@pytest.mark.parametrize("victim", VICTIMS)
+@pytest.mark.parametrize("phase", PHASES)
+@pytest.mark.parametrize("method", METHODS, ids=str)
+def test_i7_i8_killed(tmp_path: Path, method: Method, phase: str, victim: str) -> None:
+    with new_bed(tmp_path, small_setup(method)) as bed:
+        a, b = start_both(bed)
+        hold = ("--break-at", phase)
+        sender, receiver = start_migration(
+            *(bed, a, b, method),
+            *(hold if PHASES[phase] == "send" else ()),
+            receive=hold if PHASES[phase] == "receive" else (),
+        )
+        holder = sender if PHASES[phase] == "send" else receiver
+        holder.wait_stopped()
+        processes = {"send": sender, "receive": receiver}
+        for host in (a, b):
+            processes |= {
+                f"{kind} {host.name}": process
+                for kind in ("guest", "device", "gateway")
+                if (process := getattr(host, kind)) is not None
+            }
+        processes[victim].kill()
+        holder.resume()
+        codes = {
+            process.name.split()[0]: process.wait(MIGRATION_S)
+            for process in (sender, receiver)
+            if process is not processes[victim]
+        }
+        assert Exit.INTERNAL not in codes.values(), (sender.tail(), receiver.tail())
+        owner = settle(bed, a, b, victim, codes, sender, receiver)
+        check(bed, owner, b if owner is a else a, victim)
+
+
+def settle(
+    bed: Testbed,
+    a: Host,
+    b: Host,
+    victim: str,
+    codes: dict[str, int],
+    sender: Process,
+    receiver: Process,
+) -> Host:
+    """Who owns the guest in the end, as an operator would find out."""
+    if codes.get("send") == Exit.OK or codes.get("receive") == Exit.OK:
+        return b
+    released = any(event.get("phase") == "committing" for event in sender.events)
+    if not released:
+        return a
+    revive(bed, b, victim)
+    if f"guest {b.name}" == victim:
+        # The VMM that might have got the guest is dead: that it will never run is certain.
+        outcome = "fenced"
+    else:
+        outcome = run_resolve(bed, b, "target")
+    if outcome == "committed":
+        return b
+    if codes.get("send") not in (Exit.PEER_ABORTED, Exit.DEVICE, Exit.VMM):
+        revive(bed, a, victim)
+        assert run_resolve(bed, a, "source", "--peer", "fenced") == "owned"
+    return a
+
+
+def revive(bed: Testbed, host: Host, victim: str) -> None:
+    """Starts a killed gateway or device again, as a service manager would."""
+    if victim == f"gateway {host.name}" and host.gateway and not host.gateway.running:
+        bed.start_gateway(host)
+    if victim == f"device {host.name}" and host.device and not host.device.running:
+        bed.start_device(host)
+
+
+def check(bed: Testbed, owner: Host, other: Host, victim: str) -> None:
+    """One owner, whose I/O goes on; unless the guest itself was killed, then nobody runs it."""
+    if other.guest is not None and other.guest.running:
+        assert bed.status(other) != "running"
+    if victim == f"guest {owner.name}":
+        return
+    revive(bed, owner, victim)
+    bed.wait_status(owner, "running")
+    assert_sound(bed, owner)

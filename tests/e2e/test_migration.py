@@ -1,0 +1,111 @@
+"""Whole migrations with real processes: everything arrives, by every method, and back again."""
+
+from pathlib import Path
+
+import pytest
+
+from ferry.errors import Exit
+from tests.e2e.rig import (
+    METHODS,
+    MIGRATION_S,
+    Method,
+    assert_sound,
+    migrate,
+    new_bed,
+    small_setup,
+    start_both,
+    start_migration,
+)
+
+
+@pytest.mark.parametrize("method", METHODS, ids=str)
+def test_a_device_moves_with_its_running_guest(tmp_path: Path, method: Method) -> None:
+    with new_bed(tmp_path, small_setup(method)) as bed:
+        a, b = start_both(bed)
+        report = migrate(bed, a, b, method, "--verify", "all")
+        assert report["methods"] == [{"registers": method.registers, "dirty": method.dirty}]
+        assert report["rounds"]
+        assert report["verification"]["scope"].startswith("all")
+        assert sum(region["length"] for region in report["verification"]["regions"]) > 40 << 20
+        assert set(report["downtime_ms"]) == {
+            *("pause", "drain", "final state", "VMM load", "verify", "ready", "commit")
+        }
+        guest = assert_sound(bed, b)
+        assert guest["device_resets"] == 0
+        assert guest["device_reconnects"] == 0
+        assert bed.status(a) != "running"
+
+
+@pytest.mark.parametrize("registers", ["v2", "replay"])
+def test_intx(tmp_path: Path, registers: str) -> None:
+    method = Method(registers, "logging")
+    with new_bed(tmp_path, small_setup(method, "--irq", "intx")) as bed:
+        a, b = start_both(bed)
+        migrate(bed, a, b, method)
+        assert_sound(bed, b)
+
+
+def test_a_device_that_logs_coarse_pages(tmp_path: Path) -> None:
+    method = Method("replay", "logging")
+    with new_bed(tmp_path, small_setup(method, device=("--logging", "64K"))) as bed:
+        a, b = start_both(bed)
+        migrate(bed, a, b, method, "--verify", "all")
+        assert_sound(bed, b)
+
+
+def test_there_and_back_again(tmp_path: Path) -> None:
+    method = Method("replay", "message")
+    with new_bed(tmp_path, small_setup(method)) as bed:
+        a, b = start_both(bed)
+        migrate(bed, a, b, method)
+        bed.wait_operations(b, 100)
+        assert a.guest is not None
+        a.guest.kill()
+        bed.start_guest(a, incoming=True)
+        migrate(bed, b, a, method)
+        assert_sound(bed, a)
+
+
+def test_a_second_migration_after_one_that_was_aborted(tmp_path: Path) -> None:
+    method = Method("v2", "logging")
+    with new_bed(tmp_path, small_setup(method)) as bed:
+        a, b = start_both(bed)
+        sender, receiver = start_migration(bed, a, b, method, "--break-at", "precopy")
+        sender.wait_stopped()
+        receiver.kill()
+        sender.resume()
+        assert sender.wait(MIGRATION_S) == Exit.PEER_LOST
+        assert bed.status(a) == "running"
+        assert b.guest is not None
+        b.guest.kill()
+        bed.start_guest(b, incoming=True)
+        migrate(bed, a, b, method)
+        assert_sound(bed, b)
+
+
+def test_a_link_with_a_bandwidth_limit(tmp_path: Path) -> None:
+    method = Method("replay", "logging")
+    with new_bed(tmp_path, small_setup(method, "--iops", "300")) as bed:
+        a, b = start_both(bed)
+        migrate(bed, a, b, method, "--bandwidth", "40M")
+        assert_sound(bed, b)
+
+
+def test_several_lanes_over_tcp(tmp_path: Path) -> None:
+    method = Method("replay", "scan")
+    with new_bed(tmp_path, small_setup(method)) as bed:
+        a, b = start_both(bed)
+        receiver = bed.start(
+            "receive b",
+            *("receive", "--listen", "tcp://127.0.0.1:0", "--json"),
+            *("--gateway", b.control_socket, "--qmp", b.qmp_socket),
+        )
+        url = receiver.wait_event("listening")["url"]
+        sender = bed.start(
+            "send a",
+            *("send", "--to", url, "--json", "--lanes", "4", *method.flags),
+            *("--gateway", a.control_socket, "--qmp", a.qmp_socket),
+        )
+        assert sender.wait(MIGRATION_S) == Exit.OK, sender.tail()
+        assert receiver.wait(MIGRATION_S) == Exit.OK, receiver.tail()
+        assert_sound(bed, b)

@@ -1,0 +1,72 @@
+"""The command line as a user meets it: help, exit codes, no traceback."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from ferry.cli import COMMANDS, exit_code_of, main
+from ferry.errors import EXIT_MEANING, Exit
+from sync.errors import SyncError
+from sync.vmm.errors import VmmGone
+from transport import errors as transport_errors
+
+
+def ferry(*arguments: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, "-m", "ferry.cli", *arguments], capture_output=True, text=True, check=False
+    )
+
+
+@pytest.mark.parametrize("command", sorted(COMMANDS))
+def test_every_command_has_help(command: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as ended:
+        main([command, "--help"])
+    assert ended.value.code == 0
+    assert "--config" in capsys.readouterr().out
+
+
+def test_exit_codes_are_all_explained(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["exit-codes"]) == Exit.OK
+    printed = capsys.readouterr().out
+    assert set(EXIT_MEANING) == set(Exit)
+    for code in Exit:
+        assert f"{code.value:>3}  {code.name.lower()}" in printed
+
+
+def test_every_error_of_the_rooms_has_its_own_code() -> None:
+    assert exit_code_of(transport_errors.PeerUnreachable("x")) is Exit.UNREACHABLE
+    assert exit_code_of(transport_errors.PeerLost("x")) is Exit.PEER_LOST
+    assert exit_code_of(transport_errors.FrameError("x")) is Exit.PEER_PROTOCOL
+    assert exit_code_of(VmmGone("x")) is Exit.VMM
+    assert exit_code_of(SyncError("x")) is Exit.DEVICE
+    assert exit_code_of(OSError()) is Exit.LOCAL
+    assert exit_code_of(RuntimeError()) is Exit.INTERNAL
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code", "says"),
+    [
+        (["send", "--to", "here", "--qmp", "q"], Exit.USAGE, "an endpoint like"),
+        (["send", "--to", "tcp://127.0.0.1:1", "--qmp", "q"], Exit.USAGE, "--gateway is missing"),
+        (["send", "--qmp", "q"], Exit.USAGE, "--to is missing"),
+        (["receive", "--listen", "tcp://127.0.0.1:0", "--qmp", "q"], Exit.USAGE, "--gateway"),
+        (["send", "--downtime-limit", "-3", "--to", "x", "--qmp", "q"], Exit.USAGE, "at least 1"),
+    ],
+)
+def test_wrong_use_is_told_without_a_traceback(arguments: list[str], code: Exit, says: str) -> None:
+    done = ferry(*arguments)
+    assert done.returncode == code
+    assert says in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+def test_a_gateway_that_is_not_there(tmp_path: Path) -> None:
+    nothing = str(tmp_path / "none")
+    done = ferry(
+        *("send", "--to", "tcp://127.0.0.1:1", "--qmp", nothing, "--gateway", nothing),
+    )
+    assert done.returncode == Exit.DEVICE
+    assert "no gateway answers" in done.stdout + done.stderr
+    assert "Traceback" not in done.stderr

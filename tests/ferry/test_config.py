@@ -1,0 +1,96 @@
+"""Options from flags and TOML: the same words for the same mistake, the flag wins."""
+
+import argparse
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from ferry.config import add_arguments, endpoint, load, option, positive, seconds, size
+from ferry.errors import ConfigError
+
+
+@dataclass(frozen=True, kw_only=True)
+class Options:
+    where: str = option("an address", parse=endpoint)
+    room: int = option("bytes", 4096, parse=size)
+    times: int = option("how often", 3, parse=positive)
+    mode: str = option("how", "fast", choices=("fast", "slow"))
+    path: tuple[str, ...] = option("paths", (), repeat=True)
+    quiet: bool = option("say less", False)
+
+
+def parse(*arguments: str) -> Options:
+    parser = argparse.ArgumentParser()
+    add_arguments(parser, Options)
+    return load(Options, "thing", parser.parse_args(arguments))
+
+
+def config(folder: Path, text: str) -> str:
+    path = folder / "ferry.toml"
+    path.write_text(text)
+    return str(path)
+
+
+def test_defaults_and_flags() -> None:
+    options = parse("--where", "tcp://host:7000", "--path", "x", "--path", "y", "--quiet")
+    assert options == Options(where="tcp://host:7000", path=("x", "y"), quiet=True)
+
+
+def test_a_flag_wins_over_the_file(tmp_path: Path) -> None:
+    path = config(
+        tmp_path,
+        '[thing]\nwhere = "ipc:///run/x"\nroom = "2M"\ntimes = 7\nquiet = true\npath = ["p"]\n',
+    )
+    assert parse("--config", path, "--times", "9") == Options(
+        where="ipc:///run/x", room=2 << 20, times=9, quiet=True, path=("p",)
+    )
+
+
+@pytest.mark.parametrize(
+    ("text", "says"),
+    [
+        ("[thing]\nwhat = 1\n", "no key 'what'"),
+        ('[thing]\nwhere = "nowhere"\n', "an endpoint like"),
+        ('[thing]\nwhere = "tcp://h:1"\ntimes = 0\n', "at least 1"),
+        ('[thing]\nwhere = "tcp://h:1"\ntimes = true\n', "a string or a number"),
+        ('[thing]\nwhere = "tcp://h:1"\nmode = "wild"\n', "one of fast, slow"),
+        ('[thing]\nwhere = "tcp://h:1"\nquiet = "yes"\n', "true or false"),
+        ('[thing]\nwhere = "tcp://h:1"\npath = [[1]]\n', "a string or a number"),
+        ("thing = 3\n", "has to be a table"),
+        ("[thing\n", "not valid TOML"),
+    ],
+)
+def test_nonsense_in_a_file_is_named(tmp_path: Path, text: str, says: str) -> None:
+    with pytest.raises(ConfigError, match=says):
+        parse("--config", config(tmp_path, text))
+
+
+def test_a_file_that_is_not_there_or_not_text(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="cannot read"):
+        parse("--config", str(tmp_path / "none.toml"))
+    (tmp_path / "binary").write_bytes(b"\xff\xfe\x00")
+    with pytest.raises(ConfigError, match="not valid TOML"):
+        parse("--config", str(tmp_path / "binary"))
+
+
+def test_what_is_required_is_asked_for() -> None:
+    with pytest.raises(ConfigError, match="--where is missing"):
+        parse()
+
+
+@given(st.integers(0, 1 << 40), st.sampled_from(["", "K", "M", "G", "k", "KiB", "mb"]))
+def test_sizes(number: int, unit: str) -> None:
+    factor = {"": 1, "k": 1 << 10, "m": 1 << 20, "g": 1 << 30}[unit[:1].lower()]
+    assert size(f"{number}{unit}") == number * factor
+
+
+@given(st.text())
+def test_parsers_refuse_with_value_error_only(text: str) -> None:
+    for parser in (size, positive, seconds, endpoint):
+        try:
+            parser(text)
+        except ValueError:
+            continue

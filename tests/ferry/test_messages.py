@@ -1,0 +1,95 @@
+"""The greeting and the control records: what comes back is what went in; nothing else gets in."""
+
+import json
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from ferry.errors import PeerProtocolError
+from ferry.messages import (
+    PROTOCOL_VERSION,
+    DeviceOffer,
+    Hello,
+    Notice,
+    pack_state,
+    unpack_state,
+)
+
+NUMBERS = st.integers(0, (1 << 64) - 1)
+PAIRS = st.lists(st.lists(NUMBERS, min_size=2, max_size=2), max_size=4)
+DEVICES = st.builds(
+    DeviceOffer,
+    identity=st.dictionaries(st.text(max_size=8), NUMBERS, max_size=4),
+    regions=PAIRS,
+    irqs=PAIRS,
+    registers=st.binary(max_size=32).map(bytes.hex),
+)
+HELLOS = st.builds(
+    Hello,
+    session=st.binary(min_size=16, max_size=16).map(bytes.hex),
+    devices=st.lists(DEVICES, min_size=1, max_size=3),
+    layout=PAIRS,
+)
+JSON = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=8),
+    lambda inner: (
+        st.lists(inner, max_size=4)
+        | st.dictionaries(
+            st.sampled_from(
+                ["version", "session", "devices", "layout", "identity", "regions", "x"]
+            ),
+            inner,
+            max_size=6,
+        )
+    ),
+)
+
+
+@given(HELLOS)
+def test_a_greeting_arrives_as_it_was_sent(hello: Hello) -> None:
+    assert Hello.unpack(hello.pack()) == hello
+
+
+@given(st.binary(max_size=200) | JSON.map(lambda value: json.dumps(value).encode()))
+def test_any_other_greeting_is_refused(payload: bytes) -> None:
+    with pytest.raises(PeerProtocolError):
+        Hello.unpack(payload)
+
+
+@given(HELLOS, st.data())
+def test_i9_a_greeting_with_one_thing_wrong_is_refused(hello: Hello, data: st.DataObject) -> None:
+    fields = json.loads(hello.pack())
+    wrong = data.draw(st.sampled_from(["session", "devices", "layout"]))
+    fields[wrong] = data.draw(st.none() | st.integers() | st.text(max_size=5) | st.just([[-1, 0]]))
+    with pytest.raises(PeerProtocolError):
+        Hello.unpack(json.dumps(fields).encode())
+
+
+def test_another_version_is_told_apart() -> None:
+    payload = json.dumps({"version": PROTOCOL_VERSION + 1}).encode()
+    with pytest.raises(PeerProtocolError, match="install the same version"):
+        Hello.unpack(payload)
+
+
+def test_deeply_nested_json_is_refused() -> None:
+    with pytest.raises(PeerProtocolError):
+        Notice.unpack(b"[" * 200_000)
+
+
+@given(st.integers(0, 63), st.binary(max_size=64))
+def test_state_records(device: int, payload: bytes) -> None:
+    assert unpack_state(pack_state(device, payload), 64) == (device, payload)
+
+
+@pytest.mark.parametrize("record", [b"", b"\0", pack_state(2, b"x")])
+def test_state_records_for_nobody(record: bytes) -> None:
+    with pytest.raises(PeerProtocolError):
+        unpack_state(record, 2)
+
+
+@given(st.text(max_size=2000))
+def test_a_reason_is_printable_and_short(text: str) -> None:
+    shown = Notice({"reason": text}).text("reason")
+    assert len(shown) <= 1000
+    assert shown.isprintable()
