@@ -31,12 +31,15 @@ def _round(v: dict[str, Any]) -> str:
         f"dirty {v['dirty_pages']:>6} pages",
         f"sent {v['sent_pages']:>6}",
         f"wire {bytes_text(v['wire_bytes']):>10}",
-        f"{bytes_text(v['throughput_bytes_per_s'])}/s",
-        f"dirtying {v['dirty_pages_per_s']:.0f} pages/s",
+        f"{bytes_text(v['throughput_bytes_per_s']):>10}/s",
     ]
-    if v.get("vmm_remaining_bytes") is not None:
-        parts.append(f"VMM remaining {bytes_text(v['vmm_remaining_bytes'])}")
-    parts.append(f"downtime would be {v['predicted_downtime_ms']:.0f} ms")
+    if v["remaining_pages"] is not None:
+        parts.append(f"left {v['remaining_pages']:>6} pages")
+        parts.append(f"dirtying {v['dirty_pages_per_s']:.0f} pages/s")
+    if v["vmm_remaining_bytes"] is not None:
+        parts.append(f"VMM left {bytes_text(v['vmm_remaining_bytes'])}")
+    if v["predicted_downtime_ms"] is not None:
+        parts.append(f"downtime would be {v['predicted_downtime_ms']:.0f} ms")
     return "  ".join(parts)
 
 
@@ -47,6 +50,7 @@ def _generic(v: dict[str, Any]) -> str:
 _RENDER: dict[str, Callable[[dict[str, Any]], str]] = {
     "phase": _phase,
     "round": _round,
+    "listening": lambda v: f"{v['role']}: listening at {v['url']}",
     "message": lambda v: str(v["text"]),
     "report": lambda v: str(v["text"]),
     "error": lambda v: f"error: {v['message']}",

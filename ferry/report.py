@@ -71,8 +71,14 @@ class Report:
         inside = "  ".join(f"{name} {ms:.1f}" for name, ms in self.target_ms.items())
         lines.append(f"  of the commit, on the target: {inside} ms")
         for number, counts in enumerate(self.registers):
-            told = "  ".join(f"{name} {value}" for name, value in counts.items())
-            lines.append(f"device {number} register operations: {told}")
+            told = "  ".join(
+                f"{name.replace('_', ' ')} {value}"
+                for name, value in counts.items()
+                if isinstance(value, int)
+            )
+            lines.append(f"device {number} registers: {told}")
+            for register, count in counts["divergences"].items():
+                lines.append(f"  {register}: {count} reads returned another value than captured")
         wire = "  ".join(f"{name} {bytes_text(count)}" for name, count in self.wire_bytes.items())
         lines.append(f"on the wire: {wire}")
         v = self.verification

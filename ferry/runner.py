@@ -16,6 +16,9 @@ from sync.handover import Action, Event, Handover, RemoteProtocolError, State
 
 Perform = Callable[[], Awaitable[Event | None]]
 
+BEST_EFFORT = frozenset({Action.TELL_ABORT, Action.TELL_START_FAILED, Action.SEND_COMMITTED})
+"""Telling the peer may fail; what follows it must not be left out because of that."""
+
 
 class Runner:
     """Runs `machine` to a terminal state.
@@ -106,6 +109,8 @@ class Runner:
                     try:
                         event = await self._perform[action]()
                     except Exception as error:
+                        if action in BEST_EFFORT:
+                            continue
                         self.first_error = self.first_error or error
                         event = self._failure_events.get(action, Event.FAILED)
                         self._events_in.send_nowait((event, started))

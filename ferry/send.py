@@ -5,6 +5,7 @@ begins is decided by `sync.handover`, when to switch over by `sync.convergence`.
 """
 
 import contextlib
+import math
 import os
 import secrets
 import socket
@@ -172,13 +173,12 @@ class Source:
         self._scratch = contextlib.ExitStack()
         self._gateways: list[GatewayClient] = []
         self._round_no = 0
+        self._round_ended = trio.current_time()
         self._watch = Stopwatch(0.0)
         self._started = trio.current_time()
         self._committed: Notice = Notice()
         self.report = Report(session=self._session.hex())
-        machine = Handover(
-            Role.SOURCE, Deadlines(preparing_s=60.0, precopy_s=options.timeout + 60.0)
-        )
+        machine = Handover(Role.SOURCE, Deadlines(precopy_s=options.timeout + 60.0, pausing_s=30.0))
         self.runner = Runner(
             machine,
             {
@@ -403,28 +403,28 @@ class Source:
                 raise VmmError(f"the VMM's migration is {progress.status}: {progress.error}")
             bitmap = await self._dirty.collect()
             left = int(np.bitwise_count(bitmap).sum())
+            if progress.rounds <= 1:
+                # The VMM is in its first pass over all of memory: nothing converges before that
+                # is over, so these rounds are not judged.
+                self._note_round(round_, left, None, progress.remaining_bytes)
+                continue
             decision = convergence.observe(
                 Round(
                     sent_pages=round_.sent_pages,
                     wire_bytes=round_.wire_bytes,
-                    duration_ns=int((trio.current_time() - began) * 1e9),
+                    duration_ns=round_.duration_ns,
+                    interval_ns=int((trio.current_time() - began) * 1e9),
                     dirty_pages=left,
                     vmm_remaining_bytes=progress.remaining_bytes,
                 )
             )
-            self._note_round(
-                round_,
-                left,
-                dirty_pages_per_s=convergence.rates.dirty_pages_per_s,
-                predicted_ms=decision.predicted_downtime_ms,
-                vmm_remaining_bytes=progress.remaining_bytes,
-            )
+            self._note_round(round_, left, decision.predicted_downtime_ms, progress.remaining_bytes)
             if decision.verdict is Verdict.GIVE_UP:
                 raise NotConverged(decision.message)
             if decision.verdict is Verdict.SWITCH:
                 self._reporter.event("message", text=decision.message)
                 # What was collected last is not sent yet.
-                await self._send_bitmap(bitmap)
+                self._note_round(await self._send_bitmap(bitmap))
                 return Event.CONVERGED
 
     async def _send_bitmap(self, bitmap: NDArray[np.uint64]) -> RoundStatistics:
@@ -435,12 +435,13 @@ class Source:
     def _note_round(
         self,
         round_: RoundStatistics,
-        left: int,
-        *,
-        dirty_pages_per_s: float,
-        predicted_ms: float,
-        vmm_remaining_bytes: int | None,
+        left: int | None = None,
+        predicted_ms: float | None = None,
+        vmm_remaining_bytes: int | None = None,
     ) -> None:
+        """Reports a round, with what was known behind it: pages left, and what follows from it."""
+        now = trio.current_time()
+        interval_s, self._round_ended = now - self._round_ended, now
         values = {
             "round": round_.round_no,
             "dirty_pages": round_.pages,
@@ -454,8 +455,8 @@ class Source:
             "duration_ms": round_.duration_ns / 1e6,
             "throughput_bytes_per_s": round_.wire_bytes / max(round_.duration_ns, 1) * 1e9,
             "remaining_pages": left,
-            "dirty_pages_per_s": dirty_pages_per_s,
-            "predicted_downtime_ms": predicted_ms,
+            "dirty_pages_per_s": None if left is None else left / interval_s,
+            "predicted_downtime_ms": predicted_ms if predicted_ms != math.inf else None,
             "vmm_remaining_bytes": vmm_remaining_bytes,
         }
         self.report.rounds.append(values)
@@ -465,7 +466,9 @@ class Source:
         """Lets the VMM switch over, and keeps the dirty set small until it does."""
         assert self._dirty is not None and self._vmm is not None
         vmm = self._vmm
-        await vmm.allow_switchover(self._options.downtime_limit)
+        # The VMM may leave so much of its own for the time when the guest stands still; the rest
+        # of the limit is for what follows from it.
+        await vmm.allow_switchover(max(1, self._options.downtime_limit // 3))
         async with trio.open_nursery() as nursery:
             rounds = trio.CancelScope()
 
@@ -479,7 +482,7 @@ class Source:
                 while True:
                     with trio.CancelScope(shield=True):
                         # Cleared bits must become sent pages, or they are lost (I1).
-                        await self._send_bitmap(await self._dirty.collect())
+                        self._note_round(await self._send_bitmap(await self._dirty.collect()))
                     await trio.sleep(ROUND_INTERVAL_S)
         self._watch.lap("pause")
         return Event.PAUSED
@@ -522,9 +525,7 @@ class Source:
                 round_ = await self._send_bitmap(bitmap)
         except* Exception as group:
             raise first_error(group) from group
-        self._note_round(
-            round_, 0, dirty_pages_per_s=0.0, predicted_ms=0.0, vmm_remaining_bytes=None
-        )
+        self._note_round(round_)
         self._watch.lap("final state")
         async with self._record_lock:
             await self._link.send_record(Kind.ASK_LOADED, b"")
@@ -630,8 +631,10 @@ class Source:
         if info.state == "released":
             await device.gateway.reclaim(self._session.hex())
         if info.state in ("mediated", "stopped", "released"):
-            await device.registers.rollback()
-            await device.gateway.passthrough()
+            try:
+                await device.registers.rollback()
+            finally:
+                await device.gateway.passthrough()
         await device.gateway.disarm_recovery()
 
     async def close(self, state: State) -> None:

@@ -59,7 +59,7 @@ class Limits:
     """Switch at this many dirty pages or fewer, whatever downtime is predicted."""
     max_rounds: int = 30
     timeout_s: float | None = None
-    """Bound on the sum of the rounds' durations."""
+    """Bound on the sum of the rounds' intervals."""
     on_stall: Literal["switch", "abort"] = "switch"
     """What to do when the limits cannot be met: switch at the best moment, or give up."""
     fixed_cost_ms: float = 50.0
@@ -89,8 +89,10 @@ class Round:
     wire_bytes: int
     duration_ns: int
     """From reading the dirty bitmap to the target's last acknowledgement."""
+    interval_ns: int
+    """From reading the dirty bitmap to reading it again."""
     dirty_pages: int
-    """Pages dirtied while the round ran: what is left to send."""
+    """Pages dirtied in the interval: what is left to send."""
     vmm_remaining_bytes: int = 0
     """What the VMM says that it still has to send by itself."""
 
@@ -136,7 +138,7 @@ class Convergence:
     def observe(self, latest: Round) -> Decision:
         """Judge the situation behind `latest`."""
         self.rounds += 1
-        self._elapsed_ns += latest.duration_ns
+        self._elapsed_ns += latest.interval_ns
         self._recent.append(latest)
         self.rates = self._measure()
         self._peak_bytes_per_s = max(self._peak_bytes_per_s, self.rates.wire_bytes_per_s)
@@ -149,13 +151,14 @@ class Convergence:
         return Decision(verdict, reason, predicted_ms, message)
 
     def _measure(self) -> Rates:
-        seconds = sum(each.duration_ns for each in self._recent) / 1e9
-        if not seconds:
+        sending_s = sum(each.duration_ns for each in self._recent) / 1e9
+        passed_s = sum(each.interval_ns for each in self._recent) / 1e9
+        if not sending_s or not passed_s:
             return Rates()
         return Rates(
-            wire_bytes_per_s=sum(each.wire_bytes for each in self._recent) / seconds,
-            sent_pages_per_s=sum(each.sent_pages for each in self._recent) / seconds,
-            dirty_pages_per_s=sum(each.dirty_pages for each in self._recent) / seconds,
+            wire_bytes_per_s=sum(each.wire_bytes for each in self._recent) / sending_s,
+            sent_pages_per_s=sum(each.sent_pages for each in self._recent) / sending_s,
+            dirty_pages_per_s=sum(each.dirty_pages for each in self._recent) / passed_s,
         )
 
     def _predict(self, latest: Round) -> float:

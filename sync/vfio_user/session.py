@@ -242,9 +242,14 @@ class Session:
         if len(message.fds) > 1:
             raise ProtocolError("DMA_MAP with more than one descriptor")
         self._dma.check(region)
-        self._device.dma_map(region, message.fds[0] if message.fds else None)
-        message.fds.clear()
+        # Before the device knows: it may start DMA the moment that it does.
         self._dma.add(region)
+        try:
+            self._device.dma_map(region, message.fds[0] if message.fds else None)
+        except BaseException:
+            self._dma.remove(region)
+            raise
+        message.fds.clear()
         return _EMPTY
 
     def _dma_unmap(self, message: Message) -> _Reply:

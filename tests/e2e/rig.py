@@ -11,6 +11,7 @@ from ferry.testbed import Host, Process, Setup, Testbed
 MIGRATION_S = 60.0
 OPERATIONS = 200
 PEER_TIMEOUT_S = 3
+WAIT_S = 15
 GUEST = (
     *("--low-size", "16M", "--high-size", "32M", "--read-area", "16M", "--blocks", "512"),
     *("--queue-depth", "8", "--cpu-pages", "50", "--iops", "1500"),
@@ -62,7 +63,7 @@ def start_migration(
 ) -> tuple[Process, Process]:
     """`send` and `receive`, started."""
     timeout = ("--peer-timeout", str(PEER_TIMEOUT_S))
-    receiver = bed.receive(target, *timeout, *receive)
+    receiver = bed.receive(target, *timeout, "--wait", str(WAIT_S), *receive)
     return bed.send(source, target, *method.flags, *timeout, *send), receiver
 
 

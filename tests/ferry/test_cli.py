@@ -52,7 +52,11 @@ def test_every_error_of_the_rooms_has_its_own_code() -> None:
         (["send", "--to", "tcp://127.0.0.1:1", "--qmp", "q"], Exit.USAGE, "--gateway is missing"),
         (["send", "--qmp", "q"], Exit.USAGE, "--to is missing"),
         (["receive", "--listen", "tcp://127.0.0.1:0", "--qmp", "q"], Exit.USAGE, "--gateway"),
-        (["send", "--downtime-limit", "-3", "--to", "x", "--qmp", "q"], Exit.USAGE, "at least 1"),
+        (
+            ["send", "--downtime-limit", "0", "--to", "tcp://h:1", "--qmp", "q"],
+            Exit.USAGE,
+            "at least 1",
+        ),
     ],
 )
 def test_wrong_use_is_told_without_a_traceback(arguments: list[str], code: Exit, says: str) -> None:

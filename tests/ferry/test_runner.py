@@ -140,3 +140,12 @@ def test_a_peer_out_of_turn_counts_as_lost() -> None:
     state, runner = run(script, (Event.PEER_COMMITTED, None))
     assert state is State.ABORTED
     assert isinstance(runner.first_error, RemoteProtocolError)
+
+
+def test_i8_a_peer_that_cannot_be_told_does_not_keep_us_from_restoring() -> None:
+    script = Script()
+    script.fail[Action.RUN_ROUNDS] = RuntimeError()
+    script.fail[Action.TELL_ABORT] = RuntimeError()
+    state, _ = run(script)
+    assert state is State.ABORTED
+    assert "+RESTORE" in script.log

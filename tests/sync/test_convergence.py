@@ -21,6 +21,19 @@ def dirtied(working_set: int, writes: float) -> int:
     return round(working_set * -math.expm1(-writes / working_set)) if working_set else 0
 
 
+def moved(
+    sent_pages: int,
+    wire_bytes: int,
+    duration_ns: int,
+    dirty_pages: int,
+    vmm_remaining_bytes: int = 0,
+    interval_ns: int | None = None,
+) -> Round:
+    """A round after which the next begins at once, unless `interval_ns` says otherwise."""
+    interval_ns = duration_ns if interval_ns is None else interval_ns
+    return Round(sent_pages, wire_bytes, duration_ns, interval_ns, dirty_pages, vmm_remaining_bytes)
+
+
 class Simulation:
     """A guest that writes pages at a constant rate while a link of constant speed carries them."""
 
@@ -35,7 +48,7 @@ class Simulation:
     def round(self) -> Round:
         seconds = max(self.left, 1) / self.pages_per_s
         sent, self.left = self.left, dirtied(self.working_set, self.writes_per_s * seconds)
-        return Round(sent, sent * PAGE_BYTES, round(seconds * 1e9), self.left)
+        return moved(sent, sent * PAGE_BYTES, round(seconds * 1e9), self.left)
 
     def downtime_ms(self) -> float:
         return self.left / self.pages_per_s * 1e3
@@ -94,7 +107,7 @@ def test_a_guest_that_writes_faster_stalls() -> None:
 def feed(policy: Convergence, left: list[int], seconds: float = 1.0) -> list[Decision]:
     """Rounds that each take `seconds` and leave `left` pages; 1000 pages are sent in each."""
     return [
-        policy.observe(Round(1000, 1000 * PAGE_BYTES, round(seconds * 1e9), pages))
+        policy.observe(moved(1000, 1000 * PAGE_BYTES, round(seconds * 1e9), pages))
         for pages in left
     ]
 
@@ -139,37 +152,44 @@ def test_the_threshold_overrides_the_prediction() -> None:
 
 def test_the_fixed_cost_and_the_vmm_count() -> None:
     policy = Convergence(Limits(downtime_ms=100, fixed_cost_ms=60))
-    fast = Round(100_000, 100_000_000, 1_000_000_000, 0, vmm_remaining_bytes=4_100_000)
+    fast = moved(100_000, 100_000_000, 1_000_000_000, 0, vmm_remaining_bytes=4_100_000)
     assert policy.observe(fast).predicted_downtime_ms == pytest.approx(101)
     assert policy.observe(fast).verdict is Verdict.CONTINUE
-    less = Round(100_000, 100_000_000, 1_000_000_000, 0, vmm_remaining_bytes=3_900_000)
+    less = moved(100_000, 100_000_000, 1_000_000_000, 0, vmm_remaining_bytes=3_900_000)
     assert policy.observe(less).verdict is Verdict.SWITCH
 
 
 def test_cheap_pages_do_not_make_the_vmm_look_slow() -> None:
     """A round of zero pages moves few bytes; the link is as fast as it was."""
     policy = Convergence(Limits(downtime_ms=100))
-    policy.observe(Round(50_000, 200_000_000, 1_000_000_000, 90_000, 9_000_000))
-    zeros = Round(90_000, 1000, 100_000_000, 0, vmm_remaining_bytes=1_000_000)
+    policy.observe(moved(50_000, 200_000_000, 1_000_000_000, 90_000, 9_000_000))
+    zeros = moved(90_000, 1000, 100_000_000, 0, vmm_remaining_bytes=1_000_000)
     assert policy.observe(zeros).verdict is Verdict.SWITCH
 
 
 def test_nothing_is_predicted_before_anything_was_measured() -> None:
     policy = Convergence(Limits())
-    decision = policy.observe(Round(0, 0, 0, 10))
+    decision = policy.observe(moved(0, 0, 0, 10))
     assert decision.verdict is Verdict.CONTINUE
     assert math.isinf(decision.predicted_downtime_ms)
-    assert Convergence(Limits()).observe(Round(0, 0, 0, 0)).verdict is Verdict.SWITCH
+    assert Convergence(Limits()).observe(moved(0, 0, 0, 0)).verdict is Verdict.SWITCH
 
 
 def test_rates_are_means_over_the_last_rounds() -> None:
     policy = Convergence(Limits(max_rounds=9, stall_rounds=9))
-    policy.observe(Round(1, 1, 10_000_000_000, 9000))
+    policy.observe(moved(1, 1, 10_000_000_000, 9000))
     for pages in (1000, 2000, 3000):
-        policy.observe(Round(pages, pages * 10, 1_000_000_000, 3000))
+        policy.observe(moved(pages, pages * 10, 1_000_000_000, 3000))
     assert policy.rates.sent_pages_per_s == 2000
     assert policy.rates.wire_bytes_per_s == 20_000
     assert policy.rates.dirty_pages_per_s == 3000
+
+
+def test_waiting_between_rounds_does_not_make_the_link_look_slow() -> None:
+    policy = Convergence(Limits())
+    policy.observe(moved(1000, 4_096_000, 10_000_000, 500, interval_ns=100_000_000))
+    assert policy.rates.sent_pages_per_s == 100_000
+    assert policy.rates.dirty_pages_per_s == 5000
 
 
 @pytest.mark.parametrize(
@@ -192,4 +212,4 @@ def test_limits_without_sense_are_refused(bad: dict[str, float]) -> None:
 
 def test_negative_quantities_are_refused() -> None:
     with pytest.raises(ValueError, match="wire_bytes"):
-        Round(0, -1, 0, 0)
+        moved(0, -1, 0, 0)
