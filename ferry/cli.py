@@ -108,6 +108,13 @@ _ROOM_CODES: tuple[tuple[frozenset[str], Exit], ...] = (
     ),
     (frozenset({"transport.errors.TransportError"}), Exit.PEER_LOST),
     (frozenset({"sync.vmm.errors.VmmError"}), Exit.VMM),
+    (
+        frozenset(
+            f"sync.registers.errors.{name}"
+            for name in ("IdentityMismatch", "MethodMismatch", "ProfileMismatch")
+        ),
+        Exit.REFUSED,
+    ),
 )
 """By name, so that a command does not import the rooms that it does not need. First match wins."""
 

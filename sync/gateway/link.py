@@ -13,11 +13,12 @@ from sync.gateway.dma import AtDevice, DmaMemory
 from sync.gateway.dma_service import DmaService
 from sync.gateway.interrupts import Interrupts
 from sync.gateway.journal import Journal
+from sync.gateway.owed import Owed
 from sync.gateway.relay import Relay, Send
 from sync.gateway.runner import Runner
 from sync.gateway.snoops import Snoops
 from sync.gateway.state import State
-from sync.gateway.traps import Capture, Gate, refusals
+from sync.gateway.traps import Capture, Gate, owed_reads, refusals
 from sync.vfio_user.protocol import Capabilities, Version
 
 
@@ -43,7 +44,8 @@ class Link:
         self.relay.device_command = self.service.handle
         self.snoops = Snoops(self.relay, self.memory, self.interrupts)
         self.gate = Gate(self.relay)
-        self._capture = Capture(self.relay, self.journal, MAX_DATA_BYTES)
+        self.owed = Owed()
+        self._capture = Capture(self.relay, self.journal, self.owed, MAX_DATA_BYTES)
         self.capturing = False
         self.logging_page_bytes = 0
         """Granularity of the device's DMA logging, 0 when it is off."""
@@ -58,6 +60,7 @@ class Link:
     def attach_vmm(self, to_vmm: Send, offer: Version) -> Version:
         """A VMM has come with `offer`; returns what it is answered."""
         theirs = offer.capabilities
+        self.owed.clear()
         self.relay.to_vmm = to_vmm
         self.service.vmm_max_bytes = min(theirs.max_data_xfer_size, MAX_DATA_BYTES)
         ours = self.facts.capabilities
@@ -78,6 +81,8 @@ class Link:
     def enter(self, state: State) -> None:
         """From here on the VMM's commands are treated as `state` says."""
         commands = dict(self.snoops.commands)
+        if self.owed:
+            commands |= owed_reads(self.relay, self.owed)
         if state in (State.MEDIATED, State.STOPPED):
             commands |= self._capture.commands if self.capturing else refusals(self.relay)
         elif state in (State.STANDBY, State.RELEASED):

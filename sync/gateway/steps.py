@@ -213,7 +213,9 @@ def parse_records(link: Link, records: bytes) -> list[Access]:
 
 def execute(link: Link, records: bytes) -> Job[bytes]:
     """Executes records in order; returns them with what was read (or written back) filled in, and
-    FAILED where the device refused. A write back waits for the read that it depends on."""
+    FAILED where the device refused. A write back waits for the read that it depends on. What a read
+    marked OWED returns, and what a write marked OWED holds instead of being executed, the guest
+    gets with its next read of that register."""
     accesses = parse_records(link, records)
     first_read: dict[tuple[int, int, int], bytes] = {}
     outcomes: list[Access] = []
@@ -222,6 +224,12 @@ def execute(link: Link, records: bytes) -> Job[bytes]:
         awaited: set[tuple[int, int, int]] = set()
         for access in accesses[len(outcomes) :]:
             register = (access.region, access.offset, access.size)
+            if access.owed and access.op is Op.WRITE:
+                if run:
+                    break
+                link.owed.add(access.region, access.offset, access.data)
+                outcomes.append(access)
+                continue
             if access.write_back:
                 if register in awaited:
                     break
@@ -229,11 +237,13 @@ def execute(link: Link, records: bytes) -> Job[bytes]:
             elif access.op is Op.READ and register not in first_read:
                 awaited.add(register)
             run.append(access)
-        answers = yield [_access_call(access) for access in run]
+        answers = (yield [_access_call(access) for access in run]) if run else []
         for access, answer in zip(run, answers, strict=True):
             data = access.data if answer.error else _outcome(access, answer)
             if access.op is Op.READ and not answer.error:
                 first_read.setdefault((access.region, access.offset, access.size), data)
+            if access.owed and not answer.error:
+                data = link.owed.add(access.region, access.offset, data)
             outcomes.append(access._replace(data=data, failed=bool(answer.error)))
     return _filled_in(records, outcomes)
 

@@ -55,6 +55,8 @@ from sync.registers.snapshot import (
     compare,
     constants,
     kicks,
+    owed_plan,
+    owed_writes,
     probe_plan,
     restore_plan,
     snapshot_plan,
@@ -128,8 +130,11 @@ class CaptureSource(SourceRegisters):
             raise RegisterError("the journal ends in the middle of an access")
         if not self._final or self._next_seq != before:
             await self._read_final()
+        # Only now: what was under way when the VMM was paused may have left its mark there.
+        owed = await self._port.batch(owed_plan(self._layout).records())
         for kind, body in (
             (Kind.FINAL, self._final),
+            (Kind.OWED, owed),
             (Kind.END, with_number(self._next_seq)),
         ):
             for payload in split(kind, body):
@@ -178,6 +183,7 @@ class CaptureTarget(TargetRegisters):
         self._assembler = Assembler()
         self._replayer: Replayer | None = None
         self._final: Values | None = None
+        self._owed: Values | None = None
         self._differences: list[Difference] = []
         self._ended = False
 
@@ -222,9 +228,11 @@ class CaptureTarget(TargetRegisters):
         )
 
     def start_records(self) -> bytes:
-        if self._replayer is None or self._final is None:
+        if self._replayer is None or self._final is None or self._owed is None:
             raise PayloadError("the source did not send all of the register state")
-        return pack_accesses(self._replayer.start(self._final))
+        # First, for the guest's interrupt handler may run as soon as the device does.
+        owed = owed_writes(self._layout, self._owed)
+        return pack_accesses([*owed, *self._replayer.start(self._final)])
 
     async def _apply(self, kind: Kind, body: bytes) -> None:
         replayer = self._replayer
@@ -238,7 +246,12 @@ class CaptureTarget(TargetRegisters):
         elif kind is Kind.FINAL and replayer is not None and self._final is None:
             self._final = self._values(body)
             self._differences = compare(self._layout, self._final, await self._read())
-        elif kind is Kind.END and replayer is not None and self._final is not None:
+        elif kind is Kind.OWED and self._final is not None and self._owed is None:
+            try:
+                self._owed = owed_plan(self._layout).parse(body)
+            except RegisterError as error:
+                raise PayloadError(f"what the guest is owed is malformed: {error}") from error
+        elif kind is Kind.END and replayer is not None and self._owed is not None:
             seq, rest = take_number(body)
             if rest or self._ended or seq != replayer.next_seq:
                 raise PayloadError("the register state does not end where the source says")

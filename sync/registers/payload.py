@@ -40,6 +40,8 @@ class Kind(IntEnum):
     """The executed records of the last reading, for the comparison."""
     STATE = 5
     """u64 position in the device's state stream, then bytes of it."""
+    OWED = 7
+    """The executed records of what was in read-to-clear registers at the end."""
     END = 6
     """u64: the number that the journal's next record would have, or the length of the stream."""
 

@@ -20,6 +20,10 @@ target owns the guest (I4). Where only some bits of a register do that (the bus 
 driver's "go"), `hold_bits` names them: the rest is written at once, and the whole value when the
 target owns the guest, as the source's register holds it at the end. `refuse` is for what cannot
 be replayed with any certainty; the guest goes on where it is.
+
+A read-to-clear register may hold what the guest has not read yet when it is stopped, such as the
+cause of an interrupt. Where `owed` says so it is read at the end, when the device is at rest, and
+the guest's next read returns it, too, wherever it goes on.
 """
 
 import hashlib
@@ -113,6 +117,8 @@ class Register:
     """Must be equal on both sides at the end; bits that are held back are left out."""
     reads: bool = False
     """A guest's read is executed on the target, too, and its value compared."""
+    owed: bool = False
+    """`read-to-clear` only: what is in it at the end is given to the guest with its next read."""
     optional: bool = False
     """A device without the base, or with a shorter one, simply does not have the register."""
 

@@ -32,6 +32,7 @@ Owns the text form. What classes and steps mean stands in `profile`, what a base
     # compare = true                 # must be equal at the end; snapshot and constant always are
     # compare = false                #   ... unless a snapshot register says that it is volatile
     # reads = true                   # guest's reads are executed and compared on the target, too
+    # owed = true                    # read-to-clear: what is left in it at the end is not lost
     # optional = true                # not every device of this class has it
 
     [[restore]]                      # the order in which the target is written; by default the
@@ -316,6 +317,7 @@ def _register(table: _Table) -> Register:
         skip=table.maybe_integer("skip", 0, _U64),
         compare=table.boolean("compare", kind in _KNOWN),
         reads=table.boolean("reads", kind is RegisterClass.READ_TO_CLEAR),
+        owed=table.boolean("owed", False),
         optional=table.boolean("optional", False),
     )
     table.finish()
@@ -435,6 +437,10 @@ class _Rules:
             raise ProfileError(f"{where}: a constant is always compared; 'compare' cannot be false")
         if register.compare and register.kind in (RegisterClass.READ_TO_CLEAR, RegisterClass.HOLD):
             raise ProfileError(f"{where}: class {register.kind} cannot be read to compare it")
+        if register.owed and (
+            register.kind is not RegisterClass.READ_TO_CLEAR or register.bank is not None
+        ):
+            raise ProfileError(f"{where}: 'owed' goes with class read-to-clear outside banks only")
         if register.reads and register.kind is RegisterClass.HOLD:
             raise ProfileError(f"{where}: reads of class hold are not replayed")
 

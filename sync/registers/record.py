@@ -13,8 +13,11 @@ A write that carries `WRITE_BACK` belongs to a batch: who executes it writes wha
 the same register in the same batch returned, or `value` where there was none. So a batch can use
 a selector register and leave no trace, although nobody knows beforehand what it holds by then.
 
+`OWED` is for registers that a read clears: what a read with it returns, and what a write with it
+holds (which the device never sees), is given to the guest with its next read of that register.
+
 The gateway packs single records with `struct` (it does not want numpy's start-up time on its
-data path); everybody else handles whole batches through `DTYPE`.
+data path); everybody else handles whole batches through `NUMPY_FIELDS`.
 """
 
 import struct
@@ -51,6 +54,7 @@ class Flag(IntFlag):
     MORE = 1
     FAILED = 2
     WRITE_BACK = 4
+    OWED = 8
 
 
 class RecordFormatError(SyncError):
@@ -67,6 +71,7 @@ class Access(NamedTuple):
     data: bytes = b""
     failed: bool = False
     write_back: bool = False
+    owed: bool = False
 
 
 def pack_access(access: Access, seq: int) -> bytes:
@@ -77,6 +82,8 @@ def pack_access(access: Access, seq: int) -> bytes:
     flags = Flag.FAILED if access.failed else Flag.NONE
     if access.write_back:
         flags |= Flag.WRITE_BACK
+    if access.owed:
+        flags |= Flag.OWED
     for done in range(0, access.size, VALUE_BYTES):
         size = min(VALUE_BYTES, access.size - done)
         more = Flag.MORE if done + size < access.size else Flag.NONE
@@ -131,6 +138,7 @@ def unpack_accesses(records: bytes) -> Iterator[Access]:
             bytes(data),
             bool(flags & Flag.FAILED),
             bool(flags & Flag.WRITE_BACK),
+            bool(flags & Flag.OWED),
         )
         start = None
         data = bytearray()

@@ -120,6 +120,27 @@ def snapshot_plan(layout: Layout, probed: Values) -> ReadPlan:
     return ReadPlan(planned)
 
 
+def owed_plan(layout: Layout) -> ReadPlan:
+    """Reads what the guest is owed of registers that a read clears; only for a device at rest."""
+    return ReadPlan(
+        [
+            planned._replace(access=planned.access._replace(owed=True))
+            for place in layout.members(None)
+            if place.register.owed
+            for planned in _read(place)
+        ]
+    )
+
+
+def owed_writes(layout: Layout, values: Values) -> list[Access]:
+    """Hands `values`, which `owed_plan` read at the source, to the guest at the target."""
+    return [
+        Access(Op.WRITE, place.region, place.offset, place.size, value, owed=True)
+        for place in layout.members(None)
+        if any(value := values.get((place.index, None), b"")) and place.register.owed
+    ]
+
+
 def bank_count(layout: Layout, bank: Bank, values: Values) -> int:
     """How many registers the bank has. Raises `ProfileMismatch` if it is over the limit."""
     if isinstance(bank.count, int):

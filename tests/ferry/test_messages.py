@@ -29,7 +29,8 @@ HELLOS = st.builds(
     Hello,
     session=st.binary(min_size=16, max_size=16).map(bytes.hex),
     devices=st.lists(DEVICES, min_size=1, max_size=3),
-    layout=PAIRS,
+    layout=st.lists(st.lists(NUMBERS, min_size=4, max_size=4), max_size=4),
+    files=st.lists(st.lists(NUMBERS, min_size=1, max_size=1), max_size=4),
 )
 JSON = st.recursive(
     st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=8),
@@ -37,7 +38,7 @@ JSON = st.recursive(
         st.lists(inner, max_size=4)
         | st.dictionaries(
             st.sampled_from(
-                ["version", "session", "devices", "layout", "identity", "regions", "x"]
+                ["version", "session", "devices", "layout", "files", "identity", "regions", "x"]
             ),
             inner,
             max_size=6,
@@ -60,7 +61,7 @@ def test_any_other_greeting_is_refused(payload: bytes) -> None:
 @given(HELLOS, st.data())
 def test_i9_a_greeting_with_one_thing_wrong_is_refused(hello: Hello, data: st.DataObject) -> None:
     fields = json.loads(hello.pack())
-    wrong = data.draw(st.sampled_from(["session", "devices", "layout"]))
+    wrong = data.draw(st.sampled_from(["session", "devices", "layout", "files"]))
     fields[wrong] = data.draw(st.none() | st.integers() | st.text(max_size=5) | st.just([[-1, 0]]))
     with pytest.raises(PeerProtocolError):
         Hello.unpack(json.dumps(fields).encode())

@@ -1,4 +1,5 @@
-"""Recorded guests through encoder and decoder: after each round the target is the recorded one."""
+"""Recorded guests, through encoder and decoder and through sender and receiver: after each round
+the target's memory is the recorded one."""
 
 import hashlib
 import importlib.util
@@ -7,6 +8,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import trio
 
 from transport.decoder import Decoder
 from transport.encoder import Encoder
@@ -65,3 +67,24 @@ def test_a_recorded_guest_arrives(name: str, most: float) -> None:
         raw_bytes += pages.nbytes
         assert hashlib.sha256(target).hexdigest() == digests[round_no]
     assert wire_bytes < most * raw_bytes
+
+
+@pytest.mark.parametrize("name", ["nvme-randrw.trace.zst", "sqlite.trace.zst"])
+def test_a_recorded_guest_arrives_over_the_link(name: str, link_pair: Any) -> None:
+    memory, rounds, digests = load(name)
+    n_pages = memory.size // 4096
+
+    async def migrate() -> None:
+        async with link_pair(n_pages=n_pages, cache_bytes=64 << 20) as pair:
+            pair.source[:] = memory
+            everything = np.arange(n_pages, dtype=np.uint32)
+            await pair.sender.send_round(everything, 0)
+            assert hashlib.sha256(pair.target).hexdigest() == digests[0]
+            for round_no, (indices, pages) in enumerate(rounds, 1):
+                pair.source.reshape(-1, 4096)[indices] = pages
+                done = await pair.sender.send_round(indices.astype(np.uint32), round_no)
+                assert done.done_pages == indices.size
+                assert hashlib.sha256(pair.target).hexdigest() == digests[round_no]
+            assert (await pair.sender.verify()).size == 0
+
+    trio.run(migrate)

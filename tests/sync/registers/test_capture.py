@@ -573,3 +573,22 @@ async def test_the_payloads_are_what_the_interface_says(model: SimpleNamespace) 
     assert len(records) % 32 == 0
     assert (pair.source.method, pair.source.capture, pair.source.fence) == ("replay", True, True)
     await pair.source.rollback()
+
+
+@trio_test
+async def test_what_a_read_clears_is_owed_to_the_guest_on_the_target(
+    model: SimpleNamespace,
+) -> None:
+    """The device is at rest only behind `quiesce`: what it left by then counts, too."""
+    text = model.PROFILE.replace('class = "read-to-clear"', 'class = "read-to-clear"\nowed = true')
+    pair = Pair(model, text)
+    await pair.begin()
+    await pair.source.quiesce()
+    pair.source_device.values["events"] = 0x81
+    await pair.deliver(pair.source.final())
+    await pair.target.finish()
+    first, *others = unpack_accesses(pair.target.start_records())
+    assert first.owed
+    assert first.op is Op.WRITE
+    assert first.data == (0x81).to_bytes(4, "little")
+    assert not any(access.owed for access in others)

@@ -1,0 +1,177 @@
+"""Bad input and bad luck with real processes: told apart by exit code, and the guest unharmed."""
+
+import signal
+from pathlib import Path
+
+import pytest
+
+from ferry.errors import Exit
+from ferry.testbed import Host, Process, Testbed
+from tests.e2e.rig import (
+    GUEST,
+    MIGRATION_S,
+    OPERATIONS,
+    Method,
+    assert_sound,
+    new_bed,
+    small_setup,
+    start_both,
+    start_migration,
+)
+
+METHOD = Method("replay", "logging")
+
+
+def start_source(bed: Testbed) -> Host:
+    a = bed.hosts["a"]
+    bed.start_host(a, incoming=False)
+    bed.wait_operations(a, OPERATIONS)
+    return a
+
+
+def ended(process: Process) -> tuple[int, str]:
+    code = process.wait(MIGRATION_S)
+    return code, str(process.wait_event("error")["message"])
+
+
+def test_no_receiver(tmp_path: Path) -> None:
+    with new_bed(tmp_path, small_setup(METHOD)) as bed:
+        a = start_source(bed)
+        sender = bed.send(a, bed.hosts["b"], "--connect-timeout", "1")
+        code, _ = ended(sender)
+        assert code == Exit.UNREACHABLE
+        assert_sound(bed, a)
+
+
+def test_another_memory_layout_is_found_before_anything_is_touched(tmp_path: Path) -> None:
+    with new_bed(tmp_path, small_setup(METHOD)) as bed:
+        a, b = bed.hosts["a"], bed.hosts["b"]
+        bed.start_host(a, incoming=False)
+        bed.start_device(b)
+        bed.start_gateway(b)
+        b.guest = bed.start(
+            "guest b",
+            *("guest", "--device", b.gateway_socket, "--qmp", b.qmp_socket, *GUEST),
+            *("--high-size", "48M", "--incoming"),
+        )
+        bed.wait_status(b, "inmigrate")
+        sender, receiver = start_migration(bed, a, b, METHOD)
+        code, message = ended(sender)
+        assert code == Exit.REFUSED
+        assert "start the VMM with the same memory" in message
+        code, _ = ended(receiver)
+        assert code == Exit.REFUSED
+        phases = [event["phase"] for event in sender.events if event["event"] == "phase"]
+        assert phases == ["preparing", "aborting", "aborted"]
+        assert_sound(bed, a)
+        assert bed.status(b) == "inmigrate"
+
+
+def test_devices_that_differ(tmp_path: Path) -> None:
+    """The source's device has its own migration state, the target's does not."""
+    with new_bed(tmp_path, small_setup(METHOD, device=())) as bed:
+        a, b = bed.hosts["a"], bed.hosts["b"]
+        a.device = bed.start(
+            "device a", "device", "--socket", a.device_socket, "--image", bed.image, "--v2"
+        )
+        a.device.wait_socket(a.device_socket)
+        bed.start_gateway(a)
+        bed.start_guest(a, incoming=False)
+        bed.start_host(b, incoming=True)
+        sender, receiver = start_migration(bed, a, b, Method("v2", "message"))
+        code, message = ended(sender)
+        assert code == Exit.REFUSED
+        assert "does not" in message
+        assert ended(receiver)[0] == Exit.REFUSED
+        assert_sound(bed, a)
+
+
+def test_a_device_that_cannot_do_what_was_asked_for(tmp_path: Path) -> None:
+    with new_bed(tmp_path, small_setup(METHOD, device=())) as bed:
+        a = start_source(bed)
+        code, message = ended(bed.send(a, bed.hosts["b"], "--registers", "v2"))
+        assert code == Exit.DEVICE
+        assert "does not offer VFIO migration v2" in message
+        code, message = ended(bed.send(a, bed.hosts["b"], "--dirty", "logging"))
+        assert code == Exit.DEVICE
+        assert "does not offer DMA logging" in message
+        assert_sound(bed, a)
+
+
+def test_a_gateway_that_is_busy(tmp_path: Path) -> None:
+    with new_bed(tmp_path, small_setup(METHOD)) as bed:
+        a, b = start_both(bed)
+        sender, receiver = start_migration(bed, a, b, METHOD, "--break-at", "precopy")
+        sender.wait_stopped()
+        second = bed.send(a, b, "--connect-timeout", "1")
+        code, message = ended(second)
+        assert code == Exit.DEVICE
+        assert "has the lease" in message
+        sender.resume()
+        assert sender.wait(MIGRATION_S) == Exit.OK, sender.tail()
+        assert receiver.wait(MIGRATION_S) == Exit.OK
+        assert_sound(bed, b)
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize("who", ["send", "receive"])
+def test_i8_interrupted(tmp_path: Path, who: str, number: signal.Signals) -> None:
+    with new_bed(tmp_path, small_setup(METHOD)) as bed:
+        a, b = start_both(bed)
+        sender, receiver = start_migration(bed, a, b, METHOD, "--break-at", "stopping")
+        sender.wait_stopped()
+        process, other = (sender, receiver) if who == "send" else (receiver, sender)
+        process.signal(number)
+        sender.resume()
+        assert ended(process)[0] == Exit.INTERRUPTED
+        assert ended(other)[0] == Exit.PEER_ABORTED
+        assert_sound(bed, a)
+        assert bed.status(b) != "running"
+
+
+def test_a_guest_that_does_not_converge(tmp_path: Path) -> None:
+    with new_bed(tmp_path, small_setup(METHOD)) as bed:
+        a, b = start_both(bed)
+        sender, receiver = start_migration(
+            *(bed, a, b, METHOD, "--downtime-limit", "1"),
+            *("--max-rounds", "3", "--on-stall", "abort"),
+        )
+        assert ended(sender)[0] == Exit.NOT_CONVERGED
+        assert ended(receiver)[0] == Exit.PEER_ABORTED
+        assert_sound(bed, a)
+
+
+def test_i10_a_dead_link_costs_the_guest_nothing(tmp_path: Path) -> None:
+    """The receiver is frozen, so that nothing of the link moves; the guest's I/O does."""
+    with new_bed(tmp_path, small_setup(METHOD)) as bed:
+        a, b = start_both(bed)
+        receiver = bed.receive(b)
+        sender = bed.send(
+            *(a, b, *METHOD.flags, "--peer-timeout", "30", "--downtime-limit", "1"),
+            *("--max-rounds", "100000", "--on-stall", "abort"),
+        )
+        sender.wait_event("round")
+        receiver.signal(signal.SIGSTOP)
+        bed.wait_operations(a, 2000)
+        receiver.kill()
+        assert ended(sender)[0] == Exit.PEER_LOST
+        assert_sound(bed, a)
+
+
+def test_i6_a_target_vmm_that_falls_behind(tmp_path: Path) -> None:
+    """The target's VMM stands still in the middle of its stream, so that what it loads in the end
+    is older than the pages that have come beside it."""
+    with new_bed(tmp_path, small_setup(METHOD)) as bed:
+        a, b = start_both(bed)
+        sender, receiver = start_migration(bed, a, b, METHOD, "--verify", "all")
+        receiver.wait_event("phase", phase="receiving")
+        assert b.guest is not None
+        b.guest.signal(signal.SIGSTOP)
+        for number in (3, 4, 5):
+            sender.wait_event("round", round=number)
+        b.guest.signal(signal.SIGCONT)
+        assert sender.wait(MIGRATION_S) == Exit.OK, sender.tail()
+        assert receiver.wait(MIGRATION_S) == Exit.OK
+        verification = sender.wait_event("report")["verification"]
+        assert verification["scope"].startswith("all")
+        assert_sound(bed, b)

@@ -1,0 +1,104 @@
+"""What was read on the guest's behalf reaches the guest: exactly once, wherever it goes on."""
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from sync.gateway import jobs
+from sync.gateway.errors import BadRequest
+from sync.gateway.owed import MAX_BYTES, Owed
+from sync.registers.record import Access, Op, pack_accesses, unpack_accesses
+from sync.vfio_user.protocol import Command, RegionAccess
+
+CAUSE = 0x40
+"""A register of the model device; the test clears it where a real one would by being read."""
+
+
+def _guest_reads(bench, offset: int = CAUSE, size: int = 1) -> bytes:
+    _, body = bench.ask(Command.REGION_READ, RegionAccess(offset, 0, size).pack())
+    return RegionAccess.unpack(body).data
+
+
+def _take(bench) -> bytes:
+    """What the migration reads instead of the guest, with the device at rest."""
+    records = pack_accesses([Access(Op.READ, 0, CAUSE, 1, owed=True)])
+    done = list(unpack_accesses(bench.job(jobs.batch(bench.link, records))))
+    bench.device.registers.bar[CAUSE] = 0
+    return done[0].data
+
+
+def _mediate_and_stop(bench, *, capture: bool = True) -> None:
+    job = jobs.mediate(
+        *(bench.link, bench.custody),
+        tracker="none", page_bytes=4096, capture=capture, snapshot=b"",
+    )
+    bench.job(job, held=True)
+    bench.job(jobs.stop(bench.link, bench.custody, fence=False, resume=b""), held=True)
+
+
+@pytest.mark.parametrize("capture", [True, False])
+def test_i8_a_source_that_goes_on_gets_what_was_read(make_bench, capture: bool) -> None:
+    bench = make_bench()
+    bench.device.registers.bar[CAUSE] = 1
+    _mediate_and_stop(bench, capture=capture)
+    assert _take(bench) == b"\1"
+    bench.job(jobs.restore(bench.link, bench.custody), held=True)
+    bench.device.registers.bar[CAUSE] = 2
+    assert _guest_reads(bench) == b"\3"
+    assert _guest_reads(bench) == b"\2"
+
+
+def test_a_second_migration_takes_over_what_is_still_owed(make_bench) -> None:
+    bench = make_bench()
+    bench.device.registers.bar[CAUSE] = 1
+    _mediate_and_stop(bench)
+    _take(bench)
+    bench.job(jobs.restore(bench.link, bench.custody), held=True)
+    bench.device.registers.bar[CAUSE] = 2
+    _mediate_and_stop(bench)
+    assert _take(bench) == b"\3"
+    assert _guest_reads(bench) == b"\3"
+    (captured,) = unpack_accesses(bench.link.journal.take(64))
+    assert captured.data == b"\3"
+    assert _guest_reads(bench) == b"\0"
+
+
+def test_the_target_pays_without_the_device_seeing_it(make_bench) -> None:
+    bench = make_bench()
+    bench.job(jobs.standby(bench.link, bench.custody, "s"), held=True)
+    bench.custody.own("s")
+    bench.device.registers.log.clear()
+    records = pack_accesses([Access(Op.WRITE, 0, CAUSE, 1, b"\1", owed=True)])
+    bench.job(jobs.start(bench.link, bench.custody, records), held=True)
+    assert not bench.device.registers.log
+    assert _guest_reads(bench, CAUSE - 1, 4) == b"\0\1\0\0"
+    assert _guest_reads(bench) == b"\0"
+
+
+@given(
+    st.lists(st.tuples(st.integers(0, 2), st.integers(0, 20), st.binary(max_size=6)), max_size=8),
+    st.lists(st.tuples(st.integers(0, 2), st.integers(0, 20), st.integers(1, 8)), max_size=8),
+)
+def test_every_byte_is_paid_once(
+    debts: list[tuple[int, int, bytes]], reads: list[tuple[int, int, int]]
+) -> None:
+    owed = Owed()
+    expected = {(region, at): 0 for region in range(3) for at in range(40)}
+    for region, offset, data in debts:
+        owed.add(region, offset, data)
+        for at, value in enumerate(data, offset):
+            expected[region, at] |= value
+    for region, offset, size in reads:
+        data = bytearray(size)
+        owed.pay(region, offset, memoryview(data))
+        assert list(data) == [expected[region, at] for at in range(offset, offset + size)]
+        for at in range(offset, offset + size):
+            expected[region, at] = 0
+    assert bool(owed) == any(expected.values())
+
+
+def test_i9_a_controller_cannot_owe_without_bound() -> None:
+    owed = Owed()
+    owed.add(0, 0, b"\1" * MAX_BYTES)
+    with pytest.raises(BadRequest):
+        owed.add(1, 0, b"\1")
