@@ -22,7 +22,7 @@ class Replica:
 
     Lanes own disjoint stripes of pages and an equal share of the cache each, so encoders of
     different lanes may run at the same time without a lock. Whatever concerns the pages of one
-    lane (`Encoder.encode`, `forget`, `learn`) must come from one thread at a time.
+    lane (`Encoder.encode`, `forget`) must come from one thread at a time.
     """
 
     def __init__(self, n_pages: int, cache_bytes: int, lanes: int = 1) -> None:
@@ -81,23 +81,3 @@ class Replica:
     def forget(self, indices: npt.NDArray[np.uint32]) -> None:
         """Make these pages (uint32, 1-D) unknown: the next encode sends them whole."""
         self._digests[indices] = UNKNOWN
-
-    def forget_all(self) -> None:
-        """Make every page unknown."""
-        self._digests[:] = UNKNOWN
-
-    def learn(self, indices: npt.NDArray[np.uint32], digests: npt.NDArray[np.uint64]) -> None:
-        """The receiver was proven to hold pages of these digests (uint64, one for each index)."""
-        self._drop_snapshots(indices)
-        self._digests[indices] = digests
-
-    def _drop_snapshots(self, indices: npt.NDArray[np.uint32]) -> None:
-        """Free the slots of these pages, since they may not hold what the receiver holds."""
-        if not self._slots.size:
-            return
-        slots = self._slots[indices]
-        pages, slots = indices[slots != 0], slots[slots != 0] - np.uint32(1)
-        lanes = pages // np.uint32(STRIPE_PAGES) % np.uint32(self._lanes)
-        self._owners[lanes, slots] = NO_PAGE
-        self._referenced[lanes, slots] = 0
-        self._slots[pages] = 0

@@ -59,6 +59,8 @@ class Lease:
     """When it last asked for something."""
     broken: GatewayError | None = None
     """Why the session that it stands for has ended; nothing else is done for it."""
+    released: bool = False
+    """Whether the guest was released under it and not reclaimed: then no VMM is resumed (I7)."""
     qmp_path: str = ""
     recovery_deadline_s: float = 0.0
 
@@ -85,6 +87,7 @@ class Core:
         self._log = log
         self._recover = recover
         self._generation = 0
+        self._orphaned = False
         self._waiting: deque[Callable[[], None]] = deque()
 
     # --- device and VMM ---
@@ -104,10 +107,11 @@ class Core:
             if error is None:
                 self.facts = link.facts
                 self.ready = True
+                self._orphaned = False
             on_ready(error)
             self._proceed()
 
-        link.runner.start(handshake(link.facts), done, held=False)
+        link.runner.start(handshake(link.facts, orphaned=self._orphaned), done, held=False)
         return link
 
     def device_lost(self, reason: str) -> None:
@@ -165,6 +169,7 @@ class Core:
         )
 
     def vmm_lost(self, reason: str) -> None:
+        self._orphaned = True
         self._lost(VmmLost(reason))
 
     def _lost(self, error: GatewayError) -> None:
@@ -244,9 +249,9 @@ class Core:
     def _clean_up(self, lease: Lease) -> None:
         action = self.custody.on_lease_loss(lease.role)
         self.log_state("lease-lost", role=lease.role.value, action=action.value)
-        if self.link is None or action is LeaseLoss.NOTHING:
+        if action is LeaseLoss.NOTHING:
             self.lease = None
-        elif action is LeaseLoss.RESUME:
+        elif action is LeaseLoss.RESUME or self.link is None:
             self._resume_vmm(lease)
         else:
             job = jobs.restore if action is LeaseLoss.RESTORE else jobs.abandon
@@ -266,9 +271,13 @@ class Core:
             self.lease = None
 
     def _resume_vmm(self, lease: Lease) -> None:
-        """Has the VMM run again if that was armed: only an owner may (I7)."""
+        """Has the VMM run again if that was armed, unless it may run elsewhere by now (I7).
+
+        What the record says at this time does not count: a VMM that has connected anew, after a
+        device was lost, is its own owner again even if its guest was released before.
+        """
         self.lease = None
-        if lease.qmp_path and self.custody.owned:
+        if lease.qmp_path and not lease.released:
             self.log_state("recovering", qmp_path=lease.qmp_path)
             self._recover(lease.qmp_path, lease.recovery_deadline_s)
 

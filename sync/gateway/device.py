@@ -75,8 +75,12 @@ class DeviceFacts:
         return Identity.from_config_space(self.config_space)
 
 
-def handshake(facts: DeviceFacts) -> Job[None]:
-    """Negotiates and fills `facts`. Raises `DeviceRefused`, `ProtocolError`."""
+def handshake(facts: DeviceFacts, *, orphaned: bool = False) -> Job[None]:
+    """Negotiates and fills `facts`. Raises `DeviceRefused`, `ProtocolError`.
+
+    `orphaned`: the VMM that used the device is gone. A device keeps its state when its client
+    goes; what it had under way for one guest must not end up in the memory of the next.
+    """
     yield from _negotiate(facts)
     (answer,) = yield [Call(Command.DEVICE_GET_INFO, DeviceInfoRequest().pack())]
     device = DeviceInfo.unpack(answer.expect("DEVICE_GET_INFO"))
@@ -101,6 +105,9 @@ def handshake(facts: DeviceFacts) -> Job[None]:
             irq = IrqInfo.unpack(answer.body)
             facts.irqs[index] = IrqDescription(irq.flags, irq.count)
     facts.supports = yield from _probe(bool(device.flags & DeviceFlags.RESET))
+    if orphaned and facts.supports.reset:
+        (answer,) = yield [Call(Command.DEVICE_RESET)]
+        answer.expect("a reset")
     if facts.supports.v2:
         state = yield from get_migration_state()
         facts.running = state in (MigrationState.RUNNING, MigrationState.ERROR)

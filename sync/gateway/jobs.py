@@ -13,7 +13,7 @@ from sync.errors import SyncError
 from sync.gateway import device, steps
 from sync.gateway.bitmap import DirtyBitmap
 from sync.gateway.dma import PAGE_BYTES, AtDevice
-from sync.gateway.errors import GatewayError, Unsupported, WrongState
+from sync.gateway.errors import BadRequest, GatewayError, Unsupported, WrongState
 from sync.gateway.link import Link
 from sync.gateway.runner import Call, Job
 from sync.gateway.state import Custody, State
@@ -140,7 +140,10 @@ def restore(link: Link, custody: Custody) -> Job[None]:
     link.snoops.sharing = AtDevice.DIRECT
     problem = yield from steps.share_and_run(link, run_device=link.migration_touched)
     if was_stopped:
-        yield from steps.execute(link, link.resume_records)
+        try:
+            yield from steps.execute(link, link.resume_records)
+        except BadRequest as error:
+            problem = problem or error
     link.untrack()
     custody.restore()
     link.enter(custody.state)

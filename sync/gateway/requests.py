@@ -200,10 +200,12 @@ class Requests:
 
     def _release(self, client: Client, message: ControlMessage) -> Outcome:
         self._core.custody.release(_session(client, message))
+        self._lease().released = True
         return self._changed("released")
 
     def _reclaim(self, client: Client, message: ControlMessage) -> Outcome:
         self._core.custody.reclaim(_session(client, message))
+        self._lease().released = False
         return self._changed("reclaimed")
 
     def _own(self, client: Client, message: ControlMessage) -> Outcome:

@@ -139,17 +139,17 @@ class LeaseLoss(StrEnum):
     RESTORE = "restore"
     """Back to passthrough, then the VMM is resumed if a recovery was armed."""
     RESUME = "resume"
-    """The device is in passthrough; the VMM is resumed if a recovery was armed."""
+    """The device is in passthrough, or gone; the VMM is resumed if a recovery was armed."""
     ABANDON = "abandon"
 
 
-LEASE_LOSS: dict[tuple[Role, State, bool], LeaseLoss] = {
-    (Role.SOURCE, State.PASSTHROUGH, True): LeaseLoss.RESUME,
-    (Role.SOURCE, State.MEDIATED, True): LeaseLoss.RESTORE,
-    (Role.SOURCE, State.STOPPED, True): LeaseLoss.RESTORE,
-    (Role.TARGET, State.STANDBY, False): LeaseLoss.ABANDON,
+LEASE_LOSS: dict[tuple[Role, State], LeaseLoss] = {
+    (Role.SOURCE, State.PASSTHROUGH): LeaseLoss.RESUME,
+    (Role.SOURCE, State.MEDIATED): LeaseLoss.RESTORE,
+    (Role.SOURCE, State.STOPPED): LeaseLoss.RESTORE,
+    (Role.TARGET, State.STANDBY): LeaseLoss.ABANDON,
 }
-"""By role, state and whether the guest is owned here; every other case: nothing."""
+"""By role and state; every other case: nothing. A target that owns the guest is left alone."""
 
 
 class Custody:
@@ -180,7 +180,10 @@ class Custody:
             raise WrongState(f"{request!r} makes no sense in state {self.state.value!r}")
 
     def on_lease_loss(self, role: Role) -> LeaseLoss:
-        return LEASE_LOSS.get((role, self.state, self.owned), LeaseLoss.NOTHING)
+        action = LEASE_LOSS.get((role, self.state), LeaseLoss.NOTHING)
+        if action is LeaseLoss.ABANDON and self.owned:
+            return LeaseLoss.NOTHING
+        return action
 
     def vmm_came(self) -> None:
         """A VMM has connected: it is the owner, unless the guest is still to be committed."""

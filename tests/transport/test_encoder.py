@@ -343,26 +343,6 @@ def test_i5_the_rest_of_a_frame_with_a_rejected_page_is_applied() -> None:
     assert np.flatnonzero((source != target).any(axis=1)).tolist() == [1, 4]
 
 
-def test_what_was_learned_counts_as_held_but_gives_no_base() -> None:
-    lane, source, target = pair()
-    rewrite(source[3], "random", 1)
-    lane.send_one(3)
-    rewrite(source[3], "byte", 2)
-    target[3] = source[3]  # by other means, and proven equal
-    replica = lane.encoder.replica
-    digest = xxhash.xxh3_64_intdigest(source[3].tobytes(), SEED)
-    replica.learn(np.array([3], np.uint32), np.array([digest], np.uint64))
-    check_cache(replica)
-    assert lane.send_one(3)[0] is None
-    rewrite(source[3], "byte", 3)
-    assert lane.send_one(3)[0] == "raw"
-    assert replica.known_pages == 1
-    replica.forget_all()
-    assert replica.known_pages == 0
-    assert lane.send_one(3)[0] == "raw"
-    assert np.array_equal(source, target)
-
-
 @pytest.mark.parametrize(
     ("content", "cache_pages", "expected"),
     [("random", 0, "raw"), ("random", 4, "delta"), ("text", 0, "lz4")],

@@ -552,6 +552,14 @@ class House:
         self._servers.append((server, thread))
         return server
 
+    def end_device(self, server: Server) -> None:
+        """Ends a device; its socket file is gone then, so that another can be served."""
+        server.close()
+        for each, thread in self._servers:
+            if each is server:
+                thread.join(WAIT_S)
+                assert not thread.is_alive()
+
     def vmm(self, **options: object) -> Client:
         """A VMM that has connected."""
         client = Client(self.vmm_path, timeout_s=WAIT_S, **options)

@@ -92,7 +92,7 @@ def test_the_device_goes_and_comes_back(make_house, make_device) -> None:
     async def main() -> None:
         async with await GatewayClient.connect(house.control_path, role="source") as gateway:
             await gateway.mediate(tracker="none", capture=True)
-            server.close()
+            await trio.to_thread.run_sync(house.end_device, server)
             await trio.to_thread.run_sync(house.wait_event, "device-lost")
             with pytest.raises(DeviceLost):
                 await gateway.journal()
@@ -120,23 +120,25 @@ def test_the_vmm_goes_and_another_comes(make_house, make_device) -> None:
     vmm = house.vmm()
     ram = _ram(2)
     vmm.dma_map(DmaMap(3, 0, 0x10000, 2 * PAGE), ram)
-    vmm.region_write(0, 0, b"keep")
+    vmm.region_write(0, 0, b"mine")
 
     async def main() -> None:
         async with await GatewayClient.connect(house.control_path, role="source") as gateway:
-            await gateway.mediate(tracker="message", capture=True)
+            mediation = await gateway.mediate(tracker="message", capture=True)
+            os.close(mediation.dirty_fd)
             vmm.close()
             await trio.to_thread.run_sync(house.wait_event, "vmm-lost")
             with pytest.raises(VmmLost):
                 await gateway.dirty()
             info = await gateway.status()
             assert (info.state, info.owner, info.memory_pages) == ("passthrough", "unowned", 0)
+            assert info.layout_generation > mediation.layout_generation
 
     trio.run(main)
     device.wait(lambda: device.attachments == 2)
     assert device.mapped == {}, "the device was told"
     new = house.vmm()
-    assert new.region_read(0, 0, 4) == b"keep", "its state is its own"
+    assert new.region_read(0, 0, 4) == bytes(4), "what was under way for the first is void"
     os.close(ram)
 
 
@@ -162,6 +164,7 @@ def test_the_device_dies_in_the_middle_of_an_access(make_house, make_device, pau
     pause.release()
     again = make_device()
     house.wait_event("device-lost")
+    house.end_device(server)
     house.serve(again)
     assert house.vmm().region_read(0, 0, 4) == bytes(4)
 
@@ -320,6 +323,54 @@ def test_i7_a_released_source_stays_released_and_is_never_resumed(
     assert recoveries == []
     assert bytes(device.registers.bar[8:12]) == b"kick"
     os.close(ram)
+
+
+def test_i7_a_vmm_that_was_released_is_not_resumed_even_if_it_has_come_back(
+    make_house, make_device, recoveries
+) -> None:
+    """The device is lost after the release, so the VMM is disconnected and connects anew: by the
+    record it owns its guest, but the guest may run on the target by now."""
+    house, device = make_house(), make_device()
+    server = house.serve(device)
+    house.vmm()
+
+    async def main() -> None:
+        async with await GatewayClient.connect(house.control_path, role="source") as gateway:
+            await gateway.arm_recovery("/run/vmm.qmp", 1)
+            await gateway.mediate(tracker="none", capture=True)
+            await gateway.stop(fence=True)
+            await gateway.release("s")
+            await trio.to_thread.run_sync(house.end_device, server)
+            await trio.to_thread.run_sync(house.wait_event, "device-lost")
+            house.serve(make_device())
+            await trio.to_thread.run_sync(house.vmm)
+            assert (await gateway.status()).owner == "owned"
+        await trio.to_thread.run_sync(house.wait_event, "lease-lost")
+        async with await GatewayClient.connect(house.control_path, role="source"):
+            pass
+
+    trio.run(main)
+    assert recoveries == []
+
+
+def test_i8_a_vmm_whose_device_died_with_the_controller_is_resumed_all_the_same(
+    make_house, make_device, recoveries
+) -> None:
+    house, device = make_house(), make_device()
+    server = house.serve(device)
+    house.vmm()
+
+    async def main() -> None:
+        async with await GatewayClient.connect(house.control_path, role="source") as gateway:
+            await gateway.arm_recovery("/run/vmm.qmp", 1)
+            await gateway.mediate(tracker="none", capture=True)
+            await gateway.stop(fence=True)
+            await trio.to_thread.run_sync(house.end_device, server)
+            await trio.to_thread.run_sync(house.wait_event, "device-lost")
+        await trio.to_thread.run_sync(house.wait_event, "recovered")
+
+    trio.run(main)
+    assert recoveries == [("/run/vmm.qmp", 1)]
 
 
 async def _status(house):

@@ -7,8 +7,9 @@ from hypothesis import strategies as st
 from sync.gateway import jobs
 from sync.gateway.errors import BadRequest
 from sync.gateway.owed import MAX_BYTES, Owed
+from sync.gateway.state import State
 from sync.registers.record import Access, Op, pack_accesses, unpack_accesses
-from sync.vfio_user.protocol import Command, RegionAccess
+from sync.vfio_user.protocol import Command, RegionAccess, Version
 
 CAUSE = 0x40
 """A register of the model device; the test clears it where a real one would by being read."""
@@ -30,7 +31,10 @@ def _take(bench) -> bytes:
 def _mediate_and_stop(bench, *, capture: bool = True) -> None:
     job = jobs.mediate(
         *(bench.link, bench.custody),
-        tracker="none", page_bytes=4096, capture=capture, snapshot=b"",
+        tracker="none",
+        page_bytes=4096,
+        capture=capture,
+        snapshot=b"",
     )
     bench.job(job, held=True)
     bench.job(jobs.stop(bench.link, bench.custody, fence=False, resume=b""), held=True)
@@ -102,3 +106,21 @@ def test_i9_a_controller_cannot_owe_without_bound() -> None:
     owed.add(0, 0, b"\1" * MAX_BYTES)
     with pytest.raises(BadRequest):
         owed.add(1, 0, b"\1")
+
+
+def test_i8_too_great_a_debt_does_not_keep_the_source_from_going_on(make_bench) -> None:
+    bench = make_bench()
+    _mediate_and_stop(bench)
+    debt = Access(Op.WRITE, 0, 0, MAX_BYTES + 1, b"\1" * (MAX_BYTES + 1), owed=True)
+    bench.link.resume_records = pack_accesses([debt])
+    with pytest.raises(BadRequest):
+        bench.job(jobs.restore(bench.link, bench.custody), held=True)
+    assert bench.custody.state is State.PASSTHROUGH
+    assert not bench.link.relay.holding
+
+
+def test_another_vmm_is_owed_nothing(make_bench) -> None:
+    bench = make_bench()
+    bench.link.owed.add(0, CAUSE, b"\7")
+    bench.link.attach_vmm(lambda data, fds: None, Version())
+    assert not bench.link.owed

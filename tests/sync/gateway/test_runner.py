@@ -1,6 +1,7 @@
 """Jobs at the device: order, window, deadlines, and their end when the device goes."""
 
 import os
+from collections.abc import Callable
 
 import pytest
 
@@ -108,6 +109,30 @@ def test_a_job_that_holds_nobody_up_only_fails_itself(table: Table) -> None:
     table.start(another())
     table.answer(1)
     assert table.outcome[1] == (None, None)
+
+
+def test_the_descriptors_of_an_answer_that_nobody_takes_are_closed(
+    table: Table, descriptors: Callable[[], int]
+) -> None:
+    def job():
+        yield [Call(1), Call(2)]
+
+    before = descriptors()
+
+    def answer_with_descriptor() -> None:
+        number, command, *_ = HEADER.unpack_from(table.sent.pop(0))
+        reply = memoryview(bytearray(encode_message(number, command, reply=True)))
+        table.relay.from_device(number, command, 1, 0, reply, [os.dup(0)])
+
+    table.start(job())
+    answer_with_descriptor()
+    answer_with_descriptor()
+    assert table.outcome == [(None, None)]
+    table.start(job())
+    answer_with_descriptor()
+    table.runner.abort(DeviceLost("gone"))
+    answer_with_descriptor()
+    assert descriptors() == before
 
 
 def test_a_job_waits_until_the_vmms_own_changes_are_through(table: Table) -> None:

@@ -207,12 +207,16 @@ def test_the_errors_tell_the_reason() -> None:
         custody.restore()
 
 
-def test_i7_losing_the_lease_never_restarts_a_released_or_committed_guest() -> None:
-    for (role, state, owned), action in LEASE_LOSS.items():
-        if action in (LeaseLoss.RESTORE, LeaseLoss.RESUME):
-            assert owned and role is Role.SOURCE and state is not State.RELEASED
-        if action is LeaseLoss.ABANDON:
-            assert not owned and role is Role.TARGET and state is State.STANDBY
+def test_i7_losing_the_lease_never_touches_a_released_or_committed_guest() -> None:
+    assert not {key for key in LEASE_LOSS if key[1] is State.RELEASED}
+    custody = Custody()
+    custody.standby("a")
+    assert custody.on_lease_loss(Role.TARGET) is LeaseLoss.ABANDON
+    custody.own("a")
+    assert custody.on_lease_loss(Role.TARGET) is LeaseLoss.NOTHING
+    for state in State:
+        custody.state = state
+        assert custody.on_lease_loss(Role.OBSERVER) is LeaseLoss.NOTHING
 
 
 def test_every_transition_can_be_asked_for_where_it_begins() -> None:
