@@ -9,7 +9,7 @@ demo: $(VENV)/ready
 	$(BIN)/vfio-ferry demo $(DEMO_ARGS)
 
 test: lint
-	$(BIN)/python -m pytest $(TEST_ARGS)
+	$(BIN)/python -m pytest --numprocesses auto --dist worksteal $(TEST_ARGS)
 
 lint: $(VENV)/ready
 	$(BIN)/ruff check .

@@ -145,8 +145,8 @@ class Convergence:
         verdict, reason = self._judge(latest)
         predicted_ms = self._predict(latest)
         message = (
-            f"round {self.rounds}: {latest.dirty_pages} pages left, downtime of "
-            f"{predicted_ms:.0f} ms predicted: {verdict.value} ({reason.value})"
+            f"{latest.dirty_pages} pages left, downtime of {predicted_ms:.0f} ms predicted: "
+            f"{verdict.value} ({reason.value})"
         )
         return Decision(verdict, reason, predicted_ms, message)
 
