@@ -98,15 +98,18 @@ def exit_code_of(error: BaseException) -> Exit:
 _ROOM_CODES: tuple[tuple[frozenset[str], Exit], ...] = (
     (frozenset({"transport.errors.PeerUnreachable"}), Exit.UNREACHABLE),
     (frozenset({"transport.errors.PeerLost"}), Exit.PEER_LOST),
+    (frozenset({"transport.errors.EndpointError"}), Exit.LOCAL),
     (
-        frozenset({"transport.errors.PeerRefused", "transport.errors.VersionMismatch"}),
+        frozenset(
+            f"transport.errors.{name}"
+            for name in ("PeerRefused", "VersionMismatch", "LayoutMismatch")
+        ),
         Exit.REFUSED,
     ),
     (
         frozenset({"transport.errors.FrameError", "transport.errors.RecordError"}),
         Exit.PEER_PROTOCOL,
     ),
-    (frozenset({"transport.errors.TransportError"}), Exit.PEER_LOST),
     (frozenset({"sync.vmm.errors.VmmError"}), Exit.VMM),
     (
         frozenset(

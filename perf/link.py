@@ -2,11 +2,13 @@
 
     python -m perf.link [--url URL] [--mib 256] [--lanes 2] [--repeat 5]
 
-The receiver is a process of its own. Prints one JSON object a line: `case`, `mb_per_s` (10^6 bytes
-of *guest memory* a second, median of the repeats), `ratio` to the bare stream, and what the
-rounds consisted of. Cases: `bare` (1 MiB messages, zero copy, as many connections as lanes, the
-receiver drops them), `random` (every page new and incompressible), `text` (every page new,
-compressible), `zero`, `unchanged`, and `verify` (digest of both memories).
+The receiver is a process of its own. Prints one JSON object a line: `case`; `mb_per_s`, 10^6 bytes
+of *guest memory* a second, median of the repeats, and `ratio`, that of the bare stream being 1;
+`cpu_ns_per_byte`, of both processes together (which other work on the machine disturbs less), and
+`cpu_ratio`; and what the last round consisted of. Cases: `bare` (1 MiB messages, zero copy, as
+many connections as lanes, the receiver drops them), `random` (every page new and
+incompressible), `text` (every page new, compressible), `zero`, `unchanged`, and `verify` (digest
+of both memories).
 """
 
 from __future__ import annotations
@@ -20,7 +22,8 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
+from pathlib import Path
 
 import numpy as np
 import numpy.typing as npt
@@ -59,24 +62,50 @@ def receive_bare(url: str, messages: int) -> None:
             router.send_multipart((identity.bytes, b"done"))
 
 
+@dataclass(frozen=True)
+class Cost:
+    """What moving some bytes of memory took."""
+
+    wall_s: float
+    cpu_s: float
+    """Of both processes."""
+
+
+class Stopwatch:
+    """Measures both processes of a run."""
+
+    def __init__(self, other: int) -> None:
+        """`other`: the process id of the receiver."""
+        self._stat = Path(f"/proc/{other}/stat")
+        self._wall, self._cpu = time.perf_counter(), self._cpu_s()
+
+    def stop(self) -> Cost:
+        return Cost(time.perf_counter() - self._wall, self._cpu_s() - self._cpu)
+
+    def _cpu_s(self) -> float:
+        fields = self._stat.read_text().rpartition(")")[2].split()
+        ticks = int(fields[11]) + int(fields[12])  # utime and stime, proc(5)
+        return time.process_time() + ticks / os.sysconf("SC_CLK_TCK")
+
+
 @contextmanager
-def child(role: str, url: str, number: int) -> Iterator[str]:
-    """Run a role of this module in a process of its own; gives the URL that it has bound."""
+def child(role: str, url: str, number: int) -> Iterator[tuple[str, int]]:
+    """Run a role of this module as a process; gives the URL that it has bound, and its id."""
     command = [sys.executable, "-m", "perf.link", "--role", role, "--url", url, str(number)]
     with subprocess.Popen(command, stdout=subprocess.PIPE) as process:
         assert process.stdout is not None
         try:
-            yield process.stdout.readline(MAX_READY_BYTES).decode().strip()
+            yield process.stdout.readline(MAX_READY_BYTES).decode().strip(), process.pid
         finally:
             process.kill()
 
 
-def measure_bare(url: str, n_bytes: int, lanes: int, repeat: int) -> float:
-    """Bytes a second of the bare stream, median."""
+def measure_bare(url: str, n_bytes: int, lanes: int, repeat: int) -> list[Cost]:
+    """Of each repeat of the bare stream."""
     messages = n_bytes // MESSAGE_BYTES
     data = os.urandom(MESSAGE_BYTES)
-    rates = []
-    with child("bare", url, messages) as bound, zmq.Context() as context:
+    costs = []
+    with child("bare", url, messages) as (bound, process), zmq.Context() as context:
         poller = zmq.Poller()
         dealers = [context.socket(zmq.DEALER) for _ in range(lanes)]
         for dealer in dealers:
@@ -84,15 +113,15 @@ def measure_bare(url: str, n_bytes: int, lanes: int, repeat: int) -> float:
             dealer.connect(bound)
             poller.register(dealer, zmq.POLLIN)
         for _ in range(repeat + 1):
-            started = time.perf_counter()
+            watch = Stopwatch(process)
             for number in range(messages):
                 dealers[number % lanes].send(data, copy=False, track=True)
             [(answered, _)] = poller.poll()
             answered.recv()
-            rates.append(messages * MESSAGE_BYTES / (time.perf_counter() - started))
+            costs.append(watch.stop())
         for dealer in dealers:
             dealer.close(linger=0)
-    return statistics.median(rates[1:])  # the first one connects
+    return costs[1:]  # the first one connects
 
 
 def random_content(n_bytes: int) -> npt.NDArray[np.uint8]:
@@ -107,11 +136,11 @@ def text_content(n_bytes: int) -> npt.NDArray[np.uint8]:
 
 
 async def measure_rounds(
-    sender: Sender, memory: npt.NDArray[np.uint8], repeat: int
-) -> dict[str, dict[str, object]]:
-    """Every case, its repeats spread over the run; bytes of memory a second, median."""
+    sender: Sender, memory: npt.NDArray[np.uint8], repeat: int, receiver: int
+) -> dict[str, tuple[list[Cost], dict[str, object]]]:
+    """Of every case, its repeats spread over the run: costs, and what the last one did."""
     indices = np.arange(memory.size // PAGE_BYTES, dtype=np.uint32)
-    rates: dict[str, list[float]] = {}
+    costs: dict[str, list[Cost]] = {}
     last: dict[str, dict[str, object]] = {}
     contents: dict[str, Callable[[], npt.NDArray[np.uint8] | int]] = {
         "random": lambda: random_content(memory.size),
@@ -122,37 +151,45 @@ async def measure_rounds(
     for round_no in range(repeat + 1):
         for case, content in contents.items():
             memory[:] = content()
+            watch = Stopwatch(receiver)
             done = await sender.send_round(indices, round_no)
-            rates.setdefault(case, []).append(memory.size / (done.duration_ns / 1e9))
+            costs.setdefault(case, []).append(watch.stop())
             last[case] = asdict(done)
-        started = time.perf_counter()
+        watch = Stopwatch(receiver)
         differing = await sender.verify()
-        rates.setdefault("verify", []).append(memory.size / (time.perf_counter() - started))
+        costs.setdefault("verify", []).append(watch.stop())
         last["verify"] = {"differing": differing.size}
-    return {
-        case: {"bytes_per_s": statistics.median(values[1:]), **last[case]}
-        for case, values in rates.items()
-    }
+    return {case: (several[1:], last[case]) for case, several in costs.items()}
 
 
 async def measure(url: str, mib: int, lanes: int, repeat: int) -> None:
     """Print a line for each case."""
     memory = np.zeros(mib << 20, np.uint8)
-    before = measure_bare(url, memory.size, lanes, repeat)
-    with child("receive", url, memory.size // PAGE_BYTES) as bound:
+    bare = measure_bare(url, memory.size, lanes, repeat)
+    with child("receive", url, memory.size // PAGE_BYTES) as (bound, process):
         options = SenderOptions(lanes=lanes)
         async with open_sender(bound, os.urandom(16), b"", options) as sender:
             sender.attach_memory(memory)
-            found = await measure_rounds(sender, memory, repeat)
+            found = await measure_rounds(sender, memory, repeat, process)
             await sender.send_record(0, b"", flush=True)
-    bare = (before + measure_bare(url, memory.size, lanes, repeat)) / 2
-    line = {"url": url, "lanes": lanes, "mib": mib, "repeat": repeat}
-    print(json.dumps({**line, "case": "bare", "mb_per_s": round(bare / 1e6)}))
-    for case, numbers in found.items():
-        rate = numbers.pop("bytes_per_s")
-        assert isinstance(rate, float)
-        values = {"mb_per_s": round(rate / 1e6), "ratio": round(rate / bare, 3), **numbers}
-        print(json.dumps({**line, "case": case, **values}), flush=True)
+    bare += measure_bare(url, memory.size, lanes, repeat)
+    bare_wall = statistics.median(cost.wall_s for cost in bare)
+    bare_cpu = statistics.median(cost.cpu_s for cost in bare)
+    for case, (costs, numbers) in {"bare": (bare, {}), **found}.items():
+        wall = statistics.median(cost.wall_s for cost in costs)
+        cpu = statistics.median(cost.cpu_s for cost in costs)
+        line = {
+            "case": case,
+            "mb_per_s": round(memory.size / wall / 1e6),
+            "ratio": round(bare_wall / wall, 3),
+            "cpu_ns_per_byte": round(cpu / memory.size * 1e9, 3),
+            "cpu_ratio": round(cpu / bare_cpu, 3),
+            "url": url,
+            "lanes": lanes,
+            "mib": mib,
+            "repeat": repeat,
+        }
+        print(json.dumps({**line, **numbers}), flush=True)
 
 
 def main() -> None:

@@ -36,7 +36,7 @@ from transport.rounds import Indices, LaneSource, Memory
 Digests = npt.NDArray[np.uint64]
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, eq=False)
 class _Asked:
     """A COMPARE under way."""
 

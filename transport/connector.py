@@ -16,17 +16,15 @@ from __future__ import annotations
 
 import math
 import time
-from contextlib import suppress
 from enum import Enum
 
 import zmq
 
-from transport.errors import PeerLost, PeerRefused, PeerUnreachable, RecordError
+from transport.errors import PeerLost, PeerRefused, PeerUnreachable, RecordError, TransportError
 from transport.link import Closing, LinkThread, Shared
 from transport.pacing import SharedBucket
 from transport.records import (
     CONTROL_LANE,
-    MAX_MESSAGE_BYTES,
     TUNNEL_LANE,
     Bye,
     Hello,
@@ -46,8 +44,6 @@ BATCH_MESSAGES = 64
 """Messages received before answers get their turn."""
 FAREWELL_MS = 200
 """How long a BYE that says what went wrong may take."""
-PEER_LIMIT_BYTES = 4 * MAX_MESSAGE_BYTES
-"""What libzmq may hold of a receiver's connection: more than any window."""
 
 
 class Stage(Enum):
@@ -90,8 +86,8 @@ class Connector(LinkThread):
         self._control = open_dealer(context, routing_id(CONTROL_LANE, hello.session))
         self._tunnel = open_dealer(context, routing_id(TUNNEL_LANE, hello.session))
         self._watches = {
-            self._control: Watch(self._control, PEER_LIMIT_BYTES),
-            self._tunnel: Watch(self._tunnel, PEER_LIMIT_BYTES),
+            self._control: Watch(self._control),
+            self._tunnel: Watch(self._tunnel),
         }
 
     def run(self) -> None:
@@ -101,9 +97,7 @@ class Connector(LinkThread):
             connect(self._control, self._url)
             linger_ms = self._loop()
         except RecordError as error:
-            with suppress(zmq.ZMQError):
-                self._control.send(Bye(str(error)).pack(), zmq.NOBLOCK)
-            linger_ms = FAREWELL_MS
+            linger_ms = self._complain(error)
             raise
         finally:
             for zsocket, watch in self._watches.items():
@@ -126,7 +120,8 @@ class Connector(LinkThread):
             self.shared.wakeup.clear()
             self._watch()
             self._receive()
-        return 0
+        failure = self.shared.failure
+        return 0 if failure is None or isinstance(failure, PeerLost) else self._complain(failure)
 
     def _check_deadlines(self, now: float) -> float:
         """Raise what is due; returns when to look again."""
@@ -268,6 +263,11 @@ class Connector(LinkThread):
                 return False
         _try_send(self._control, Bye("").pack())
         return True
+
+    def _complain(self, error: TransportError) -> int:
+        """Tell the peer why this side leaves; returns how long that may take, in ms."""
+        _try_send(self._control, Bye(str(error)).pack())
+        return FAREWELL_MS
 
 
 def poll_ms(until: float) -> int:

@@ -25,7 +25,7 @@ import numpy as np
 import numpy.typing as npt
 import zmq
 
-from transport.connector import PEER_LIMIT_BYTES, poll_ms
+from transport.connector import poll_ms
 from transport.errors import PeerLost, RecordError
 from transport.link import LinkThread, Shared
 from transport.pacing import SharedBucket
@@ -36,7 +36,7 @@ SETTLE_S = 0.001
 """Pause before a buffer is asked for again that libzmq still holds although it was answered."""
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, eq=False)
 class Outgoing:
     """One message of a lane."""
 
@@ -93,7 +93,39 @@ class Task(ABC):
     def _on_answer(self, context: Any, answer: LaneAnswer) -> None: ...
 
 
-@dataclass(slots=True)
+class BufferPool:
+    """The buffers of a lane; one more than the window, so that a frame is made meanwhile."""
+
+    def __init__(self, n_buffers: int, n_bytes: int) -> None:
+        """`n_buffers` of `n_bytes` each, allocated when first needed."""
+        self._to_allocate = n_buffers
+        self._n_bytes = n_bytes
+        self._free: list[npt.NDArray[np.uint8]] = []
+        self._settling: deque[tuple[npt.NDArray[np.uint8], zmq.MessageTracker]] = deque()
+
+    def take(self) -> npt.NDArray[np.uint8] | None:
+        """A buffer that may be written; None: all are in use."""
+        for _ in range(len(self._settling)):
+            buffer, tracker = self._settling.popleft()
+            self.settle(buffer, tracker)
+        if self._free:
+            return self._free.pop()
+        if self._to_allocate:
+            self._to_allocate -= 1
+            return np.empty(self._n_bytes, np.uint8)
+        return None
+
+    def settle(
+        self, buffer: npt.NDArray[np.uint8], tracker: zmq.MessageTracker | None = None
+    ) -> None:
+        """Done with, apart from libzmq, which may hold it as long as its tracker is not done."""
+        if tracker is None or tracker.done:
+            self._free.append(buffer)
+        else:
+            self._settling.append((buffer, tracker))
+
+
+@dataclass(slots=True, eq=False)
 class _UnderWay:
     task: Task
     outgoing: Outgoing
@@ -134,18 +166,15 @@ class SendLane(LinkThread):
         self._prepare = prepare
         self._bucket = bucket
         self._window_frames = window_frames
-        self._frame_bytes = frame_bytes
         self._progress_timeout_s = progress_timeout_s
         self._progress_by = float("inf")
         self._wakeup = shared.new_wakeup()
         self._tasks: deque[Task] = deque()
         self._held: _UnderWay | None = None
         self._under_way: deque[_UnderWay] = deque()
-        self._free: list[npt.NDArray[np.uint8]] = []
-        self._settling: list[_UnderWay] = []
-        self._buffers = 0
+        self._buffers = BufferPool(window_frames + 1, frame_bytes)
         self._socket = open_dealer(context, routing_id(FIRST_DATA_LANE + lane, session))
-        self._watch = Watch(self._socket, PEER_LIMIT_BYTES)
+        self._watch = Watch(self._socket)
 
     def submit(self, task: Task) -> None:
         """Add a task. From any thread."""
@@ -177,7 +206,7 @@ class SendLane(LinkThread):
             self._wakeup.clear()
             self._watch.enforce()
             for event, _fd in self._watch.events():
-                if event is ConnectionEvent.GONE and self.shared.established:
+                if event is ConnectionEvent.GONE:
                     self.shared.suspect(PeerLost("a lane's connection to the receiver has ended"))
             self._receive()
             if time.monotonic() > self._progress_by:
@@ -194,13 +223,13 @@ class SendLane(LinkThread):
             full = len(self._under_way) >= self._window_frames
             if full or not self._tasks or not self._tasks[0].ready:
                 return float("inf")
-            buffer = self._take_buffer()
+            buffer = self._buffers.take()
             if buffer is None:
                 return time.monotonic() + SETTLE_S
             task = self._tasks[0]
             outgoing = task.produce(buffer)
             if outgoing is None:
-                self._free.append(buffer)
+                self._buffers.settle(buffer)
                 return 0.0
             due = self._bucket.reserve(len(outgoing.data))
             self._held = _UnderWay(task, outgoing, buffer, due)
@@ -231,20 +260,6 @@ class SendLane(LinkThread):
                 raise RecordError("the receiver answers what it was not asked")
             message = self._under_way.popleft()
             message.task.on_answer(message.outgoing.context, answer)
-            self._settling.append(message)
+            self._buffers.settle(message.buffer, message.tracker)
             now = time.monotonic()
             self._progress_by = now + self._progress_timeout_s if self._under_way else float("inf")
-
-    def _take_buffer(self) -> npt.NDArray[np.uint8] | None:
-        """A buffer that may be written; None: all are with libzmq."""
-        if self._free:
-            return self._free.pop()
-        for message in self._settling:
-            if message.tracker is None or message.tracker.done:
-                self._settling.remove(message)
-                return message.buffer
-        # One more than the window, so that a frame can be made while a window is under way.
-        if self._buffers <= self._window_frames:
-            self._buffers += 1
-            return np.empty(self._frame_bytes, np.uint8)
-        return None

@@ -270,7 +270,8 @@ class Link:
     ) -> _T:
         """What `attempt`, called under the lock, returns as soon as that is not None.
 
-        The session's error ends the wait; with `look_first` only if `attempt` has nothing.
+        The session's error ends the wait; with `look_first` only if `attempt` has nothing: what was
+        reached or had arrived before the error counts.
         RuntimeError unless there is a session, or `greeting` says that it is just being made.
         """
         await trio.lowlevel.checkpoint()

@@ -130,7 +130,7 @@ class Receiver(Link):
         PeerLost: the sender did not wait. RuntimeError: no greeting waits for an answer.
         """
         await self._answer(Verdict.ACCEPTED, reply)
-        await self._when(lambda: self._shared.established or None, greeting=True)
+        await self._when(lambda: self._shared.established or None, greeting=True, look_first=True)
 
     async def refuse(self, payload: bytes) -> None:
         """Turn the sender away; it raises PeerRefused(payload). `wait_hello` is possible again.
@@ -139,7 +139,9 @@ class Receiver(Link):
         """
         await self._answer(Verdict.REFUSED, payload)
         mine = self._hello
-        await self._when(lambda: self._router.hello is not mine or None, greeting=True)
+        await self._when(
+            lambda: self._router.hello is not mine or None, greeting=True, look_first=True
+        )
         self._hello = None
 
     def attach_memory(self, memory: npt.NDArray[np.uint8]) -> None:

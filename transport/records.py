@@ -65,7 +65,7 @@ MAX_DATA_LANES = 16
 """Data lanes of a session; more than a host's cores that could be spared for it."""
 MIN_ANNOUNCED_FRAME_BYTES = 16 << 10
 """A frame must hold at least one raw page, and smaller ones are all overhead."""
-MAX_ANNOUNCED_FRAME_BYTES = 4 << 20
+MAX_ANNOUNCED_FRAME_BYTES = 2 << 20
 """Longest page frame; the receiver holds up to a window of them for each lane."""
 MAX_WINDOW_FRAMES = 64
 """Frames under way on a lane; one hides a round trip, a few hide jitter."""
@@ -105,7 +105,9 @@ _COMPARE_REPLY = struct.Struct("<BII")
 _DIGEST = struct.Struct("<BIII")
 _DIGEST_REPLY = struct.Struct("<BI32s")
 
-MAX_MESSAGE_BYTES = max(MAX_ANNOUNCED_FRAME_BYTES, MAX_RECORD_BYTES + _HELLO.size)
+MAX_CHANNEL_MESSAGE_BYTES = MAX_RECORD_BYTES + _HELLO.size
+"""Longest message of the control and tunnel lanes."""
+MAX_MESSAGE_BYTES = max(MAX_ANNOUNCED_FRAME_BYTES, MAX_CHANNEL_MESSAGE_BYTES)
 """Longest part of any message: ZMQ_MAXMSGSIZE of every socket."""
 
 

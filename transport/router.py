@@ -28,7 +28,6 @@ from transport.link import Closing, LinkThread, Shared
 from transport.records import (
     CONTROL_LANE,
     FIRST_DATA_LANE,
-    MAX_MESSAGE_BYTES,
     SESSION_BYTES,
     TUNNEL_LANE,
     Bye,
@@ -42,7 +41,6 @@ from transport.records import (
     unpack_tunnel,
 )
 from transport.sockets import (
-    STRANGER_LIMIT_BYTES,
     WATCH_S,
     ConnectionEvent,
     Watch,
@@ -50,9 +48,6 @@ from transport.sockets import (
     open_router,
     receive,
 )
-
-CHANNEL_LIMIT_BYTES = 4 * MAX_MESSAGE_BYTES
-"""What libzmq may hold of a control or tunnel connection of the session: more than a window."""
 
 
 class Stage(Enum):
@@ -92,7 +87,7 @@ class Router(LinkThread):
         self._unsent_tunnel: tuple[bytes, memoryview | None] | None = None
         self._unsent_credit: bytes | None = None
         self._router = open_router(context)
-        self._watch = Watch(self._router, STRANGER_LIMIT_BYTES)
+        self._watch = Watch(self._router)
         try:
             self._bound = bind(self._router, url)
         except BaseException:
@@ -172,8 +167,8 @@ class Router(LinkThread):
         """Send what may go; returns when to try again."""
         if self.stage is Stage.LISTENING:
             return float("inf")
-        if self._verdict is not None and not self._send_verdict(self._verdict):
-            return now + BLOCKED_S
+        if self._verdict is not None:
+            return now if self._send_verdict(self._verdict) else now + BLOCKED_S
         sent = self._send_control(now) and self._send_tunnel() and self._send_answers()
         return float("inf") if sent else now + BLOCKED_S
 
@@ -189,6 +184,8 @@ class Router(LinkThread):
                 self.stage = Stage.LISTENING
                 self.hello = None
                 self._session, self._control_fd = b"", -1
+                # A pong for this sender must not reach the next one.
+                self._unsent_control = None
         self.shared.changed.notify()
         return True
 
@@ -271,10 +268,11 @@ class Router(LinkThread):
         elif self.stage is not Stage.ACCEPTED:
             raise RecordError("the sender does not wait for the answer to its greeting")
         elif lane == TUNNEL_LANE:
-            self._watch.allow(fd, CHANNEL_LIMIT_BYTES)
+            self._watch.vouch(fd)
             self._on_tunnel(parts)
         else:
-            self._on_data(lane - FIRST_DATA_LANE, parts, fd)
+            self._watch.vouch(fd)
+            self._on_data(lane - FIRST_DATA_LANE, parts)
 
     def _on_stranger(self, identity: bytes, parts: Sequence[zmq.Frame], fd: int) -> None:
         session = identity[1:]
@@ -298,7 +296,8 @@ class Router(LinkThread):
             self.dropped += 1
             self._try_send_to(identity, self._reply(Verdict.BUSY).pack())
             return
-        self._watch.allow(fd, CHANNEL_LIMIT_BYTES)
+        self._watch.vouch(fd)
+        self._watch.expect(hello.frame_bytes)
         with self.shared.lock:
             self.hello = hello
             self.stage = Stage.GREETED
@@ -325,14 +324,13 @@ class Router(LinkThread):
             self.shared.talk.on_tunnel(message, data, time.monotonic())
         self.shared.changed.notify()
 
-    def _on_data(self, lane: int, parts: Sequence[zmq.Frame], fd: int) -> None:
+    def _on_data(self, lane: int, parts: Sequence[zmq.Frame]) -> None:
         if not self._announced:
             raise FrameError("frames arrive before there is memory for them")
         if not 0 <= lane < len(self._lanes):
             raise FrameError(f"a frame on lane {lane} of {len(self._lanes)}")
         if len(parts) != 1:
             raise FrameError(f"a frame of {len(parts)} parts")
-        self._watch.allow(fd, (self._window_frames + 2) * MAX_MESSAGE_BYTES)
         self._lanes[lane].submit(parts[0])
         with self.shared.lock:
             self.shared.talk.heard(time.monotonic())

@@ -353,7 +353,7 @@ class Sender(Link):
 
     async def greeted(self) -> None:
         """Wait until the receiver has accepted. For `open_sender`."""
-        await self._when(lambda: self._shared.established or None, greeting=True)
+        await self._when(lambda: self._shared.established or None, greeting=True, look_first=True)
 
     async def _ready(self) -> int:
         """Wait until both sides have attached their memories; returns the number of pages."""

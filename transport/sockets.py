@@ -28,26 +28,25 @@ from urllib.parse import urlsplit
 import zmq
 
 from transport.errors import EndpointError
-from transport.records import MAX_DATA_LANES, MAX_MESSAGE_BYTES
+from transport.records import MAX_CHANNEL_MESSAGE_BYTES, MAX_DATA_LANES, MAX_MESSAGE_BYTES
 
 SEND_HIGH_WATER = 128
 """Messages that libzmq queues for a connection; credit keeps everything but pongs below it."""
-RECEIVE_HIGH_WATER = 8
+RECEIVE_HIGH_WATER = 4
 """Messages that libzmq reads ahead on a connection; more wait in the kernel, then at the peer."""
 HANDSHAKE_MS = 3000
 """How long a connection may take to speak ZMTP."""
 RECONNECT_MS = 50
 """Pause between two attempts to connect."""
-MAX_CONNECTIONS = MAX_DATA_LANES + 2 + 16
+MAX_CONNECTIONS = MAX_DATA_LANES + 2 + 8
 """Of a bound socket: one session, and some room for connections that are being turned away."""
-STRANGER_LIMIT_BYTES = 2 * MAX_MESSAGE_BYTES
-"""What a connection without a session may keep in our memory: a greeting needs half of it."""
 WATCH_S = 0.05
 """How often a watch looks at its connections: a flood gains this much time's worth of memory."""
 
 _TCP_INFO_BYTES_RECEIVED = struct.Struct("<128xQ")  # linux/tcp.h: tcpi_bytes_received, Linux 4.1
 _INPUT_QUEUE_BYTES = struct.Struct("<i")
 _SIOCINQ = 0x541B
+_NO_LINGER = struct.pack("<ii", 1, 0)
 _POLLIN = int(zmq.POLLIN)
 _MONITOR_EVENT = struct.Struct("<Hi")
 
@@ -94,8 +93,10 @@ def check_url(url: str, *, bind: bool) -> None:
         return
     if parts.scheme != "tcp":
         raise EndpointError(f"{url!r}: an endpoint is tcp://host:port or ipc:///path")
-    if parts.path or not parts.hostname or port is None or (port == 0 and not bind):
+    if parts.path or not parts.hostname or port is None:
         raise EndpointError(f"{url!r}: a tcp endpoint is tcp://host:port")
+    if not bind and (port == 0 or parts.hostname == "*"):
+        raise EndpointError(f"{url!r}: nobody can be reached at a wildcard")
 
 
 def open_dealer(context: zmq.Context[zmq.Socket[bytes]], routing_id: bytes) -> zmq.Socket[bytes]:
@@ -228,9 +229,8 @@ class _Connection:
 
     name: tuple[object, object]
     """Local and peer address: tells whether the descriptor still means this connection."""
-    limit_bytes: int
     stranger: bool = True
-    """Whether nobody has vouched for it by `allow`."""
+    """Whether nobody has vouched for it."""
     given_bytes: int = 0
     """What we were given from it, as it counts on the wire."""
 
@@ -249,17 +249,18 @@ class Watch:
         | zmq.EVENT_CLOSED
     )
 
-    def __init__(
-        self, zsocket: zmq.Socket[bytes], limit_bytes: int, max_connections: int = MAX_CONNECTIONS
-    ) -> None:
-        """`limit_bytes`: of each connection, until `allow` says otherwise."""
+    def __init__(self, zsocket: zmq.Socket[bytes]) -> None:
         self._socket = zsocket
-        self._limit_bytes = limit_bytes
-        self._max_connections = max_connections
+        self._limit_bytes = 0
         self._connections: dict[int, _Connection] = {}
         self._next_look = 0.0
         self.monitor: zmq.Socket[bytes] = zsocket.get_monitor_socket(self._EVENTS)
         """To be polled."""
+        self.expect(MAX_CHANNEL_MESSAGE_BYTES)
+
+    def expect(self, message_bytes: int) -> None:
+        """Messages may be this long: a connection may keep a few more than libzmq reads ahead."""
+        self._limit_bytes = (RECEIVE_HIGH_WATER + 2) * max(message_bytes, MAX_CHANNEL_MESSAGE_BYTES)
 
     def events(self) -> Iterator[tuple[ConnectionEvent, int]]:
         """What has happened since, with the connection's descriptor."""
@@ -289,11 +290,10 @@ class Watch:
             connection.given_bytes += sum(len(p) + (2 if len(p) < 256 else 9) for p in parts)
         return fd
 
-    def allow(self, fd: int, limit_bytes: int) -> None:
-        """This connection belongs to the session: another limit, and it is not ended for room."""
+    def vouch(self, fd: int) -> None:
+        """This connection belongs to the session: it is not ended to make room."""
         connection = self._connections.get(fd)
         if connection is not None:
-            connection.limit_bytes = limit_bytes
             connection.stranger = False
 
     def enforce(self) -> int:
@@ -310,7 +310,7 @@ class Watch:
             with _duplicate(fd) as copy:
                 if copy is None or _name(copy) != connection.name:
                     continue
-                if _came_in(copy) - connection.given_bytes > connection.limit_bytes:
+                if _came_in(copy) - connection.given_bytes > self._limit_bytes:
                     ended += 1
                     _shut_down(copy)
         return ended
@@ -318,15 +318,16 @@ class Watch:
     def close(self) -> None:
         """Stop watching; before the socket is closed."""
         self._socket.disable_monitor()
+        self.monitor.close(linger=0)
 
     def _opened(self, fd: int) -> None:
         with _duplicate(fd) as copy:
             if copy is None:
                 return
             self._connections.pop(fd, None)
-            if len(self._connections) >= self._max_connections:
+            if len(self._connections) >= MAX_CONNECTIONS:
                 self._make_room()
-            self._connections[fd] = _Connection(_name(copy), self._limit_bytes)
+            self._connections[fd] = _Connection(_name(copy))
 
     def _make_room(self) -> None:
         """End the stranger that has been here longest: it had the most time to greet."""
@@ -381,8 +382,12 @@ def _came_in(connection: socket.socket) -> int:
 
 
 def _shut_down(connection: socket.socket) -> None:
-    """libzmq then sees the end of the connection and frees what it holds of it."""
+    """libzmq then sees the end of the connection and frees what it holds of it.
+
+    Without lingering, so that the peer is told by a reset instead of a window that stays closed.
+    """
     try:
+        connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, _NO_LINGER)
         connection.shutdown(socket.SHUT_RDWR)
     except OSError:
         return

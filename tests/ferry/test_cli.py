@@ -39,6 +39,8 @@ def test_every_error_of_the_rooms_has_its_own_code() -> None:
     assert exit_code_of(transport_errors.PeerUnreachable("x")) is Exit.UNREACHABLE
     assert exit_code_of(transport_errors.PeerLost("x")) is Exit.PEER_LOST
     assert exit_code_of(transport_errors.FrameError("x")) is Exit.PEER_PROTOCOL
+    assert exit_code_of(transport_errors.EndpointError("x")) is Exit.LOCAL
+    assert exit_code_of(transport_errors.LayoutMismatch("x")) is Exit.REFUSED
     assert exit_code_of(VmmGone("x")) is Exit.VMM
     assert exit_code_of(SyncError("x")) is Exit.DEVICE
     assert exit_code_of(OSError()) is Exit.LOCAL

@@ -1,6 +1,8 @@
 """What the tests of the link share: endpoints, and a sender and receiver that have greeted."""
 
 import os
+import socket
+import struct
 import tempfile
 from collections.abc import AsyncIterator, Callable, Iterator
 from contextlib import AbstractAsyncContextManager, asynccontextmanager
@@ -26,6 +28,60 @@ class LinkPair:
     receiver: Receiver
     source: npt.NDArray[np.uint8]
     target: npt.NDArray[np.uint8]
+
+
+class RawZmtp:
+    """ZMTP 3.0 by hand (rfc.zeromq.org/spec/23) on a TCP connection: what libzmq would never do."""
+
+    GREETING = b"\xff" + bytes(8) + b"\x7f\x03\x00" + b"NULL".ljust(20, b"\0") + bytes(32)
+    TIMEOUT_S = 20
+
+    def connect(self, url: str) -> socket.socket:
+        """A connection to `url` that has agreed on ZMTP as a DEALER without an identity."""
+        connection = socket.create_connection(("127.0.0.1", int(url.rpartition(":")[2])))
+        return self._agree(connection, b"DEALER")
+
+    def accept(self, listener: socket.socket) -> socket.socket:
+        """A connection from `listener` that has agreed on ZMTP as a ROUTER."""
+        return self._agree(listener.accept()[0], b"ROUTER")
+
+    def flood_until_shut(self, connection: socket.socket, limit_bytes: int = 512 << 20) -> int:
+        """One message that never ends, in parts of 64 KiB; returns how much was taken."""
+        part = b"\x03" + struct.pack(">Q", 65536) + bytes(65536)
+        sent = 0
+        with connection:
+            try:
+                while sent < limit_bytes:
+                    connection.sendall(part)
+                    sent += len(part)
+            except ConnectionError:
+                return sent
+        raise AssertionError(f"took {sent} bytes of one message")
+
+    def _agree(self, connection: socket.socket, socket_type: bytes) -> socket.socket:
+        connection.settimeout(self.TIMEOUT_S)
+        connection.sendall(self.GREETING)
+        self._read(connection, len(self.GREETING))
+        ready = b"\x05READY\x0bSocket-Type" + struct.pack(">I", len(socket_type)) + socket_type
+        connection.sendall(b"\x04" + bytes([len(ready)]) + ready)
+        # libzmq takes a message for a protocol error until it has sent its own READY.
+        _flags, length = self._read(connection, 2)
+        self._read(connection, length)
+        return connection
+
+    def _read(self, connection: socket.socket, n_bytes: int) -> bytes:
+        data = b""
+        while len(data) < n_bytes:
+            piece = connection.recv(n_bytes - len(data))
+            assert piece, "the connection ended during the handshake"
+            data += piece
+        return data
+
+
+@pytest.fixture
+def raw_zmtp() -> RawZmtp:
+    """For peers that misuse ZMTP itself."""
+    return RawZmtp()
 
 
 PairFactory = Callable[..., AbstractAsyncContextManager[LinkPair]]

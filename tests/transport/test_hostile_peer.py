@@ -1,8 +1,8 @@
 """I9: peers that speak raw ZeroMQ, or raw TCP, and mean harm.
 
-`HostileSender` and `HostileReceiver` do whatever they are told. Each test ends in a typed error on
-our side, or in nothing at all for a session that goes on; never in a hang, a write outside what
-was allowed, or memory beyond the limits.
+Here it is the sender that is hostile; for the receiver see `test_hostile_receiver`. Each test ends
+in a typed error on our side, or in nothing at all for a session that goes on; never in a hang, a
+write outside what was allowed, or memory beyond the limits.
 """
 
 import os
@@ -24,9 +24,7 @@ from transport.channels import RECORD_WINDOW_BYTES, TUNNEL_WINDOW_BYTES
 from transport.encoder import Encoder
 from transport.errors import (
     FrameError,
-    PeerClosed,
     PeerLost,
-    PeerUnreachable,
     RecordError,
     TransportError,
 )
@@ -40,14 +38,11 @@ from transport.records import (
     Attached,
     Bye,
     Compare,
-    CompareReply,
     Digest,
-    DigestReply,
     Hello,
     HelloReply,
     MessageType,
     Ping,
-    Pong,
     RecordCredit,
     RecordMessage,
     TunnelCredit,
@@ -58,7 +53,7 @@ from transport.records import (
     session_seed,
 )
 from transport.replica import Replica
-from transport.sender import Sender, SenderOptions, open_sender
+from transport.sender import open_sender
 from transport.sockets import MAX_CONNECTIONS
 
 PAGE = 4096
@@ -117,15 +112,16 @@ class HostileSender:
             if message[0] == kind:
                 return message
 
-    def frames(self, count: int, n_pages: int = N_PAGES) -> list[bytes]:
-        """Frames of lane 0 of 1 that would be valid for a memory of `n_pages`."""
+    def frames(self, count: int, n_pages: int = N_PAGES, pages: int = 1) -> list[bytes]:
+        """Frames of lane 0 of 1 with `pages` pages, valid for a memory of `n_pages`."""
         memory = np.frombuffer(os.urandom(n_pages * PAGE), np.uint8)
         seed = session_seed(self.session, self.nonce)
-        encoder = Encoder(memory, Replica(n_pages, 0, 1), seed, frame_bytes=16384)
-        out = np.empty(16384, np.uint8)
+        encoder = Encoder(memory, Replica(n_pages, 0, 1), seed, frame_bytes=65536)
+        out = np.empty(65536, np.uint8)
         made = []
         for sequence in range(count):
-            indices = np.array([n_pages - 1 - sequence % 8], np.uint32)
+            last = n_pages - sequence % 8
+            indices = np.arange(last - pages, last, dtype=np.uint32)
             frame = encoder.encode(indices, 0, out, round_no=1, sequence=sequence)
             made.append(out[: frame.n_bytes].tobytes())
         return made
@@ -134,43 +130,7 @@ class HostileSender:
         self._context.destroy(linger=0)
 
 
-class HostileReceiver(threading.Thread):
-    """A ROUTER that answers each message with what `answer(identity, message)` gives.
-
-    It gives a list of (identity, parts of the message).
-    """
-
-    def __init__(self, answer: Callable[[bytes, bytes], list[tuple[bytes, list[bytes]]]]) -> None:
-        super().__init__(daemon=True)
-        self._answer = answer
-        self._context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
-        self._router = self._context.socket(zmq.ROUTER)
-        self._router.set(zmq.LINGER, 0)
-        self._router.set(zmq.SNDHWM, 10)
-        port = self._router.bind_to_random_port("tcp://127.0.0.1")
-        self.url = f"tcp://127.0.0.1:{port}"
-        self._over = threading.Event()
-
-    def run(self) -> None:
-        while not self._over.is_set():
-            if not self._router.poll(10):
-                continue
-            identity, *parts = self._router.recv_multipart()
-            for target, reply in self._answer(identity, parts[0]):
-                self._router.send_multipart([target, *reply], zmq.NOBLOCK)
-        self._context.destroy(linger=0)
-
-    @contextmanager
-    def running(self) -> Iterator[str]:
-        self.start()
-        try:
-            yield self.url
-        finally:
-            self._over.set()
-            self.join()
-
-
-# against the receiver: strangers
+# strangers
 
 
 async def expect_good_session(receiver: Receiver) -> None:
@@ -250,57 +210,24 @@ def test_i9_identities_of_another_shape_are_nobody(identity: bytes) -> None:
     run_trio(scenario)
 
 
-ZMTP_GREETING = b"\xff" + bytes(8) + b"\x7f\x03\x00" + b"NULL".ljust(20, b"\0") + bytes(32)
-ZMTP_READY = (
-    b"\x05READY\x0bSocket-Type"
-    + struct.pack(">I", 6)
-    + b"DEALER\x08Identity"
-    + struct.pack(">I", 0)
-)
-
-
-def zmtp_connection(url: str) -> socket.socket:
-    """A TCP connection that has agreed on ZMTP as a DEALER without an identity."""
-    connection = socket.create_connection(("127.0.0.1", int(url.rpartition(":")[2])))
-    connection.settimeout(DEADLINE_S)
-    connection.sendall(ZMTP_GREETING)
-    connection.recv(64, socket.MSG_WAITALL)
-    connection.sendall(b"\x04" + bytes([len(ZMTP_READY)]) + ZMTP_READY)
-    return connection
-
-
-def flood_until_shut(connection: socket.socket, limit_bytes: int) -> int:
-    """One message that never ends, in parts of 64 KiB; returns how much was taken."""
-    part = b"\x03" + struct.pack(">Q", 65536) + bytes(65536)
-    sent = 0
-    with connection:
-        try:
-            while sent < limit_bytes:
-                connection.sendall(part)
-                sent += len(part)
-        except OSError:
-            return sent
-    raise AssertionError(f"took {sent} bytes of one message")
-
-
-def test_i9_a_message_that_never_ends_is_cut_off_before_it_fills_the_memory() -> None:
+def test_i9_a_message_that_never_ends_is_cut_off_before_it_fills_the_memory(raw_zmtp: Any) -> None:
     async def scenario() -> None:
         async with open_receiver("tcp://127.0.0.1:*") as receiver:
-            connection = zmtp_connection(receiver.url)
+            connection = raw_zmtp.connect(receiver.url)
             before = private_mib()
-            await in_thread(flood_until_shut, connection, 4 << 30)
+            await in_thread(raw_zmtp.flood_until_shut, connection)
             await until(lambda: private_mib() - before < 64)
             await expect_good_session(receiver)
 
     run_trio(scenario)
 
 
-def test_i9_a_declared_length_beyond_the_limit_ends_the_connection() -> None:
+def test_i9_a_declared_length_beyond_the_limit_ends_the_connection(raw_zmtp: Any) -> None:
     async def scenario() -> None:
         async with open_receiver("tcp://127.0.0.1:*") as receiver:
             before = private_mib()
             for length in (MAX_MESSAGE_BYTES + 1, 1 << 40, (1 << 63) - 1, (1 << 64) - 1):
-                with zmtp_connection(receiver.url) as connection:
+                with raw_zmtp.connect(receiver.url) as connection:
                     connection.sendall(b"\x02" + struct.pack(">Q", length))
                     while await in_thread(connection.recv, 4096):
                         pass
@@ -311,7 +238,7 @@ def test_i9_a_declared_length_beyond_the_limit_ends_the_connection() -> None:
 
 
 @pytest.mark.parametrize(
-    "garbage", [b"GET / HTTP/1.1\r\n\r\n", os.urandom(5000), ZMTP_GREETING + os.urandom(500)]
+    "garbage", [b"GET / HTTP/1.1\r\n\r\n", bytes(range(256)) * 20, b"\xff" + bytes(8) + b"\x7f\xff"]
 )
 def test_i9_a_stranger_that_speaks_no_zmtp_is_no_obstacle(garbage: bytes) -> None:
     async def scenario() -> None:
@@ -324,10 +251,10 @@ def test_i9_a_stranger_that_speaks_no_zmtp_is_no_obstacle(garbage: bytes) -> Non
     run_trio(scenario)
 
 
-def test_i9_connections_are_bounded_and_do_not_shut_the_door() -> None:
+def test_i9_connections_are_bounded_and_do_not_shut_the_door(raw_zmtp: Any) -> None:
     async def scenario() -> None:
         async with open_receiver("tcp://127.0.0.1:*") as receiver:
-            connections = [zmtp_connection(receiver.url) for _ in range(3 * MAX_CONNECTIONS)]
+            connections = [raw_zmtp.connect(receiver.url) for _ in range(3 * MAX_CONNECTIONS)]
             try:
                 await expect_good_session(receiver)
                 watch = receiver._router._watch
@@ -364,7 +291,7 @@ def test_i9_other_sessions_cannot_touch_ours(link_pair: Any) -> None:
     run_trio(scenario)
 
 
-# against the receiver: a member of the session
+# a member of the session
 
 
 @contextmanager
@@ -446,7 +373,7 @@ def of_another_seed(hostile: HostileSender) -> list[bytes]:
 
 
 def too_long(hostile: HostileSender) -> list[bytes]:
-    return [hostile.frames(1)[0] + bytes(16384)]
+    return hostile.frames(1, pages=5)  # 20 KiB, where 16 KiB were announced
 
 
 def out_of_range(hostile: HostileSender) -> list[bytes]:
@@ -471,9 +398,10 @@ def test_i9_a_bad_frame_ends_the_session_and_writes_nothing_more(
 
 def test_i9_frames_before_there_is_memory_end_the_session() -> None:
     async def scenario() -> None:
-        await attack_receiver(
+        _, why = await attack_receiver(
             say_frames(lambda hostile: hostile.frames(1)), FrameError, attached=False
         )
+        assert "before there is memory" in why
 
     run_trio(scenario)
 
@@ -619,255 +547,5 @@ def test_i9_a_sender_that_reads_nothing_costs_no_memory() -> None:
 
                 await in_thread(flood)
                 assert private_mib() - before < 64
-
-    run_trio(scenario)
-
-
-# against the sender
-
-
-def accept(identity: bytes) -> list[tuple[bytes, list[bytes]]]:
-    return [(identity, [HelloReply(Verdict.ACCEPTED, 4, 5000, b"").pack()])]
-
-
-class Script:
-    """Plays a receiver that accepts, attaches, answers pings and then does one thing wrong."""
-
-    def __init__(
-        self,
-        *,
-        on_frame: Callable[[int], list[bytes]] = lambda sequence: [],
-        on_request: Callable[[bytes], list[bytes]] = lambda message: [],
-        after_accept: list[list[bytes]] | None = None,
-        on_tunnel: list[list[bytes]] | None = None,
-        pongs: bool = True,
-    ) -> None:
-        self._on_frame = on_frame
-        self._on_request = on_request
-        self._after_accept = after_accept or []
-        self._on_tunnel = on_tunnel or []
-        self._pongs = pongs
-
-    def __call__(self, identity: bytes, message: bytes) -> list[tuple[bytes, list[bytes]]]:
-        if identity[0] == TUNNEL_LANE:
-            return [(identity, parts) for parts in self._on_tunnel]
-        if identity[0] >= FIRST_DATA_LANE:
-            if message[:4] == b"vfpg":
-                replies = self._on_frame(struct.unpack_from("<Q", message, 16)[0])
-            else:
-                replies = self._on_request(message)
-            return [(identity, [reply]) for reply in replies]
-        if message[0] == MessageType.HELLO:
-            attached = [(identity, [Attached(N_PAGES).pack()])]
-            return accept(identity) + attached + [(identity, say) for say in self._after_accept]
-        if message[0] == MessageType.PING and self._pongs:
-            return [(identity, [Pong(Ping.unpack(message).value).pack()])]
-        return []
-
-
-async def attack_sender(
-    script: Callable[[bytes, bytes], list[tuple[bytes, list[bytes]]]],
-    act: Callable[[Sender], Awaitable[Any]],
-    expected: type[TransportError],
-) -> None:
-    """A sender of ours meets `script` and does `act`; it must end in `expected`, and not hang."""
-    options = SenderOptions(
-        lanes=1, connect_timeout_s=1.0, peer_timeout_s=1.0, progress_timeout_s=0.5
-    )
-    with HostileReceiver(script).running() as url, pytest.raises(expected) as caught:
-        async with open_sender(url, os.urandom(16), b"", options) as sender:
-            sender.attach_memory(np.full(N_PAGES * PAGE, 3, np.uint8))
-            await act(sender)
-    assert type(caught.value) is expected
-
-
-async def one_round(sender: Sender) -> None:
-    await sender.send_round(np.arange(N_PAGES, dtype=np.uint32), 1)
-
-
-async def listen(sender: Sender) -> None:
-    while True:
-        await sender.receive_record()
-
-
-async def compare_all(sender: Sender) -> None:
-    await sender.verify()
-
-
-async def digest_all(sender: Sender) -> None:
-    await sender.compare_regions([(0, N_PAGES)])
-
-
-async def use_tunnel(sender: Sender) -> None:
-    await sender.tunnel_send(b"hello")
-    while True:
-        await sender.tunnel_receive()
-
-
-@pytest.mark.parametrize(
-    "reply",
-    [
-        b"",
-        b"\xee" * 50,
-        HelloReply(Verdict.ACCEPTED, 4, 5000, b"").pack()[:-1],
-        HelloReply(Verdict.ACCEPTED, 0, 5000, b"").pack(),
-        HelloReply(Verdict.ACCEPTED, 255, 5000, b"").pack(),
-        HelloReply(Verdict.ACCEPTED, 4, 1, b"").pack(),
-        HelloReply(Verdict.ACCEPTED, 4, 5000, bytes((1 << 20) + 1)).pack(),
-        Hello(bytes(16), bytes(16), 1, 1 << 20, b"").pack(),
-    ],
-)
-def test_i9_nonsense_as_answer_to_the_greeting_is_a_typed_error(reply: bytes) -> None:
-    run_trio(lambda: attack_sender(lambda identity, _: [(identity, [reply])], listen, RecordError))
-
-
-def test_i9_a_receiver_that_never_answers_is_unreachable() -> None:
-    run_trio(lambda: attack_sender(lambda *_: [], listen, PeerUnreachable))
-
-
-@pytest.mark.parametrize(
-    "said",
-    [
-        [b""],
-        [b"\xee" * 50],
-        [RecordMessage(0, 1, b"").pack(), b"part"],
-        [RecordMessage(5, 1, b"").pack()],
-        [HelloReply(Verdict.ACCEPTED, 4, 5000, b"").pack()],
-        [Attached(N_PAGES).pack()],
-        [RecordCredit(1, 0).pack()],
-        [RecordCredit(0, 1 << 60).pack()],
-    ],
-)
-def test_i9_nonsense_on_the_control_lane_is_a_typed_error(said: list[bytes]) -> None:
-    run_trio(lambda: attack_sender(Script(after_accept=[said]), listen, RecordError))
-
-
-@pytest.mark.parametrize(
-    "said",
-    [
-        [b""],
-        [b"\xee" * 50],
-        [TunnelHead(3).pack(), b"x"],
-        [TunnelHead(0).pack(), bytes(300_000)],
-        [TunnelCredit(1000, 0).pack()],
-        [TunnelCredit(5, 6).pack()],
-        [TunnelEof(1).pack()],
-        [TunnelHead(0).pack(), b"x", b"y"],
-    ],
-)
-def test_i9_nonsense_on_the_tunnel_is_a_typed_error(said: list[bytes]) -> None:
-    run_trio(lambda: attack_sender(Script(on_tunnel=[said]), use_tunnel, RecordError))
-
-
-@pytest.mark.parametrize(
-    "answers",
-    [
-        [b""],
-        [b"\xee" * 50],
-        [Ack(1, NO_PAGES).pack()],
-        [Ack(1 << 63, NO_PAGES).pack()],
-        [Ack(0, np.array([N_PAGES], np.uint32)).pack()],
-        [Ack(0, NO_PAGES).pack(), Ack(0, NO_PAGES).pack()],
-        [struct.pack("<BQI", 32, 0, 0xFFFFFFFF)],
-        [CompareReply(0, np.array([False])).pack()],
-        [DigestReply(0, bytes(32)).pack()],
-    ],
-)
-def test_i9_a_false_acknowledgement_is_a_typed_error(answers: list[bytes]) -> None:
-    async def rounds(sender: Sender) -> None:
-        await one_round(sender)
-        await listen(sender)  # an answer too many may come when the round is over
-
-    script = Script(on_frame=lambda _: answers)
-    run_trio(lambda: attack_sender(script, rounds, RecordError))
-
-
-def test_i9_pages_rejected_again_and_again_are_a_typed_error() -> None:
-    script = Script(on_frame=lambda sequence: [Ack(sequence, np.array([1, 2], np.uint32)).pack()])
-    run_trio(lambda: attack_sender(script, one_round, RecordError))
-
-
-def test_i9_acknowledgements_that_never_come_are_a_loss() -> None:
-    run_trio(lambda: attack_sender(Script(), one_round, PeerLost))
-
-
-@pytest.mark.parametrize(
-    "answers",
-    [
-        [b""],
-        [CompareReply(1, np.array([False])).pack()],
-        [CompareReply(0, np.array([False, False])).pack()],
-        [CompareReply(0, np.array([True] * 16384)).pack()],
-        [struct.pack("<BII", 34, 0, 0)],
-        [struct.pack("<BII", 34, 0, 0xFFFFFFFF)],
-        [struct.pack("<BIIB", 34, 0, 1, 0xFF)],
-        [Ack(0, NO_PAGES).pack()],
-        [DigestReply(0, bytes(32)).pack()],
-    ],
-)
-def test_i9_a_comparison_answered_with_nonsense_is_a_typed_error(answers: list[bytes]) -> None:
-    script = Script(on_request=lambda _: answers)
-    run_trio(lambda: attack_sender(script, compare_all, RecordError))
-
-
-@pytest.mark.parametrize(
-    "answers",
-    [
-        [DigestReply(1, bytes(32)).pack()],
-        [DigestReply(0, bytes(32)).pack()[:-1]],
-        [CompareReply(0, np.array([False])).pack()],
-    ],
-)
-def test_i9_a_digest_answered_with_nonsense_is_a_typed_error(answers: list[bytes]) -> None:
-    script = Script(on_request=lambda _: answers)
-    run_trio(lambda: attack_sender(script, digest_all, RecordError))
-
-
-def test_i9_a_comparison_that_is_never_answered_is_a_loss() -> None:
-    run_trio(lambda: attack_sender(Script(), compare_all, PeerLost))
-
-
-def test_i9_a_receiver_that_falls_silent_is_a_loss() -> None:
-    run_trio(lambda: attack_sender(Script(pongs=False), listen, PeerLost))
-
-
-def test_i9_a_receiver_that_leaves_with_a_strange_reason_is_quoted_printably() -> None:
-    async def scenario() -> None:
-        script = Script(after_accept=[[Bye("\x1b[31mred").pack()]])
-        with (
-            HostileReceiver(script).running() as url,
-            pytest.raises(PeerClosed, match=r"\?\[31mred"),
-        ):
-            async with open_sender(url, os.urandom(16), b"") as sender:
-                await listen(sender)
-
-    run_trio(scenario)
-
-
-def test_i9_a_receiver_whose_message_never_ends_is_cut_off() -> None:
-    """A receiver on raw TCP: it agrees on ZMTP, then sends one message without an end."""
-
-    def flood(listener: socket.socket) -> int:
-        connection, _ = listener.accept()
-        connection.settimeout(DEADLINE_S)
-        connection.sendall(ZMTP_GREETING)
-        connection.recv(64, socket.MSG_WAITALL)
-        ready = ZMTP_READY.replace(b"DEALER", b"ROUTER")
-        connection.sendall(b"\x04" + bytes([len(ready)]) + ready)
-        # The first message counts as an answer, so that the loss is final.
-        pong = Pong(0).pack()
-        connection.sendall(b"\x00" + bytes([len(pong)]) + pong)
-        return flood_until_shut(connection, 4 << 30)
-
-    async def scenario() -> None:
-        with socket.socket() as listener:
-            listener.bind(("127.0.0.1", 0))
-            listener.listen()
-            url = f"tcp://127.0.0.1:{listener.getsockname()[1]}"
-            async with trio.open_nursery() as nursery:
-                nursery.start_soon(in_thread, flood, listener)
-                with pytest.raises(PeerLost):
-                    async with open_sender(url, os.urandom(16), b""):
-                        pass
 
     run_trio(scenario)

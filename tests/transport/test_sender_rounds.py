@@ -14,7 +14,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from transport import apply, rounds
-from transport.errors import LayoutMismatch, PeerLost, RecordError
+from transport.errors import LayoutMismatch, PeerClosed, PeerLost, RecordError
 from transport.receiver import ReceiverOptions
 from transport.records import Ack
 from transport.sender import RoundStatistics, SenderOptions
@@ -419,6 +419,29 @@ def test_a_cancelled_round_leaves_a_session_that_works(link_pair: Any) -> None:
     run_trio(scenario)
 
 
+def _has_begun(sender: Any) -> bool:
+    progress = sender.round_progress()
+    return progress is not None and progress.done_pages > 0
+
+
+@pytest.mark.usefixtures("slow_receiver")
+def test_a_cancelled_round_sends_no_more(link_pair: Any) -> None:
+    async def scenario() -> None:
+        async with link_pair(n_pages=4000, sending=SMALL_FRAMES) as pair:
+            pair.source[:] = np.random.default_rng(1).integers(0, 256, pair.source.size, np.uint8)
+            with trio.CancelScope() as scope:
+                async with trio.open_nursery() as nursery:
+                    nursery.start_soon(pair.sender.send_round, every_page(pair.source), 1)
+                    # Progress notifies nobody.
+                    for _ in iter(lambda: _has_begun(pair.sender), True):
+                        await trio.sleep(0.001)
+                    scope.cancel()
+            await pair.sender.send_round(page_list(0, 64, 128), 2)  # behind it on every lane
+            assert 0 < pair.receiver.statistics().pages_applied < 4000
+
+    run_trio(scenario)
+
+
 def test_a_bandwidth_limit_makes_small_frames_and_starves_nobody(link_pair: Any) -> None:
     async def scenario() -> None:
         options = SenderOptions(bandwidth_bytes_per_s=8_000_000)
@@ -496,7 +519,10 @@ def test_i9_acknowledgements_of_what_was_not_sent_end_the_session(
     async def scenario() -> None:
         async with link_pair(n_pages=70, sending=SenderOptions(lanes=2)) as pair:
             monkeypatch.setattr(apply.ApplyLane, "_handle", lie)
-            with pytest.raises(RecordError):
+            with pytest.raises(RecordError) as failed:
                 await pair.sender.send_round(page_list(0, 1, 2), 1)
+            # The other side is told what it did.
+            with pytest.raises(PeerClosed, match=str(failed.value)):
+                await pair.receiver.receive_record()
 
     run_trio(scenario)
