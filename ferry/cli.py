@@ -30,6 +30,7 @@ COMMANDS = {
     "resolve": Command("ferry.resolve", "settle who owns a guest after a failed commit"),
     "demo": Command("ferry.demo", "migrate a small guest under load on this machine, and report"),
     "device": Command("ferry.device", "serve a virtio-blk device over vfio-user"),
+    "nic": Command("ferry.nic", "serve an Intel 8254x network card over vfio-user"),
     "guest": Command("ferry.guest", "run the small guest: a VMM, a driver and a checked workload"),
 }
 
@@ -98,7 +99,10 @@ def exit_code_of(error: BaseException) -> Exit:
 _ROOM_CODES: tuple[tuple[frozenset[str], Exit], ...] = (
     (frozenset({"transport.errors.PeerUnreachable"}), Exit.UNREACHABLE),
     (frozenset({"transport.errors.PeerLost"}), Exit.PEER_LOST),
-    (frozenset({"transport.errors.EndpointError"}), Exit.LOCAL),
+    (
+        frozenset({"transport.errors.EndpointError", "transport.kernels.clib.NativeLibraryError"}),
+        Exit.LOCAL,
+    ),
     (
         frozenset(
             f"transport.errors.{name}"
