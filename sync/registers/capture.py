@@ -123,14 +123,12 @@ class CaptureSource(SourceRegisters):
         return self._kicks
 
     async def final(self) -> AsyncIterator[bytes]:
-        before = self._next_seq
         async for payload in self.precopy():
             yield payload
         if self._rest:
             raise RegisterError("the journal ends in the middle of an access")
-        if not self._final or self._next_seq != before:
-            await self._read_final()
-        # Only now: what was under way when the VMM was paused may have left its mark there.
+        # Only now: what was under way when the VMM was paused has left its mark by now.
+        await self._read_final()
         owed = await self._port.batch(owed_plan(self._layout).records())
         for kind, body in (
             (Kind.FINAL, self._final),

@@ -416,6 +416,18 @@ async def test_operations_behind_the_last_reading_make_it_read_again(
 
 
 @trio_test
+async def test_what_the_device_changes_until_it_is_at_rest_arrives(model: SimpleNamespace) -> None:
+    """A device moves registers by itself, until its memory is taken away behind `quiesce`."""
+    pair = Pair(model)
+    await pair.begin()
+    await pair.source.quiesce()
+    pair.source_device.values["scratch"] = 0x1234
+    await pair.deliver(pair.source.final())
+    with pytest.raises(RegisterMismatch, match="scratch"):
+        await pair.target.finish()
+
+
+@trio_test
 async def test_a_long_journal_is_executed_in_bounded_batches(model: SimpleNamespace) -> None:
     pair = Pair(model)
     await pair.begin()
