@@ -9,6 +9,7 @@ is checked here.
     greeting: Hello       ->
                           <-            answer: accepted (PREPARED) or refused with a reason
     STATE n               ->            register state, journal; in the order of capture
+    PLATFORM              ->            what the VMM itself knows of the devices; QEMU only
     LOADED?               ->            may the VMM's memory be compared now?
                           <-            LOADED
     ASK                   ->            can you take over?
@@ -47,6 +48,7 @@ class Kind(IntEnum):
     COMMITTED = 7
     START_FAILED = 8
     ABORT = 9
+    PLATFORM = 10
 
 
 @dataclass(frozen=True)
@@ -65,11 +67,15 @@ class DeviceOffer:
 
 @dataclass(frozen=True)
 class Hello:
-    """The sender's greeting. `layout` is the guest memory: [IOVA, length] in bytes, ascending."""
+    """The sender's greeting. `layout` is the guest memory as `memory_layout` has it: [IOVA, length,
+    file, offset] in bytes, ascending, `files` the size of each file, [size]. `platform` is what
+    the VMM knows of the devices by itself, in hexadecimal (`sync.vmm.pci`); QEMU only."""
 
     session: str
     devices: list[DeviceOffer]
     layout: list[list[int]]
+    files: list[list[int]]
+    platform: str = ""
     version: int = PROTOCOL_VERSION
 
     def pack(self) -> bytes:
@@ -87,12 +93,17 @@ class Hello:
         session, devices, layout = data.get("session"), data.get("devices"), data.get("layout")
         if not (isinstance(session, str) and len(session) == 32 and session.isalnum()):
             raise PeerProtocolError("the greeting has no session id")
+        platform = data.get("platform")
+        if not _is_hexadecimal(platform):
+            raise PeerProtocolError("the greeting has a malformed state of the VMM's devices")
         if not isinstance(devices, list) or not 1 <= len(devices) <= MAX_DEVICES:
             raise PeerProtocolError(f"the greeting has to name 1 to {MAX_DEVICES} devices")
         return cls(
             session=session,
             devices=[_device(item) for item in devices],
-            layout=_numbers(layout, 2, MAX_REGIONS, "layout"),
+            layout=_numbers(layout, 4, MAX_REGIONS, "layout"),
+            files=_numbers(data.get("files"), 1, MAX_REGIONS, "files"),
+            platform=str(platform),
         )
 
 
@@ -105,16 +116,22 @@ def _device(item: Any) -> DeviceOffer:
     ):
         raise PeerProtocolError("a device of the greeting has no identity")
     registers = item.get("registers")
-    try:
-        bytes.fromhex(registers if isinstance(registers, str) else "?")
-    except ValueError as error:
-        raise PeerProtocolError("a device of the greeting has no register offer") from error
+    if not _is_hexadecimal(registers):
+        raise PeerProtocolError("a device of the greeting has no register offer")
     return DeviceOffer(
         identity=dict(identity),
         regions=_numbers(item.get("regions"), 2, 256, "regions"),
         irqs=_numbers(item.get("irqs"), 2, 256, "irqs"),
         registers=str(registers),
     )
+
+
+def _is_hexadecimal(text: Any) -> bool:
+    try:
+        bytes.fromhex(text if isinstance(text, str) else "?")
+    except ValueError:
+        return False
+    return True
 
 
 def _numbers(rows: Any, width: int, most: int, what: str) -> list[list[int]]:

@@ -17,6 +17,7 @@ import trio
 from ferry.cli import describe
 from ferry.config import endpoint, option, seconds
 from ferry.errors import ConfigError, Exit, FerryError, LocalError, Mismatch, PeerAborted
+from ferry.memory_layout import MemoryLayout, same_pages
 from ferry.messages import Hello, Kind, Notice, unpack_state
 from ferry.progress import Reporter
 from ferry.runner import Runner
@@ -38,6 +39,7 @@ from sync.registers.choose import load_profiles, target_for
 from sync.registers.device import DeviceView
 from sync.registers.interface import TargetRegisters
 from sync.vmm.driver import Vmm
+from sync.vmm.pci import PciPlatform
 from transport.errors import TransportError
 from transport.receiver import Receiver, ReceiverOptions, open_receiver
 
@@ -96,7 +98,9 @@ class Target:
         self._nursery = nursery
         self._link = link
         self._vmm = vmm
-        self._hello = Hello("", [], [])
+        self._platform: PciPlatform | None = None
+        self._platform_state = b""
+        self._hello = Hello("", [], [], [])
         self._greeting = b""
         self._accepted = trio.Event()
         self._gateways: list[GatewayClient] = []
@@ -137,6 +141,8 @@ class Target:
                 if record.kind == Kind.STATE:
                     number, payload = unpack_state(record.payload, len(self._registers))
                     await self._registers[number].receive(payload)
+                elif record.kind == Kind.PLATFORM:
+                    self._platform_state = record.payload
                 elif record.kind == Kind.ASK_LOADED:
                     self._nursery.start_soon(self._answer_loaded)
                 elif record.kind == Kind.ASK:
@@ -182,23 +188,20 @@ class Target:
             )
             await registers.check()
             self._registers.append(registers)
-            await self._check_memory(path, gateway)
+            await self._check_memory(gateway)
         await self._vmm.check_target()
+        self._platform = await PciPlatform.attach(self._vmm, self._options.qmp)
         return Event.CHECKED
 
-    async def _check_memory(self, path: str, gateway: GatewayClient) -> None:
+    async def _check_memory(self, gateway: GatewayClient) -> None:
         regions = await gateway.memory()
         try:
-            layout = [[region.iova, region.length] for region in regions]
-            if layout != self._hello.layout:
-                raise Mismatch(
-                    f"the guest's memory behind {path} is {_layout_text(layout)}, the source's "
-                    f"{_layout_text(self._hello.layout)}: start the VMM with the same memory"
-                )
+            theirs = MemoryLayout.from_rows(self._hello.files, self._hello.layout)
+            pages = same_pages(theirs, regions)
             if self._memory is None:
                 check_room(regions)
                 # Unmapped by the end of the process: apply threads may write to it until then.
-                self._memory = GuestMemory.map(regions, writable=True)
+                self._memory = GuestMemory.map(pages, writable=True)
         finally:
             for region in regions:
                 os.close(region.fd)
@@ -206,6 +209,7 @@ class Target:
     async def _enter_standby(self) -> Event:
         for gateway in self._gateways:
             await gateway.standby(self._hello.session)
+        await self._restore_platform(bytes.fromhex(self._hello.platform))
         with tempfile.TemporaryDirectory(prefix="vfio-ferry-") as folder:
             socket_path = f"{folder}/vmm.sock"
             await self._vmm.start_incoming(f"unix:{socket_path}")
@@ -234,7 +238,21 @@ class Target:
     async def _make_ready(self) -> Event:
         await self._vmm.wait_loaded()
         self._reports = [asdict(await registers.finish()) for registers in self._registers]
+        began = time.monotonic()
+        await self._restore_platform(self._platform_state)
+        if self._platform is not None:
+            self._ms["PCI restore"] = (time.monotonic() - began) * 1e3
         return Event.MADE_READY
+
+    async def _restore_platform(self, state: bytes) -> None:
+        """What the VMM itself knows of the devices and does not migrate."""
+        if self._platform is not None:
+            await self._platform.restore(state)
+        elif state:
+            raise Mismatch(
+                "the source's VMM has vfio-user-pci devices, the one here has none: start both "
+                "VMMs with the same devices"
+            )
 
     async def _send_ready(self) -> None:
         await self._link.send_record(Kind.READY, Notice({"registers": self._reports}).pack())
@@ -300,6 +318,8 @@ class Target:
                 await self._link.refuse(reason)
 
     async def close(self) -> None:
+        if self._platform is not None:
+            await self._platform.aclose()
         for gateway in self._gateways:
             with contextlib.suppress(GatewayError):
                 await gateway.aclose()
@@ -321,7 +341,7 @@ def check_room(regions: list[MemoryRegion]) -> None:
             )
     files = {(os.fstat(r.fd).st_dev, os.fstat(r.fd).st_ino): os.fstat(r.fd) for r in regions}
     missing = sum(max(0, stat.st_size - stat.st_blocks * 512) for stat in files.values())
-    available = _memory_available()
+    available = memory_available()
     if missing > available:
         raise LocalError(
             f"the guest needs {missing >> 20} MiB more memory, this host has "
@@ -329,15 +349,12 @@ def check_room(regions: list[MemoryRegion]) -> None:
         )
 
 
-def _memory_available() -> int:
+def memory_available() -> int:
+    """Bytes that this host could give to new processes without swapping, as the kernel says."""
     for line in Path("/proc/meminfo").read_text().splitlines():
         if line.startswith("MemAvailable:"):
             return int(line.split()[1]) << 10
     raise LocalError("/proc/meminfo does not tell how much memory is available")
-
-
-def _layout_text(layout: list[list[int]]) -> str:
-    return ", ".join(f"{length >> 10} KiB at {iova:#x}" for iova, length in layout) or "empty"
 
 
 def run(options: Options) -> int:

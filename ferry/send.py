@@ -28,6 +28,7 @@ from ferry.errors import (
     NotEqual,
     PeerAborted,
 )
+from ferry.memory_layout import MemoryLayout
 from ferry.messages import Hello, Kind, Notice, pack_state
 from ferry.progress import Reporter
 from ferry.report import Report, Stopwatch
@@ -56,6 +57,7 @@ from sync.registers.device import DeviceView
 from sync.registers.interface import SourceRegisters
 from sync.vmm.driver import Vmm
 from sync.vmm.errors import VmmError, VmmGone
+from sync.vmm.pci import PciPlatform
 from transport.errors import PeerRefused, TransportError
 from transport.kernels.bitmap import bitmap_to_indices
 from transport.kernels.digests import scan_changed
@@ -156,8 +158,10 @@ class Source:
         self._session = secrets.token_bytes(16)
         self._devices: list[Device] = []
         self._memory: GuestMemory | None = None
+        self._layout = MemoryLayout([], [])
         self._dirty: MergedTrackers | None = None
         self._vmm: Vmm | None = None
+        self._platform: PciPlatform | None = None
         self._link: Sender | None = None
         self._link_done = trio.Event()
         self._link_closed = trio.Event()
@@ -208,14 +212,22 @@ class Source:
             await self._attach(path)
         self._vmm = await Vmm.connect(self._options.qmp)
         await self._vmm.check_source()
+        self._platform = await PciPlatform.attach(self._vmm, self._options.qmp)
+        platform = b""
+        if self._platform is not None:
+            await self._platform.locate()
+            platform = await self._platform.peek()
         assert self._memory is not None
+        files, layout = self._layout.rows()
         hello = Hello(
             session=self._session.hex(),
             devices=[
                 offer_of(device.gateway.info, await device.registers.offer())
                 for device in self._devices
             ],
-            layout=[list(region) for region in self._memory.layout],
+            layout=layout,
+            files=files,
+            platform=platform.hex(),
         )
         self._link = await self._nursery.start(self._keep_link, hello.pack())
         self._nursery.start_soon(self._listen)
@@ -237,6 +249,7 @@ class Source:
             if self._memory is None:
                 # Unmapped by the end of the process: lane threads may read it until then.
                 self._memory = GuestMemory.map(regions)
+                self._layout = MemoryLayout.of(regions)
             elif [(r.iova, r.length) for r in regions] != [*self._memory.layout]:
                 raise Mismatch(
                     f"the gateway at {path} sees another guest memory than "
@@ -502,7 +515,18 @@ class Source:
                 fence=device.registers.fence, resume=device.registers.resume_records()
             )
         self._watch.lap("drain")
+        await self._send_platform()
         return Event.STOPPED
+
+    async def _send_platform(self) -> None:
+        """What the VMM does not migrate itself; its devices no longer interrupt it."""
+        if self._platform is None:
+            return
+        assert self._link is not None
+        state = await self._platform.save()
+        async with self._record_lock:
+            await self._link.send_record(Kind.PLATFORM, state)
+        self._watch.lap("PCI save")
 
     async def _send_final(self) -> Event:
         assert self._link is not None and self._vmm is not None and self._dirty is not None
@@ -651,6 +675,8 @@ class Source:
             await self._link_closed.wait()
         for gateway in self._gateways:
             await gateway.aclose()
+        if self._platform is not None:
+            await self._platform.aclose()
         if self._vmm is not None:
             await self._vmm.aclose()
         self._scratch.close()

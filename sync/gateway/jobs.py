@@ -18,7 +18,14 @@ from sync.gateway.link import Link
 from sync.gateway.runner import Call, Job
 from sync.gateway.state import Custody, State
 from sync.vfio_user.errors import ProtocolError
-from sync.vfio_user.protocol import Command, MigData, MigrationState
+from sync.vfio_user.protocol import (
+    Command,
+    IrqSet,
+    MigData,
+    MigrationState,
+    PciIrq,
+    SetIrqs,
+)
 
 TRACKERS = ("logging", "message", "none")
 
@@ -144,6 +151,9 @@ def restore(link: Link, custody: Custody) -> Job[None]:
             yield from steps.execute(link, link.resume_records)
         except BadRequest as error:
             problem = problem or error
+    if link.snoops.unmask_owed:
+        unmask = SetIrqs(IrqSet.DATA_NONE | IrqSet.ACTION_UNMASK, PciIrq.INTX, 0, 1)
+        yield [Call(Command.DEVICE_SET_IRQS, unmask.pack())]
     link.untrack()
     custody.restore()
     link.enter(custody.state)

@@ -81,6 +81,7 @@ class Link:
     def enter(self, state: State) -> None:
         """From here on the VMM's commands are treated as `state` says."""
         commands = dict(self.snoops.commands)
+        self.snoops.keep_intx_masked = state is State.STOPPED
         if self.owed:
             commands |= owed_reads(self.relay, self.owed)
         if state in (State.MEDIATED, State.STOPPED):
@@ -92,6 +93,7 @@ class Link:
             self.capturing = False
             self.migration_touched = False
             self.resume_records = self.start_records = b""
+            self.snoops.unmask_owed = False
             self.snoops.sharing = AtDevice.DIRECT
         self.relay.vmm_commands = commands
 

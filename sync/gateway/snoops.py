@@ -20,6 +20,8 @@ from sync.vfio_user.protocol import (
     Command,
     DmaMap,
     DmaUnmap,
+    IrqSet,
+    PciIrq,
     RegionFlags,
     RegionIoFds,
     RegionIoFdsRequest,
@@ -39,6 +41,11 @@ class Snoops:
         self._memory = memory
         self._interrupts = interrupts
         self.sharing = AtDevice.DIRECT
+        self.keep_intx_masked = False
+        """A VMM that takes note of INTx unmasks it; a device that is stopped would assert it again,
+        and the VMM would carry an asserted line to the target, where nobody deasserts it."""
+        self.unmask_owed = False
+        """The VMM has unmasked INTx meanwhile: the device has to know if it goes on here."""
         self.commands: dict[int, VmmCommand] = {
             Command.VERSION: self._version,
             Command.DMA_MAP: self._dma_map,
@@ -151,6 +158,15 @@ class Snoops:
         self, message_id: int, flags: int, message: memoryview, descriptors: list[int]
     ) -> None:
         request = SetIrqs.unpack(message[HEADER_BYTES:])
+        if (
+            self.keep_intx_masked
+            and request.index == PciIrq.INTX
+            and request.flags == IrqSet.DATA_NONE | IrqSet.ACTION_UNMASK
+        ):
+            self.unmask_owed = True
+            close_fds(descriptors)
+            self._relay.answer(message_id, flags, Command.DEVICE_SET_IRQS)
+            return
         copies: list[int] = []
         try:
             copies.extend(os.dup(descriptor) for descriptor in descriptors)

@@ -31,6 +31,7 @@ HELLOS = st.builds(
     devices=st.lists(DEVICES, min_size=1, max_size=3),
     layout=st.lists(st.lists(NUMBERS, min_size=4, max_size=4), max_size=4),
     files=st.lists(st.lists(NUMBERS, min_size=1, max_size=1), max_size=4),
+    platform=st.binary(max_size=32).map(bytes.hex),
 )
 JSON = st.recursive(
     st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=8),
@@ -61,8 +62,8 @@ def test_any_other_greeting_is_refused(payload: bytes) -> None:
 @given(HELLOS, st.data())
 def test_i9_a_greeting_with_one_thing_wrong_is_refused(hello: Hello, data: st.DataObject) -> None:
     fields = json.loads(hello.pack())
-    wrong = data.draw(st.sampled_from(["session", "devices", "layout", "files"]))
-    fields[wrong] = data.draw(st.none() | st.integers() | st.text(max_size=5) | st.just([[-1, 0]]))
+    wrong = data.draw(st.sampled_from(["session", "devices", "layout", "files", "platform"]))
+    fields[wrong] = data.draw(st.none() | st.integers() | st.just("no hex") | st.just([[-1, 0]]))
     with pytest.raises(PeerProtocolError):
         Hello.unpack(json.dumps(fields).encode())
 

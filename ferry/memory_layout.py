@@ -1,0 +1,91 @@
+"""Guest memory as the two sides of a migration have to agree on it.
+
+Owned here: what the greeting says of the source's memory, and how the target finds the same pages
+in its own VMM. The two DMA maps need not be equal: firmware moves RAM in and out of the map below
+1 MiB, so a target that has not run it yet lacks some of the source's regions. What has to be equal
+is the RAM behind the maps: its files, and which part of a file lies at which address.
+"""
+
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from ferry.errors import Mismatch, PeerProtocolError
+from sync.memory import PAGE_BYTES, MemoryRegion
+
+
+@dataclass(frozen=True)
+class MemoryLayout:
+    """`files` are sizes in bytes; `regions` are (IOVA, length, file, offset), by IOVA."""
+
+    files: list[int]
+    regions: list[tuple[int, int, int, int]]
+
+    @classmethod
+    def of(cls, regions: Sequence[MemoryRegion]) -> "MemoryLayout":
+        """Files are numbered in the order in which they appear."""
+        numbers: dict[tuple[int, int], int] = {}
+        sizes: list[int] = []
+        rows = []
+        for region in sorted(regions):
+            status = os.fstat(region.fd)
+            number = numbers.setdefault((status.st_dev, status.st_ino), len(numbers))
+            if number == len(sizes):
+                sizes.append(status.st_size)
+            rows.append((region.iova, region.length, number, region.offset))
+        return cls(sizes, rows)
+
+    @classmethod
+    def from_rows(cls, files: list[list[int]], rows: list[list[int]]) -> "MemoryLayout":
+        """From a greeting. Raises `PeerProtocolError` for regions that overlap, are not made of
+        whole pages or are not in their file."""
+        sizes = [size for (size,) in files]
+        regions = [(iova, length, file, offset) for iova, length, file, offset in rows]
+        end = 0
+        for iova, length, file, offset in regions:
+            if iova < end or length == 0 or (iova | length | offset) % PAGE_BYTES:
+                raise PeerProtocolError("the regions of the source's memory make no sense")
+            if file >= len(sizes) or offset + length > sizes[file]:
+                raise PeerProtocolError("a region of the source's memory is not in its file")
+            end = iova + length
+        return cls(sizes, regions)
+
+    def rows(self) -> tuple[list[list[int]], list[list[int]]]:
+        """As a greeting carries it; see `from_rows`."""
+        return [[size] for size in self.files], [list(region) for region in self.regions]
+
+    def __str__(self) -> str:
+        return ", ".join(f"{r[1] >> 10} KiB at {r[0]:#x}" for r in self.regions) or "empty"
+
+
+def same_pages(theirs: MemoryLayout, ours: Sequence[MemoryRegion]) -> list[MemoryRegion]:
+    """The regions of `theirs` in the files of `ours`; the descriptors stay those of `ours`.
+
+    Raises `Mismatch` if the RAM behind both is not laid out in the same way.
+    """
+    here = MemoryLayout.of(ours)
+    if here.files != theirs.files or not _agree(theirs, here):
+        raise Mismatch(
+            f"the guest's memory is {here} of {sum(here.files) >> 20} MiB here, the source's "
+            f"{theirs} of {sum(theirs.files) >> 20} MiB: start the VMM with the same memory"
+        )
+    descriptors: dict[int, int] = {}
+    for (_, _, file, _), region in zip(here.regions, sorted(ours), strict=True):
+        descriptors.setdefault(file, region.fd)
+    return [
+        MemoryRegion(iova, length, offset, True, descriptors[file])
+        for iova, length, file, offset in theirs.regions
+    ]
+
+
+def _agree(a: MemoryLayout, b: MemoryLayout) -> bool:
+    """Whether every address that is in both lies at the same place of the same file."""
+    left, right = list(a.regions), list(b.regions)
+    while left and right:
+        (start, length, file, offset), (start2, length2, file2, offset2) = left[-1], right[-1]
+        if max(start, start2) < min(start + length, start2 + length2) and (
+            (file, offset - start) != (file2, offset2 - start2)
+        ):
+            return False
+        (left if start >= start2 else right).pop()
+    return True

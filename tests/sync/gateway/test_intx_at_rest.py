@@ -1,0 +1,44 @@
+"""A stopped device does not assert INTx again: the VMM would carry the line to the target."""
+
+from sync.gateway import jobs
+from sync.vfio_user.protocol import Command, IrqSet, PciIrq, SetIrqs
+
+UNMASK = SetIrqs(IrqSet.DATA_NONE | IrqSet.ACTION_UNMASK, PciIrq.INTX, 0, 1).pack()
+MASK = SetIrqs(IrqSet.DATA_NONE | IrqSet.ACTION_MASK, PciIrq.INTX, 0, 1).pack()
+
+
+def _stopped(make_bench):  # type: ignore[no-untyped-def]
+    bench = make_bench()
+    mediate = jobs.mediate(
+        *(bench.link, bench.custody),
+        tracker="none",
+        page_bytes=4096,
+        capture=True,
+        snapshot=b"",
+    )
+    bench.job(mediate, held=True)
+    bench.job(jobs.stop(bench.link, bench.custody, fence=True, resume=b""), held=True)
+    bench.device.commands.clear()
+    return bench
+
+
+def _restore(bench) -> None:  # type: ignore[no-untyped-def]
+    bench.job(jobs.restore(bench.link, bench.custody), held=True)
+
+
+def test_an_unmask_reaches_the_device_only_if_it_goes_on_here(make_bench) -> None:
+    bench = _stopped(make_bench)
+    bench.ask(Command.DEVICE_SET_IRQS, UNMASK)
+    assert Command.DEVICE_SET_IRQS not in bench.device.commands
+    _restore(bench)
+    assert bench.device.commands.count(Command.DEVICE_SET_IRQS) == 1
+    bench.ask(Command.DEVICE_SET_IRQS, UNMASK)
+    assert bench.device.commands.count(Command.DEVICE_SET_IRQS) == 2
+
+
+def test_nothing_is_unmasked_that_the_vmm_did_not_unmask(make_bench) -> None:
+    bench = _stopped(make_bench)
+    bench.ask(Command.DEVICE_SET_IRQS, MASK)
+    assert bench.device.commands.count(Command.DEVICE_SET_IRQS) == 1
+    _restore(bench)
+    assert bench.device.commands.count(Command.DEVICE_SET_IRQS) == 1
