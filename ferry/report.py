@@ -1,10 +1,12 @@
 """What a migration cost and what was proven, for people and as one JSON object."""
 
+import math
 import time
 from dataclasses import dataclass, field
 from typing import Any
 
 from ferry.progress import bytes_text
+from transport.sender import RoundStatistics
 
 
 class Stopwatch:
@@ -28,6 +30,36 @@ class Stopwatch:
     @property
     def total_ms(self) -> float:
         return (self._last - self._started) * 1e3
+
+
+def round_values(
+    round_: RoundStatistics,
+    remaining_pages: int | None,
+    interval_s: float,
+    predicted_downtime_ms: float | None,
+    vmm_remaining_bytes: int | None,
+) -> dict[str, Any]:
+    """A round as an event and as a row of the report. What was not known behind it is None:
+    `remaining_pages`, dirtied in the `interval_s` since the round before ended, and the rest."""
+    return {
+        "round": round_.round_no,
+        "dirty_pages": round_.pages,
+        "sent_pages": round_.sent_pages,
+        "zero": round_.zero,
+        "same": round_.same,
+        "delta": round_.delta,
+        "lz4": round_.lz4,
+        "raw": round_.raw,
+        "wire_bytes": round_.wire_bytes,
+        "duration_ms": round_.duration_ns / 1e6,
+        "throughput_bytes_per_s": round_.wire_bytes / max(round_.duration_ns, 1) * 1e9,
+        "remaining_pages": remaining_pages,
+        "dirty_pages_per_s": None if remaining_pages is None else remaining_pages / interval_s,
+        "predicted_downtime_ms": None
+        if predicted_downtime_ms == math.inf
+        else predicted_downtime_ms,
+        "vmm_remaining_bytes": vmm_remaining_bytes,
+    }
 
 
 @dataclass

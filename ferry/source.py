@@ -1,0 +1,613 @@
+"""The source's side of one migration: what is done in which phase.
+
+Owns the order of things on the source. When which phase begins is decided by `sync.handover`, when
+to switch over by `sync.convergence`; the command around it is `ferry.send`.
+"""
+
+import contextlib
+import os
+import secrets
+import socket
+import tempfile
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+import trio
+from numpy.typing import NDArray
+
+from ferry.errors import (
+    FerryError,
+    Mismatch,
+    NotConverged,
+    NotEqual,
+    PeerAborted,
+)
+from ferry.memory_layout import MemoryLayout
+from ferry.messages import Hello, Kind, Notice, pack_state
+from ferry.progress import Reporter
+from ferry.report import Report, Stopwatch, round_values
+from ferry.runner import Runner
+from ferry.side import (
+    Shell,
+    check_gateway,
+    first_error,
+    offer_of,
+    run_tunnel,
+    warm_up_kernels,
+)
+from sync.convergence import Convergence, Limits, Round, Verdict
+from sync.dirty.merge import MergedTrackers
+from sync.dirty.scan import ScanTracker
+from sync.dirty.shared import LoggingTracker, MessageTracker
+from sync.dirty.tracker import Tracker, choose_method
+from sync.gateway.client import GatewayClient
+from sync.gateway.errors import GatewayLost
+from sync.handover import Action, Deadlines, Event, Handover, Role, State
+from sync.memory import GuestMemory
+from sync.registers.choose import load_profiles, source_for
+from sync.registers.device import DeviceView
+from sync.registers.interface import SourceRegisters
+from sync.vmm.driver import Vmm
+from sync.vmm.errors import VmmError, VmmGone
+from sync.vmm.pci import PciPlatform
+from transport.errors import PeerRefused, TransportError
+from transport.kernels.bitmap import bitmap_to_indices
+from transport.kernels.digests import scan_changed
+from transport.sender import RoundStatistics, Sender, SenderOptions, open_sender
+
+PUMP_INTERVAL_S = 0.02
+"""How often captured register operations are fetched. The journal holds a second of the densest
+access pattern a VMM can make, so this only sets how fresh the target's registers are."""
+ROUND_INTERVAL_S = 0.1
+"""A round is no shorter: below this the fixed cost of a round is most of it."""
+REPAIR_ROUNDS = 3
+"""Both memories are quiet when they are compared: one repair is enough if nothing is wrong."""
+RECOVERY_DEADLINE_S = 10.0
+TELL_S = 1.0
+
+if TYPE_CHECKING:
+    from ferry.send import Options
+
+
+@dataclass
+class Device:
+    """One device of the guest, with what was chosen for it."""
+
+    path: str
+    gateway: GatewayClient
+    registers: SourceRegisters
+    tracker: Tracker
+
+
+class Source:
+    """The actions of the source. Each method named in `perform` does one phase's work."""
+
+    def __init__(self, options: "Options", reporter: Reporter, nursery: trio.Nursery) -> None:
+        self._options = options
+        self._reporter = reporter
+        self._nursery = nursery
+        self._session = secrets.token_bytes(16)
+        self._devices: list[Device] = []
+        self._memory: GuestMemory | None = None
+        self._layout = MemoryLayout([], [])
+        self._dirty: MergedTrackers | None = None
+        self._vmm: Vmm | None = None
+        self._platform: PciPlatform | None = None
+        self._link: Sender | None = None
+        self._link_done = trio.Event()
+        self._link_closed = trio.Event()
+        self._link_closed.set()
+        self._loaded = trio.Event()
+        self._record_lock = trio.Lock()
+        self._pump = trio.CancelScope()
+        self._pump_stop = trio.Event()
+        self._pump_ended = trio.Event()
+        self._pump_ended.set()
+        self._tunnel = trio.CancelScope()
+        self._listening = trio.CancelScope()
+        self._scratch = contextlib.ExitStack()
+        self._gateways: list[GatewayClient] = []
+        self._round_no = 0
+        self._round_ended = trio.current_time()
+        self._watch = Stopwatch(0.0)
+        self._started = trio.current_time()
+        self._committed: Notice = Notice()
+        self.report = Report(session=self._session.hex())
+        machine = Handover(Role.SOURCE, Deadlines(precopy_s=options.timeout + 60.0, pausing_s=30.0))
+        self.runner = Runner(
+            machine,
+            {
+                Action.PREPARE: self._prepare,
+                Action.MEDIATE: self._mediate,
+                Action.RUN_ROUNDS: self._run_rounds,
+                Action.PAUSE_VMM: self._pause_vmm,
+                Action.STOP_DEVICES: self._stop_devices,
+                Action.SEND_FINAL: self._send_final,
+                Action.VERIFY: self._verify,
+                Action.ASK_READY: self._ask_ready,
+                Action.RELEASE: self._release,
+                Action.SEND_COMMIT: self._send_commit,
+                Action.TELL_ABORT: self._tell_abort,
+                Action.RESTORE: self._restore,
+            },
+            failure_events={Action.RESTORE: Event.RESTORE_FAILED},
+            on_state=Shell(reporter, options.break_at).on_state,
+        )
+
+    # --- prepare: nothing is touched ---
+
+    async def _prepare(self) -> Event:
+        await trio.to_thread.run_sync(self._make_scratch)
+        await warm_up_kernels(self._reporter)
+        for path in self._options.gateway:
+            await self._attach(path)
+        self._vmm = await Vmm.connect(self._options.qmp)
+        await self._vmm.check_source()
+        self._platform = await PciPlatform.attach(self._vmm, self._options.qmp)
+        platform = b""
+        if self._platform is not None:
+            await self._platform.locate()
+            platform = await self._platform.peek()
+        assert self._memory is not None
+        files, layout = self._layout.rows()
+        hello = Hello(
+            session=self._session.hex(),
+            devices=[
+                offer_of(device.gateway.info, await device.registers.offer())
+                for device in self._devices
+            ],
+            layout=layout,
+            files=files,
+            platform=platform.hex(),
+        )
+        self._link = await self._nursery.start(self._keep_link, hello.pack())
+        self._nursery.start_soon(self._listen)
+        return Event.PREPARED
+
+    def _make_scratch(self) -> None:
+        self._folder = Path(
+            self._scratch.enter_context(tempfile.TemporaryDirectory(prefix="vfio-ferry-"))
+        )
+
+    async def _attach(self, path: str) -> None:
+        """Takes the gateway's lease, and chooses how the device's state and pages move."""
+        options = self._options
+        gateway = await GatewayClient.connect(path, role="source", session=self._session.hex())
+        self._gateways.append(gateway)
+        info = await check_gateway(path, gateway, vmm=True)
+        regions = await gateway.memory()
+        try:
+            if self._memory is None:
+                # Unmapped by the end of the process: lane threads may read it until then.
+                self._memory = GuestMemory.map(regions)
+                self._layout = MemoryLayout.of(regions)
+            elif [(r.iova, r.length) for r in regions] != [*self._memory.layout]:
+                raise Mismatch(
+                    f"the gateway at {path} sees another guest memory than "
+                    f"{self._options.gateway[0]}: all gateways have to belong to one VMM"
+                )
+        finally:
+            for region in regions:
+                os.close(region.fd)
+        view = DeviceView.from_info(info)
+        profiles = load_profiles([Path(item) for item in options.profile])
+        registers = source_for(view, gateway, profiles, options.registers)
+        tracker = self._tracker(gateway, logging=info.supports.logging)
+        self._devices.append(Device(path, gateway, registers, tracker))
+        self.report.methods.append({"registers": registers.method, "dirty": tracker.method})
+
+    def _tracker(self, gateway: GatewayClient, *, logging: bool) -> Tracker:
+        assert self._memory is not None
+        method = choose_method(self._options.dirty, logging=logging)
+        if method == "scan":
+            return ScanTracker(self._memory.array, self._scan)
+        kind = LoggingTracker if method == "logging" else MessageTracker
+        return kind(gateway, self._memory.n_pages)
+
+    def _scan(self, memory: NDArray[np.uint8], seen: NDArray[np.uint64]) -> NDArray[np.uint64]:
+        assert self._link is not None
+        return scan_changed(memory, seen, self._link.seed)
+
+    async def _keep_link(self, hello: bytes, task_status: trio.TaskStatus[Sender]) -> None:
+        """Holds the link open until the migration has come to its end."""
+        options = self._options
+        link_options = SenderOptions(
+            lanes=options.lanes,
+            frame_bytes=options.frame_size,
+            connect_timeout_s=options.connect_timeout,
+            peer_timeout_s=options.peer_timeout,
+            bandwidth_bytes_per_s=options.bandwidth,
+        )
+        self._link_closed = trio.Event()
+        started = False
+        try:
+            async with open_sender(options.to, self._session, hello, link_options) as link:
+                task_status.started(link)
+                started = True
+                await self._link_done.wait()
+        except PeerRefused as refusal:
+            reason = Notice.unpack(refusal.payload).text("reason")
+            raise Mismatch(f"the receiver refuses: {reason}") from refusal
+        except TransportError as error:
+            if not started:
+                raise
+            self.runner.post(Event.PEER_LOST, error)
+        finally:
+            self._link_closed.set()
+
+    async def _listen(self) -> None:
+        """What the receiver says, until the link ends."""
+        try:
+            with self._listening:
+                await self._hear()
+        except (TransportError, FerryError) as error:
+            self.runner.post(Event.PEER_LOST, error)
+
+    async def _hear(self) -> None:
+        assert self._link is not None
+        while True:
+            record = await self._link.receive_record()
+            notice = Notice.unpack(record.payload)
+            if record.kind == Kind.LOADED:
+                self._loaded.set()
+            elif record.kind == Kind.READY:
+                self.report.registers = notice.values.get("registers", [])
+                self.runner.post(Event.PEER_READY)
+            elif record.kind == Kind.COMMITTED:
+                self._committed = notice
+                self.runner.post(Event.PEER_COMMITTED)
+            elif record.kind == Kind.START_FAILED:
+                self.runner.post(
+                    Event.PEER_START_FAILED, PeerAborted(f"target: {notice.text('reason')}")
+                )
+            elif record.kind == Kind.ABORT:
+                self.runner.post(
+                    Event.PEER_ABORTED,
+                    PeerAborted(f"the target gave up: {notice.text('reason')}"),
+                )
+
+    # --- pre-copy ---
+
+    async def _mediate(self) -> Event:
+        assert self._link is not None and self._memory is not None and self._vmm is not None
+        self._link.attach_memory(self._memory.array, cache_bytes=self._options.cache)
+        for number, device in enumerate(self._devices):
+            await device.gateway.arm_recovery(self._options.qmp, RECOVERY_DEADLINE_S)
+            mediation = await device.gateway.mediate(
+                tracker=device.tracker.asks_gateway_for,
+                page_size=self._options.log_page_size,
+                capture=device.registers.capture,
+                snapshot=await device.registers.snapshot(),
+            )
+            await device.tracker.start(mediation)
+            async for payload in device.registers.begin(mediation.values, mediation.journal_seq):
+                await self._send_state(number, payload)
+        self._dirty = MergedTrackers([device.tracker for device in self._devices])
+        self._pump_ended = trio.Event()
+        self._nursery.start_soon(self._pump_registers)
+        socket_path = str(self._folder / "vmm.sock")
+        listening = trio.socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+        await listening.bind(socket_path)
+        listening.listen(1)
+        listener = trio.SocketListener(listening)
+        self._nursery.start_soon(self._carry_vmm_stream, listener)
+        # Only now: what a device writes is tracked before the VMM reads the first page.
+        await self._vmm.start_outgoing(f"unix:{socket_path}")
+        return Event.MEDIATED
+
+    async def _carry_vmm_stream(self, listener: trio.SocketListener) -> None:
+        assert self._link is not None
+        with self._tunnel:
+            async with listener:
+                stream = await listener.accept()
+            await run_tunnel(stream, self._link, self.runner)
+
+    async def _send_state(self, number: int, payload: bytes) -> None:
+        assert self._link is not None
+        async with self._record_lock:
+            await self._link.send_record(Kind.STATE, pack_state(number, payload))
+
+    async def _pump_registers(self) -> None:
+        """Brings captured register operations and device state across while the guest runs."""
+        try:
+            with self._pump:
+                # Ends between two turns: what was taken from a gateway has to be sent.
+                while not self._pump_stop.is_set():
+                    for number, device in enumerate(self._devices):
+                        async for payload in device.registers.precopy():
+                            await self._send_state(number, payload)
+                    with trio.move_on_after(PUMP_INTERVAL_S):
+                        await self._pump_stop.wait()
+        except TransportError as error:
+            self.runner.post(Event.PEER_LOST, error)
+        except Exception as error:
+            self.runner.post(Event.FAILED, error)
+        finally:
+            self._pump_ended.set()
+
+    async def _run_rounds(self) -> Event:
+        options = self._options
+        convergence = Convergence(
+            Limits(
+                downtime_ms=options.downtime_limit,
+                threshold_pages=options.threshold,
+                max_rounds=options.max_rounds,
+                timeout_s=options.timeout,
+                on_stall=options.on_stall,
+            )
+        )
+        assert self._dirty is not None and self._vmm is not None
+        bitmap = await self._dirty.collect()
+        while True:
+            began = trio.current_time()
+            round_ = await self._send_bitmap(bitmap)
+            await trio.sleep(max(0.0, ROUND_INTERVAL_S - (trio.current_time() - began)))
+            progress = await self._vmm.progress()
+            if progress.error or progress.status in ("failed", "cancelled"):
+                raise VmmError(f"the VMM's migration is {progress.status}: {progress.error}")
+            bitmap = await self._dirty.collect()
+            left = int(np.bitwise_count(bitmap).sum())
+            if progress.rounds <= 1:
+                # The VMM is in its first pass over all of memory: nothing converges before that
+                # is over, so these rounds are not judged.
+                self._note_round(round_, left, None, progress.remaining_bytes)
+                continue
+            decision = convergence.observe(
+                Round(
+                    sent_pages=round_.sent_pages,
+                    wire_bytes=round_.wire_bytes,
+                    duration_ns=round_.duration_ns,
+                    interval_ns=int((trio.current_time() - began) * 1e9),
+                    dirty_pages=left,
+                    vmm_remaining_bytes=progress.remaining_bytes,
+                )
+            )
+            self._note_round(round_, left, decision.predicted_downtime_ms, progress.remaining_bytes)
+            if decision.verdict is Verdict.GIVE_UP:
+                raise NotConverged(decision.message)
+            if decision.verdict is Verdict.SWITCH:
+                self._reporter.event("message", text=decision.message)
+                # What was collected last is not sent yet.
+                self._note_round(await self._send_bitmap(bitmap))
+                return Event.CONVERGED
+
+    async def _send_bitmap(self, bitmap: NDArray[np.uint64]) -> RoundStatistics:
+        assert self._link is not None
+        self._round_no += 1
+        return await self._link.send_round(bitmap_to_indices(bitmap), self._round_no)
+
+    def _note_round(
+        self,
+        round_: RoundStatistics,
+        left: int | None = None,
+        predicted_ms: float | None = None,
+        vmm_remaining_bytes: int | None = None,
+    ) -> None:
+        """Reports a round, with what was known behind it: pages left, and what follows from it."""
+        now = trio.current_time()
+        interval_s, self._round_ended = now - self._round_ended, now
+        values = round_values(round_, left, interval_s, predicted_ms, vmm_remaining_bytes)
+        self.report.rounds.append(values)
+        self._reporter.event("round", **values)
+
+    async def _pause_vmm(self) -> Event:
+        """Lets the VMM switch over, and keeps the dirty set small until it does."""
+        assert self._dirty is not None and self._vmm is not None
+        vmm = self._vmm
+        # The VMM may leave so much of its own for the time when the guest stands still; the rest
+        # of the limit is for what follows from it.
+        await vmm.allow_switchover(max(1, self._options.downtime_limit // 3))
+        async with trio.open_nursery() as nursery:
+            rounds = trio.CancelScope()
+
+            async def wait() -> None:
+                paused = await vmm.wait_pre_switchover()
+                self._watch = Stopwatch(paused.guest_paused_at)
+                rounds.cancel()
+
+            nursery.start_soon(wait)
+            with rounds:
+                while True:
+                    with trio.CancelScope(shield=True):
+                        # Cleared bits must become sent pages, or they are lost (I1).
+                        self._note_round(await self._send_bitmap(await self._dirty.collect()))
+                    await trio.sleep(ROUND_INTERVAL_S)
+        self._watch.lap("pause")
+        return Event.PAUSED
+
+    # --- the guest stands still ---
+
+    async def _stop_devices(self) -> Event:
+        assert self._vmm is not None
+        # Two round trips let the VMM handle interrupts that are pending in its event loop.
+        await self._vmm.run_state()
+        await self._vmm.run_state()
+        self._pump_stop.set()
+        await self._pump_ended.wait()
+        for device in self._devices:
+            await device.registers.quiesce()
+            await device.gateway.stop(
+                fence=device.registers.fence, resume=device.registers.resume_records()
+            )
+        self._watch.lap("drain")
+        await self._send_platform()
+        return Event.STOPPED
+
+    async def _send_platform(self) -> None:
+        """What the VMM does not migrate itself; its devices no longer interrupt it."""
+        if self._platform is None:
+            return
+        assert self._link is not None
+        state = await self._platform.save()
+        async with self._record_lock:
+            await self._link.send_record(Kind.PLATFORM, state)
+        self._watch.lap("PCI save")
+
+    async def _send_final(self) -> Event:
+        assert self._link is not None and self._vmm is not None and self._dirty is not None
+        vmm = self._vmm
+
+        async def finish_vmm() -> None:
+            await vmm.continue_switchover()
+            await vmm.wait_completed()
+
+        async def finish_registers() -> None:
+            for number, device in enumerate(self._devices):
+                async for payload in device.registers.final():
+                    await self._send_state(number, payload)
+
+        try:
+            async with trio.open_nursery() as nursery:
+                nursery.start_soon(finish_vmm)
+                nursery.start_soon(finish_registers)
+                bitmap = await self._dirty.collect()
+                round_ = await self._send_bitmap(bitmap)
+        except* Exception as group:
+            raise first_error(group) from group
+        self._note_round(round_)
+        self._watch.lap("final state")
+        async with self._record_lock:
+            await self._link.send_record(Kind.ASK_LOADED, b"")
+        await self._loaded.wait()
+        self._watch.lap("VMM load")
+        return Event.FINAL_SENT
+
+    async def _verify(self) -> Event:
+        """Proves the copies equal, now that nothing writes to either (I6)."""
+        assert self._link is not None and self._dirty is not None and self._memory is not None
+        memory = self._memory
+        everything = self._options.verify == "all" or not self._dirty.complete
+        touched = bitmap_to_indices(self._dirty.touched)
+        repaired = await self._make_equal(touched)
+        regions: list[dict[str, object]] = []
+        if everything:
+            regions, equal = await self._compare_regions()
+            if not equal:
+                repaired += await self._make_equal(None)
+                regions, equal = await self._compare_regions()
+                if not equal:
+                    raise NotEqual("a region differs although all of its pages were equal")
+        self.report.verification = {
+            "scope": "all of the guest's memory" if everything else "all that was touched",
+            "checked_pages": memory.n_pages if everything else int(touched.size),
+            "touched_pages": int(touched.size),
+            "repaired_pages": repaired,
+            "regions": regions,
+        }
+        self._watch.lap("verify")
+        return Event.VERIFIED
+
+    async def _make_equal(self, indices: NDArray[np.uint32] | None) -> int:
+        """Repairs the pages (None: all) that differ; returns how many there were."""
+        assert self._link is not None
+        repaired = 0
+        for _ in range(REPAIR_ROUNDS):
+            differ = await self._link.verify(indices)
+            if not differ.size:
+                return repaired
+            repaired += int(differ.size)
+            self._round_no += 1
+            await self._link.send_round(differ, self._round_no)
+        raise NotEqual(
+            f"pages still differ after {REPAIR_ROUNDS} repairs: something writes to the guest's "
+            "memory on one of the hosts"
+        )
+
+    async def _compare_regions(self) -> tuple[list[dict[str, object]], bool]:
+        """Every region with its digest, and whether all of them are equal on both sides."""
+        assert self._link is not None and self._memory is not None
+        layout = self._memory.layout
+        ranges = [(self._memory.page_of(iova), length // 4096) for iova, length in layout]
+        compared = await self._link.compare_regions(ranges)
+        regions: list[dict[str, object]] = [
+            {"iova": iova, "length": length, "digest": region.local}
+            for (iova, length), region in zip(layout, compared, strict=True)
+        ]
+        return regions, all(region.equal for region in compared)
+
+    async def _ask_ready(self) -> None:
+        assert self._link is not None
+        async with self._record_lock:
+            await self._link.send_record(Kind.ASK, b"")
+
+    async def _release(self) -> Event:
+        self._watch.lap("ready")
+        for device in self._devices:
+            await device.gateway.release(self._session.hex())
+        return Event.RELEASED
+
+    async def _send_commit(self) -> None:
+        assert self._link is not None
+        async with self._record_lock:
+            await self._link.send_record(Kind.COMMIT, b"", flush=True)
+
+    # --- the ways out ---
+
+    async def _tell_abort(self) -> None:
+        if self._link is None:
+            return
+        reason = str(self.runner.first_error or "the source gave up")
+        with trio.move_on_after(TELL_S), contextlib.suppress(TransportError):
+            await self._link.send_record(
+                Kind.ABORT, Notice({"reason": reason[:1000]}).pack(), flush=True
+            )
+
+    async def _restore(self) -> Event:
+        """Back to a running guest with its devices in passthrough, from wherever it was."""
+        self._pump.cancel()
+        await self._pump_ended.wait()
+        self._tunnel.cancel()
+        for device in self._devices:
+            with contextlib.suppress(GatewayLost):
+                await self._restore_device(device)
+        if self._vmm is not None:
+            with contextlib.suppress(VmmGone):
+                await self._vmm.cancel_and_resume(RECOVERY_DEADLINE_S)
+        return Event.RESTORED
+
+    async def _restore_device(self, device: Device) -> None:
+        info = await device.gateway.status()
+        if info.state == "released":
+            await device.gateway.reclaim(self._session.hex())
+        if info.state in ("mediated", "stopped", "released"):
+            try:
+                await device.registers.rollback()
+            finally:
+                await device.gateway.passthrough()
+        await device.gateway.disarm_recovery()
+
+    async def close(self, state: State) -> None:
+        """Ends the link, with a goodbye where there is somebody to take it, and frees the rest."""
+        if state is State.COMMITTED:
+            self._finish_report()
+            if self._options.quit_source and self._vmm is not None:
+                with contextlib.suppress(VmmError):
+                    await self._vmm.quit()
+        self._tunnel.cancel()
+        self._listening.cancel()
+        self._link_done.set()
+        with trio.move_on_after(TELL_S * 3):
+            await self._link_closed.wait()
+        for gateway in self._gateways:
+            await gateway.aclose()
+        if self._platform is not None:
+            await self._platform.aclose()
+        if self._vmm is not None:
+            await self._vmm.aclose()
+        self._scratch.close()
+
+    def _finish_report(self) -> None:
+        self._watch.lap("commit")
+        report = self.report
+        report.downtime_ms = self._watch.phases_ms
+        report.downtime_total_ms = self._watch.total_ms
+        report.target_ms = self._committed.values.get("ms", {})
+        report.duration_s = trio.current_time() - self._started
+        if self._link is not None:
+            totals = self._link.statistics()
+            report.wire_bytes = {
+                "pages": totals.lane_bytes,
+                "VMM stream": totals.tunnel_bytes_sent,
+            }
