@@ -189,12 +189,12 @@ def measure_pages(n_bytes: int, repeat: int) -> None:
     def edit() -> None:
         words[:, ::100] += np.uint64(1)
 
-    cycle("raw", lambda: lane.replica.forget_all())
+    cycle("raw", lambda: lane.replica.forget(everything))
     rate("encode_unchanged", seconds(lambda: lane.encode(everything), repeat))
     rate("encode_unchanged_shuffled", seconds(lambda: lane.encode(shuffled), repeat))
     cycle("delta", edit)
     memory[:] = 0
-    cycle("zero", lambda: lane.replica.forget_all())
+    cycle("zero", lambda: lane.replica.forget(everything))
     rate("encode_unchanged_zero", seconds(lambda: lane.encode(everything), repeat))
 
 

@@ -35,6 +35,7 @@ def load(name: str) -> tuple[np.ndarray, list[tuple[np.ndarray, np.ndarray]], li
 
 
 # The most that the 12 rounds may take on the wire, of the raw size of their pages.
+@pytest.mark.timeout(600)
 @pytest.mark.parametrize(
     ("name", "most"), [("nvme-randrw.trace.zst", 0.49), ("sqlite.trace.zst", 0.23)]
 )
@@ -69,6 +70,7 @@ def test_a_recorded_guest_arrives(name: str, most: float) -> None:
     assert wire_bytes < most * raw_bytes
 
 
+@pytest.mark.timeout(600)  # hashing all of the memory 26 times takes a while
 @pytest.mark.parametrize("name", ["nvme-randrw.trace.zst", "sqlite.trace.zst"])
 def test_a_recorded_guest_arrives_over_the_link(name: str, link_pair: Any) -> None:
     memory, rounds, digests = load(name)
