@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import threading
 import time
+from abc import ABC, abstractmethod
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from enum import Enum
@@ -149,7 +150,7 @@ class Shared:
             wakeup.close()
 
 
-class Link:
+class Link(ABC):
     """What `Sender` and `Receiver` have in common. Every method may be cancelled.
 
     Every method raises the link's first error once there is one: `PeerLost` (`PeerClosed` if the
@@ -185,9 +186,9 @@ class Link:
         self._context.destroy(linger=0)
         self._shared.close()
 
+    @abstractmethod
     def _threads(self) -> list[LinkThread]:
         """Those of the session; the one that owns the control lane first."""
-        raise NotImplementedError
 
     async def send_record(self, kind: int, payload: bytes, *, flush: bool = False) -> None:
         """Send a record; waits only while the peer's window is full.
@@ -299,7 +300,7 @@ def check_memory(memory: npt.NDArray[np.uint8]) -> None:
         raise ValueError(f"guest memory is whole pages of {PAGE_BYTES} bytes, 8-byte aligned")
 
 
-class LinkThread:
+class LinkThread(ABC):
     """A thread of a session. Whatever ends it unforeseen becomes the session's error."""
 
     def __init__(self, name: str, shared: Shared) -> None:
@@ -318,12 +319,12 @@ class LinkThread:
         self.stop()
         self._thread.join()
 
-    def stop(self) -> None:
+    def stop(self) -> None:  # noqa: B027 -- most threads watch `Shared`
         """Wake the thread if it does not watch a wake-up of `Shared`."""
 
+    @abstractmethod
     def run(self) -> None:
         """The thread's work; returns when the session is over."""
-        raise NotImplementedError
 
     def _main(self) -> None:
         try:

@@ -1,7 +1,6 @@
 """The NIC process: one 82540EM behind one socket, its cable at another, until SIGTERM or SIGINT."""
 
 import re
-import signal
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -9,9 +8,8 @@ from sync.devices.dirty_log import is_page_size
 from sync.devices.e1000 import E1000
 from sync.devices.e1000_link import SocketLink
 from sync.devices.errors import DeviceError
-from sync.vfio_user.server import Server
+from sync.devices.process import serve
 
-_END = (signal.SIGTERM, signal.SIGINT)
 _MAC = re.compile(r"[0-9a-f]{2}(:[0-9a-f]{2}){5}", re.IGNORECASE)
 
 
@@ -50,25 +48,4 @@ def run(options: NicOptions) -> None:
 
     Raises `DeviceError` if an option or the socket cannot be used.
     """
-    # Who sees the socket may send a signal: from its first moment on, the signal has to end well.
-    mask = signal.pthread_sigmask(signal.SIG_BLOCK, _END)
-    try:
-        device = build(options)
-        try:
-            server = Server(options.socket_path, device)
-        except OSError as error:
-            device.close()
-            raise DeviceError(f"cannot listen on {options.socket_path}: {error}") from error
-
-        def end(_signal: int, _frame: object) -> None:
-            server.close()
-
-        previous = {number: signal.signal(number, end) for number in _END}
-    finally:
-        signal.pthread_sigmask(signal.SIG_SETMASK, mask)
-    try:
-        server.serve_forever()
-    finally:
-        for number, handler in previous.items():
-            signal.signal(number, handler)
-        device.close()
+    serve(lambda: build(options), options.socket_path)

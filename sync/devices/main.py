@@ -1,17 +1,15 @@
 """The device process: one virtio-blk device behind one socket, until SIGTERM or SIGINT."""
 
-import signal
 from dataclasses import dataclass
 from pathlib import Path
 
 from sync.devices.dirty_log import is_page_size
 from sync.devices.disk import Disk
 from sync.devices.errors import DeviceError
+from sync.devices.process import serve
 from sync.devices.virtio_blk import VirtioBlk
-from sync.vfio_user.server import Server
 
 MAX_WORKERS = 64
-_END = (signal.SIGTERM, signal.SIGINT)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -63,25 +61,4 @@ def run(options: DeviceOptions) -> None:
 
     Raises `DeviceError` if an option, the image or the socket cannot be used.
     """
-    # Who sees the socket may send a signal: from its first moment on, the signal has to end well.
-    mask = signal.pthread_sigmask(signal.SIG_BLOCK, _END)
-    try:
-        device = build(options)
-        try:
-            server = Server(options.socket_path, device)
-        except OSError as error:
-            device.close()
-            raise DeviceError(f"cannot listen on {options.socket_path}: {error}") from error
-
-        def end(_signal: int, _frame: object) -> None:
-            server.close()
-
-        previous = {number: signal.signal(number, end) for number in _END}
-    finally:
-        signal.pthread_sigmask(signal.SIG_SETMASK, mask)
-    try:
-        server.serve_forever()
-    finally:
-        for number, handler in previous.items():
-            signal.signal(number, handler)
-        device.close()
+    serve(lambda: build(options), options.socket_path)
