@@ -78,13 +78,19 @@ class Process:
     def running(self) -> bool:
         return self._popen.poll() is None
 
-    def wait_event(self, name: str, timeout_s: float = START_S, **values: Any) -> dict[str, Any]:
-        """The first event of this name with these values. Raises `TestbedError` when the process
-        ends or the time passes without it."""
+    def wait_event(
+        self,
+        name: str,
+        timeout_s: float = START_S,
+        where: Callable[[dict[str, Any]], bool] = lambda _: True,
+        **values: Any,
+    ) -> dict[str, Any]:
+        """The first event of this name with these values that `where` takes. Raises `TestbedError`
+        when the process ends or the time passes without it."""
 
         def found() -> dict[str, Any] | None:
             for event in self.events:
-                if event.get("event") == name and values.items() <= event.items():
+                if event.get("event") == name and values.items() <= event.items() and where(event):
                     return event
             return None
 
