@@ -21,7 +21,7 @@ from tests.e2e.rig import (
 
 METHOD = Method("replay", "logging")
 LATE = 3 << 20
-"""What the VMM has still to send fits into the buffers between it and the target's VMM."""
+"""What the VMM has still to send is about what the buffers towards the target's VMM hold."""
 
 
 def start_source(bed: Testbed) -> Host:
@@ -171,7 +171,7 @@ def test_i6_a_target_vmm_that_falls_behind(tmp_path: Path) -> None:
         sender.wait_event("round", where=lambda event: event["vmm_remaining_bytes"] < LATE)
         assert b.guest is not None
         b.guest.signal(signal.SIGSTOP)
-        sender.wait_event("phase", phase="finalizing")
+        sender.wait_event("phase", phase="pausing")
         b.guest.signal(signal.SIGCONT)
         assert sender.wait(MIGRATION_S) == Exit.OK, sender.tail()
         assert receiver.wait(MIGRATION_S) == Exit.OK
