@@ -88,13 +88,12 @@ def settle(
     if not released:
         return a
     revive(bed, b, victim)
-    if f"guest {b.name}" == victim:
-        # The VMM that might have got the guest is dead: that it will never run is certain.
-        outcome = "fenced"
-    else:
-        outcome = run_resolve(bed, b, "target")
-    if outcome == "committed":
-        return b
+    # If the VMM that might have got the guest is dead, it is certain that it will never run.
+    if f"guest {b.name}" != victim:
+        if run_resolve(bed, b, "target") == "committed":
+            return b
+        assert b.guest is not None
+        b.guest.wait(MIGRATION_S)  # ended by `resolve`
     if codes.get("send") not in (Exit.PEER_ABORTED, Exit.DEVICE, Exit.VMM):
         revive(bed, a, victim)
         assert run_resolve(bed, a, "source", "--peer", "fenced") == "owned"
