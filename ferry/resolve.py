@@ -54,10 +54,8 @@ async def _settle_target(options: Options, reporter: Reporter) -> Exit:
     record = await _status(options.gateway[0])
     async with await Vmm.connect(options.qmp) as vmm:
         # A gateway that was started anew has lost its record; a guest that runs is proof enough.
-        committed = (
-            record.owner == "owned" and record.session
-        ) or await vmm.run_state() == "running"
-        if not committed:
+        recorded = record.owner == "owned" and record.session != ""
+        if not recorded and await vmm.run_state() != "running":
             for path in options.gateway:
                 await _fence(path)
             await vmm.quit()
@@ -91,7 +89,8 @@ async def _complete(paths: tuple[str, ...], session: str) -> None:
 
 async def _fence(path: str) -> None:
     info = await _status(path)
-    if info.state == "standby":
+    # Owned without the first gateway's record: it stays in standby, and nobody will start it.
+    if info.state == "standby" and info.owner != "owned":
         async with await GatewayClient.connect(
             path, role="target", session=info.session
         ) as gateway:
@@ -101,7 +100,11 @@ async def _fence(path: str) -> None:
 
 async def _settle_source(options: Options, reporter: Reporter) -> Exit:
     released = [path for path in options.gateway if (await _status(path)).owner == "released"]
-    if released and options.peer == "unknown":
+    async with await Vmm.connect(options.qmp) as vmm:
+        # A gateway that was started anew has lost its record; but no guest is released before its
+        # VMM has sent everything.
+        let_go = released or await vmm.run_state() == "postmigrate"
+    if let_go and options.peer == "unknown":
         reporter.event(
             "error",
             message="this side has let go of the guest and does not know whether the target took "
@@ -109,7 +112,7 @@ async def _settle_source(options: Options, reporter: Reporter) -> Exit:
             outcome="in-doubt",
         )
         return Exit.IN_DOUBT
-    if released and options.peer == "committed":
+    if let_go and options.peer == "committed":
         reporter.event(
             "message",
             text="the target owns the guest; the VMM here may be ended",
