@@ -99,7 +99,8 @@ class Ram:
 
     def dirty_indices(self) -> Pages:
         """The dirty pages, ascending. They stay dirty until they are `clean`ed."""
-        return np.flatnonzero(self._dirty_array).astype(np.uint32)
+        # A copy: numpy counts first and gives up if the CPU marks a page before it collects.
+        return np.flatnonzero(self._dirty_array.copy()).astype(np.uint32)
 
     def clean(self, pages: Pages) -> None:
         """Forgets that `pages` are dirty. To be called before they are read (I1): a page that is

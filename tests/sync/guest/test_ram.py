@@ -1,6 +1,7 @@
 """RAM: the guest-physical map, bounds, and what counts as written by the CPU."""
 
 import struct
+import threading
 from collections.abc import Iterator
 
 import numpy as np
@@ -9,6 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from sync.guest.errors import RamError
+from sync.guest.options import PAGE_BYTES
 from sync.guest.ram import HIGH_BASE, Ram
 
 LOW = 2 << 20
@@ -92,3 +94,25 @@ def test_exactly_the_pages_that_were_written_are_dirty(writes: list[tuple[int, i
     ram.clean(ram.dirty_indices())
     assert ram.dirty_pages() == 0
     ram.close()
+
+
+def test_dirty_pages_can_be_listed_while_the_cpu_marks_more() -> None:
+    ram = Ram(16 << 20, 112 << 20)
+    done = threading.Event()
+
+    def scribble() -> None:
+        page = 0
+        while not done.is_set():
+            page = (page + 769) % 4096
+            ram.write(HIGH_BASE + page * PAGE_BYTES, b"x")
+            ram.clean(np.array([4096 + page], np.uint32))
+
+    cpu = threading.Thread(target=scribble)
+    cpu.start()
+    try:
+        for _ in range(3000):
+            assert ram.dirty_indices().size <= ram.n_pages
+    finally:
+        done.set()
+        cpu.join()
+        ram.close()
