@@ -1,6 +1,7 @@
 # `make demo` runs the main job, `make test` passes the tests; both set everything up.
 PYTHON ?= python3
 VENV := .venv
+export VFIO_FERRY_QEMU ?=
 BIN := $(VENV)/bin
 
 .PHONY: demo test lint clean

@@ -1,5 +1,5 @@
-"""What the tests with a real QEMU share. They run where the environment is made already, or with
-VFIO_FERRY_QEMU=1, which makes it."""
+"""What the tests with a real QEMU share. They run with VFIO_FERRY_QEMU=1, which makes the
+environment where there is none."""
 
 import os
 from collections.abc import Iterator
@@ -8,7 +8,7 @@ from tempfile import TemporaryDirectory
 
 import pytest
 
-from ferry.qemu.environment import Environment, cached, prepare
+from ferry.qemu.environment import Environment, prepare
 from ferry.qemu.initramfs import build_initramfs, write_initramfs
 
 
@@ -18,12 +18,9 @@ def pytest_configure(config: pytest.Config) -> None:
 
 @pytest.fixture(scope="session")
 def environment() -> Environment:
-    if os.environ.get("VFIO_FERRY_QEMU") == "1":
-        return prepare(print)
-    found = cached()
-    if found is None:
-        pytest.skip("no QEMU environment; VFIO_FERRY_QEMU=1 or `python -m ferry.qemu prepare`")
-    return found
+    if os.environ.get("VFIO_FERRY_QEMU") != "1":
+        pytest.skip("tests with a real QEMU run with VFIO_FERRY_QEMU=1")
+    return prepare(print)
 
 
 @pytest.fixture(scope="session")
