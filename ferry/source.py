@@ -17,15 +17,9 @@ import numpy as np
 import trio
 from numpy.typing import NDArray
 
-from ferry.errors import (
-    FerryError,
-    Mismatch,
-    NotConverged,
-    NotEqual,
-    PeerAborted,
-)
+from ferry.errors import Mismatch, NotConverged
 from ferry.memory_layout import MemoryLayout
-from ferry.messages import Hello, Kind, Notice, pack_state
+from ferry.messages import Hello, Kind
 from ferry.progress import Reporter
 from ferry.report import Report, Stopwatch, round_values
 from ferry.runner import Runner
@@ -34,9 +28,10 @@ from ferry.side import (
     check_gateway,
     first_error,
     offer_of,
-    run_tunnel,
     warm_up_kernels,
 )
+from ferry.source_link import SourceLink
+from ferry.verification import prove_equal
 from sync.convergence import Convergence, Limits, Round, Verdict
 from sync.dirty.merge import MergedTrackers
 from sync.dirty.scan import ScanTracker
@@ -52,20 +47,17 @@ from sync.registers.interface import SourceRegisters
 from sync.vmm.driver import Vmm
 from sync.vmm.errors import VmmError, VmmGone
 from sync.vmm.pci import PciPlatform
-from transport.errors import PeerRefused, TransportError
+from transport.errors import TransportError
 from transport.kernels.bitmap import bitmap_to_indices
 from transport.kernels.digests import scan_changed
-from transport.sender import RoundStatistics, Sender, SenderOptions, open_sender
+from transport.sender import RoundStatistics
 
 PUMP_INTERVAL_S = 0.02
 """How often captured register operations are fetched. The journal holds a second of the densest
 access pattern a VMM can make, so this only sets how fresh the target's registers are."""
 ROUND_INTERVAL_S = 0.1
 """A round is no shorter: below this the fixed cost of a round is most of it."""
-REPAIR_ROUNDS = 3
-"""Both memories are quiet when they are compared: one repair is enough if nothing is wrong."""
 RECOVERY_DEADLINE_S = 10.0
-TELL_S = 1.0
 
 if TYPE_CHECKING:
     from ferry.send import Options
@@ -95,25 +87,15 @@ class Source:
         self._dirty: MergedTrackers | None = None
         self._vmm: Vmm | None = None
         self._platform: PciPlatform | None = None
-        self._link: Sender | None = None
-        self._link_done = trio.Event()
-        self._link_closed = trio.Event()
-        self._link_closed.set()
-        self._loaded = trio.Event()
-        self._record_lock = trio.Lock()
         self._pump = trio.CancelScope()
         self._pump_stop = trio.Event()
         self._pump_ended = trio.Event()
         self._pump_ended.set()
-        self._tunnel = trio.CancelScope()
-        self._listening = trio.CancelScope()
         self._scratch = contextlib.ExitStack()
         self._gateways: list[GatewayClient] = []
-        self._round_no = 0
         self._round_ended = trio.current_time()
         self._watch = Stopwatch(0.0)
         self._started = trio.current_time()
-        self._committed: Notice = Notice()
         self.report = Report(session=self._session.hex())
         machine = Handover(Role.SOURCE, Deadlines(precopy_s=options.timeout + 60.0, pausing_s=30.0))
         self.runner = Runner(
@@ -135,6 +117,7 @@ class Source:
             failure_events={Action.RESTORE: Event.RESTORE_FAILED},
             on_state=Shell(reporter, options.break_at).on_state,
         )
+        self._link = SourceLink(options, self._session, self.runner, nursery)
 
     # --- prepare: nothing is touched ---
 
@@ -162,8 +145,7 @@ class Source:
             files=files,
             platform=platform.hex(),
         )
-        self._link = await self._nursery.start(self._keep_link, hello.pack())
-        self._nursery.start_soon(self._listen)
+        await self._link.open(hello.pack())
         return Event.PREPARED
 
     def _make_scratch(self) -> None:
@@ -207,72 +189,13 @@ class Source:
         return kind(gateway, self._memory.n_pages)
 
     def _scan(self, memory: NDArray[np.uint8], seen: NDArray[np.uint64]) -> NDArray[np.uint64]:
-        assert self._link is not None
-        return scan_changed(memory, seen, self._link.seed)
-
-    async def _keep_link(self, hello: bytes, task_status: trio.TaskStatus[Sender]) -> None:
-        """Holds the link open until the migration has come to its end."""
-        options = self._options
-        link_options = SenderOptions(
-            lanes=options.lanes,
-            frame_bytes=options.frame_size,
-            connect_timeout_s=options.connect_timeout,
-            peer_timeout_s=options.peer_timeout,
-            bandwidth_bytes_per_s=options.bandwidth,
-        )
-        self._link_closed = trio.Event()
-        started = False
-        try:
-            async with open_sender(options.to, self._session, hello, link_options) as link:
-                task_status.started(link)
-                started = True
-                await self._link_done.wait()
-        except PeerRefused as refusal:
-            reason = Notice.unpack(refusal.payload).text("reason")
-            raise Mismatch(f"the receiver refuses: {reason}") from refusal
-        except TransportError as error:
-            if not started:
-                raise
-            self.runner.post(Event.PEER_LOST, error)
-        finally:
-            self._link_closed.set()
-
-    async def _listen(self) -> None:
-        """What the receiver says, until the link ends."""
-        try:
-            with self._listening:
-                await self._hear()
-        except (TransportError, FerryError) as error:
-            self.runner.post(Event.PEER_LOST, error)
-
-    async def _hear(self) -> None:
-        assert self._link is not None
-        while True:
-            record = await self._link.receive_record()
-            notice = Notice.unpack(record.payload)
-            if record.kind == Kind.LOADED:
-                self._loaded.set()
-            elif record.kind == Kind.READY:
-                self.report.registers = notice.values.get("registers", [])
-                self.runner.post(Event.PEER_READY)
-            elif record.kind == Kind.COMMITTED:
-                self._committed = notice
-                self.runner.post(Event.PEER_COMMITTED)
-            elif record.kind == Kind.START_FAILED:
-                self.runner.post(
-                    Event.PEER_START_FAILED, PeerAborted(f"target: {notice.text('reason')}")
-                )
-            elif record.kind == Kind.ABORT:
-                self.runner.post(
-                    Event.PEER_ABORTED,
-                    PeerAborted(f"the target gave up: {notice.text('reason')}"),
-                )
+        return scan_changed(memory, seen, self._link.sender.seed)
 
     # --- pre-copy ---
 
     async def _mediate(self) -> Event:
-        assert self._link is not None and self._memory is not None and self._vmm is not None
-        self._link.attach_memory(self._memory.array, cache_bytes=self._options.cache)
+        assert self._memory is not None and self._vmm is not None
+        self._link.sender.attach_memory(self._memory.array, cache_bytes=self._options.cache)
         for number, device in enumerate(self._devices):
             await device.gateway.arm_recovery(self._options.qmp, RECOVERY_DEADLINE_S)
             mediation = await device.gateway.mediate(
@@ -283,7 +206,7 @@ class Source:
             )
             await device.tracker.start(mediation)
             async for payload in device.registers.begin(mediation.values, mediation.journal_seq):
-                await self._send_state(number, payload)
+                await self._link.send_state(number, payload)
         self._dirty = MergedTrackers([device.tracker for device in self._devices])
         self._pump_ended = trio.Event()
         self._nursery.start_soon(self._pump_registers)
@@ -292,22 +215,10 @@ class Source:
         await listening.bind(socket_path)
         listening.listen(1)
         listener = trio.SocketListener(listening)
-        self._nursery.start_soon(self._carry_vmm_stream, listener)
+        self._nursery.start_soon(self._link.carry_vmm_stream, listener)
         # Only now: what a device writes is tracked before the VMM reads the first page.
         await self._vmm.start_outgoing(f"unix:{socket_path}")
         return Event.MEDIATED
-
-    async def _carry_vmm_stream(self, listener: trio.SocketListener) -> None:
-        assert self._link is not None
-        with self._tunnel:
-            async with listener:
-                stream = await listener.accept()
-            await run_tunnel(stream, self._link, self.runner)
-
-    async def _send_state(self, number: int, payload: bytes) -> None:
-        assert self._link is not None
-        async with self._record_lock:
-            await self._link.send_record(Kind.STATE, pack_state(number, payload))
 
     async def _pump_registers(self) -> None:
         """Brings captured register operations and device state across while the guest runs."""
@@ -317,7 +228,7 @@ class Source:
                 while not self._pump_stop.is_set():
                     for number, device in enumerate(self._devices):
                         async for payload in device.registers.precopy():
-                            await self._send_state(number, payload)
+                            await self._link.send_state(number, payload)
                     with trio.move_on_after(PUMP_INTERVAL_S):
                         await self._pump_stop.wait()
         except TransportError as error:
@@ -374,9 +285,7 @@ class Source:
                 return Event.CONVERGED
 
     async def _send_bitmap(self, bitmap: NDArray[np.uint64]) -> RoundStatistics:
-        assert self._link is not None
-        self._round_no += 1
-        return await self._link.send_round(bitmap_to_indices(bitmap), self._round_no)
+        return await self._link.send_pages(bitmap_to_indices(bitmap))
 
     def _note_round(
         self,
@@ -439,14 +348,12 @@ class Source:
         """What the VMM does not migrate itself; its devices no longer interrupt it."""
         if self._platform is None:
             return
-        assert self._link is not None
         state = await self._platform.save()
-        async with self._record_lock:
-            await self._link.send_record(Kind.PLATFORM, state)
+        await self._link.send(Kind.PLATFORM, state)
         self._watch.lap("PCI save")
 
     async def _send_final(self) -> Event:
-        assert self._link is not None and self._vmm is not None and self._dirty is not None
+        assert self._vmm is not None and self._dirty is not None
         vmm = self._vmm
 
         async def finish_vmm() -> None:
@@ -456,7 +363,7 @@ class Source:
         async def finish_registers() -> None:
             for number, device in enumerate(self._devices):
                 async for payload in device.registers.final():
-                    await self._send_state(number, payload)
+                    await self._link.send_state(number, payload)
 
         try:
             async with trio.open_nursery() as nursery:
@@ -468,97 +375,45 @@ class Source:
             raise first_error(group) from group
         self._note_round(round_)
         self._watch.lap("final state")
-        async with self._record_lock:
-            await self._link.send_record(Kind.ASK_LOADED, b"")
-        await self._loaded.wait()
+        await self._link.send(Kind.ASK_LOADED)
+        await self._link.loaded.wait()
         self._watch.lap("VMM load")
         return Event.FINAL_SENT
 
     async def _verify(self) -> Event:
-        """Proves the copies equal, now that nothing writes to either (I6)."""
-        assert self._link is not None and self._dirty is not None and self._memory is not None
-        memory = self._memory
-        everything = self._options.verify == "all" or not self._dirty.complete
-        touched = bitmap_to_indices(self._dirty.touched)
-        repaired = await self._make_equal(touched)
-        regions: list[dict[str, object]] = []
-        if everything:
-            regions, equal = await self._compare_regions()
-            if not equal:
-                repaired += await self._make_equal(None)
-                regions, equal = await self._compare_regions()
-                if not equal:
-                    raise NotEqual("a region differs although all of its pages were equal")
-        self.report.verification = {
-            "scope": "all of the guest's memory" if everything else "all that was touched",
-            "checked_pages": memory.n_pages if everything else int(touched.size),
-            "touched_pages": int(touched.size),
-            "repaired_pages": repaired,
-            "regions": regions,
-        }
+        assert self._dirty is not None and self._memory is not None
+        self.report.verification = await prove_equal(
+            self._link,
+            self._memory,
+            bitmap_to_indices(self._dirty.touched),
+            everything=self._options.verify == "all" or not self._dirty.complete,
+        )
         self._watch.lap("verify")
         return Event.VERIFIED
 
-    async def _make_equal(self, indices: NDArray[np.uint32] | None) -> int:
-        """Repairs the pages (None: all) that differ; returns how many there were."""
-        assert self._link is not None
-        repaired = 0
-        for _ in range(REPAIR_ROUNDS):
-            differ = await self._link.verify(indices)
-            if not differ.size:
-                return repaired
-            repaired += int(differ.size)
-            self._round_no += 1
-            await self._link.send_round(differ, self._round_no)
-        raise NotEqual(
-            f"pages still differ after {REPAIR_ROUNDS} repairs: something writes to the guest's "
-            "memory on one of the hosts"
-        )
-
-    async def _compare_regions(self) -> tuple[list[dict[str, object]], bool]:
-        """Every region with its digest, and whether all of them are equal on both sides."""
-        assert self._link is not None and self._memory is not None
-        layout = self._memory.layout
-        ranges = [(self._memory.page_of(iova), length // 4096) for iova, length in layout]
-        compared = await self._link.compare_regions(ranges)
-        regions: list[dict[str, object]] = [
-            {"iova": iova, "length": length, "digest": region.local}
-            for (iova, length), region in zip(layout, compared, strict=True)
-        ]
-        return regions, all(region.equal for region in compared)
-
     async def _ask_ready(self) -> None:
-        assert self._link is not None
-        async with self._record_lock:
-            await self._link.send_record(Kind.ASK, b"")
+        await self._link.send(Kind.ASK)
 
     async def _release(self) -> Event:
+        self.report.registers = self._link.registers
         self._watch.lap("ready")
         for device in self._devices:
             await device.gateway.release(self._session.hex())
         return Event.RELEASED
 
     async def _send_commit(self) -> None:
-        assert self._link is not None
-        async with self._record_lock:
-            await self._link.send_record(Kind.COMMIT, b"", flush=True)
+        await self._link.send(Kind.COMMIT, flush=True)
 
     # --- the ways out ---
 
     async def _tell_abort(self) -> None:
-        if self._link is None:
-            return
-        reason = str(self.runner.first_error or "the source gave up")
-        with trio.move_on_after(TELL_S), contextlib.suppress(TransportError):
-            await self._link.send_record(
-                Kind.ABORT, Notice({"reason": reason[:1000]}).pack(), flush=True
-            )
+        await self._link.tell_abort(str(self.runner.first_error or "the source gave up"))
 
     async def _restore(self) -> Event:
         """Back to a running guest with its devices in passthrough, from wherever it was."""
         self._pump.cancel()
         await self._pump_ended.wait()
-        self._tunnel.cancel()
+        self._link.cut_vmm_stream()
         for device in self._devices:
             with contextlib.suppress(GatewayLost):
                 await self._restore_device(device)
@@ -585,11 +440,7 @@ class Source:
             if self._options.quit_source and self._vmm is not None:
                 with contextlib.suppress(VmmError):
                     await self._vmm.quit()
-        self._tunnel.cancel()
-        self._listening.cancel()
-        self._link_done.set()
-        with trio.move_on_after(TELL_S * 3):
-            await self._link_closed.wait()
+        await self._link.close()
         for gateway in self._gateways:
             await gateway.aclose()
         if self._platform is not None:
@@ -603,11 +454,6 @@ class Source:
         report = self.report
         report.downtime_ms = self._watch.phases_ms
         report.downtime_total_ms = self._watch.total_ms
-        report.target_ms = self._committed.values.get("ms", {})
+        report.target_ms = self._link.committed.values.get("ms", {})
         report.duration_s = trio.current_time() - self._started
-        if self._link is not None:
-            totals = self._link.statistics()
-            report.wire_bytes = {
-                "pages": totals.lane_bytes,
-                "VMM stream": totals.tunnel_bytes_sent,
-            }
+        report.wire_bytes = self._link.wire_bytes()
