@@ -103,7 +103,10 @@ def test_a_device_that_cannot_do_what_was_asked_for(tmp_path: Path) -> None:
 def test_a_gateway_that_is_busy(tmp_path: Path) -> None:
     with new_bed(tmp_path, small_setup(METHOD)) as bed:
         a, b = start_both(bed)
-        sender, receiver = start_migration(bed, a, b, METHOD, "--break-at", "precopy")
+        patient = ("--peer-timeout", "60")
+        sender, receiver = start_migration(
+            bed, a, b, METHOD, *patient, "--break-at", "precopy", receive=patient
+        )
         sender.wait_stopped()
         second = bed.send(a, b, "--connect-timeout", "1")
         code, message = ended(second)
