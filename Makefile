@@ -1,13 +1,17 @@
-# `make demo` runs the main job, `make test` passes the tests; both set everything up.
+# `make demo` runs the main job, `make demo-qemu` the same with a stock QEMU, `make test` passes the
+# tests; each sets everything up.
 PYTHON ?= python3
 VENV := .venv
 export VFIO_FERRY_QEMU ?=
 BIN := $(VENV)/bin
 
-.PHONY: demo test lint clean
+.PHONY: demo demo-qemu test lint clean
 
 demo: $(VENV)/ready
 	$(BIN)/vfio-ferry demo $(DEMO_ARGS)
+
+demo-qemu: $(VENV)/ready
+	$(BIN)/vfio-ferry demo-qemu $(DEMO_ARGS)
 
 test: lint
 	$(BIN)/python -m pytest --numprocesses auto --dist worksteal $(TEST_ARGS)

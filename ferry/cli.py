@@ -29,6 +29,7 @@ COMMANDS = {
     "receive": Command("ferry.receive", "take over a guest's devices on this host"),
     "resolve": Command("ferry.resolve", "settle who owns a guest after a failed commit"),
     "demo": Command("ferry.demo", "migrate a small guest under load on this machine, and report"),
+    "demo-qemu": Command("ferry.qemu.demo", "the same with a stock Linux guest in a stock QEMU"),
     "device": Command("ferry.device", "serve a virtio-blk device over vfio-user"),
     "nic": Command("ferry.nic", "serve an Intel 8254x network card over vfio-user"),
     "guest": Command("ferry.guest", "run the small guest: a VMM, a driver and a checked workload"),

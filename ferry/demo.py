@@ -1,12 +1,12 @@
 """`vfio-ferry demo`: the main job on this machine, with every process real.
 
 A small guest does checksummed I/O on real content, is migrated while it runs, goes on at the
-target, and reads back everything that it ever wrote.
+target, and reads back everything that it ever wrote. `ferry.qemu.demo` does the same with QEMU.
 """
 
 import contextlib
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -47,7 +47,7 @@ class Options:
 
 def run(options: Options) -> int:
     reporter = Reporter("demo", as_json=options.json)
-    with _folder(options.folder) as folder:
+    with working_folder(options.folder) as folder:
         setup = Setup(
             device=tuple(device_flags(options.registers, options.dirty)),
             guest=(
@@ -66,7 +66,8 @@ def device_flags(registers: str, dirty: str) -> list[str]:
 
 
 @contextlib.contextmanager
-def _folder(wanted: str | None) -> Iterator[Path]:
+def working_folder(wanted: str | None) -> Iterator[Path]:
+    """The folder `wanted`, which has to be new or empty; without one, a temporary folder."""
     if wanted is None:
         with tempfile.TemporaryDirectory(prefix="vfio-ferry-demo-") as folder:
             yield Path(folder)
@@ -78,11 +79,31 @@ def _folder(wanted: str | None) -> Iterator[Path]:
     yield path
 
 
-def _demonstrate(bed: Testbed, options: Options, reporter: Reporter) -> Exit:
+def relay(reporter: Reporter) -> Callable[[dict[str, Any]], None]:
+    """What repeats the events of `send` and `receive`, but for their report."""
+
     def tell(event: dict[str, Any]) -> None:
         values = {key: value for key, value in event.items() if key not in ("event", "time")}
         if event["event"] not in ("report", "text"):
             reporter.event(event["event"], **values)
+
+    return tell
+
+
+def report_of(send: Process) -> Report:
+    """The report at the end of a migration that succeeded."""
+    values = send.wait_event("report")
+    return Report(**{key: values[key] for key in Report(session="").values()})
+
+
+def verdict_on(faults: dict[str, Any]) -> tuple[bool, str]:
+    """Whether there are none, and that in words. `faults`: what must be zero, false or empty."""
+    found = {name: value for name, value in faults.items() if value}
+    return not found, f"SOMETHING WAS LOST: {found}" if found else "nothing was lost"
+
+
+def _demonstrate(bed: Testbed, options: Options, reporter: Reporter) -> Exit:
+    tell = relay(reporter)
 
     def say(text: str) -> None:
         reporter.event("message", text=text)
@@ -110,12 +131,9 @@ def _demonstrate(bed: Testbed, options: Options, reporter: Reporter) -> Exit:
 
 
 def _conclude(send: Process, guest: dict[str, Any], reporter: Reporter) -> Exit:
-    values = send.wait_event("report")
-    report = Report(**{key: values[key] for key in Report(session="").values()})
-    faults = {name: guest[name] for name in FAULTS}
-    faults["verification"] = guest["verification"]["state"] != "passed"
-    sound = not any(faults.values())
-    verdict = "nothing was lost" if sound else f"SOMETHING WAS LOST: {faults}"
+    report = report_of(send)
+    unread = guest["verification"]["state"] != "passed"
+    sound, verdict = verdict_on({name: guest[name] for name in FAULTS} | {"verification": unread})
     text = (
         f"{report.text()}\n"
         f"guest: {_io_text(guest)}, longest I/O {guest['longest_latency_s'] * 1e3:.0f} ms, "

@@ -73,4 +73,6 @@ class Reporter:
         else:
             line = _RENDER.get(name, _generic)({"role": self._role, **values})
         with contextlib.suppress(BrokenPipeError):
-            print(line, file=self._stream, flush=True)
+            # In one piece: the demo's processes are read by a thread each.
+            self._stream.write(f"{line}\n")
+            self._stream.flush()

@@ -12,8 +12,8 @@ from pathlib import Path
 import trio
 
 from ferry.errors import FerryError
-from ferry.qemu.environment import Environment, default_cache, prepare
-from ferry.qemu.initramfs import build_initramfs, write_initramfs
+from ferry.qemu.environment import Environment, prepare
+from ferry.qemu.initramfs import cached_initramfs
 from ferry.qemu.machine import Guest, MachineSpec, VfioUserDevice, running
 
 FIRST_SLOT = 4
@@ -23,11 +23,9 @@ END_DEADLINE_S = 120.0
 
 def main() -> int:
     options = _parser().parse_args()
-    cache = options.cache or default_cache()
     try:
-        environment = prepare(_say, cache=cache, mirror=options.mirror)
-        initramfs = cache / "initramfs.cpio"
-        write_initramfs(initramfs, build_initramfs(environment))
+        environment = prepare(_say, cache=options.cache, mirror=options.mirror)
+        initramfs = cached_initramfs(environment, options.cache)
         if options.command == "prepare":
             _say(f"QEMU={environment.qemu.program}")
             _say(f"KERNEL={environment.kernel}")

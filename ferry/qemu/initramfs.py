@@ -12,7 +12,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from ferry.qemu.cpio import CpioArchive
-from ferry.qemu.environment import Environment, libraries_of
+from ferry.qemu.environment import Environment, default_cache, libraries_of
 from ferry.qemu.errors import GuestImageError
 from ferry.qemu.modules import read_module, read_order
 
@@ -52,6 +52,13 @@ def build_initramfs(
     _add_modules(archive, environment, modules)
     _add_programs(archive, environment)
     return archive.finish()
+
+
+def cached_initramfs(environment: Environment, cache: Path | None = None) -> Path:
+    """The image of this version in the folder `cache`, by default where the environment is."""
+    path = (cache or default_cache()) / "initramfs.cpio"
+    write_initramfs(path, build_initramfs(environment))
+    return path
 
 
 def write_initramfs(path: Path, image: bytes) -> None:
