@@ -2,7 +2,6 @@
 # tests; each sets everything up.
 PYTHON ?= python3
 VENV := .venv
-export VFIO_FERRY_QEMU ?=
 BIN := $(VENV)/bin
 
 .PHONY: demo demo-qemu test lint clean
@@ -14,6 +13,8 @@ demo-qemu: $(VENV)/ready
 	$(BIN)/vfio-ferry demo-qemu $(DEMO_ARGS)
 
 test: lint
+	@# Outside of any test's time. Should it fail, the tests that need it say why.
+	-$(BIN)/python -m ferry.qemu prepare
 	$(BIN)/python -m pytest --numprocesses auto --dist worksteal $(TEST_ARGS)
 
 lint: $(VENV)/ready

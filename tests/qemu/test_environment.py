@@ -1,3 +1,6 @@
+import os
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -145,3 +148,19 @@ def test_the_real_environment_has_what_the_guest_needs(
     assert environment.busybox.exists()
     libraries = libraries_of(environment, environment.root / "usr/sbin/mke2fs")
     assert {"libc.so.6", "libext2fs.so.2"} <= {path.name for path in libraries}
+
+
+@pytest.mark.parametrize(("ci", "outcome"), [("", "1 skipped"), ("true", "1 error")])
+def test_without_a_qemu_its_tests_are_skipped_but_not_in_ci(
+    tmp_path: Path, ci: str, outcome: str
+) -> None:
+    test = f"{__file__}::{test_the_real_environment_has_what_the_guest_needs.__name__}"
+    done = subprocess.run(
+        [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", test],
+        cwd=Path(__file__).parents[2],
+        env={**os.environ, "CI": ci, "PATH": str(tmp_path), "VFIO_FERRY_CACHE": str(tmp_path)},
+        capture_output=True,
+        text=True,
+    )
+    assert outcome in done.stdout
+    assert "no QEMU" in done.stdout

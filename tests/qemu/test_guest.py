@@ -14,9 +14,9 @@ from ferry.qemu.machine import Guest, Machine, MachineSpec, VfioUserDevice, runn
 from ferry.qemu.report import GuestReport
 from sync.vmm.client import QmpClient
 
-pytestmark = [pytest.mark.qemu, pytest.mark.timeout(240)]
+pytestmark = [pytest.mark.qemu, pytest.mark.timeout(400)]
 
-DEADLINE_S = 100.0
+DEADLINE_S = 200.0
 PASSES = "ferry.workload=disk ferry.passes=2"
 DEVICE = """
 import sys
