@@ -67,6 +67,17 @@ cached() {
     report job what=cached disk="$name" passes=$n
 }
 
+# Lists the requests of the load's beginning one by one, to see how many were in flight at once.
+# The buffer holds all of that time, since a list that lost some would tell nothing.
+depth() {
+    echo 1 > $trace/block_rq_issue/enable && echo 1 > $trace/block_rq_complete/enable || return
+    sleep $DEPTH_WINDOW_S
+    echo 0 > $trace/enable
+    awk '/block_rq_issue:/ { if (++now > most) most = now }
+        /block_rq_complete:/ && now { now-- }
+        END { print most + 0 }' /sys/kernel/tracing/trace > /run/depth
+}
+
 load() {
     name=$1
     folder=/mnt/$name
@@ -95,6 +106,7 @@ load() {
     (cd "$folder/kept" && sha256sum ./*) > "/run/$name.sums"
 
     report load disk="$name" workers="$workers"
+    mkdir /run/measured 2> /dev/null && depth &
     worker=0
     while [ $worker -lt "$workers" ]; do
         direct $worker &
@@ -108,17 +120,6 @@ load() {
     fsck.ext4 -f -n "/dev/$name" > "/run/$name.fsck" 2>&1 || error fsck "$name"
 }
 
-# Lists the requests of the load's beginning one by one, to see how many were in flight at once.
-# The buffer holds all of that time, since a list that lost some would tell nothing.
-depth() {
-    echo 1 > $trace/block_rq_issue/enable && echo 1 > $trace/block_rq_complete/enable || return
-    sleep $DEPTH_WINDOW_S
-    echo 0 > $trace/enable
-    awk '/block_rq_issue:/ { if (++now > most) most = now }
-        /block_rq_complete:/ && now { now-- }
-        END { print most + 0 }' /sys/kernel/tracing/trace > /run/depth
-}
-
 # 4: do not tell dmesg of each time that the caches are dropped.
 echo 4 > /proc/sys/vm/drop_caches
 # The kernel's own measurement: from a request's issue to its completion, the longest for each
@@ -128,7 +129,6 @@ echo 'hist:keys=dev,sector:since=common_timestamp.usecs:size=16384' \
 echo 'hist:keys=dev,sector:took=common_timestamp.usecs-$since:onmax($took).save(nr_sector):size=16384' \
     > $trace/block_rq_complete/trigger
 
-depth &
 for disk in $(option disk vda | tr , ' '); do
     load "$disk" &
 done
