@@ -20,9 +20,9 @@ from ferry.qemu.environment import Environment
 from ferry.qemu.rig import MIGRATION_S, Case, Rig
 from ferry.testbed import Setup, Testbed
 
-pytestmark = [pytest.mark.qemu, pytest.mark.timeout(400)]
+pytestmark = [pytest.mark.qemu, pytest.mark.timeout(800)]
 
-DEADLINE_S = 100.0
+DEADLINE_S = 200.0
 WRITES = 100
 """Requests of the guest before the migration, and as many after it."""
 IMAGE_BYTES = 32 << 20
