@@ -20,7 +20,7 @@ test: lint
 lint: $(VENV)/ready
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
-	$(BIN)/mypy --strict transport sync
+	$(BIN)/mypy --strict transport sync ferry perf
 
 $(VENV)/ready: pyproject.toml
 	$(PYTHON) -m venv $(VENV)

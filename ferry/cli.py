@@ -7,6 +7,7 @@ that the compiled kernels of `send` and `receive` need.
 import argparse
 import importlib
 import sys
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -39,6 +40,9 @@ COMMANDS = {
 def main(arguments: list[str] | None = None) -> int:
     """Runs a command and returns its exit code. Never lets a traceback reach the user, unless
     `--debug` asks for it."""
+    arguments = sys.argv[1:] if arguments is None else arguments
+    if arguments[:1] == ["bench"]:
+        return _run_bench(arguments[1:])
     parser = argparse.ArgumentParser(
         prog="vfio-ferry",
         description="Moves the pass-through devices of a running virtual machine to another host.",
@@ -46,7 +50,8 @@ def main(arguments: list[str] | None = None) -> int:
     )
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     commands.add_parser("exit-codes", help="print every exit code and what it means")
-    wanted = next((word for word in arguments or sys.argv[1:] if word in COMMANDS), None)
+    commands.add_parser("bench", help="measure: list, run, compare, plot")
+    wanted = next((word for word in arguments if word in COMMANDS), None)
     for name, command in COMMANDS.items():
         sub = commands.add_parser(name, help=command.help, description=command.help)
         if name == wanted:
@@ -60,14 +65,27 @@ def main(arguments: list[str] | None = None) -> int:
     return _run(parsed.command, parsed)
 
 
+def _run_bench(arguments: list[str]) -> int:
+    """The harness has sub-commands of its own."""
+    module: Any = importlib.import_module("perf.command")
+    rest = [word for word in arguments if word != "--debug"]
+    return _guarded("bench", lambda: module.main(rest), debug="--debug" in arguments)
+
+
 def _run(name: str, parsed: argparse.Namespace) -> int:
     module: Any = importlib.import_module(COMMANDS[name].module)
+    return _guarded(
+        name, lambda: module.run(load(module.Options, name, parsed)), debug=parsed.debug
+    )
+
+
+def _guarded(name: str, work: Callable[[], int], *, debug: bool) -> int:
     try:
-        return int(module.run(load(module.Options, name, parsed)))
+        return int(work())
     except KeyboardInterrupt:
         return Exit.INTERRUPTED
     except Exception as error:
-        if parsed.debug:
+        if debug:
             raise
         code = exit_code_of(error)
         print(f"vfio-ferry {name}: {describe(error)}", file=sys.stderr)

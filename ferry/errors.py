@@ -29,6 +29,7 @@ class Exit(IntEnum):
     IN_DOUBT = 20
     BROKEN = 21
     OWNER_FAILED = 22
+    REGRESSED = 30
 
 
 EXIT_MEANING = {
@@ -50,6 +51,7 @@ EXIT_MEANING = {
     Exit.IN_DOUBT: "the commit was sent and not answered; run `vfio-ferry resolve` on both hosts",
     Exit.BROKEN: "the source could not be restored; run `vfio-ferry resolve --role source`",
     Exit.OWNER_FAILED: "the target owns the guest but could not start it; run `vfio-ferry resolve`",
+    Exit.REGRESSED: "bench compare: something got measurably worse",
 }
 
 

@@ -1,1 +1,1 @@
-"""Workloads and measurements: the harness for tuning."""
+"""Workloads and measurements: the harness for tuning. `perf/README.md` says how to use it."""

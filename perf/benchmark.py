@@ -1,0 +1,109 @@
+"""What a benchmark is: a function that yields measurements, its settings, needs and bars.
+
+`perf.table` lists them; a benchmark's module has a function `run(context)`.
+"""
+
+import time
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass, field
+from typing import NamedTuple
+
+from perf.results import Better, Dimension, number_text
+from perf.statistics import quantile
+
+Settings = Mapping[str, Dimension]
+
+
+class Measurement(NamedTuple):
+    """One value of one repetition. `better` is "neither" for a peer and for a limit."""
+
+    metric: str
+    value: float
+    unit: str
+    better: Better
+    dimensions: Mapping[str, Dimension] = {}
+
+
+@dataclass(frozen=True)
+class Context:
+    """What a benchmark is run with."""
+
+    settings: Settings
+    """Every setting that the benchmark's entry in the table has."""
+    repeat: int
+    """Repetitions that count: each gives one measurement of every metric."""
+
+    def number(self, name: str) -> int:
+        return int(self.settings[name])
+
+    def text(self, name: str) -> str:
+        return str(self.settings[name])
+
+    def alternate(self, **works: Callable[[], float]) -> Iterator[dict[str, float]]:
+        """Runs ours and its peers in turn, so that what disturbs one disturbs the other; yields
+        what each returned, once for each repetition. A first one, which warms up, does not count;
+        every other one runs backwards, because whoever comes second finds warm caches."""
+        names = [*works]
+        for number in range(self.repeat + 1):
+            names.reverse()
+            values = {name: works[name]() for name in names}
+            if number:
+                yield values
+
+
+@dataclass(frozen=True)
+class Bar:
+    """A threshold of the project's, on a quantile of one metric's samples."""
+
+    number: int
+    metric: str
+    limit: float
+    wants: Better
+    """`higher`: at least `limit`; `lower`: at most."""
+    where: Settings = field(default_factory=dict)
+    """The bar holds for the series that have these dimensions, each of them."""
+    at: float = 0.5
+    """The quantile of the samples."""
+
+    def concerns(self, metric: str, dimensions: Mapping[str, Dimension]) -> bool:
+        return metric == self.metric and self.where.items() <= dimensions.items()
+
+    def verdict(self, values: list[float]) -> tuple[bool, str]:
+        """Whether it is met, and a line that says so."""
+        value = quantile(values, self.at)
+        if self.wants == "higher":
+            met = value >= self.limit
+            sign = ">=" if met else "<"
+        else:
+            met = value <= self.limit
+            sign = "<=" if met else ">"
+        of = "" if self.at == 0.5 else f" p{self.at * 100:g}"
+        figures = f"{number_text(value)} {sign} {number_text(self.limit)}"
+        return met, f"bar {self.number}:{of} {figures} {'met' if met else 'missed'}"
+
+
+@dataclass(frozen=True)
+class Benchmark:
+    """An entry of the table."""
+
+    module: str
+    """Has a function `run(context: Context) -> Iterable[Measurement]`; imported when run."""
+    what: str
+    """What it measures, in one line."""
+    settings: Settings = field(default_factory=dict)
+    """What can be set, with the defaults; each becomes a dimension of every sample."""
+    quick: Settings = field(default_factory=dict)
+    """Smaller settings: a try-out of a second or two, whose figures say little."""
+    needs: tuple[str, ...] = ()
+    """What the machine has to have: names of `perf.needs`."""
+    bars: tuple[Bar, ...] = ()
+
+
+Run = Callable[[Context], Iterable[Measurement]]
+
+
+def cpu_seconds(work: Callable[[], object]) -> float:
+    """CPU time of `work` in this thread: disturbed less by a busy machine than the clock."""
+    began = time.thread_time()
+    work()
+    return time.thread_time() - began

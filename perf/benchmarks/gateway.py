@@ -1,0 +1,119 @@
+"""What the gateway costs a register access: latency of reads, and rate of posted writes.
+
+Three ways alternate, against one trivial device each, every party in a process of its own: `direct`
+(no gateway), `relayed` (passthrough) and `trapped` (captured into the journal). What is added is
+the difference to `direct` of the same repetition, at the same quantile.
+"""
+
+import socket
+import tempfile
+import time
+from collections.abc import Iterator
+from contextlib import ExitStack
+from functools import partial
+from pathlib import Path
+
+import trio
+
+from perf.benchmark import Context, Measurement
+from perf.errors import BenchmarkFailed
+from perf.processes import child
+from perf.results import Better
+from perf.statistics import quantile
+from sync.gateway.client import GatewayClient
+from sync.vfio_user.protocol import Command, RegionAccess, Version, encode_message
+
+READ_BYTES = 4
+WAIT_S = 20.0
+BURST = 64
+"""Posted writes between two reads that wait for them: a ring's worth of doorbells."""
+QUANTILES = (0.5, 0.9, 0.99)
+
+
+class Vmm:
+    """Reads and writes registers as fast as the other side answers."""
+
+    def __init__(self, path: Path) -> None:
+        self._sock = socket.socket(socket.AF_UNIX)
+        deadline = time.monotonic() + WAIT_S
+        while self._sock.connect_ex(str(path)):
+            if time.monotonic() > deadline:
+                raise BenchmarkFailed(f"nobody listens at {path}")
+            time.sleep(0.01)
+        self._sock.sendall(encode_message(1, Command.VERSION, Version().pack()))
+        self._sock.recv(1 << 16)
+        self._read = encode_message(2, Command.REGION_READ, RegionAccess(0, 0, READ_BYTES).pack())
+        write = RegionAccess(0, 0, READ_BYTES, bytes(READ_BYTES)).pack()
+        self._write = encode_message(3, Command.REGION_WRITE, write, no_reply=True)
+
+    def read(self) -> None:
+        self._sock.send(self._read)
+        self._sock.recv(4096)
+
+    def read_latencies_us(self, count: int) -> list[float]:
+        clock = time.perf_counter_ns
+        latencies = []
+        for _ in range(count):
+            began = clock()
+            self.read()
+            latencies.append((clock() - began) / 1e3)
+        return latencies
+
+    def posted_writes_per_s(self, count: int) -> float:
+        send, write = self._sock.send, self._write
+        began = time.perf_counter()
+        for _ in range(count // BURST):
+            for _ in range(BURST):
+                send(write)
+        # The answer to a read says that all writes before it were executed.
+        self.read()
+        return (count // BURST) * BURST / (time.perf_counter() - began)
+
+    def close(self) -> None:
+        self._sock.close()
+
+
+def run(context: Context) -> Iterator[Measurement]:
+    with ExitStack() as stack:
+        folder = Path(stack.enter_context(tempfile.TemporaryDirectory()))
+        party = partial(child, "perf.parties.registers", quiet=True)
+        names = ("bare", "device", "gateway", "control")
+        bare, device, gateway, control = (folder / name for name in names)
+        stack.enter_context(party("device", str(bare)))
+        stack.enter_context(party("device", str(device)))
+        stack.enter_context(party("gateway", str(gateway), str(device), str(control)))
+        ways = {"direct": Vmm(bare), "relayed": Vmm(gateway)}
+        for vmm in ways.values():
+            stack.callback(vmm.close)
+        for number in range(context.repeat + 1):
+            found = list(trio.run(_repetition, context, ways, control))
+            if number:
+                yield from found
+
+
+async def _repetition(context: Context, ways: dict[str, Vmm], control: Path) -> list[Measurement]:
+    reads, writes = context.number("reads"), context.number("writes")
+    latencies = {way: vmm.read_latencies_us(reads) for way, vmm in ways.items()}
+    rates = {way: vmm.posted_writes_per_s(writes) for way, vmm in ways.items()}
+    async with await GatewayClient.connect(control, role="source") as gateway:
+        await gateway.mediate(tracker="none", capture=True)
+        vmm = ways["relayed"]
+        latencies["trapped"] = await trio.to_thread.run_sync(vmm.read_latencies_us, reads)
+        rates["trapped"] = await trio.to_thread.run_sync(vmm.posted_writes_per_s, writes)
+        part = await gateway.journal(1)
+        await gateway.passthrough()
+    if part.overflow:
+        raise BenchmarkFailed("the journal overflowed: fewer accesses have to be asked for")
+    found = []
+    for way, values in latencies.items():
+        where = {"way": way}
+        rate_better: Better = "neither" if way == "direct" else "higher"
+        found.append(Measurement("posted_writes", rates[way], "1/s", rate_better, where))
+        for q in QUANTILES:
+            value, direct = quantile(values, q), quantile(latencies["direct"], q)
+            name = f"p{q * 100:.0f}"
+            better: Better = "neither" if way == "direct" else "lower"
+            found.append(Measurement(f"read_{name}", value, "us", better, where))
+            if way != "direct":
+                found.append(Measurement(f"added_{name}", value - direct, "us", "lower", where))
+    return found

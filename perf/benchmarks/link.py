@@ -1,0 +1,118 @@
+"""How fast rounds cross the loopback, beside a bare ZeroMQ stream of the same bytes.
+
+Cases: `random` (every page new and incompressible), `text` (every page new, compressible), `zero`,
+`unchanged`, and `verify` (digest of both memories). The bare stream has 1 MiB messages, zero copy,
+as many connections as lanes, and a receiver that drops them. Rates are of guest memory; CPU time,
+which other work on the machine disturbs less, is that of both processes.
+"""
+
+import os
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack
+
+import numpy as np
+import numpy.typing as npt
+import trio
+import zmq
+
+from perf.benchmark import Context, Measurement
+from perf.processes import Cost, Stopwatch, child
+from perf.results import Better
+from transport.frames import PAGE_BYTES
+from transport.sender import SenderOptions, open_sender
+
+MESSAGE_BYTES = 1 << 20
+GIB = 1 << 30
+
+
+class BareStream:
+    """ZeroMQ connections to a process that drops what it gets."""
+
+    def __init__(self, stack: ExitStack, url: str, n_bytes: int, lanes: int) -> None:
+        self._messages = n_bytes // MESSAGE_BYTES
+        self._data = os.urandom(MESSAGE_BYTES)
+        party = stack.enter_context(
+            child("perf.parties.receivers", "bare", url, str(self._messages))
+        )
+        self._process = party.pid
+        context = stack.enter_context(zmq.Context())
+        self._poller = zmq.Poller()
+        self._dealers = [context.socket(zmq.DEALER) for _ in range(lanes)]
+        bound = party.line()
+        for dealer in self._dealers:
+            stack.callback(dealer.close, linger=0)
+            dealer.set(zmq.SNDHWM, 8)
+            dealer.connect(bound)
+            self._poller.register(dealer, zmq.POLLIN)
+
+    def round(self) -> Cost:
+        """From the first message to the answer to the last."""
+        watch = Stopwatch(self._process)
+        for number in range(self._messages):
+            dealer = self._dealers[number % len(self._dealers)]
+            dealer.send(self._data, copy=False, track=True)
+        [(answered, _)] = self._poller.poll()
+        answered.recv()
+        return watch.stop()
+
+
+def random_content(n_bytes: int) -> npt.NDArray[np.uint8]:
+    return np.random.default_rng().integers(0, 256, n_bytes, np.uint8)
+
+
+def text_content(n_bytes: int) -> npt.NDArray[np.uint8]:
+    """Words drawn at random: compresses to somewhat less than half."""
+    rng = np.random.default_rng()
+    words = rng.integers(97, 123, (256, 16), np.uint8)
+    return words[rng.integers(0, 256, n_bytes // 16)].reshape(-1)
+
+
+def run(context: Context) -> Iterator[Measurement]:
+    url, n_bytes, lanes = context.text("url"), context.number("mib") << 20, context.number("lanes")
+    with ExitStack() as stack:
+        bare = BareStream(stack, url, n_bytes, lanes)
+        party = stack.enter_context(
+            child("perf.parties.receivers", "pages", url, str(n_bytes // PAGE_BYTES))
+        )
+        yield from trio.run(_rounds, context, bare, party.line(), party.pid, n_bytes, lanes)
+
+
+async def _rounds(
+    context: Context, bare: BareStream, url: str, receiver: int, n_bytes: int, lanes: int
+) -> list[Measurement]:
+    memory = np.zeros(n_bytes, np.uint8)
+    indices = np.arange(memory.size // PAGE_BYTES, dtype=np.uint32)
+    contents: dict[str, Callable[[], npt.NDArray[np.uint8] | int]] = {
+        "random": lambda: random_content(n_bytes),
+        "unchanged": lambda: memory,
+        "text": lambda: text_content(n_bytes),
+        "zero": lambda: 0,
+    }
+    found: list[Measurement] = []
+    async with open_sender(url, os.urandom(16), b"", SenderOptions(lanes=lanes)) as sender:
+        sender.attach_memory(memory)
+        for number in range(context.repeat + 1):
+            costs = {"bare": await trio.to_thread.run_sync(bare.round)}
+            for case, content in contents.items():
+                memory[:] = content()
+                watch = Stopwatch(receiver)
+                await sender.send_round(indices, number)
+                costs[case] = watch.stop()
+            watch = Stopwatch(receiver)
+            await sender.verify()
+            costs["verify"] = watch.stop()
+            if number:
+                found += _measurements(costs, n_bytes)
+        await sender.send_record(0, b"", flush=True)
+    return found
+
+
+def _measurements(costs: dict[str, Cost], n_bytes: int) -> Iterator[Measurement]:
+    for case, cost in costs.items():
+        better: Better = "neither" if case == "bare" else "higher"
+        yield Measurement("rate", n_bytes / cost.wall_s / GIB, "GiB/s", better, {"case": case})
+        if case != "bare":
+            ratio = costs["bare"].wall_s / cost.wall_s
+            yield Measurement("rate_of_bare", ratio, "x", "higher", {"case": case})
+            ratio = cost.cpu_s / max(costs["bare"].cpu_s, 1e-9)
+            yield Measurement("cpu_of_bare", ratio, "x", "lower", {"case": case})

@@ -1,0 +1,54 @@
+"""Every benchmark there is, with the bars that it answers."""
+
+from perf.benchmark import Bar, Benchmark
+
+BENCHMARKS: dict[str, Benchmark] = {
+    "bitmap": Benchmark(
+        "perf.benchmarks.bitmap",
+        "bitmap scans, one core, against reading it and against numpy",
+        settings={"mib": 32},
+        quick={"mib": 1},
+        bars=(
+            *(Bar(6, f"{scan}_of_numpy", 10, "higher") for scan in ("to_indices", "to_runs")),
+            *(
+                Bar(6, f"{scan}_of_read", 0.7, "higher", {"density": 0.0})
+                for scan in ("to_indices", "to_runs")
+            ),
+        ),
+    ),
+    "pages": Benchmark(
+        "perf.benchmarks.pages",
+        "digest, encoding and decoding of pages, one core, against memcpy",
+        settings={"mib": 256},
+        quick={"mib": 4},
+        bars=(Bar(5, "encode_unchanged_of_memcpy", 0.5, "higher"),),
+    ),
+    "kernel-load": Benchmark(
+        "perf.benchmarks.kernel_load",
+        "imports of a process of its own, and loading the kernels from their cache",
+    ),
+    "trace": Benchmark(
+        "perf.benchmarks.trace",
+        "wire bytes and time per page of a recorded guest's rounds",
+        settings={"trace": "", "cache-mib": 256},
+    ),
+    "link": Benchmark(
+        "perf.benchmarks.link",
+        "rounds of pages between two processes, against a bare ZeroMQ stream",
+        settings={"url": "tcp://127.0.0.1:*", "mib": 256, "lanes": 2},
+        quick={"mib": 4},
+    ),
+    "gateway": Benchmark(
+        "perf.benchmarks.gateway",
+        "register reads and posted writes through the gateway, against none",
+        settings={"reads": 4000, "writes": 64000},
+        quick={"reads": 200, "writes": 640},
+        bars=(
+            *(Bar(9, "added_p50", 40, "lower", {"way": way}) for way in ("relayed", "trapped")),
+            *(
+                Bar(9, "posted_writes", 50_000, "higher", {"way": way})
+                for way in ("relayed", "trapped")
+            ),
+        ),
+    ),
+}

@@ -1,0 +1,1 @@
+"""What guest memory holds and how it changes: made up from a seed, or recorded."""
