@@ -1,6 +1,6 @@
 """How fast rounds cross the loopback, beside a bare ZeroMQ stream of the same bytes.
 
-Cases: `random` (every page new and incompressible), `text` (every page new, compressible), `zero`,
+Cases: `random` (every page new and incompressible), `file` (every page new, compressible), `zero`,
 `unchanged`, and `verify` (digest of both memories). The bare stream has 1 MiB messages, zero copy,
 as many connections as lanes, and a receiver that drops them. Rates are of guest memory; CPU time,
 which other work on the machine disturbs less, is that of both processes.
@@ -18,6 +18,7 @@ import zmq
 from perf.benchmark import Context, Measurement
 from perf.processes import Cost, Stopwatch, child
 from perf.results import Better
+from perf.workloads.images import file_pages, random_pages
 from transport.frames import PAGE_BYTES
 from transport.sender import SenderOptions, open_sender
 
@@ -56,17 +57,6 @@ class BareStream:
         return watch.stop()
 
 
-def random_content(n_bytes: int) -> npt.NDArray[np.uint8]:
-    return np.random.default_rng().integers(0, 256, n_bytes, np.uint8)
-
-
-def text_content(n_bytes: int) -> npt.NDArray[np.uint8]:
-    """Words drawn at random: compresses to somewhat less than half."""
-    rng = np.random.default_rng()
-    words = rng.integers(97, 123, (256, 16), np.uint8)
-    return words[rng.integers(0, 256, n_bytes // 16)].reshape(-1)
-
-
 def run(context: Context) -> Iterator[Measurement]:
     url, n_bytes, lanes = context.text("url"), context.number("mib") << 20, context.number("lanes")
     with ExitStack() as stack:
@@ -80,12 +70,13 @@ def run(context: Context) -> Iterator[Measurement]:
 async def _rounds(
     context: Context, bare: BareStream, url: str, receiver: int, n_bytes: int, lanes: int
 ) -> list[Measurement]:
+    rng = np.random.default_rng(1)
     memory = np.zeros(n_bytes, np.uint8)
     indices = np.arange(memory.size // PAGE_BYTES, dtype=np.uint32)
     contents: dict[str, Callable[[], npt.NDArray[np.uint8] | int]] = {
-        "random": lambda: random_content(n_bytes),
+        "random": lambda: random_pages(rng, indices.size).reshape(-1),
         "unchanged": lambda: memory,
-        "text": lambda: text_content(n_bytes),
+        "file": lambda: file_pages(rng, indices.size).reshape(-1),
         "zero": lambda: 0,
     }
     found: list[Measurement] = []

@@ -1,0 +1,70 @@
+"""Memory images: zero pages, file-like pages and random pages, the same for the same seed."""
+
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+
+from transport.frames import PAGE_BYTES
+
+EXTENT_PAGES = 16
+"""Pages of one kind lie together, as those of a file or of a freed block do."""
+_WORD_BYTES = 16
+_WORDS_PER_PAGE = PAGE_BYTES // _WORD_BYTES
+_VOCABULARY = 1 << 12
+_PAGE_VOCABULARY = 24
+"""Words that one page repeats: lz4 finds them, since they lie close together."""
+_BATCH_EXTENTS = 256
+
+Bytes = npt.NDArray[np.uint8]
+
+
+@dataclass(frozen=True)
+class Mix:
+    """Shares of the pages; what is neither zero nor random is file-like."""
+
+    zero: float = 0.42
+    random: float = 0.0
+
+    def __post_init__(self) -> None:
+        if min(self.zero, self.random) < 0 or self.zero + self.random > 1:
+            raise ValueError(f"{self} has shares that are negative, or more than all pages")
+
+
+def random_pages(rng: np.random.Generator, n_pages: int) -> Bytes:
+    """uint8[n_pages, 4096] that nothing compresses."""
+    words = rng.integers(0, 1 << 64, n_pages * PAGE_BYTES // 8, np.uint64)
+    return words.view(np.uint8).reshape(n_pages, PAGE_BYTES)
+
+
+def file_pages(rng: np.random.Generator, n_pages: int) -> Bytes:
+    """uint8[n_pages, 4096] like those of files: each repeats some words of its own, and holds
+    between no and only bytes that do not repeat. lz4 makes half of it, page by page."""
+    vocabulary = rng.integers(32, 127, (_VOCABULARY, _WORD_BYTES), np.uint8)
+    known = rng.integers(0, _VOCABULARY, (n_pages, _PAGE_VOCABULARY))
+    first, second, third = rng.integers(0, 256, (3, n_pages, _WORDS_PER_PAGE), np.uint8)
+    # The product of two uniform numbers prefers the words of low numbers, as texts do.
+    rank = first.astype(np.uint32) * second * _PAGE_VOCABULARY >> 16
+    pages = vocabulary[np.take_along_axis(known, rank.astype(np.intp), axis=1)]
+    unique = third < rng.beta(0.5, 1.0, (n_pages, 1)) * 256
+    n_unique = int(np.count_nonzero(unique))
+    pages[unique] = random_pages(rng, -(-n_unique // _WORDS_PER_PAGE)).reshape(-1, _WORD_BYTES)[
+        :n_unique
+    ]
+    return pages.reshape(n_pages, PAGE_BYTES)
+
+
+def fill(memory: Bytes, mix: Mix, seed: int = 1) -> None:
+    """Fills `memory`, uint8[n_pages * 4096], which holds zeros: a zero page is not touched, so
+    that it takes no room, as in a guest that never wrote it."""
+    rng = np.random.default_rng(seed)
+    pages = memory.reshape(-1, PAGE_BYTES)
+    n_extents = -(-len(pages) // EXTENT_PAGES)
+    kinds = rng.permutation(n_extents)[round(mix.zero * n_extents) :]
+    n_random = round(mix.random * n_extents)
+    for extents, make in ((kinds[:n_random], random_pages), (kinds[n_random:], file_pages)):
+        for start in range(0, len(extents), _BATCH_EXTENTS):
+            first = np.sort(extents[start : start + _BATCH_EXTENTS]) * EXTENT_PAGES
+            at = (first[:, np.newaxis] + np.arange(EXTENT_PAGES)).reshape(-1)
+            at = at[at < len(pages)]
+            pages[at] = make(rng, at.size)
