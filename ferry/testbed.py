@@ -1,7 +1,7 @@
 """Two hosts on one machine, made of the real processes: for the demo, the tests and `perf`.
 
-Each side has a device, a gateway and a guest; both devices serve the same disk image, as two
-hosts with shared storage do. `send` and `receive` are started for each migration. Nothing here
+Each side has a guest and one or more devices, each behind its gateway. Disks of both sides serve
+the same image, as two hosts with shared storage do; NICs have their cables in one hub. `send` and `receive` are started for each migration. Nothing here
 looks into a process: it starts them with the options that a user would give, reads the events
 that they print, and talks to the guests by QMP.
 """
@@ -165,15 +165,13 @@ class Setup:
 
 
 @dataclass
-class Host:
-    """One side. The processes are None while they are not started."""
+class Unit:
+    """A device and its gateway. The processes are None while they are not started."""
 
     name: str
     folder: Path
     device: Process | None = None
     gateway: Process | None = None
-    guest: Process | None = None
-    extra: list[Process] = field(default_factory=list)
 
     @property
     def device_socket(self) -> Path:
@@ -186,6 +184,33 @@ class Host:
     @property
     def control_socket(self) -> Path:
         return self.folder / "control.sock"
+
+
+@dataclass
+class Host(Unit):
+    """One side, and its first device."""
+
+    guest: Process | None = None
+    extra: list[Process] = field(default_factory=list)
+    others: list[Unit] = field(default_factory=list)
+    """Further devices, in the same order on both sides."""
+
+    @property
+    def units(self) -> list[Unit]:
+        """All devices, in the order in which both commands are told of them."""
+        return [self, *self.others]
+
+    def add_unit(self, name: str) -> Unit:
+        """One more device, in a folder of its own."""
+        unit = Unit(f"{name} {self.name}", self.folder / name)
+        unit.folder.mkdir(mode=0o700)
+        self.others.append(unit)
+        return unit
+
+    @property
+    def control_flags(self) -> list[object]:
+        """How `send` and `receive` are told of the gateways."""
+        return [word for unit in self.units for word in ("--gateway", unit.control_socket)]
 
     @property
     def qmp_socket(self) -> Path:
@@ -234,23 +259,28 @@ class Testbed:
         self.processes.append(process)
         return process
 
-    def start_device(self, host: Host) -> Process:
-        host.device = self.start(
-            f"device {host.name}",
-            *("device", "--socket", host.device_socket, "--image", self.image),
-            *self.setup.device,
-        )
-        host.device.wait_socket(host.device_socket)
-        return host.device
+    def start_device(self, unit: Unit) -> Process:
+        """A disk."""
+        return self._start_device(unit, "device", "--image", self.image, *self.setup.device)
 
-    def start_gateway(self, host: Host) -> Process:
-        host.gateway = self.start(
-            f"gateway {host.name}",
-            *("gateway", "--listen", host.gateway_socket, "--device", host.device_socket),
-            *("--control", host.control_socket, "--json"),
+    def start_nic(self, unit: Unit, link: Path, *flags: str) -> Process:
+        """A NIC with its cable in the hub that listens at `link`."""
+        return self._start_device(unit, "nic", "--link", link, *flags)
+
+    def _start_device(self, unit: Unit, command: str, *flags: object) -> Process:
+        words = (command, "--socket", unit.device_socket, *flags)
+        unit.device = self.start(f"device {unit.name}", *words)
+        unit.device.wait_socket(unit.device_socket)
+        return unit.device
+
+    def start_gateway(self, unit: Unit) -> Process:
+        unit.gateway = self.start(
+            f"gateway {unit.name}",
+            *("gateway", "--listen", unit.gateway_socket, "--device", unit.device_socket),
+            *("--control", unit.control_socket, "--json"),
         )
-        host.gateway.wait_socket(host.control_socket)
-        return host.gateway
+        unit.gateway.wait_socket(unit.control_socket)
+        return unit.gateway
 
     def start_guest(self, host: Host, *, incoming: bool) -> Process:
         host.guest = self.start(
@@ -272,7 +302,7 @@ class Testbed:
         process = self.start(
             f"receive {host.name}",
             *("receive", "--listen", f"ipc://{host.folder}/link.sock", "--json"),
-            *("--gateway", host.control_socket, "--qmp", host.qmp_socket, *flags),
+            *(*host.control_flags, "--qmp", host.qmp_socket, *flags),
             **keywords,
         )
         process.wait_event("listening")
@@ -282,7 +312,7 @@ class Testbed:
         return self.start(
             f"send {source.name}",
             *("send", "--to", f"ipc://{target.folder}/link.sock", "--json"),
-            *("--gateway", source.control_socket, "--qmp", source.qmp_socket, *flags),
+            *(*source.control_flags, "--qmp", source.qmp_socket, *flags),
             **keywords,
         )
 
