@@ -1,9 +1,10 @@
 """Two hosts on one machine, made of the real processes: for the demo, the tests and `perf`.
 
 Each side has a guest and one or more devices, each behind its gateway. Disks of both sides serve
-the same image, as two hosts with shared storage do; NICs have their cables in one hub. `send` and `receive` are started for each migration. Nothing here
-looks into a process: it starts them with the options that a user would give, reads the events
-that they print, and talks to the guests by QMP.
+the same image, as two hosts with shared storage do; NICs have their cables in one hub. `send` and
+`receive` are started for each migration. Nothing here looks into a process: it starts them with
+the options that a user would give, reads the events that they print, and talks to the guests by
+QMP.
 """
 
 import contextlib
@@ -26,8 +27,8 @@ from ferry.errors import FerryError
 from sync.guest.control import guest_report, verify_guest
 from sync.vmm.driver import Vmm
 
-START_S = 30.0
-"""A process that has not opened its socket by then will not."""
+START_S = 60.0
+"""A process that has not opened its socket by then will not, though it compiles its kernels."""
 POLL_S = 0.02
 
 

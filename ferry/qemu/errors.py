@@ -25,3 +25,7 @@ class MachineError(QemuError):
 
 class GuestReportError(QemuError):
     """The guest's report is malformed, or did not come in time."""
+
+
+class LanUnavailable(QemuError):
+    """The machine does not let us have a network namespace with a TAP device."""

@@ -5,13 +5,15 @@ The guest writes lines `FERRY name key=value ...` (`ferry/qemu/guest/`):
     boot      kernel              the first process runs
     ready                         the modules are loaded
     beat      n reads writes inflight           five times a second
-    load      disk workers        the load of a disk begins
+    load      disk workers        the load of a disk begins; or
+              net                 that of a NIC
     error     what detail         a checksum, a command or a module failed
     job       what disk passes    one job of the load has ended
     disk      longest_io_us       from issue to completion as the guest's kernel saw it
               depth               the most requests in flight at once, in the load's first seconds
               interrupts          msix or intx
-    dmesg     io_error reset hung warning interrupt lines       lines of the log since `ready`
+    net       way sha     SHA-256 of what went one way: down (to the guest) or up
+    dmesg     io_error reset hung warning interrupt network lines    lines of the log since `ready`
     end       errors              the last line
 
 A guest that migrates writes the beginning of a line on the source and its end on the target:
@@ -25,7 +27,7 @@ from ferry.qemu.errors import GuestReportError
 
 MAX_LINE_BYTES = 4096
 """The guest's lines have below 200 bytes."""
-DMESG_KINDS = ("io_error", "reset", "hung", "warning", "interrupt")
+DMESG_KINDS = ("io_error", "reset", "hung", "warning", "interrupt", "network")
 
 _WORD = re.compile(r"[a-z_]+\Z")
 
@@ -79,6 +81,8 @@ def parse_line(line: bytes) -> GuestEvent | None:
 class GuestReport:
     """The sum of a guest's events."""
 
+    loads: int = 0
+    """How many have begun."""
     beats: int = 0
     reads: int = 0
     writes: int = 0
@@ -90,6 +94,8 @@ class GuestReport:
     """`msix` or `intx`, once the load has ended."""
     errors: list[str] = field(default_factory=list)
     passes: dict[str, int] = field(default_factory=dict)
+    streams: dict[str, str] = field(default_factory=dict)
+    """SHA-256 of what the network carried, by direction, once the load has ended."""
     dmesg: dict[str, int] = field(default_factory=dict)
     stages: set[str] = field(default_factory=set)
     """The names of all events so far."""
@@ -101,6 +107,8 @@ class GuestReport:
             self.beats = event.number("n")
             self.reads = event.number("reads")
             self.writes = event.number("writes")
+        elif event.name == "load":
+            self.loads += 1
         elif event.name == "error":
             self.errors.append(f"{event.values.get('what')} {event.values.get('detail')}")
         elif event.name == "job":
@@ -110,6 +118,8 @@ class GuestReport:
             self.interrupts = event.values.get("interrupts", "")
             self.longest_io_us = _known(event, "longest_io_us")
             self.queue_depth = _known(event, "depth")
+        elif event.name == "net":
+            self.streams[event.values.get("way", "")] = event.values.get("sha", "")
         elif event.name == "dmesg":
             self.dmesg = {kind: event.number(kind) for kind in DMESG_KINDS}
 

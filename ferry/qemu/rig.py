@@ -1,6 +1,7 @@
 """Two hosts on this machine whose VMM is a QEMU, and one guest under load that moves between them.
 
-For the demo and the tests. Owns which machine a host gets and a migration that has to succeed.
+For the demo and the tests. Owns which machine and devices a host gets, and a migration that has to
+succeed.
 The processes are `ferry.testbed`'s, QEMU and what the guest says are `machine`'s.
 """
 
@@ -12,6 +13,7 @@ from typing import Any
 
 import trio
 
+from ferry.demo import device_flags
 from ferry.qemu.environment import Environment
 from ferry.qemu.machine import CONSOLE_LOG, Guest, Machine, MachineSpec, VfioUserDevice, running
 from ferry.qemu.report import GuestReport
@@ -21,17 +23,19 @@ MIGRATION_S = 90.0
 LOOK_S = 0.02
 """How often the guest's report is read while it migrates: its longest silence is told as exact."""
 SLOT = 4
-"""The device's place on the root bus, or its root port's."""
+"""The first device's place on the root bus, or its root port's."""
 
 
 @dataclass(frozen=True)
 class Case:
-    """How the guest uses its device, and how that moves."""
+    """How the guest uses its devices, and how they move."""
 
     registers: str
     dirty: str
     interrupts: str = "msix"
     root_port: bool = False
+    loads: tuple[str, ...] = ("disk",)
+    """The guest's workloads, with a device each: `disk`, `net`."""
 
     def __str__(self) -> str:
         place = "root-port" if self.root_port else "root-bus"
@@ -39,12 +43,18 @@ class Case:
 
     @property
     def kernel_options(self) -> str:
-        return "pci=nomsi" if self.interrupts == "intx" else ""
+        options = f"ferry.workload={','.join(self.loads)}"
+        return f"{options} pci=nomsi" if self.interrupts == "intx" else options
 
     @property
     def flags(self) -> tuple[str, ...]:
         """The options of `send`."""
         return ("--registers", self.registers, "--dirty", self.dirty)
+
+    @property
+    def device_flags(self) -> list[str]:
+        """The options of a device that offers what it takes."""
+        return device_flags(self.registers, self.dirty)
 
 
 class QemuHost(Host):
@@ -60,7 +70,7 @@ class QemuHost(Host):
 
 
 class Rig:
-    """Two hosts with a device each and one QEMU guest that goes from one to the other."""
+    """Two hosts with the same devices and one QEMU guest that goes from one to the other."""
 
     def __init__(
         self,
@@ -79,22 +89,38 @@ class Rig:
         self.hosts = {name: QemuHost(name, host.folder) for name, host in bed.hosts.items()}
         bed.hosts = dict(self.hosts)
 
+    @property
+    def hub(self) -> Path:
+        """Where the cables of the NICs end."""
+        return self.bed.folder / "hub"
+
     async def start(self, stack: AsyncExitStack, name: str, *, incoming: bool) -> Machine:
-        """QEMU on host `name`, and its device and gateway where they do not run yet."""
+        """QEMU on host `name`, and its devices and gateways where they do not run yet."""
         host = self.hosts[name]
         if host.device is None:
-            await trio.to_thread.run_sync(self.bed.start_device, host)
-            await trio.to_thread.run_sync(self.bed.start_gateway, host)
+            await trio.to_thread.run_sync(self._start_devices, host)
         spec = MachineSpec(
             host.machine_folder,
             self.environment.kernel,
             self.initramfs,
-            f"ferry.workload=disk {self.case.kernel_options}",
-            (VfioUserDevice(host.gateway_socket, SLOT, root_port=self.case.root_port),),
+            self.case.kernel_options,
+            tuple(
+                VfioUserDevice(unit.gateway_socket, SLOT + number, root_port=self.case.root_port)
+                for number, unit in enumerate(host.units)
+            ),
             memory_bytes=self.memory_bytes,
             incoming=incoming,
         )
         return await stack.enter_async_context(running(self.environment.qemu, spec))
+
+    def _start_devices(self, host: Host) -> None:
+        first, *others = self.case.loads
+        for load, unit in [(first, host), *((load, host.add_unit(load)) for load in others)]:
+            if load == "net":
+                self.bed.start_nic(unit, self.hub, *self.case.device_flags)
+            else:
+                self.bed.start_device(unit)
+            self.bed.start_gateway(unit)
 
     async def migrate(
         self,

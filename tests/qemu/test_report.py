@@ -20,7 +20,8 @@ FERRY job what=direct disk=vda passes=6
 FERRY job what=direct disk=vdb passes=5
 FERRY job what=cached disk=vda passes=2
 FERRY disk longest_io_us=32269 depth=4 interrupts=msix
-FERRY dmesg io_error=0 reset=1 hung=0 warning=0 interrupt=0 lines=3
+FERRY net way=down sha=c0ffee
+FERRY dmesg io_error=0 reset=1 hung=0 warning=0 interrupt=0 network=1 lines=3
 FERRY end errors=1
 """
 
@@ -38,7 +39,8 @@ def test_a_whole_log() -> None:
     assert report.passes == {"direct": 11, "cached": 2}
     assert (report.longest_io_us, report.queue_depth) == (32269, 4)
     assert report.interrupts == "msix"
-    assert report.complaints() == ["direct-checksum vda-job-3", "dmesg: reset"]
+    assert report.streams == {"down": "c0ffee"}
+    assert report.complaints() == ["direct-checksum vda-job-3", "dmesg: reset", "dmesg: network"]
     assert report.ended
 
 

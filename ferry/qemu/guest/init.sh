@@ -67,6 +67,7 @@ report dmesg \
     hung="$(seen 'blocked for more than|hung|soft lockup|stall')" \
     warning="$(seen 'WARNING|BUG:|Oops|Call Trace')" \
     interrupt="$(seen 'nobody cared|spurious|No irq handler')" \
+    network="$(seen 'Unit Hang|NETDEV WATCHDOG|transmit queue.*timed out|Link is Down')" \
     lines="$(wc -l < /run/dmesg.load)"
 report end errors="$(wc -l < /run/errors)"
 echo "FERRY end"
