@@ -7,6 +7,7 @@ their way back. Decoding is `decoder`'s, comparing `compare`'s.
 from __future__ import annotations
 
 from collections import deque
+from collections.abc import Sequence
 from dataclasses import dataclass
 from queue import SimpleQueue
 from typing import TYPE_CHECKING
@@ -23,6 +24,7 @@ from transport.records import Ack, unpack_request
 
 if TYPE_CHECKING:
     from transport.decoder import Decoder
+    from transport.kernels.files import Extent
 
 
 @dataclass(slots=True)
@@ -51,14 +53,16 @@ class ApplyLane(LinkThread):
         lanes: int,
         window_frames: int,
         frame_bytes: int,
+        files: Sequence[Extent] = (),
     ) -> None:
-        """`memory` uint8[n_pages * 4096], writable."""
+        """`memory` uint8[n_pages * 4096], writable; `files` as for `Decoder`."""
         super().__init__(f"ferry-apply-{lane}", shared)
         self.counters = ApplyCounters()
         self.n_pages = memory.size // PAGE_BYTES
         self.prepared = False
         """Whether it is ready for frames; `Shared.wakeup` is set then."""
         self._memory = memory
+        self._files = files
         self._seed = seed
         self._lane = lane
         self._lanes = lanes
@@ -96,7 +100,12 @@ class ApplyLane(LinkThread):
         from transport.decoder import Decoder
 
         decoder = Decoder(
-            self._memory, self.n_pages, self._seed, lane=self._lane, lanes=self._lanes
+            self._memory,
+            self.n_pages,
+            self._seed,
+            lane=self._lane,
+            lanes=self._lanes,
+            files=self._files,
         )
         self.prepared = True
         self.shared.wakeup.set()

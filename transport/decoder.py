@@ -1,11 +1,12 @@
 """Frames into the pages of guest memory.
 
 Owns the receiver's side of one lane: the order of frames, and the write of pages. A frame's layout
-and check are in `frames`, the loop over its pages in `transport.kernels.pages`. Receives nothing.
+and check are in `frames`, the loop over its pages in `transport.kernels.unpack`. Receives nothing.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -13,9 +14,11 @@ import numpy.typing as npt
 
 from transport.errors import FrameError
 from transport.frames import MAX_LANES, Buffer, parse_frame
-from transport.kernels import pages as kernels
 from transport.kernels.compiled import warm_up
 from transport.kernels.digests import page_count
+from transport.kernels.files import Extent, new_files
+from transport.kernels.pages import new_workspace
+from transport.kernels.unpack import apply_pages
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,11 +46,15 @@ class Decoder:
         *,
         lane: int = 0,
         lanes: int = 1,
+        files: Sequence[Extent] = (),
     ) -> None:
         """Write to `memory` (uint8, writable, n_pages * 4096, 8-byte aligned).
 
-        `seed` is the sender's. Makes the kernels ready, as `Encoder` does. ValueError for
-        arguments that do not suit, `NativeLibraryError` if the C libraries are not there.
+        `seed` is the sender's. `files` says which pages are shared mappings of which descriptors,
+        which stay the caller's: pages that nobody has touched yet are written there, which costs
+        half, and not at all if they are zero. Makes the kernels ready, as `Encoder` does.
+        ValueError for arguments that do not suit, `NativeLibraryError` if the C libraries are not
+        there.
         """
         if page_count(memory) != n_pages or not memory.flags.writeable:
             raise ValueError(f"memory must be {n_pages} writable pages")
@@ -60,7 +67,8 @@ class Decoder:
         self._lane = lane
         self._lanes = lanes
         self._next_sequence = 0
-        self._workspace = kernels.new_workspace()
+        self._files = new_files(files, n_pages)
+        self._workspace = new_workspace()
 
     @property
     def next_sequence(self) -> int:
@@ -80,8 +88,9 @@ class Decoder:
         if parsed.sequence != self._next_sequence:
             raise FrameError(f"frame {parsed.sequence} where {self._next_sequence} was due")
         rejected = np.empty(parsed.index.size, np.uint32)
-        n_rejected = kernels.apply_pages(
+        n_rejected = apply_pages(
             self._memory,
+            self._files,
             parsed.index,
             parsed.kind,
             parsed.length,

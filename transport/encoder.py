@@ -7,7 +7,9 @@ Owns the sender's side of one lane: the frame in the making. The work on pages i
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
+from enum import IntEnum
 from typing import Final
 
 import numpy as np
@@ -30,10 +32,20 @@ from transport.kernels import pages as kernels
 from transport.kernels.clib import LZ4_STATE_WORDS
 from transport.kernels.compiled import warm_up
 from transport.kernels.digests import digest_all, page_count
+from transport.kernels.files import Extent, new_files
 from transport.replica import Replica
 
 MAX_CALL_PAGES: Final = 65536
 """Indices that one call looks at, at most, so that a caller can be interrupted: some 25 ms."""
+
+
+class Effort(IntEnum):
+    """What a page is worth."""
+
+    RAW = 0
+    """Sent as it is unless it is zero or known: for a link that is faster than LZ4."""
+    LZ4 = 1
+    """Sent in the shortest of all forms."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -74,12 +86,15 @@ class Encoder:
         *,
         lane: int = 0,
         frame_bytes: int = DEFAULT_FRAME_BYTES,
+        files: Sequence[Extent] = (),
     ) -> None:
         """Read from `memory` (uint8, replica.n_pages * 4096, 8-byte aligned, may be read-only).
 
         The memory may change at any time. `seed` (64 bits) is the migration's secret, the same on
         both sides. A frame is never longer than `frame_bytes`. There is one encoder for each lane
-        of the replica. Makes the kernels ready, which takes long if they were never compiled (see
+        of the replica. `files` says which pages are shared mappings of which descriptors, which
+        stay the caller's: pages that nobody has touched yet are found, and not touched, there.
+        Makes the kernels ready, which takes long if they were never compiled (see
         `transport.kernels.compiled.warm_up`). Raises ValueError for arguments that do not suit,
         `NativeLibraryError` if the C libraries are not there.
         """
@@ -90,7 +105,10 @@ class Encoder:
         if not MIN_FRAME_BYTES <= frame_bytes <= MAX_FRAME_BYTES:
             raise ValueError(f"frames of {frame_bytes} bytes: {MIN_FRAME_BYTES}-{MAX_FRAME_BYTES}")
         warm_up()
+        self.effort = Effort.LZ4
+        """May be changed between any two calls of `encode`."""
         self._memory = memory.view(np.uint64)
+        self._files = new_files(files, replica.n_pages)
         self._replica = replica
         self._seed = seed
         self._lane = lane
@@ -144,6 +162,8 @@ class Encoder:
             self._replica.lanes,
             np.uint64(self._seed),
             self._zero_digest,
+            self.effort,
+            self._files,
             self._known,
             out[HEADER_BYTES : self._frame_bytes],
             self._tables,

@@ -7,9 +7,10 @@ Owns the options and the start and end of a session's threads. The threads are `
 from __future__ import annotations
 
 import time
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import numpy as np
 import numpy.typing as npt
@@ -28,6 +29,9 @@ from transport.records import (
 )
 from transport.router import Router
 from transport.sockets import check_url
+
+if TYPE_CHECKING:
+    from transport.kernels.files import Extent
 
 MAX_PEER_TIMEOUT_MS = 3_600_000
 """An hour: longer than anybody waits for a migration to notice its end."""
@@ -144,11 +148,14 @@ class Receiver(Link):
         )
         self._hello = None
 
-    def attach_memory(self, memory: npt.NDArray[np.uint8]) -> None:
+    def attach_memory(self, memory: npt.NDArray[np.uint8], *, files: Sequence[Extent] = ()) -> None:
         """Give the writable guest memory, uint8[n_pages * 4096], and let the sender begin.
 
-        After `accept`, once. The array must stay mapped until the context manager of
-        `open_receiver` has ended. ValueError: `memory` is not of that shape, or not writable.
+        After `accept`, once. `files` says which of its pages are shared mappings of which
+        descriptors: (first page, number of pages, descriptor, byte of the file) each. What nobody
+        has touched is written there, at half the cost, and stays a hole if it is zero. The array
+        must stay mapped, and the descriptors open, until the context manager of `open_receiver`
+        has ended. ValueError: `memory` is not of that shape, or not writable.
         """
         check_memory(memory)
         if not memory.flags.writeable:
@@ -164,6 +171,7 @@ class Receiver(Link):
                 lanes=self._hello.lanes,
                 window_frames=self._options.window_frames,
                 frame_bytes=self._hello.frame_bytes,
+                files=files,
             )
             for number in range(self._hello.lanes)
         ]

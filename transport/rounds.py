@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import threading
 from collections import deque
+from collections.abc import Sequence
 from dataclasses import dataclass, fields
 from typing import TYPE_CHECKING
 
@@ -21,6 +22,7 @@ from transport.records import Ack, LaneAnswer
 
 if TYPE_CHECKING:
     from transport.encoder import EncodedFrame, Encoder
+    from transport.kernels.files import Extent
     from transport.replica import Replica
 
 Memory = npt.NDArray[np.uint8]
@@ -30,13 +32,21 @@ Indices = npt.NDArray[np.uint32]
 class Source:
     """The sender's memory, and the replica that its lanes share."""
 
-    def __init__(self, memory: Memory, seed: int, cache_bytes: int, lanes: int) -> None:
-        """`memory` uint8[n_pages * 4096]. Allocates nothing yet."""
+    def __init__(
+        self,
+        memory: Memory,
+        seed: int,
+        cache_bytes: int,
+        lanes: int,
+        files: Sequence[Extent] = (),
+    ) -> None:
+        """`memory` uint8[n_pages * 4096], `files` as for `Encoder`. Allocates nothing yet."""
         self.memory = memory
         self.n_pages = memory.size // PAGE_BYTES
         self.seed = seed
         self._cache_bytes = cache_bytes
         self._lanes = lanes
+        self._files = files
         self._lock = threading.Lock()
         self._replica: Replica | None = None
 
@@ -49,7 +59,14 @@ class Source:
         with self._lock:
             if self._replica is None:
                 self._replica = Replica(self.n_pages, self._cache_bytes, self._lanes)
-        return Encoder(self.memory, self._replica, self.seed, lane=lane, frame_bytes=frame_bytes)
+        return Encoder(
+            self.memory,
+            self._replica,
+            self.seed,
+            lane=lane,
+            frame_bytes=frame_bytes,
+            files=self._files,
+        )
 
 
 class LaneSource:

@@ -11,6 +11,7 @@ import time
 from collections.abc import AsyncIterator, Iterable, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import numpy as np
 import numpy.typing as npt
@@ -39,6 +40,9 @@ from transport.records import (
 )
 from transport.rounds import LaneSource, RoundCounters, RoundShare, Source
 from transport.sockets import check_url
+
+if TYPE_CHECKING:
+    from transport.kernels.files import Extent
 
 
 @dataclass(frozen=True, slots=True)
@@ -224,11 +228,20 @@ class Sender(Link):
         """The session's secret digest seed (64 bit), the same on both sides."""
         return self._seed
 
-    def attach_memory(self, memory: npt.NDArray[np.uint8], *, cache_bytes: int = 64 << 20) -> None:
+    def attach_memory(
+        self,
+        memory: npt.NDArray[np.uint8],
+        *,
+        cache_bytes: int = 64 << 20,
+        files: Sequence[Extent] = (),
+    ) -> None:
         """Give the live guest memory: uint8[n_pages * 4096], read only by us. Once.
 
-        `cache_bytes` bounds, over all lanes, what is kept of the receiver's copy for deltas. The
-        array must stay mapped until the context manager of `open_sender` has ended.
+        `cache_bytes` bounds, over all lanes, what is kept of the receiver's copy for deltas.
+        `files` says which pages are shared mappings of which descriptors: (first page, number of
+        pages, descriptor, byte of the file) each; pages that nobody has touched are not touched
+        there. The array must stay mapped, and the descriptors open, until the context manager of
+        `open_sender` has ended.
         ValueError: `memory` is not of that shape.
         """
         check_memory(memory)
@@ -236,7 +249,7 @@ class Sender(Link):
             raise RuntimeError("memory has been attached already")
         assert self._connector.reply is not None
         lanes = self._options.lanes
-        self._source = Source(memory, self._seed, cache_bytes, lanes)
+        self._source = Source(memory, self._seed, cache_bytes, lanes, files)
         frame_bytes = self._bucket.piece_bytes(self._options.frame_bytes)
         for number in range(lanes):
             source = LaneSource(self._source, number, frame_bytes)

@@ -1,4 +1,4 @@
-"""The C functions that kernels call: LZ4 blocks, XXH3, memcpy.
+"""The C functions that kernels call: LZ4 blocks, XXH3, memcpy, and two system calls on files.
 
 Owns their declaration for numba and their address. They come out of the extension modules of the
 `lz4` and `xxhash` packages, which export the C libraries that they contain (or link to); calling
@@ -35,6 +35,7 @@ _LZ4_FUNCTIONS = (
     "LZ4_decompress_safe_usingDict",
 )
 _XXHASH_FUNCTIONS = ("XXH3_64bits_withSeed",)
+_LIBC_FUNCTIONS = ("memcpy", "lseek", "pwrite")
 
 lz4_compress: Any = types.ExternalFunction(
     _PREFIX + "LZ4_compress_fast_extState",
@@ -61,6 +62,12 @@ xxh3_64: Any = types.ExternalFunction(
 """(data, bytes, seed) -> digest"""
 memcpy: Any = types.ExternalFunction(_PREFIX + "memcpy", _ADDRESS(_ADDRESS, _ADDRESS, types.uintp))
 """(destination, source, bytes)"""
+lseek: Any = types.ExternalFunction(_PREFIX + "lseek", types.int64(_INT, types.int64, _INT))
+"""(descriptor, offset, whence) -> offset, negative: error. It also moves the file's position."""
+pwrite: Any = types.ExternalFunction(
+    _PREFIX + "pwrite", types.int64(_INT, _ADDRESS, types.uintp, types.int64)
+)
+"""(descriptor, source, bytes, offset) -> bytes written, negative: error"""
 
 
 class NativeLibraryError(TransportError):
@@ -88,7 +95,8 @@ def bind() -> None:
     xxhash = _load("xxhash._xxhash")
     addresses = {name: _address(lz4, name) for name in _LZ4_FUNCTIONS}
     addresses |= {name: _address(xxhash, name) for name in _XXHASH_FUNCTIONS}
-    addresses["memcpy"] = _address(ctypes.CDLL(None), "memcpy")
+    libc = ctypes.CDLL(None)
+    addresses |= {name: _address(libc, name) for name in _LIBC_FUNCTIONS}
     # A larger state would let LZ4 write behind ours.
     _address(lz4, "LZ4_sizeofState")
     state_bytes = lz4.LZ4_sizeofState()

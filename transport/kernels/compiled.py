@@ -36,7 +36,11 @@ def writable(element: Type) -> Type:
 
 def named_tuple(fields: tuple[Type, ...], of: type[tuple[Any, ...]]) -> Type:
     """A NamedTuple class with fields of these types."""
-    kind: Type = types.NamedTuple(fields, of)  # type: ignore[no-untyped-call]
+    kind: Type
+    if len(set(fields)) == 1:  # numba tells these apart
+        kind = types.NamedUniTuple(fields[0], len(fields), of)  # type: ignore[no-untyped-call]
+    else:
+        kind = types.NamedTuple(fields, of)  # type: ignore[no-untyped-call]
     return kind
 
 
@@ -102,7 +106,7 @@ def warm_up() -> WarmUp:
     Raises `NativeLibraryError` if the C libraries are missing or too old.
     """
     # Imported here because these modules declare their kernels by this one.
-    from transport.kernels import bitmap, digests, pages  # noqa: F401
+    from transport.kernels import bitmap, digests, pages, unpack  # noqa: F401
 
     began = time.monotonic()
     compiled = sum(each.load() for each in _kernels)

@@ -1,17 +1,17 @@
-"""The loops over pages: encode from live memory, apply to memory.
+"""The sender's loop over pages: from live memory into a frame.
 
 Owns what happens to one page: snapshot, zero test, digest, comparison with what the receiver holds,
-choice of form, cache of bases; and the way back. Kernels trust their arguments: sizes and ranges
-are checked by `Encoder`, `frames.parse_frame` and `Decoder`. What a page's own bytes say (LZ4
-block, delta runs) is checked here, because only decoding shows it.
+choice of form, cache of bases; the way back is `unpack`. Kernels trust their arguments: sizes and
+ranges are checked by `Encoder`.
 
 **Delta runs.** A page is written as its difference from a base that the receiver holds: pairs of
 numbers (bytes to keep, bytes to replace), each pair followed by the replacing bytes; what is left
 of the page is kept. A number is coded in 7 bits a byte, lowest first, in at most two bytes. It is
 the idea of XBZRLE (QEMU, docs/xbzrle.txt).
 
-**Choice of form.** Zero pages cost nothing. If the base is cached and few words changed, delta runs
-are tried, and taken if short. Otherwise LZ4 is tried, with the base as its dictionary if the page
+**Choice of form.** Zero pages cost nothing. Without effort the others are sent as they are and are
+no bases for later. With it: if the base is cached and few words changed, delta runs are tried, and
+taken if short. Otherwise LZ4 is tried, with the base as its dictionary if the page
 still has something of it: that finds content that moved within the page, too, and on recorded
 guests it is never much longer, and often shorter, than LZ4 of the page's XOR with the base. The
 shortest form wins; a page that does not shrink by `_MIN_SAVING_BYTES` is sent raw, which is cheaper
@@ -19,6 +19,9 @@ to apply.
 
 **Cache of bases.** A slot holds the snapshot that was sent last. Slots are reused in clock order
 (second chance); the hand gives up after `_CLOCK_STEPS`, so that each page costs a bounded time.
+
+**Holes.** A page of which nothing is known and that lies in a hole of its file is a page of zeros;
+it is not touched, for that would make it a page of memory.
 """
 
 from __future__ import annotations
@@ -40,6 +43,7 @@ from transport.frames import (
 )
 from transport.kernels import clib
 from transport.kernels.compiled import kernel, named_tuple, readonly, writable
+from transport.kernels.files import FILES, end_of_hole
 from transport.kernels.intrinsics import count_ones, prefetch, trailing_zeros
 
 PAGE_WORDS: Final = PAGE_BYTES // 8
@@ -55,9 +59,9 @@ COUNTERS: Final = COUNT_PAYLOAD_BYTES + 1
 
 # The workspace, in bytes. The base stands right in front of the snapshot because LZ4 is faster
 # with a dictionary that its input continues.
-_BASE: Final = 0
-_PAGE: Final = _BASE + PAGE_BYTES
-_MASK: Final = _PAGE + PAGE_BYTES
+BASE_AT: Final = 0
+PAGE_AT: Final = BASE_AT + PAGE_BYTES
+_MASK: Final = PAGE_AT + PAGE_BYTES
 _DELTA: Final = _MASK + PAGE_BYTES // 8
 _DELTA_ROOM: Final = 1024
 WORKSPACE_BYTES: Final = _DELTA + _DELTA_ROOM
@@ -132,7 +136,7 @@ def _snapshot(memory, page, workspace):  # type: ignore[no-untyped-def]
     seen = np.uint64(0)
     for word in range(PAGE_WORDS):
         value = memory[start + np.uint64(word)]
-        workspace[_PAGE // 8 + word] = value
+        workspace[PAGE_AT // 8 + word] = value
         seen |= value
     return seen == 0
 
@@ -150,8 +154,8 @@ def _load_base(cache, slot, workspace):  # type: ignore[no-untyped-def]
     changed = 0
     for word in range(PAGE_WORDS):
         value = cache[start + np.uint64(word)]
-        changed += value != workspace[_PAGE // 8 + word]
-        workspace[_BASE // 8 + word] = value
+        changed += value != workspace[PAGE_AT // 8 + word]
+        workspace[BASE_AT // 8 + word] = value
     return changed
 
 
@@ -163,7 +167,7 @@ def _mark_changes(workspace):  # type: ignore[no-untyped-def]
         mask = np.uint64(0)
         for k in range(8):
             word = m * 8 + k
-            x = workspace[_BASE // 8 + word] ^ workspace[_PAGE // 8 + word]
+            x = workspace[BASE_AT // 8 + word] ^ workspace[PAGE_AT // 8 + word]
             # The high bit of each byte that is not zero, then these eight bits side by side.
             low = np.uint64(0x7F7F7F7F7F7F7F7F)
             high = ((((x & low) + low) | x) & ~low) >> np.uint64(7)
@@ -218,7 +222,7 @@ def _make_delta(workspace, space):  # type: ignore[no-untyped-def]
         at = _put_number(space, at, start - kept_from)
         at = _put_number(space, at, end - start)
         for byte in range(start, end):
-            space[at + byte - start] = space[_PAGE + byte]
+            space[at + byte - start] = space[PAGE_AT + byte]
         at += end - start
         kept_from = end
         start = following
@@ -260,13 +264,13 @@ def _keep_snapshot(known, page, workspace):  # type: ignore[no-untyped-def]
         slot = _claim_slot(known, page)
     start = np.uint64(slot) * np.uint64(PAGE_WORDS)
     for word in range(PAGE_WORDS):
-        known.cache[start + np.uint64(word)] = workspace[_PAGE // 8 + word]
+        known.cache[start + np.uint64(word)] = workspace[PAGE_AT // 8 + word]
 
 
 @njit
 def _compress(workspace, lz4_state, address, room):  # type: ignore[no-untyped-def]
     """LZ4 of the snapshot to `address`; returns its length, 0 if it does not fit."""
-    page = workspace.ctypes.data + _PAGE
+    page = workspace.ctypes.data + PAGE_AT
     return np.int64(
         clib.lz4_compress(lz4_state.ctypes.data, page, address, PAGE_BYTES, room, _ACCELERATION)
     )
@@ -277,10 +281,10 @@ def _compress_with_base(workspace, lz4_state, address, room):  # type: ignore[no
     """As `_compress`, with the base as dictionary."""
     space = workspace.ctypes.data
     state = lz4_state.ctypes.data
-    clib.lz4_load_dictionary(state, space + _BASE, PAGE_BYTES)
+    clib.lz4_load_dictionary(state, space + BASE_AT, PAGE_BYTES)
     return np.int64(
         clib.lz4_compress_with_dictionary(
-            state, space + _PAGE, address, PAGE_BYTES, room, _ACCELERATION
+            state, space + PAGE_AT, address, PAGE_BYTES, room, _ACCELERATION
         )
     )
 
@@ -321,7 +325,7 @@ def _write_page(out, at, changed_words, delta, workspace, lz4_state):  # type: i
             return form, shorter
     if kind == _RAW:
         length = PAGE_BYTES
-    source = _PAGE if kind == _RAW else _DELTA
+    source = PAGE_AT if kind == _RAW else _DELTA
     clib.memcpy(address, workspace.ctypes.data + source, length)
     return kind, length
 
@@ -335,6 +339,8 @@ def _write_page(out, at, changed_words, delta, workspace, lz4_state):  # type: i
     types.int64,
     types.uint64,
     types.uint64,
+    types.int64,
+    FILES,
     _KNOWLEDGE,
     _OUT_BYTES,
     _TABLES,
@@ -351,6 +357,8 @@ def encode_pages(  # type: ignore[no-untyped-def]
     lanes,
     seed,
     zero_digest,
+    effort,
+    files,
     known,
     out,
     tables,
@@ -360,17 +368,25 @@ def encode_pages(  # type: ignore[no-untyped-def]
 ):
     """Encode pages `indices[start:stop]` into `out` and `tables` until the frame is full.
 
-    `memory` uint64 (live), `zero_digest` the digest of a page of zeros, `known` a `Knowledge`,
-    `out` uint8 (payload and tables must fit into its size), `workspace` WORKSPACE_BYTES and
-    `lz4_state` clib.LZ4_STATE_WORDS as uint64, `counters` int64 (COUNTERS), zeroed by the caller.
+    `memory` uint64 (live), `zero_digest` the digest of a page of zeros, `effort` an
+    `encoder.Effort`, `files` what lies behind `memory`, `known` a `Knowledge`, `out` uint8 (payload
+    and tables must fit into its size), `workspace` WORKSPACE_BYTES and `lz4_state`
+    clib.LZ4_STATE_WORDS as uint64, `counters` int64 (COUNTERS), zeroed by the caller.
     Returns the position of the first index that was not encoded; for an index that is out of range
     or of another lane, -1 minus its position.
+
+    Cost of a page, whose 4096 bytes are read from memory once and then stay in the first-level
+    cache: equal, one copy and a digest; raw, one more copy, to `out`; otherwise also the reading of
+    the base, the compression, and a copy into the cache of bases.
     """
     space = workspace.view(np.uint8)
     n_pages = memory.size // PAGE_WORDS
     pages = 0
     bases = 0
     at = 0
+    looked_at = np.int64(-1)
+    hole_start = np.int64(0)
+    hole_end = np.int64(0)
     position = start
     while position < stop:
         page = np.int64(indices[position])
@@ -381,14 +397,22 @@ def encode_pages(  # type: ignore[no-untyped-def]
             break
         position += 1
 
-        is_zero = _snapshot(memory, page, workspace)
+        held = known.digests[page]
+        # One look at each stripe, for it is a system call: a few pages more may be touched.
+        if held == UNKNOWN and page // STRIPE_PAGES != looked_at:
+            looked_at = page // STRIPE_PAGES
+            if not hole_start <= page < hole_end:
+                hole_start = page
+                hole_end = end_of_hole(files, page)
+        is_zero = held == UNKNOWN and hole_start <= page < hole_end
+        if not is_zero:
+            is_zero = _snapshot(memory, page, workspace)
         if position < stop and indices[position] < n_pages:
             # Fetches the next page while this one is worked on.
             _prefetch_page(memory.ctypes.data + np.int64(indices[position]) * PAGE_BYTES)
         digest = zero_digest
         if not is_zero:
-            digest = clib.xxh3_64(workspace.ctypes.data + _PAGE, PAGE_BYTES, seed)
-        held = known.digests[page]
+            digest = clib.xxh3_64(workspace.ctypes.data + PAGE_AT, PAGE_BYTES, seed)
         if held == digest and held != UNKNOWN:
             counters[COUNT_SAME] += 1
             continue
@@ -396,6 +420,12 @@ def encode_pages(  # type: ignore[no-untyped-def]
         kind = _ZERO
         length = 0
         if is_zero:
+            if known.slots.size:
+                _release_slot(known, page)
+        elif effort == 0:
+            kind = _RAW
+            length = PAGE_BYTES
+            clib.memcpy(out.ctypes.data + at, workspace.ctypes.data + PAGE_AT, PAGE_BYTES)
             if known.slots.size:
                 _release_slot(known, page)
         else:
@@ -419,96 +449,3 @@ def encode_pages(  # type: ignore[no-untyped-def]
         known.digests[page] = digest
     counters[COUNT_PAYLOAD_BYTES] = at
     return position
-
-
-@njit
-def _get_number(payload, at, end):  # type: ignore[no-untyped-def]
-    """The number at `at` and where it ends; -1 if it is malformed."""
-    if at >= end:
-        return -1, at
-    first = np.int64(payload[at])
-    if first < 128:
-        return first, at + 1
-    if at + 1 >= end or payload[at + 1] >= 128:
-        return -1, at
-    return (first & 127) | (np.int64(payload[at + 1]) << 7), at + 2
-
-
-@njit
-def _apply_delta(payload, at, end, space):  # type: ignore[no-untyped-def]
-    """Apply delta runs to the page in the workspace. False if they are malformed."""
-    byte = 0
-    while at < end:
-        keep, at = _get_number(payload, at, end)
-        replace, at = _get_number(payload, at, end)
-        if keep < 0 or replace <= 0:
-            return False
-        byte += keep
-        if byte + replace > PAGE_BYTES or at + replace > end:
-            return False
-        for k in range(replace):
-            space[_PAGE + byte + k] = payload[at + k]
-        byte += replace
-        at += replace
-    return True
-
-
-@kernel(
-    _OUT_BYTES,
-    readonly(types.uint32),
-    readonly(types.uint8),
-    readonly(types.uint16),
-    readonly(types.uint32),
-    readonly(types.uint64),
-    _BYTES,
-    types.uint64,
-    _OUT_U64,
-    _OUT_U32,
-)
-def apply_pages(  # type: ignore[no-untyped-def]
-    memory, index, kind, length, offset, base, payload, seed, workspace, rejected
-):
-    """Decode the pages of a checked frame, one by one, each in the workspace, and write them.
-
-    The arrays are those of a `frames.Frame`. Pages that do not hold their base are left alone and
-    listed in `rejected` (uint32, as long as `index`). Returns how many these are; for a page whose
-    bytes are malformed, -1 minus its position, the pages in front of it being written.
-    """
-    space = workspace.view(np.uint8)
-    work = workspace.ctypes.data
-    n_rejected = 0
-    for position in range(index.size):
-        target = memory.ctypes.data + np.int64(index[position]) * PAGE_BYTES
-        at = np.int64(offset[position])
-        source = payload.ctypes.data + at
-        n_bytes = np.int64(length[position])
-        form = kind[position]
-        if form == _RAW:
-            clib.memcpy(target, source, PAGE_BYTES)
-            continue
-        if form == _ZERO:
-            first = np.int64(index[position]) * PAGE_BYTES
-            memory[first : first + PAGE_BYTES] = 0
-            continue
-        if form == _LZ4:
-            if clib.lz4_decompress(source, work + _PAGE, n_bytes, PAGE_BYTES, 0, 0) != PAGE_BYTES:
-                return -1 - position
-        else:
-            held = _PAGE if form == _DELTA_RUNS else _BASE
-            clib.memcpy(work + held, target, PAGE_BYTES)
-            if clib.xxh3_64(work + held, PAGE_BYTES, seed) != base[position]:
-                rejected[n_rejected] = index[position]
-                n_rejected += 1
-                continue
-            if form == _DELTA_RUNS:
-                if not _apply_delta(payload, at, at + n_bytes, space):
-                    return -1 - position
-            elif (
-                clib.lz4_decompress(
-                    source, work + _PAGE, n_bytes, PAGE_BYTES, work + _BASE, PAGE_BYTES
-                )
-                != PAGE_BYTES
-            ):
-                return -1 - position
-        clib.memcpy(target, work + _PAGE, PAGE_BYTES)
-    return n_rejected

@@ -1,0 +1,170 @@
+"""Guest memory that is a mapping of a file: holes stay holes, and content arrives all the same."""
+
+import mmap
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from transport.decoder import Decoder
+from transport.encoder import Effort, Encoder
+from transport.frames import DEFAULT_FRAME_BYTES, STRIPE_PAGES, PageKind
+from transport.kernels.files import Extent, new_files
+from transport.kernels.pages import new_workspace
+from transport.kernels.unpack import apply_pages
+from transport.replica import Replica
+
+PAGE = 4096
+SEED = 0xF11E
+N_PAGES = 4 * STRIPE_PAGES
+HALF = N_PAGES // 2
+NO_FILE = range(HALF - 5, HALF)  # of which nobody says that a file is behind them
+GAP_PAGES = 3  # of the file, in front of what is mapped
+ALL = np.arange(N_PAGES, dtype=np.uint32)
+
+
+class FileMemory:
+    """Guest memory that is a file, in two extents; touched only through what is tested."""
+
+    def __init__(self, descriptor: int) -> None:
+        self._descriptor = descriptor
+        os.ftruncate(descriptor, (GAP_PAGES + N_PAGES) * PAGE)
+        mapping = mmap.mmap(descriptor, N_PAGES * PAGE, offset=GAP_PAGES * PAGE)
+        self.array = np.frombuffer(mapping, np.uint8)
+        self.extents: list[Extent] = [
+            (HALF, HALF, descriptor, (GAP_PAGES + HALF) * PAGE),
+            (0, NO_FILE.start, descriptor, GAP_PAGES * PAGE),
+        ]
+
+    def write(self, page: int, content: bytes) -> None:
+        os.pwrite(self._descriptor, content, (GAP_PAGES + page) * PAGE)
+
+    def content(self) -> np.ndarray:
+        """uint8 (N_PAGES, PAGE)."""
+        data = os.pread(self._descriptor, N_PAGES * PAGE, GAP_PAGES * PAGE)
+        return np.frombuffer(data, np.uint8).reshape(-1, PAGE)
+
+    def touched(self) -> int:
+        """Pages that there is memory for."""
+        return os.fstat(self._descriptor).st_blocks * 512 // PAGE
+
+
+@contextmanager
+def file_memory() -> Iterator[FileMemory]:
+    descriptor = os.memfd_create("guest")
+    try:
+        yield FileMemory(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def page_of(byte: int) -> bytes:
+    """A page that does not compress, of which `byte` says which."""
+    return np.random.default_rng(byte).bytes(PAGE)
+
+
+class Pair:
+    def __init__(self, source: FileMemory, target: FileMemory, effort: Effort) -> None:
+        replica = Replica(N_PAGES, 16 * PAGE)
+        self.encoder = Encoder(source.array, replica, SEED, files=source.extents)
+        self.encoder.effort = effort
+        self.decoder = Decoder(target.array, N_PAGES, SEED, files=target.extents)
+        self._out = np.empty(DEFAULT_FRAME_BYTES, np.uint8)
+
+    def send(self, indices: np.ndarray) -> int:
+        """Returns how many pages went as zero."""
+        start = zero = 0
+        while start < indices.size:
+            done = self.encoder.encode(
+                indices, start, self._out, round_no=0, sequence=self.decoder.next_sequence
+            )
+            start += done.consumed
+            zero += done.zero
+            if done.n_bytes:
+                self.decoder.apply(self._out[: done.n_bytes].tobytes())
+        return zero
+
+
+pages = st.dictionaries(st.integers(0, N_PAGES - 1), st.integers(0, 3), max_size=20)
+
+
+@settings(max_examples=60, deadline=None)
+@given(before=pages, rounds=st.lists(pages, min_size=1, max_size=4), data=st.data())
+def test_the_target_becomes_equal_whatever_either_file_holds(before, rounds, data) -> None:  # type: ignore[no-untyped-def]
+    """0 is a page of zeros, which is no hole. The effort may change between rounds (I5)."""
+    with file_memory() as source, file_memory() as target:
+        for page, byte in before.items():
+            target.write(page, page_of(byte))
+        pair = Pair(source, target, Effort.LZ4)
+        for number, written in enumerate(rounds):
+            for page, byte in written.items():
+                source.write(page, page_of(byte) if byte else bytes(PAGE))
+            pair.encoder.effort = data.draw(st.sampled_from(Effort))
+            pair.send(ALL if number == 0 else np.array([*written], np.uint32))
+            assert np.array_equal(source.content(), target.content())
+
+
+@pytest.mark.parametrize("effort", Effort)
+def test_what_nobody_has_touched_is_touched_on_neither_side(effort: Effort) -> None:
+    with file_memory() as source, file_memory() as target:
+        # Each the last of its stripe: what follows data in a stripe may be touched.
+        for page in (STRIPE_PAGES - 1, N_PAGES - 1):
+            source.write(page, page_of(page))
+        assert Pair(source, target, effort).send(ALL) == N_PAGES - 2
+        assert np.array_equal(source.content(), target.content())
+        assert source.touched() <= 2 + len(NO_FILE)
+        assert target.touched() <= 2 + len(NO_FILE)
+
+
+def test_a_page_written_within_a_hole_is_in_it_no_longer() -> None:
+    """A frame may bring a page twice; what is known of holes must follow."""
+    with file_memory() as target:
+        kind = np.array([PageKind.ZERO, PageKind.RAW, PageKind.ZERO], np.uint8)
+        done = apply_pages(
+            target.array,
+            new_files(target.extents, N_PAGES),
+            np.array([4, 9, 9], np.uint32),
+            kind,
+            np.array([0, PAGE, 0], np.uint16),
+            np.array([0, 0, PAGE], np.uint32),
+            np.zeros(3, np.uint64),
+            np.frombuffer(page_of(9), np.uint8),
+            np.uint64(SEED),
+            new_workspace(),
+            np.empty(3, np.uint32),
+        )
+        assert done == 0
+        assert target.touched() == 1
+        assert not target.content().any()
+
+
+@pytest.mark.parametrize("kind", ["pipe", "read-only", "closed"])
+def test_a_descriptor_that_does_not_serve_is_not_needed(kind: str) -> None:
+    with file_memory() as source, file_memory() as target:
+        read_end, write_end = os.pipe()
+        unfit = {
+            "pipe": write_end,
+            "read-only": os.open(f"/proc/self/fd/{target.extents[0][2]}", os.O_RDONLY),
+            "closed": 1 << 20,
+        }
+        source.write(1, page_of(1))
+        target.write(2, page_of(2))
+        for each in (source, target):
+            each.extents = [(0, N_PAGES, unfit[kind], GAP_PAGES * PAGE)]
+        if kind == "read-only":
+            source.extents = []
+        Pair(source, target, Effort.RAW).send(ALL)
+        assert np.array_equal(source.content(), target.content())
+        for descriptor in (read_end, write_end, unfit["read-only"]):
+            os.close(descriptor)
+
+
+@pytest.mark.parametrize("extent", [(-1, 1, 0, 0), (0, 5, 0, 0), (3, 2, 0, 0), (0, 1, 0, 100)])
+def test_an_extent_lies_in_the_memory_and_on_pages(extent: Extent) -> None:
+    new_files([(0, 4, 0, 0)], 4)
+    with pytest.raises(ValueError, match="pages from"):
+        new_files([extent], 4)

@@ -1,0 +1,86 @@
+"""Files behind guest memory: where they have holes, and writing to them.
+
+Owns the two system calls that are cheaper than touching memory for the first time, for use inside
+kernels. A hole of a file in memory (memfd, tmpfs) is a page that nobody has touched: it reads as
+zeros, and to read it through a mapping would allocate it. Written through a mapping it is cleared
+first, at a page fault for each page; pwrite(2) does neither. Pages that are there already are
+better written through the mapping.
+
+Whatever a file does not support (a hugetlbfs, say) is answered with "no hole", and memory is then
+used through its mapping alone.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from typing import Any, Final, NamedTuple
+
+import numpy as np
+from numba import njit, types
+
+from transport.frames import PAGE_BYTES
+from transport.kernels import clib
+from transport.kernels.compiled import named_tuple, writable
+
+Extent = tuple[int, int, int, int]
+"""Pages that are a piece of a file: first page, number of pages, descriptor, byte of the file."""
+
+_SEEK_DATA: Final = os.SEEK_DATA
+_SEEK_HOLE: Final = os.SEEK_HOLE
+
+
+class Files(NamedTuple):
+    """The extents of a memory, each field an int64 array (extents)."""
+
+    first_page: Any
+    n_pages: Any
+    descriptor: Any
+    offset: Any
+
+
+FILES = named_tuple((writable(types.int64),) * 4, Files)
+
+
+def new_files(extents: Sequence[Extent], n_pages: int) -> Files:
+    """The extents of a memory of `n_pages` pages. ValueError for one that does not lie in it."""
+    for first, count, _, offset in extents:
+        if min(first, count, offset) < 0 or first + count > n_pages or offset % PAGE_BYTES:
+            raise ValueError(f"{count} pages from {first} on, at {offset} of a file: of {n_pages}")
+    table = np.array(extents, np.int64).reshape(-1, 4)
+    return Files(*(np.ascontiguousarray(column) for column in table.T))
+
+
+@njit
+def _extent_of(files, page):  # type: ignore[no-untyped-def]
+    for extent in range(files.first_page.size):
+        if 0 <= page - files.first_page[extent] < files.n_pages[extent]:
+            return extent
+    return -1
+
+
+@njit
+def end_of_hole(files, page):  # type: ignore[no-untyped-def]
+    """The first page behind the hole that `page` lies in; `page` itself if it is in none."""
+    extent = _extent_of(files, page)
+    if extent < 0:
+        return page
+    end = files.first_page[extent] + files.n_pages[extent]
+    at = files.offset[extent] + (page - files.first_page[extent]) * PAGE_BYTES
+    data = clib.lseek(files.descriptor[extent], at, _SEEK_DATA)
+    if data >= 0:
+        return min(end, page + (data - at) // PAGE_BYTES)
+    # No data up to the file's end, or an error: only the former is a hole here.
+    return end if clib.lseek(files.descriptor[extent], at, _SEEK_HOLE) == at else page
+
+
+@njit
+def write_pages(files, page, source, count):  # type: ignore[no-untyped-def]
+    """Write `count` pages, all of one extent, from address `source`. False if that failed.
+
+    One copy of 4096 bytes a page, by the kernel.
+    """
+    extent = _extent_of(files, page)
+    at = files.offset[extent] + (page - files.first_page[extent]) * PAGE_BYTES
+    n_bytes = count * PAGE_BYTES
+    return np.int64(clib.pwrite(files.descriptor[extent], source, n_bytes, at)) == n_bytes

@@ -1,0 +1,168 @@
+"""The receiver's loop over pages: from a checked frame into guest memory.
+
+Owns the decoding of a page's form (see `pages`) and how pages get into memory. The kernel trusts
+its arguments, which are checked by `frames.parse_frame` and `Decoder`; what a page's own bytes say
+(LZ4 block, delta runs) is checked here, because only decoding shows it.
+"""
+
+from __future__ import annotations
+
+from typing import Final
+
+import numpy as np
+from numba import njit, types
+
+from transport.frames import PAGE_BYTES, STRIPE_PAGES, PageKind
+from transport.kernels import clib
+from transport.kernels.compiled import kernel, readonly, writable
+from transport.kernels.files import FILES, end_of_hole, write_pages
+from transport.kernels.pages import BASE_AT, PAGE_AT
+
+_ZERO: Final = int(PageKind.ZERO)
+_RAW: Final = int(PageKind.RAW)
+_LZ4: Final = int(PageKind.LZ4)
+_DELTA_RUNS: Final = int(PageKind.DELTA)
+
+
+@njit
+def _get_number(payload, at, end):  # type: ignore[no-untyped-def]
+    """The number at `at` and where it ends; -1 if it is malformed."""
+    if at >= end:
+        return -1, at
+    first = np.int64(payload[at])
+    if first < 128:
+        return first, at + 1
+    if at + 1 >= end or payload[at + 1] >= 128:
+        return -1, at
+    return (first & 127) | (np.int64(payload[at + 1]) << 7), at + 2
+
+
+@njit
+def _apply_delta(payload, at, end, space):  # type: ignore[no-untyped-def]
+    """Apply delta runs to the page in the workspace. False if they are malformed."""
+    byte = 0
+    while at < end:
+        keep, at = _get_number(payload, at, end)
+        replace, at = _get_number(payload, at, end)
+        if keep < 0 or replace <= 0:
+            return False
+        byte += keep
+        if byte + replace > PAGE_BYTES or at + replace > end:
+            return False
+        for k in range(replace):
+            space[PAGE_AT + byte + k] = payload[at + k]
+        byte += replace
+        at += replace
+    return True
+
+
+@njit
+def _run_of_raw(index, kind, start, limit):  # type: ignore[no-untyped-def]
+    """How many pages from position `start` on are raw and neighbours, up to page `limit`."""
+    end = start + 1
+    while (
+        end < index.size
+        and kind[end] == _RAW
+        and index[end] == index[end - 1] + 1
+        and index[end] < limit
+    ):
+        end += 1
+    return end - start
+
+
+@njit
+def _decode(target, form, source, n_bytes, base, payload, seed, workspace):  # type: ignore[no-untyped-def]
+    """Decode a compressed page into the workspace: 1, 0: the base is not there, -1: malformed."""
+    work = workspace.ctypes.data
+    if form == _LZ4:
+        n_decoded = clib.lz4_decompress(source, work + PAGE_AT, n_bytes, PAGE_BYTES, 0, 0)
+        return 1 if n_decoded == PAGE_BYTES else -1
+    held = PAGE_AT if form == _DELTA_RUNS else BASE_AT
+    clib.memcpy(work + held, target, PAGE_BYTES)
+    if clib.xxh3_64(work + held, PAGE_BYTES, seed) != base:
+        return 0
+    if form == _DELTA_RUNS:
+        at = np.int64(source - payload.ctypes.data)
+        return 1 if _apply_delta(payload, at, at + n_bytes, workspace.view(np.uint8)) else -1
+    n_decoded = clib.lz4_decompress(
+        source, work + PAGE_AT, n_bytes, PAGE_BYTES, work + BASE_AT, PAGE_BYTES
+    )
+    return 1 if n_decoded == PAGE_BYTES else -1
+
+
+@kernel(
+    writable(types.uint8),
+    FILES,
+    readonly(types.uint32),
+    readonly(types.uint8),
+    readonly(types.uint16),
+    readonly(types.uint32),
+    readonly(types.uint64),
+    readonly(types.uint8),
+    types.uint64,
+    writable(types.uint64),
+    writable(types.uint32),
+)
+def apply_pages(  # type: ignore[no-untyped-def]
+    memory, files, index, kind, length, offset, base, payload, seed, workspace, rejected
+):
+    """Decode the pages of a checked frame one by one and write them.
+
+    The arrays are those of a `frames.Frame`; `files` is what lies behind `memory`. Pages that do
+    not hold their base are left alone and listed in `rejected` (uint32, as long as `index`).
+    Returns how many these are; for a page whose bytes are malformed, -1 minus its position, the
+    pages in front of it being written.
+
+    Cost of a page: zero, nothing in a hole, else 4096 bytes cleared; raw, one copy; compressed, one
+    copy more, within the first-level cache; with a base, also the reading and digest of that.
+    """
+    work = workspace.ctypes.data
+    n_rejected = 0
+    looked_at = np.int64(-1)
+    hole_start = np.int64(0)
+    hole_end = np.int64(0)
+    position = 0
+    while position < index.size:
+        page = np.int64(index[position])
+        target = memory.ctypes.data + page * PAGE_BYTES
+        source = payload.ctypes.data + np.int64(offset[position])
+        form = kind[position]
+        if not hole_start <= page < hole_end and page // STRIPE_PAGES != looked_at:
+            # One look at each stripe, for it is a system call.
+            looked_at = page // STRIPE_PAGES
+            hole_start = page
+            hole_end = end_of_hole(files, page)
+        in_hole = hole_start <= page < hole_end
+        if form == _ZERO:
+            if not in_hole:
+                memory[page * PAGE_BYTES : (page + 1) * PAGE_BYTES] = 0
+            position += 1
+            continue
+        count = 1
+        if form == _RAW:
+            count = _run_of_raw(index, kind, position, hole_end if in_hole else page + 1)
+        else:
+            found = _decode(
+                target,
+                form,
+                source,
+                np.int64(length[position]),
+                base[position],
+                payload,
+                seed,
+                workspace,
+            )
+            if found < 0:
+                return -1 - position
+            if found == 0:
+                rejected[n_rejected] = page
+                n_rejected += 1
+                position += 1
+                continue
+            source = work + PAGE_AT
+        if not (in_hole and write_pages(files, page, source, count)):
+            clib.memcpy(target, source, count * PAGE_BYTES)
+        if in_hole:
+            hole_start = page + count
+        position += count
+    return n_rejected
