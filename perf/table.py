@@ -51,4 +51,11 @@ BENCHMARKS: dict[str, Benchmark] = {
             ),
         ),
     ),
+    "journal": Benchmark(
+        "perf.benchmarks.journal",
+        "the register journal: encoded, carried, put in order and decoded, without a device",
+        settings={"operations": 200_000},
+        quick={"operations": 4000},
+        bars=(Bar(10, "all", 1_000_000, "higher"),),
+    ),
 }

@@ -14,6 +14,7 @@ DEFAULT_RECORDS = 1 << 20
 
 _READ, _WRITE, _RESET = int(Op.READ), int(Op.WRITE), int(Op.RESET)
 _NONE, _FAILED = int(Flag.NONE), int(Flag.FAILED)
+_pack = STRUCT.pack
 
 
 class Entry:
@@ -65,16 +66,15 @@ class Journal:
             entry.data = data
         waiting = self._open
         while waiting and waiting[0].done:
-            self._append(waiting.popleft())
+            done = waiting.popleft()
+            self._append(done.op, done.region, done.offset, done.size, done.data, done.failed)
 
     def posted(self, region: int, offset: int, data: bytes) -> None:
         """A write that is never answered goes to the device."""
-        entry = Entry(_WRITE, region, offset, len(data), data)
         if self._open:
-            entry.done = True
-            self._open.append(entry)
+            self.begin(_WRITE, region, offset, len(data), data).done = True
         else:
-            self._append(entry)
+            self._append(_WRITE, region, offset, len(data), data, False)
 
     def take(self, max_records: int) -> bytes:
         """Takes the oldest records out, at most `max_records`."""
@@ -83,25 +83,22 @@ class Journal:
         del self._ring[:end]
         return records
 
-    def _append(self, entry: Entry) -> None:
-        size = entry.size
-        if size <= VALUE_BYTES and (size or entry.op == _RESET):
-            record = STRUCT.pack(
-                self.next_seq,
-                entry.offset,
-                int.from_bytes(entry.data, "little"),
-                entry.region,
-                size,
-                entry.op,
-                _FAILED if entry.failed else _NONE,
-            )
+    def _append(
+        self, op: int, region: int, offset: int, size: int, data: bytes, failed: bool
+    ) -> None:
+        if self.overflow:
+            return
+        if size <= VALUE_BYTES and (size or op == _RESET):
+            value = int.from_bytes(data, "little")
+            flags = _FAILED if failed else _NONE
+            record = _pack(self.next_seq, offset, value, region, size, op, flags)
+            n_records = 1
         else:
-            access = Access(
-                Op(entry.op), entry.region, entry.offset, size, entry.data, entry.failed
-            )
+            access = Access(Op(op), region, offset, size, data, failed)
             record = pack_access(access, self.next_seq)
-        if self.overflow or len(self._ring) + len(record) > self._max_bytes:
+            n_records = len(record) // RECORD_BYTES
+        if len(self._ring) + len(record) > self._max_bytes:
             self.overflow = True
             return
-        self.next_seq += len(record) // RECORD_BYTES
+        self.next_seq += n_records
         self._ring += record

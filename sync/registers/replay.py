@@ -5,9 +5,8 @@ exactly once and in order (I4), what is held back, and the count of it all. Exec
 records in, records to execute out, results in.
 
 Whole batches are judged with numpy. An operation goes through `_Careful` one by one only where
-its meaning depends on its value or on more than one register: writes to registers with bits to
-hold back, the write that resets the device, resets, accesses of more than 8 bytes, and accesses
-that do not lie within a single register.
+its meaning depends on its value or on more than one register: the write that resets the device,
+resets, accesses of more than 8 bytes, and accesses that do not lie within a single register.
 """
 
 from collections.abc import Iterator
@@ -135,6 +134,7 @@ class Replayer:
         request = batch.copy()
         request["flags"] &= _MORE
         execute = fates == _Fate.EXECUTE
+        request["value"] &= ~np.where(execute & write, self._held_bits(batch, places), 0)
         self._hold(batch, fates == _Fate.HOLD)
         self._go_carefully(batch, request, np.flatnonzero(fates == _Fate.CAREFUL), execute)
         self._drop_void()
@@ -155,8 +155,7 @@ class Replayer:
             raise RegisterError("the gateway did not execute the whole batch")
         done = np.frombuffer(results, DTYPE)
         captured, places = replay.captured, replay.places
-        shift = np.minimum((captured["offset"] - self._offsets[places]) * 8, 63)
-        held = self._hold_bits[places] >> shift
+        held = self._held_bits(captured, places)
         for row in np.flatnonzero(places == STRADDLES):
             held[row] = self._hold_bits_in(captured[row])
         other = (captured["op"] == _READ) & (((done["value"] ^ captured["value"]) & ~held) != 0)
@@ -167,6 +166,12 @@ class Replayer:
             tally = self.statistics.divergences
             if name in tally or len(tally) < MAX_HELD:
                 tally[name] = tally.get(name, 0) + 1
+
+    def _held_bits(self, records: Records, places: NDArray[np.int32]) -> NDArray[np.uint64]:
+        """Of each record, the bits that are held back of the register that it lies in."""
+        shift = np.minimum((records["offset"] - self._offsets[places]) * 8, 63)
+        bits: NDArray[np.uint64] = self._hold_bits[places] >> shift
+        return bits
 
     def _hold_bits_in(self, record: Any) -> int:
         """The bits of a record's value that are held back on the target."""
@@ -332,7 +337,7 @@ def _fates(layout: Layout) -> tuple[NDArray[np.int8], NDArray[np.int8]]:
     writes: list[int] = []
     reads: list[int] = []
     for place in layout.places:
-        careful = place.register.hold_bits or (reset and place.name == reset.register)
+        careful = reset is not None and place.name == reset.register
         writes.append(_Fate.CAREFUL if careful else _WRITE_FATE[place.register.kind])
         reads.append(_Fate.EXECUTE if place.register.reads else _Fate.DROP)
     writes += [_Fate.CAREFUL, _UNLISTED_FATE[layout.profile.unlisted]]

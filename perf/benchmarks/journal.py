@@ -1,0 +1,163 @@
+"""The register journal without a device: captured and encoded, carried, checked and decoded.
+
+`encode` is what the gateway does with each access and its answer; `carry` what `send` does with the
+records that it takes; `order` what `receive` does with them: exactly once, in order, and what is to
+be executed now. The accesses are those of a driver's interrupt handler and of its doorbells:
+`virtio-blk` (posted doorbells, reads of the interrupt status), and `e1000` (interrupts masked, the
+cause read, a tail moved, interrupts unmasked).
+"""
+
+import tempfile
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import trio
+
+from perf.benchmark import Context, Measurement, cpu_seconds
+from perf.errors import BenchmarkFailed
+from sync.devices.disk import Disk
+from sync.devices.virtio_blk import VirtioBlk
+from sync.gateway.journal import Journal
+from sync.registers.capture import CaptureSource
+from sync.registers.choose import find_profile, load_profiles
+from sync.registers.device import CONFIG_REGION, DeviceView
+from sync.registers.layout import Layout
+from sync.registers.payload import Assembler
+from sync.registers.record import RECORD_BYTES, Op
+from sync.registers.replay import Replayer
+
+BATCH_BYTES = 4096 * RECORD_BYTES
+"""What the target executes in one go."""
+READ, WRITE = int(Op.READ), int(Op.WRITE)
+DISK_BYTES = 1 << 20
+
+Step = tuple[int, int, int, bytes]
+"""Operation, region, offset, and the data written or read."""
+
+
+def virtio_blk() -> tuple[Layout, list[Step]]:
+    with tempfile.NamedTemporaryFile() as image:
+        image.truncate(DISK_BYTES)
+        device = VirtioBlk(Disk(Path(image.name)), n_workers=1)
+        try:
+            config = device.config_read(0, 256)
+            sizes = {index: device.region_info(index).size for index in range(CONFIG_REGION + 1)}
+        finally:
+            device.close()
+    layout = _layout(DeviceView(0x1AF4, 0x1042, 0x1AF4, 0x1100, 0x010000, config, sizes))
+    doorbell, status = layout.windows["virtio:notify"], layout.windows["virtio:isr"]
+    return layout, [
+        (WRITE, doorbell.region, doorbell.offset, bytes(2)),
+        (READ, status.region, status.offset, b"\x01"),
+    ]
+
+
+def e1000() -> tuple[Layout, list[Step]]:
+    sizes = {0: 128 << 10, 2: 64, CONFIG_REGION: 256}
+    layout = _layout(DeviceView(0x8086, 0x100E, 0x8086, 0x100E, 0x020000, bytes(256), sizes))
+
+    def at(name: str) -> tuple[int, int]:
+        place = layout.place(name)
+        assert place is not None
+        return place.region, place.offset
+
+    return layout, [
+        (WRITE, *at("imc"), b"\xff\xff\xff\xff"),
+        (READ, *at("icr"), b"\x80\0\0\0"),
+        (WRITE, *at("tdt"), b"\x07\0\0\0"),
+        (WRITE, *at("ims"), b"\x9d\0\0\0"),
+    ]
+
+
+def _layout(view: DeviceView) -> Layout:
+    profile = find_profile(view, load_profiles())
+    assert profile is not None
+    return Layout(profile, view)
+
+
+class Port:
+    """The part of a gateway's client that hands out the journal."""
+
+    def __init__(self, journal: Journal) -> None:
+        self._journal = journal
+
+    async def journal(self, max_records: int = 65536) -> tuple[bytes, bool]:
+        return self._journal.take(max_records), self._journal.overflow
+
+    async def batch(self, records: bytes) -> bytes:
+        raise NotImplementedError
+
+    async def mig_state(self, state: int) -> None:
+        raise NotImplementedError
+
+    async def mig_read(self, max_bytes: int) -> bytes:
+        raise NotImplementedError
+
+    async def mig_write(self, data: bytes) -> None:
+        raise NotImplementedError
+
+
+class Pipeline:
+    """From the access to the batch that the target's gateway would execute."""
+
+    def __init__(self, layout: Layout, steps: list[Step]) -> None:
+        self._steps = steps
+        self._journal = Journal()
+        self._source = CaptureSource(layout, Port(self._journal), {})
+        self._assembler = Assembler()
+        self._replayer = Replayer(layout, 0)
+        self._payloads: list[bytes] = []
+
+    def encode(self, n: int) -> None:
+        journal = self._journal
+        for _ in range(n // len(self._steps)):
+            for op, region, offset, data in self._steps:
+                if op == READ:
+                    entry = journal.begin(READ, region, offset, len(data))
+                    journal.finish(entry, data=data)
+                else:
+                    journal.posted(region, offset, data)
+
+    def carry(self) -> None:
+        async def take() -> None:
+            self._payloads = [payload async for payload in self._source.precopy()]
+
+        trio.run(take)
+
+    def order(self) -> None:
+        for payload in self._payloads:
+            whole = self._assembler.add(payload)
+            if whole is None:
+                continue
+            for start in range(0, len(whole[1]), BATCH_BYTES):
+                replay = self._replayer.feed(whole[1][start : start + BATCH_BYTES])
+                # A device that does as the source's did: nothing diverges.
+                self._replayer.executed(replay, replay.captured.tobytes())
+
+    @property
+    def done(self) -> int:
+        """Operations that have come through."""
+        return self._replayer.statistics.captured
+
+
+def run(context: Context) -> Iterator[Measurement]:
+    cases: dict[str, Callable[[], tuple[Layout, list[Step]]]] = {
+        "virtio-blk": virtio_blk,
+        "e1000": e1000,
+    }
+    for case, make in cases.items():
+        pipeline = Pipeline(*make())
+        where = {"device": case}
+        for _ in range(context.repeat):
+            before = pipeline.done
+            seconds = {
+                "encode": cpu_seconds(lambda: pipeline.encode(context.number("operations"))),  # noqa: B023
+                "carry": cpu_seconds(pipeline.carry),
+                "order": cpu_seconds(pipeline.order),
+            }
+            n = pipeline.done - before
+            if n != context.number("operations"):
+                raise BenchmarkFailed(f"of the operations, {n} have come through")
+            for step, taken in seconds.items():
+                yield Measurement(step, n / taken, "1/s", "higher", where)
+            yield Measurement("all", n / sum(seconds.values()), "1/s", "higher", where)
