@@ -115,6 +115,9 @@ class Register:
     """A value that need not, or must not, be written at restore: it is the one after reset."""
     compare: bool = False
     """Must be equal on both sides at the end; bits that are held back are left out."""
+    driver_only: bool = False
+    """`snapshot` only: nobody but the driver changes it, so its captured writes say what is in it,
+    and it is not read again at the end, while the guest waits."""
     reads: bool = False
     """A guest's read is executed on the target, too, and its value compared."""
     owed: bool = False

@@ -1,6 +1,7 @@
 """Register profiles as TOML: the format, and its strict reading.
 
-Owns the text form. What classes and steps mean stands in `profile`, what a base is in `device`.
+Owns the text form. What classes and steps mean stands in `profile`, what has to hold between the
+parts in `profile_rules`, what a base is in `device`.
 
     format = 1                       # this format
     name = "virtio-pci"              # lower case letters, digits, '.', '_', '-'
@@ -31,6 +32,7 @@ Owns the text form. What classes and steps mean stands in `profile`, what a base
     # skip = 0                       # value not written at restore
     # compare = true                 # must be equal at the end; snapshot and constant always are
     # compare = false                #   ... unless a snapshot register says that it is volatile
+    # driver_only = true             # nobody else changes it: not read again at the end
     # reads = true                   # guest's reads are executed and compared on the target, too
     # owed = true                    # read-to-clear: what is left in it at the end is not lost
     # optional = true                # not every device of this class has it
@@ -66,14 +68,13 @@ Owns the text form. What classes and steps mean stands in `profile`, what a base
 import re
 import tomllib
 from collections.abc import Iterable
-from typing import Any, TypeVar
+from typing import Any
 
 from sync.registers.device import is_base
 from sync.registers.errors import ProfileError
 from sync.registers.profile import (
     FORMAT,
     MAX_BANK,
-    MAX_COPIED_BYTES,
     MAX_REGISTER_BYTES,
     MAX_REGISTERS,
     Bank,
@@ -86,15 +87,12 @@ from sync.registers.profile import (
     Step,
     Unlisted,
 )
+from sync.registers.profile_rules import KNOWN, check_rules
 
 MAX_FILE_BYTES = 256 << 10
 _NAME = re.compile(r"[a-z0-9][a-z0-9._-]{0,63}")
 _WIDTHS = (1, 2, 4, 8)
 _U64 = (1 << 64) - 1
-_COPIED = (RegisterClass.SNAPSHOT,)
-_KNOWN = (RegisterClass.SNAPSHOT, RegisterClass.CONSTANT)
-_Named = TypeVar("_Named", Register, Bank)
-_WRITTEN = (RegisterClass.SNAPSHOT, RegisterClass.REPLAY, RegisterClass.WRITE_ONE_TO_CLEAR)
 
 
 def parse_profile(text: str) -> Profile:
@@ -121,7 +119,7 @@ def parse_profile(text: str) -> Profile:
         reset=_reset(top),
     )
     top.finish()
-    _Rules(profile).check()
+    check_rules(profile)
     return profile
 
 
@@ -315,7 +313,8 @@ def _register(table: _Table) -> Register:
         bank=table.maybe_name("bank"),
         hold_bits=table.integer("hold_bits", 0, _U64, 0),
         skip=table.maybe_integer("skip", 0, _U64),
-        compare=table.boolean("compare", kind in _KNOWN),
+        compare=table.boolean("compare", kind in KNOWN),
+        driver_only=table.boolean("driver_only", False),
         reads=table.boolean("reads", kind is RegisterClass.READ_TO_CLEAR),
         owed=table.boolean("owed", False),
         optional=table.boolean("optional", False),
@@ -364,160 +363,3 @@ def _reset(top: _Table) -> Reset | None:
     reset = Reset(table.name("register"), table.integer("value", 0, _U64))
     table.finish()
     return reset
-
-
-class _Rules:
-    """What has to hold between the parts of a profile."""
-
-    def __init__(self, profile: Profile) -> None:
-        self._profile = profile
-        self._registers = _by_name("register", profile.registers)
-        self._banks = _by_name("bank", profile.banks)
-
-    def check(self) -> None:
-        for register in self._profile.registers:
-            self._check_register(register)
-        for bank in self._profile.banks:
-            self._check_bank(bank)
-        self._check_steps()
-        for kick in self._profile.kicks:
-            self._check_kick(kick)
-        reset = self._profile.reset
-        if reset is not None:
-            self._small("[reset]", "register", self._refer("[reset]", reset.register, _WRITTEN))
-
-    def _refer(
-        self,
-        where: str,
-        name: str,
-        kinds: tuple[RegisterClass, ...],
-        bank: str | None = None,
-    ) -> Register:
-        register = self._registers.get(name)
-        if register is None:
-            raise ProfileError(f"{where}: there is no register '{name}'")
-        if register.kind not in kinds:
-            allowed = " or ".join(kinds)
-            raise ProfileError(
-                f"{where}: register '{name}' is of class {register.kind}; it has to be {allowed}"
-            )
-        if register.bank != bank:
-            place = "outside any bank" if bank is None else f"in the bank '{bank}'"
-            raise ProfileError(f"{where}: register '{name}' has to be {place}")
-        return register
-
-    @staticmethod
-    def _small(where: str, key: str, register: Register) -> None:
-        if register.size != register.access:
-            raise ProfileError(
-                f"{where}: '{key}' needs a register of one access; '{register.name}' is a block"
-            )
-
-    def _check_register(self, register: Register) -> None:
-        where = f"[[register]] {register.name}"
-        if register.bank is not None and register.bank not in self._banks:
-            raise ProfileError(f"{where}: there is no bank '{register.bank}'")
-        if register.hold_bits:
-            self._small(where, "hold_bits", register)
-            if register.bank is not None or register.kind not in _COPIED:
-                raise ProfileError(f"{where}: 'hold_bits' goes with class snapshot, outside banks")
-            if register.hold_bits >> (8 * register.access):
-                raise ProfileError(f"{where}: 'hold_bits' is wider than the register")
-        if register.skip is not None:
-            self._small(where, "skip", register)
-            if register.kind not in _COPIED:
-                raise ProfileError(f"{where}: 'skip' goes with class snapshot only")
-        copied = register.kind in _KNOWN or register.compare
-        if copied and (register.size or register.max_size) > MAX_COPIED_BYTES:
-            raise ProfileError(
-                f"{where}: 'size' (or 'max_size', with size = \"window\") has to be at most "
-                f"{MAX_COPIED_BYTES} for a register that is read"
-            )
-        if register.kind is RegisterClass.CONSTANT and not register.compare:
-            raise ProfileError(f"{where}: a constant is always compared; 'compare' cannot be false")
-        if register.compare and register.kind in (RegisterClass.READ_TO_CLEAR, RegisterClass.HOLD):
-            raise ProfileError(f"{where}: class {register.kind} cannot be read to compare it")
-        if register.owed and (
-            register.kind is not RegisterClass.READ_TO_CLEAR or register.bank is not None
-        ):
-            raise ProfileError(f"{where}: 'owed' goes with class read-to-clear outside banks only")
-        if register.reads and register.kind is RegisterClass.HOLD:
-            raise ProfileError(f"{where}: reads of class hold are not replayed")
-
-    def _check_bank(self, bank: Bank) -> None:
-        where = f"[[bank]] {bank.name}"
-        selector = self._refer(where, bank.selector, _COPIED)
-        self._small(where, "selector", selector)
-        if selector.hold_bits or selector.skip is not None:
-            raise ProfileError(f"{where}: a selector cannot have 'hold_bits' or 'skip'")
-        self._indexable(where, bank, "selector", selector.access)
-        if isinstance(bank.count, str):
-            counter = self._refer(where, bank.count, (RegisterClass.CONSTANT,))
-            self._small(where, "count", counter)
-        elif bank.count > bank.limit:
-            raise ProfileError(f"{where}: 'count' is over 'limit'")
-
-    @staticmethod
-    def _indexable(where: str, bank: Bank, what: str, width: int) -> None:
-        largest = 1 << (8 * width)
-        if bank.limit > largest:
-            raise ProfileError(
-                f"{where}: the {what} has {8 * width} bits; "
-                f"'limit' of bank '{bank.name}' has to be at most {largest}"
-            )
-
-    def _check_steps(self) -> None:
-        steps = self._profile.steps
-        if not steps:
-            return
-        banks = [step.bank for step in steps if step.bank is not None]
-        for bank in banks:
-            if bank not in self._banks:
-                raise ProfileError(f"[[restore]]: there is no bank '{bank}'")
-        rests = sum(step.rest for step in steps)
-        if len(banks) != len(set(banks)) or rests > 1:
-            raise ProfileError("[[restore]]: a bank, or the rest, can be written only once")
-        written: set[str] = set()
-        for place, step in enumerate(steps, 1):
-            where = f"[[restore]] number {place}"
-            for name, _ in step.when:
-                self._small(where, "when", self._refer(where, name, _KNOWN))
-            if step.write is None:
-                continue
-            copied = step.value is None
-            register = self._refer(where, step.write, _COPIED if copied else _WRITTEN)
-            if step.value is not None or step.mask is not None:
-                self._small(where, "value or mask", register)
-            if (step.value or step.mask or 0) >> (8 * register.access):
-                raise ProfileError(f"{where}: a value is wider than '{step.write}'")
-            if copied:
-                written.add(step.write)
-        selectors = {bank.selector for bank in self._profile.banks}
-        for register in self._profile.registers:
-            if register.kind not in _COPIED or register.name in written | selectors:
-                continue
-            if register.bank is None and not rests:
-                raise ProfileError(
-                    f"[[restore]]: no step writes register '{register.name}'; add rest = true"
-                )
-            if register.bank is not None and register.bank not in banks:
-                raise ProfileError(f"[[restore]]: no step writes the bank '{register.bank}'")
-
-    def _check_kick(self, kick: Kick) -> None:
-        where = "[[kick]]"
-        if kick.bank not in self._banks:
-            raise ProfileError(f"{where}: there is no bank '{kick.bank}'")
-        self._indexable(where, self._banks[kick.bank], "doorbell", kick.size)
-        offset = self._refer(where, kick.offset, (RegisterClass.CONSTANT,), kick.bank)
-        self._small(where, "offset", offset)
-        for name, _ in kick.when:
-            self._small(where, "when", self._refer(where, name, _KNOWN, kick.bank))
-
-
-def _by_name(what: str, parts: Iterable[_Named]) -> dict[str, _Named]:
-    named: dict[str, _Named] = {}
-    for part in parts:
-        if part.name in named:
-            raise ProfileError(f"[[{what}]] {part.name}: the name is used twice")
-        named[part.name] = part
-    return named

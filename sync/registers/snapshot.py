@@ -5,7 +5,7 @@ read on a live device leaves no trace: registers that a read would change are no
 selector that is used is written back to what the same batch read from it.
 """
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import NamedTuple
 
 from sync.registers.errors import Difference, ProfileMismatch, RegisterError, SnapshotFailed
@@ -99,14 +99,25 @@ def snapshot_plan(layout: Layout, probed: Values) -> ReadPlan:
 
     Raises `ProfileMismatch` if a bank is larger than the profile allows.
     """
+    return _reading(layout, probed, _is_read)
+
+
+def final_plan(layout: Layout, probed: Values) -> ReadPlan:
+    """`snapshot_plan` for the end: without what only the driver changes, which is replayed."""
+    return _reading(
+        layout, probed, lambda place: _is_read(place) and not place.register.driver_only
+    )
+
+
+def _reading(layout: Layout, probed: Values, is_wanted: Callable[[Place], bool]) -> ReadPlan:
     selectors = _selectors(layout)
     planned = [each for place in selectors for each in _read(place)]
     for place in layout.members(None):
-        if _is_read(place) and place not in selectors:
+        if is_wanted(place) and place not in selectors:
             planned += _read(place)
     for bank in layout.banks.values():
         selector = _selector(layout, bank)
-        members = [place for place in layout.members(bank.name) if _is_read(place)]
+        members = [place for place in layout.members(bank.name) if is_wanted(place)]
         for index in range(bank_count(layout, bank, probed)) if members else ():
             planned.append(_Planned(_select(selector, index), selector.name))
             for place in members:

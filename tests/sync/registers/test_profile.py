@@ -105,6 +105,13 @@ def test_defaults() -> None:
         (HEAD + register("a", 0, more="hold_bits = 0x100000000"), "wider than the register"),
         (HEAD + register("a", 0, "replay", more="hold_bits = 1"), "goes with class snapshot"),
         (HEAD + register("a", 0, "replay", more="skip = 1"), "'skip' goes with class snapshot"),
+        (HEAD + register("a", 0, "replay", more="driver_only = true"), "goes with class snapshot"),
+        (HEAD + register("a", 0, more="driver_only = true\nhold_bits = 1"), "without 'hold_bits'"),
+        (HEAD + BANK.replace("size = 2", "size = 2\ndriver_only = true", 1), "with a selector nor"),
+        (HEAD + BANK + register("a", 4, more='driver_only = true\nbank = "b"')
+         + register("o", 8, "constant", 2, 'bank = "b"')
+         + '[[kick]]\nbank = "b"\nwhen = { a = 1 }\nbase = "bar0"\noffset = "o"\nsize = 2',
+         "nor with the 'when' of a kick"),
         (HEAD + register("a", 0, "constant", more="compare = false"), "always compared"),
         (HEAD + register("a", 0, "read-to-clear", more="compare = true"), "cannot be read"),
         (HEAD + register("a", 0, "hold", more="reads = true"), "reads of class hold"),
