@@ -221,7 +221,7 @@ class Target:
         assert self._memory is not None and self._vmm_stream is not None
         await self._link.accept(b"")
         self._accepted.set()
-        self._link.attach_memory(self._memory.array)
+        self._link.attach_memory(self._memory.array, files=self._memory.files)
         self._nursery.start_soon(run_tunnel, self._vmm_stream, self._link, self.runner)
 
     # --- switchover ---

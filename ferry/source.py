@@ -195,7 +195,9 @@ class Source:
 
     async def _mediate(self) -> Event:
         assert self._memory is not None and self._vmm is not None
-        self._link.sender.attach_memory(self._memory.array, cache_bytes=self._options.cache)
+        self._link.sender.attach_memory(
+            self._memory.array, cache_bytes=self._options.cache, files=self._memory.files
+        )
         for number, device in enumerate(self._devices):
             await device.gateway.arm_recovery(self._options.qmp, RECOVERY_DEADLINE_S)
             mediation = await device.gateway.mediate(

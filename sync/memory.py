@@ -6,10 +6,11 @@ from (`sync.gateway`), and who writes to them.
 """
 
 import bisect
+import contextlib
 import ctypes
 import mmap
 import os
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from types import TracebackType
 from typing import TYPE_CHECKING, NamedTuple, Self
 
@@ -63,16 +64,25 @@ class GuestMemory:
     """The regions of one guest in one contiguous mapping.
 
     `array` is uint8 of shape (n_pages * 4096,), `layout` the (iova, length) of each region in it.
-    No array made from it may be touched after `close`.
+    `files` says what is behind the pages: (first page, number of pages, descriptor of ours, byte of
+    the file); a region whose file cannot be opened again is missing there. No array made from it
+    and no descriptor may be used after `close`.
     """
 
     array: "NDArray[np.uint8]"
 
-    def __init__(self, address: int, layout: tuple[tuple[int, int], ...], writable: bool) -> None:
+    def __init__(
+        self,
+        address: int,
+        layout: tuple[tuple[int, int], ...],
+        files: tuple[tuple[int, int, int, int], ...],
+        writable: bool,
+    ) -> None:
         import numpy as np
 
         self._address = address
         self.layout = layout
+        self.files = files
         self.n_pages = sum(length for _, length in layout) // PAGE_BYTES
         self._starts = [iova for iova, _ in layout]
         self._first_pages: list[int] = []
@@ -107,7 +117,8 @@ class GuestMemory:
         except GuestMemoryError:
             _libc.munmap(address, total)
             raise
-        return cls(address, tuple((region.iova, region.length) for region in ordered), writable)
+        layout = tuple((region.iova, region.length) for region in ordered)
+        return cls(address, layout, tuple(_open_again(ordered, writable)), writable)
 
     def page_of(self, iova: int) -> int:
         """The page number of the page that holds `iova`. Raises `GuestMemoryError` if none does."""
@@ -124,6 +135,9 @@ class GuestMemory:
             del self.array
             _libc.munmap(self._address, self.n_pages * PAGE_BYTES)
             self._address = 0
+            for _, _, descriptor, _ in self.files:
+                os.close(descriptor)
+            self.files = ()
 
     def __enter__(self) -> Self:
         return self
@@ -158,6 +172,20 @@ def _check(ordered: list[MemoryRegion]) -> None:
             raise GuestMemoryError(f"{what} reaches behind the end of its file")
     if sum(region.length for region in ordered) > MAX_PAGES * PAGE_BYTES:
         raise GuestMemoryError(f"the guest has more than {MAX_PAGES} pages")
+
+
+def _open_again(
+    ordered: Iterable[MemoryRegion], writable: bool
+) -> Iterator[tuple[int, int, int, int]]:
+    """The files of regions; opened, not duplicated, so that their position is not the owner's."""
+    flags = (os.O_RDWR if writable else os.O_RDONLY) | os.O_CLOEXEC
+    first_page = 0
+    for region in ordered:
+        n_pages = region.length // PAGE_BYTES
+        with contextlib.suppress(OSError):
+            descriptor = os.open(f"/proc/self/fd/{region.fd}", flags)
+            yield first_page, n_pages, descriptor, region.offset
+        first_page += n_pages
 
 
 def _mmap(

@@ -114,3 +114,23 @@ def test_the_descriptors_stay_the_callers_and_closing_unmaps(file: int) -> None:
     memory.close()
     assert count() == before
     assert os.fstat(file).st_size == 64 * PAGE
+
+
+def test_the_files_of_the_pages_are_descriptors_of_its_own(file: int) -> None:
+    """Each with a position of its own: seeking in it moves nobody else's."""
+    with GuestMemory.map([_region(16, 2, 4, file), _region(32, 3, 9, file)]) as memory:
+        assert [(first, pages, offset) for first, pages, _, offset in memory.files] == [
+            (0, 2, 4 * PAGE),
+            (2, 3, 9 * PAGE),
+        ]
+        for first, _, descriptor, offset in memory.files:
+            content = memory.array[first * PAGE : (first + 1) * PAGE].tobytes()
+            assert os.pread(descriptor, PAGE, offset) == content
+            os.lseek(descriptor, 17, os.SEEK_SET)
+            with pytest.raises(OSError, match="Bad file descriptor"):
+                os.pwrite(descriptor, b"x", 0)
+        descriptors = [descriptor for _, _, descriptor, _ in memory.files]
+        assert os.lseek(file, 0, os.SEEK_CUR) == 0
+    for descriptor in descriptors:
+        with pytest.raises(OSError, match="Bad file descriptor"):
+            os.fstat(descriptor)
