@@ -116,8 +116,9 @@ class Connector(LinkThread):
             again = min(self._check_deadlines(now), self._send(now), now + WATCH_S)
             if self.shared.closing is Closing.DRAIN and self._drained(now):
                 return max(1, int((self.shared.drain_until - now) * 1000))
-            poller.poll(poll_ms(again))
-            self.shared.wakeup.clear()
+            ready = wait(poller, again)
+            if self.shared.wakeup.fileno() in ready:
+                self.shared.wakeup.clear()
             self._watch()
             self._receive()
         failure = self.shared.failure
@@ -270,9 +271,14 @@ class Connector(LinkThread):
         return FAREWELL_MS
 
 
-def poll_ms(until: float) -> int:
-    """Milliseconds to poll until this monotonic time, rounded up so that it is not polled twice."""
-    return max(0, math.ceil((until - time.monotonic()) * 1000))
+def wait(poller: zmq.Poller, until: float) -> set[object]:
+    """Poll until this monotonic time, at most: what is ready, sockets as such, others by number.
+
+    Each question to a socket that is not ready costs as much as one to a socket that is.
+    """
+    # Rounded up, so that it is not polled twice.
+    timeout_ms = max(0, math.ceil((until - time.monotonic()) * 1000))
+    return {which for which, _ in poller.poll(timeout_ms)}
 
 
 def _try_send(zsocket: zmq.Socket[bytes], head: bytes, data: memoryview | None = None) -> bool:

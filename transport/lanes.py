@@ -25,7 +25,7 @@ import numpy as np
 import numpy.typing as npt
 import zmq
 
-from transport.connector import poll_ms
+from transport.connector import wait
 from transport.errors import PeerLost, RecordError
 from transport.link import LinkThread, Shared
 from transport.pacing import SharedBucket
@@ -202,17 +202,23 @@ class SendLane(LinkThread):
         poller.register(self._watch.monitor, zmq.POLLIN)
         while not self.shared.over:
             again = self._advance()
-            poller.poll(poll_ms(min(again, time.monotonic() + WATCH_S, self._progress_by)))
-            self._wakeup.clear()
+            ready = wait(poller, min(again, time.monotonic() + WATCH_S, self._progress_by))
+            if self._wakeup.fileno() in ready:
+                self._wakeup.clear()
             self._watch.enforce()
-            for event, _fd in self._watch.events():
-                if event is ConnectionEvent.GONE:
-                    self.shared.suspect(PeerLost("a lane's connection to the receiver has ended"))
-            self._receive()
+            if self._watch.monitor in ready:
+                self._look_at_connection()
+            if self._socket in ready:
+                self._receive()
             if time.monotonic() > self._progress_by:
                 raise PeerLost(
                     f"the receiver has applied nothing for {self._progress_timeout_s:g} s"
                 )
+
+    def _look_at_connection(self) -> None:
+        for event, _fd in self._watch.events():
+            if event is ConnectionEvent.GONE:
+                self.shared.suspect(PeerLost("a lane's connection to the receiver has ended"))
 
     def _advance(self) -> float:
         """Produce and send at most one message; returns when to come back (0: at once)."""

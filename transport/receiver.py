@@ -28,7 +28,7 @@ from transport.records import (
     session_seed,
 )
 from transport.router import Router
-from transport.sockets import check_url
+from transport.sockets import check_url, keep_message_memory
 
 if TYPE_CHECKING:
     from transport.kernels.files import Extent
@@ -223,6 +223,7 @@ async def open_receiver(
     Raises EndpointError if the address cannot be bound.
     """
     check_url(url, bind=True)
+    keep_message_memory()
     context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
     try:
         receiver = Receiver(url, options or ReceiverOptions(), context)

@@ -65,7 +65,7 @@ MAX_DATA_LANES = 16
 """Data lanes of a session; more than a host's cores that could be spared for it."""
 MIN_ANNOUNCED_FRAME_BYTES = 16 << 10
 """A frame must hold at least one raw page, and smaller ones are all overhead."""
-MAX_ANNOUNCED_FRAME_BYTES = 2 << 20
+MAX_ANNOUNCED_FRAME_BYTES = 4 << 20
 """Longest page frame; the receiver holds up to a window of them for each lane."""
 MAX_WINDOW_FRAMES = 64
 """Frames under way on a lane; one hides a round trip, a few hide jitter."""

@@ -22,7 +22,7 @@ import zmq
 
 from transport.apply import ApplyLane
 from transport.channels import Conversation
-from transport.connector import BATCH_MESSAGES, BLOCKED_S, FAREWELL_MS, poll_ms
+from transport.connector import BATCH_MESSAGES, BLOCKED_S, FAREWELL_MS, wait
 from transport.errors import FrameError, PeerLost, RecordError, VersionMismatch
 from transport.link import Closing, LinkThread, Shared
 from transport.records import (
@@ -137,10 +137,14 @@ class Router(LinkThread):
             again = min(self._check_deadlines(now), self._send(now), now + WATCH_S)
             if self.shared.closing is Closing.DRAIN and self._drained(now):
                 return max(1, int((self.shared.drain_until - now) * 1000))
-            poller.poll(poll_ms(again))
-            self.shared.wakeup.clear()
-            self._watch_connections()
-            self._receive()
+            ready = wait(poller, again)
+            if self.shared.wakeup.fileno() in ready:
+                self.shared.wakeup.clear()
+            self._watch.enforce()
+            if self._watch.monitor in ready:
+                self._look_at_connections()
+            if self._router in ready:
+                self._receive()
         if self.shared.failure is not None and not isinstance(self.shared.failure, PeerLost):
             self._say_goodbye(str(self.shared.failure))
             return FAREWELL_MS
@@ -154,8 +158,7 @@ class Router(LinkThread):
             self.shared.talk.check_alive(now)
             return min(self.shared.check_suspicion(now), self.shared.talk.deadline())
 
-    def _watch_connections(self) -> None:
-        self._watch.enforce()
+    def _look_at_connections(self) -> None:
         for event, fd in self._watch.events():
             if event is ConnectionEvent.GONE and fd == self._control_fd:
                 self._control_fd = -1

@@ -182,7 +182,7 @@ def test_another_version_is_told_from_nonsense(greeting: type[Hello] | type[Hell
         Hello(bytes(16), bytes(16), 0, 1 << 20, b"").pack(),
         Hello(bytes(16), bytes(16), 17, 1 << 20, b"").pack(),
         Hello(bytes(16), bytes(16), 1, 4095, b"").pack(),
-        Hello(bytes(16), bytes(16), 1, (2 << 20) + 1, b"").pack(),
+        Hello(bytes(16), bytes(16), 1, (4 << 20) + 1, b"").pack(),
         Hello(bytes(16), bytes(16), 1, 1 << 20, bytes((1 << 20) + 1)).pack(),
     ],
 )

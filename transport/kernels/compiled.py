@@ -12,6 +12,7 @@ edits those deletes the cache (`__pycache__/*.nb?`).
 
 from __future__ import annotations
 
+import gc
 import threading
 import time
 from collections.abc import Callable
@@ -70,6 +71,7 @@ class Kernel:
 
 _kernels: list[Kernel] = []
 _lock = threading.Lock()
+_frozen = False
 
 
 def kernel(*signature: Type) -> Callable[[Callable[..., Any]], Kernel]:
@@ -108,6 +110,11 @@ def warm_up() -> WarmUp:
     # Imported here because these modules declare their kernels by this one.
     from transport.kernels import bitmap, digests, pages, unpack  # noqa: F401
 
+    global _frozen
     began = time.monotonic()
     compiled = sum(each.load() for each in _kernels)
+    if not _frozen:
+        # numba's hundred thousands of objects stay; the collector need not look at them each time.
+        gc.freeze()
+        _frozen = True
     return WarmUp(time.monotonic() - began, len(_kernels), compiled)
