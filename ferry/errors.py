@@ -33,7 +33,8 @@ class Exit(IntEnum):
 
 
 EXIT_MEANING = {
-    Exit.OK: "done; for send and receive: the target owns the guest and it runs there",
+    Exit.OK: "done; for send and receive: the target owns the guest and it runs there; for a "
+    "check: it would work",
     Exit.INTERNAL: "a defect of vfio-ferry; please report it with the output of --debug",
     Exit.USAGE: "an option or a configuration file is wrong; nothing was touched",
     Exit.LOCAL: "something on this host is missing or not permitted (file, socket, memory, disk)",

@@ -8,6 +8,8 @@ is checked here.
     send                                receive
     greeting: Hello       ->
                           <-            answer: accepted (PREPARED) or refused with a reason
+    PROBE                 ->            only after a greeting that asks for a check: nothing is
+                                        done with it but to acknowledge it
     STATE n               ->            register state, journal; in the order of capture
     PLATFORM              ->            what the VMM itself knows of the devices; QEMU only
     LOADED?               ->            may the VMM's memory be compared now?
@@ -23,16 +25,17 @@ import json
 import struct
 from dataclasses import asdict, dataclass, field
 from enum import IntEnum
-from typing import Any
+from typing import Any, TypeVar
 
 from ferry.errors import PeerProtocolError
 
-PROTOCOL_VERSION = 1
+PROTOCOL_VERSION = 2
 MAX_DEVICES = 64
 """Devices of one VM. A PCI root bus has 32 slots; the bound only keeps a hostile greeting small."""
 MAX_REGIONS = 65536
 """Regions of guest memory, as many as vfio-user's default of max_dma_maps."""
 
+T = TypeVar("T")
 _DEVICE = struct.Struct("<H")
 
 
@@ -49,6 +52,7 @@ class Kind(IntEnum):
     START_FAILED = 8
     ABORT = 9
     PLATFORM = 10
+    PROBE = 11
 
 
 @dataclass(frozen=True)
@@ -69,13 +73,16 @@ class DeviceOffer:
 class Hello:
     """The sender's greeting. `layout` is the guest memory as `memory_layout` has it: [IOVA, length,
     file, offset] in bytes, ascending, `files` the size of each file, [size]. `platform` is what
-    the VMM knows of the devices by itself, in hexadecimal (`sync.vmm.pci`); QEMU only."""
+    the VMM knows of the devices by itself, in hexadecimal (`sync.vmm.pci`); QEMU only. `vmm` is
+    the VMM's name, machine type and version as text. `check`: it ends with the answer."""
 
     session: str
     devices: list[DeviceOffer]
     layout: list[list[int]]
     files: list[list[int]]
     platform: str = ""
+    vmm: dict[str, str] = field(default_factory=dict)
+    check: bool = False
     version: int = PROTOCOL_VERSION
 
     def pack(self) -> bytes:
@@ -96,6 +103,9 @@ class Hello:
         platform = data.get("platform")
         if not _is_hexadecimal(platform):
             raise PeerProtocolError("the greeting has a malformed state of the VMM's devices")
+        check = data.get("check")
+        if not isinstance(check, bool):
+            raise PeerProtocolError("the greeting does not say whether it is a check")
         if not isinstance(devices, list) or not 1 <= len(devices) <= MAX_DEVICES:
             raise PeerProtocolError(f"the greeting has to name 1 to {MAX_DEVICES} devices")
         return cls(
@@ -104,26 +114,37 @@ class Hello:
             layout=_numbers(layout, 4, MAX_REGIONS, "layout"),
             files=_numbers(data.get("files"), 1, MAX_REGIONS, "files"),
             platform=str(platform),
+            vmm=_dict_of(str, data.get("vmm"), "VMM"),
+            check=check,
         )
 
 
 def _device(item: Any) -> DeviceOffer:
     if not isinstance(item, dict):
         raise PeerProtocolError("a device of the greeting is not an object")
-    identity = item.get("identity")
-    if not isinstance(identity, dict) or not all(
-        isinstance(key, str) and isinstance(value, int) for key, value in identity.items()
-    ):
-        raise PeerProtocolError("a device of the greeting has no identity")
     registers = item.get("registers")
     if not _is_hexadecimal(registers):
         raise PeerProtocolError("a device of the greeting has no register offer")
     return DeviceOffer(
-        identity=dict(identity),
+        identity=_dict_of(int, item.get("identity"), "identity"),
         regions=_numbers(item.get("regions"), 2, 256, "regions"),
         irqs=_numbers(item.get("irqs"), 2, 256, "irqs"),
         registers=str(registers),
     )
+
+
+def asks_for_check(greeting: bytes) -> bool:
+    """Whether it does, be the rest of it what it may."""
+    try:
+        return load_object(greeting).get("check") is True
+    except PeerProtocolError:
+        return False
+
+
+def _dict_of(kind: type[T], value: Any, what: str) -> dict[str, T]:
+    if not isinstance(value, dict) or not all(isinstance(v, kind) for v in value.values()):
+        raise PeerProtocolError(f"the greeting has no sound {what}")
+    return value
 
 
 def _is_hexadecimal(text: Any) -> bool:

@@ -9,7 +9,10 @@ import json
 import sys
 import time
 from collections.abc import Callable
+from dataclasses import asdict
 from typing import Any, TextIO
+
+from ferry.findings import Finding
 
 
 def bytes_text(value: float) -> str:
@@ -43,6 +46,11 @@ def _round(v: dict[str, Any]) -> str:
     return "  ".join(parts)
 
 
+def _finding(v: dict[str, Any]) -> str:
+    line = f"{v['level']:<8} {v['check']}: {v['text']}"
+    return f"{line}\n{'':<8} -> {v['advice']}" if v["advice"] else line
+
+
 def _generic(v: dict[str, Any]) -> str:
     return "  ".join(f"{key}={value}" for key, value in v.items())
 
@@ -53,6 +61,8 @@ _RENDER: dict[str, Callable[[dict[str, Any]], str]] = {
     "listening": lambda v: f"{v['role']}: listening at {v['url']}",
     "message": lambda v: str(v["text"]),
     "report": lambda v: str(v["text"]),
+    "finding": _finding,
+    "checked": lambda v: f"{v['role']}: a check by the sender: {v['outcome']}",
     "error": lambda v: f"error: {v['message']}",
 }
 
@@ -64,6 +74,9 @@ class Reporter:
         self._role = role
         self._json = as_json
         self._stream = stream or sys.stdout
+
+    def finding(self, finding: Finding) -> None:
+        self.event("finding", **asdict(finding))
 
     def event(self, name: str, /, **values: Any) -> None:
         """One event. A reader that went away is no reason to stop a migration."""

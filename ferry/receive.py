@@ -1,4 +1,4 @@
-"""`vfio-ferry receive`: the target's side of one migration.
+"""`vfio-ferry receive`: the target's side of one migration, and of the checks before it.
 
 Owns the order of things on the target. Nothing here starts the guest before the commit has come
 and the first gateway's ownership record says so.
@@ -14,11 +14,20 @@ from typing import Any
 
 import trio
 
+from ferry.check import answer_check
 from ferry.cli import describe
 from ferry.config import endpoint, option, seconds
-from ferry.errors import ConfigError, Exit, FerryError, LocalError, Mismatch, PeerAborted
+from ferry.errors import (
+    ConfigError,
+    Exit,
+    FerryError,
+    Interrupted,
+    LocalError,
+    Mismatch,
+    PeerAborted,
+)
 from ferry.memory_layout import MemoryLayout, same_pages
-from ferry.messages import Hello, Kind, Notice, unpack_state
+from ferry.messages import Hello, Kind, Notice, asks_for_check, unpack_state
 from ferry.progress import Reporter
 from ferry.runner import Runner
 from ferry.side import (
@@ -33,12 +42,14 @@ from ferry.side import (
 )
 from sync.gateway.client import GatewayClient
 from sync.gateway.errors import GatewayError, GatewayLost, WrongState
-from sync.handover import Action, Deadlines, Event, Handover, Role, State
+from sync.handover import Action, Event, Handover
+from sync.handover_states import Deadlines, Role, State
 from sync.memory import GuestMemory, MemoryRegion
 from sync.registers.choose import load_profiles, target_for
 from sync.registers.device import DeviceView
 from sync.registers.interface import TargetRegisters
 from sync.vmm.driver import Vmm
+from sync.vmm.identity import VmmIdentity, identify
 from sync.vmm.pci import PciPlatform
 from transport.errors import TransportError
 from transport.receiver import Receiver, ReceiverOptions, open_receiver
@@ -103,6 +114,8 @@ class Target:
         self._hello = Hello("", [], [], [])
         self._greeting = b""
         self._accepted = trio.Event()
+        self.only_check = False
+        """The sender asks whether it would work, and nothing else."""
         self._gateways: list[GatewayClient] = []
         self._registers: list[TargetRegisters] = []
         self._memory: GuestMemory | None = None
@@ -114,6 +127,7 @@ class Target:
             machine,
             {
                 Action.CHECK: self._check,
+                Action.ANSWER_CHECK: self._answer_check,
                 Action.ENTER_STANDBY: self._enter_standby,
                 Action.SEND_PREPARED: self._send_prepared,
                 Action.MAKE_READY: self._make_ready,
@@ -132,8 +146,11 @@ class Target:
     async def listen(self) -> None:
         """Waits for a sender, then hears it out until the link ends."""
         try:
-            greeting = await self._link.wait_hello()
-            self._greeting = greeting.payload
+            self._greeting = (await self._link.wait_hello()).payload
+            if asks_for_check(self._greeting):
+                self.only_check = True
+                self.runner.post(Event.PEER_CHECKS)
+                return
             self.runner.post(Event.PEER_HELLO)
             await self._accepted.wait()
             while True:
@@ -190,21 +207,46 @@ class Target:
             self._registers.append(registers)
             await self._check_memory(gateway)
         await self._vmm.check_target()
+        self._check_vmm(await identify(self._vmm))
         self._platform = await PciPlatform.attach(self._vmm, self._options.qmp)
+        await self._check_platform()
         return Event.CHECKED
+
+    def _check_vmm(self, ours: VmmIdentity) -> None:
+        theirs = Notice(self._hello.vmm)
+        for what, here in (("VMM", ours.name), ("machine type", ours.machine)):
+            there = theirs.text("name" if what == "VMM" else "machine")
+            if here != there:
+                raise Mismatch(
+                    f"the {what} is {here!r} here, {there!r} at the source: start the same one"
+                )
+
+    async def _check_platform(self) -> None:
+        state = bytes.fromhex(self._hello.platform)
+        if self._platform is not None:
+            await self._platform.compare(state)
+        elif state:
+            raise Mismatch(
+                "the source's VMM has vfio-user-pci devices, the one here has none: start both "
+                "VMMs with the same devices"
+            )
 
     async def _check_memory(self, gateway: GatewayClient) -> None:
         regions = await gateway.memory()
         try:
             theirs = MemoryLayout.from_rows(self._hello.files, self._hello.layout)
             pages = same_pages(theirs, regions)
-            if self._memory is None:
-                check_room(regions)
+            check_room(regions)
+            if self._memory is None and not self.only_check:
                 # Unmapped by the end of the process: apply threads may write to it until then.
                 self._memory = GuestMemory.map(pages, writable=True)
         finally:
             for region in regions:
                 os.close(region.fd)
+
+    async def _answer_check(self) -> Event:
+        await answer_check(self._link, await identify(self._vmm))
+        return Event.ANSWERED
 
     async def _enter_standby(self) -> Event:
         for gateway in self._gateways:
@@ -248,11 +290,6 @@ class Target:
         """What the VMM itself knows of the devices and does not migrate."""
         if self._platform is not None:
             await self._platform.restore(state)
-        elif state:
-            raise Mismatch(
-                "the source's VMM has vfio-user-pci devices, the one here has none: start both "
-                "VMMs with the same devices"
-            )
 
     async def _send_ready(self) -> None:
         await self._link.send_record(Kind.READY, Notice({"registers": self._reports}).pack())
@@ -309,8 +346,7 @@ class Target:
         await self._tell(Kind.START_FAILED)
 
     async def _tell(self, kind: Kind) -> None:
-        error = self.runner.first_error
-        reason = Notice({"reason": (describe(error) if error else "no reason")[:1000]}).pack()
+        reason = Notice({"reason": _reason(self.runner.first_error)[:1000]}).pack()
         with trio.move_on_after(TELL_S), contextlib.suppress(TransportError):
             if self._accepted.is_set():
                 await self._link.send_record(kind, reason, flush=True)
@@ -323,6 +359,10 @@ class Target:
         for gateway in self._gateways:
             with contextlib.suppress(GatewayError):
                 await gateway.aclose()
+
+
+def _reason(error: BaseException | None) -> str:
+    return describe(error) if error else "no reason"
 
 
 def check_room(regions: list[MemoryRegion]) -> None:
@@ -366,22 +406,34 @@ async def _main(options: Options) -> Exit:
     if not options.gateway:
         raise ConfigError("--gateway is missing; see: vfio-ferry receive --help")
     reporter = Reporter("receive", as_json=options.json)
-    receiver_options = ReceiverOptions(peer_timeout_s=options.peer_timeout)
+    url = options.listen
     try:
-        async with (
-            await Vmm.connect(options.qmp) as vmm,
-            open_receiver(options.listen, receiver_options) as link,
-            trio.open_nursery() as nursery,
-        ):
-            await vmm.check_target()
-            target = Target(options, reporter, nursery, link, vmm)
-            await nursery.start(Shell(reporter, options.break_at).watch_signals, target.runner)
-            nursery.start_soon(target.listen)
-            await warm_up_kernels(reporter)
-            reporter.event("listening", url=link.url)
-            state = await target.runner.run(Event.START)
-            await target.close()
-            nursery.cancel_scope.cancel()
+        async with await Vmm.connect(options.qmp) as vmm:
+            while True:
+                url, target, state = await _receive(options, reporter, vmm, url)
+                error = target.runner.first_error
+                if not target.only_check or isinstance(error, Interrupted):
+                    break
+                outcome = "it would work" if state is State.CHECKED else f"no: {_reason(error)}"
+                reporter.event("checked", outcome=outcome, state=state.value)
     except* Exception as group:
         raise first_error(group) from group
-    return conclude(reporter, state, target.runner.first_error, ADVICE)
+    return conclude(reporter, state, error, ADVICE)
+
+
+async def _receive(
+    options: Options, reporter: Reporter, vmm: Vmm, url: str
+) -> tuple[str, Target, State]:
+    """One sender, who asks for a migration or for a check. Returns where it was listened."""
+    receiver_options = ReceiverOptions(peer_timeout_s=options.peer_timeout)
+    async with open_receiver(url, receiver_options) as link, trio.open_nursery() as nursery:
+        await vmm.check_target()
+        target = Target(options, reporter, nursery, link, vmm)
+        await nursery.start(Shell(reporter, options.break_at).watch_signals, target.runner)
+        nursery.start_soon(target.listen)
+        await warm_up_kernels(reporter)
+        reporter.event("listening", url=link.url)
+        state = await target.runner.run(Event.START)
+        await target.close()
+        nursery.cancel_scope.cancel()
+    return link.url, target, state

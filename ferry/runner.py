@@ -12,7 +12,8 @@ from collections.abc import Awaitable, Callable, Mapping
 import trio
 
 from ferry.errors import DeadlinePassed
-from sync.handover import Action, Event, Handover, RemoteProtocolError, State
+from sync.handover import Action, Event, Handover, RemoteProtocolError
+from sync.handover_states import State
 
 Perform = Callable[[], Awaitable[Event | None]]
 

@@ -10,7 +10,8 @@ from ferry.errors import ConfigError, Exit
 from ferry.progress import Reporter
 from ferry.side import Shell, break_at_choices, conclude, first_error
 from ferry.source import Source
-from sync.handover import Event, State
+from sync.handover import Event
+from sync.handover_states import State
 
 ADVICE = {
     State.ABORTED: "The guest continues on this host with its device in passthrough.",
@@ -69,6 +70,9 @@ class Options:
     connect_timeout: float = option("seconds to find the receiver", 5.0, parse=seconds)
     peer_timeout: float = option("seconds of silence until the peer is lost", 5.0, parse=seconds)
     quit_source: bool = option("end the source's VMM once the target owns the guest", False)
+    check: bool = option(
+        "only find out whether it would work, from a receiver that listens; nothing is moved", False
+    )
     json: bool = option("print events as JSON lines", False)
     break_at: str = option(
         "failure drill: stop this process (SIGSTOP) on entering this phase",
@@ -97,4 +101,6 @@ async def _main(options: Options) -> Exit:
         raise first_error(group) from group
     if state is State.COMMITTED:
         reporter.event("report", text=source.report.text(), **source.report.values())
+    if state is State.CHECKED:
+        reporter.event("message", text="It would work; nothing was touched.")
     return conclude(reporter, state, source.runner.first_error, ADVICE)

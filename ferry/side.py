@@ -14,7 +14,8 @@ from ferry.progress import Reporter
 from ferry.runner import Runner
 from sync.gateway.client import GatewayClient
 from sync.gateway.info import GatewayInfo
-from sync.handover import Event, State
+from sync.handover import Event
+from sync.handover_states import State
 from transport.errors import TransportError
 from transport.kernels.compiled import warm_up
 from transport.link import Link
@@ -53,7 +54,6 @@ def break_at_choices() -> tuple[str, ...]:
 
 
 _EXIT_OF_STATE = {
-    State.COMMITTED: Exit.OK,
     State.IN_DOUBT: Exit.IN_DOUBT,
     State.BROKEN: Exit.BROKEN,
     State.OWNER_FAILED: Exit.OWNER_FAILED,
@@ -64,7 +64,7 @@ def conclude(
     reporter: Reporter, state: State, error: BaseException | None, advice: dict[State, str]
 ) -> Exit:
     """The exit code for a terminal `state`; tells the user what went wrong and what to do."""
-    if state is State.COMMITTED:
+    if state in (State.COMMITTED, State.CHECKED):
         return Exit.OK
     reason = describe(error) if error is not None else "no reason is known"
     code = _EXIT_OF_STATE.get(state)

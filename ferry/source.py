@@ -9,7 +9,7 @@ import os
 import secrets
 import socket
 import tempfile
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -17,7 +17,9 @@ import numpy as np
 import trio
 from numpy.typing import NDArray
 
+from ferry.check import findings_of
 from ferry.errors import Mismatch, NotConverged
+from ferry.findings import methods_text, ok
 from ferry.memory_layout import MemoryLayout
 from ferry.messages import Hello, Kind
 from ferry.progress import Reporter
@@ -39,13 +41,15 @@ from sync.dirty.shared import LoggingTracker, MessageTracker
 from sync.dirty.tracker import Tracker, choose_method
 from sync.gateway.client import GatewayClient
 from sync.gateway.errors import GatewayLost
-from sync.handover import Action, Deadlines, Event, Handover, Role, State
+from sync.handover import Action, Event, Handover
+from sync.handover_states import Deadlines, Role, State
 from sync.memory import GuestMemory
 from sync.registers.choose import load_profiles, source_for
 from sync.registers.device import DeviceView
 from sync.registers.interface import SourceRegisters
 from sync.vmm.driver import Vmm
 from sync.vmm.errors import VmmError, VmmGone
+from sync.vmm.identity import identify
 from sync.vmm.pci import PciPlatform
 from transport.errors import TransportError
 from transport.kernels.bitmap import bitmap_to_indices
@@ -86,6 +90,7 @@ class Source:
         self._layout = MemoryLayout([], [])
         self._dirty: MergedTrackers | None = None
         self._vmm: Vmm | None = None
+        self._vmm_begun = False
         self._platform: PciPlatform | None = None
         self._pump = trio.CancelScope()
         self._pump_stop = trio.Event()
@@ -128,9 +133,15 @@ class Source:
             await self._attach(path)
         self._vmm = await Vmm.connect(self._options.qmp)
         await self._vmm.check_source()
+        identity = await identify(self._vmm)
         self._platform = await PciPlatform.attach(self._vmm, self._options.qmp)
         platform = b""
         if self._platform is not None:
+            if self._platform.n_devices != len(self._devices):
+                raise Mismatch(
+                    f"the VMM has {self._platform.n_devices} vfio-user-pci devices, --gateway was "
+                    f"given {len(self._devices)} times: give it once for each of them"
+                )
             await self._platform.locate()
             platform = await self._platform.peek()
         assert self._memory is not None
@@ -144,8 +155,16 @@ class Source:
             layout=layout,
             files=files,
             platform=platform.hex(),
+            vmm=asdict(identity),
+            check=self._options.check,
         )
         await self._link.open(hello.pack())
+        if self._options.check:
+            for path, methods in zip(self._options.gateway, self.report.methods, strict=True):
+                self._reporter.finding(ok(f"device at {path}", methods_text(**methods)))
+            for finding in await findings_of(self._link.sender, identity, self._memory.n_pages):
+                self._reporter.finding(finding)
+            return Event.CHECKED
         return Event.PREPARED
 
     def _make_scratch(self) -> None:
@@ -219,6 +238,7 @@ class Source:
         listener = trio.SocketListener(listening)
         self._nursery.start_soon(self._link.carry_vmm_stream, listener)
         # Only now: what a device writes is tracked before the VMM reads the first page.
+        self._vmm_begun = True
         await self._vmm.start_outgoing(f"unix:{socket_path}")
         return Event.MEDIATED
 
@@ -419,7 +439,8 @@ class Source:
         for device in self._devices:
             with contextlib.suppress(GatewayLost):
                 await self._restore_device(device)
-        if self._vmm is not None:
+        # Before, the VMM may be paused or migrating for somebody else's reasons.
+        if self._vmm is not None and self._vmm_begun:
             with contextlib.suppress(VmmGone):
                 await self._vmm.cancel_and_resume(RECOVERY_DEADLINE_S)
         return Event.RESTORED

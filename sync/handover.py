@@ -1,6 +1,6 @@
 """The handover of a guest from one host to another: who owns it, and who knows what, at each step.
 
-Owns the states, the transitions and the deadlines of both roles. Does no I/O: the caller feeds
+Owns the events, the actions and the transitions of both roles. Does no I/O: the caller feeds
 events, executes the actions that come back in their order, and reports what became of them as
 further events. It knows no socket, gateway, device or VMM.
 
@@ -51,6 +51,15 @@ second owner, and where an answer is lost the record still says what the side ma
      | PEER_COMMITTED             <--- committed    COMMITTED  [SEND_COMMITTED]
     COMMITTED
 
+    A check compares both sides and ends there:
+    PREPARING   [PREPARE]         check ------->    LISTENING
+     |                                               | PEER_CHECKS
+     |                                              JUDGING    [CHECK]
+     |                                               | CHECKED
+     | CHECKED                    <----- checked    ANSWERING  [ANSWER_CHECK]
+    CHECKED                                          | ANSWERED
+                                                    CHECKED
+
     Source, PREPARING to RELEASING, on FAILED, PEER_LOST, TIMEOUT, INTERRUPTED, PEER_ABORTED, and
     COMMITTING on PEER_ABORTED:
         ABORTING [TELL_ABORT, RESTORE] --RESTORED--> ABORTED
@@ -60,6 +69,8 @@ second owner, and where an answer is lost the record still says what the side ma
 
     Target, LISTENING on FAILED, PEER_LOST, TIMEOUT, INTERRUPTED:
         ABORTED (there is no session to fence)
+    Target, JUDGING and ANSWERING, on FAILED, PEER_LOST, TIMEOUT, INTERRUPTED, PEER_ABORTED:
+        ABORTED [TELL_ABORT] (a check leads nowhere near the guest)
     Target, CHECKING to READY, on FAILED, PEER_LOST, TIMEOUT, INTERRUPTED, PEER_ABORTED:
         FENCING [FENCE] --FENCED--> ABORTED [TELL_ABORT]
                         --FENCE_FAILED, TIMEOUT--> BROKEN [TELL_ABORT]
@@ -82,12 +93,12 @@ What the caller has to keep to:
 """
 
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, fields
 from enum import Enum, auto
 from types import MappingProxyType
 from typing import NamedTuple
 
 from sync.errors import SyncError
+from sync.handover_states import TERMINAL, Deadlines, Role, State
 
 
 class HandoverError(SyncError):
@@ -100,57 +111,6 @@ class LocalProtocolError(HandoverError):
 
 class RemoteProtocolError(HandoverError):
     """The event is the peer's: the peer does not keep to the protocol."""
-
-
-class Role(Enum):
-    SOURCE = "source"
-    TARGET = "target"
-
-
-class State(Enum):
-    """Where a side stands. Terminal states say who owns the guest, as far as this side knows."""
-
-    IDLE = "idle"
-    # source
-    PREPARING = "preparing"
-    STARTING = "starting"
-    PRECOPY = "precopy"
-    PAUSING = "pausing"
-    STOPPING = "stopping"
-    FINALIZING = "finalizing"
-    VERIFYING = "verifying"
-    ASKING = "asking"
-    RELEASING = "releasing"
-    COMMITTING = "committing"
-    ABORTING = "aborting"
-    # target
-    LISTENING = "listening"
-    CHECKING = "checking"
-    ENTERING = "entering"
-    RECEIVING = "receiving"
-    READYING = "readying"
-    READY = "ready"
-    OWNING = "owning"
-    DISOWNING = "disowning"
-    RISING = "rising"
-    FENCING = "fencing"
-    # terminal
-    COMMITTED = "committed"
-    """The target owns the guest and has started it."""
-    ABORTED = "aborted"
-    """Source: the guest runs here as before. Target: it will never start from this session."""
-    BROKEN = "broken"
-    """As `ABORTED`, but cleaning up failed. Source: it owns the guest, which may stand still.
-    Target: it never asked for the guest, but its gateway is not in order."""
-    IN_DOUBT = "in-doubt"
-    """Only the other side's ownership record says who owns the guest; this side does nothing."""
-    OWNER_FAILED = "owner-failed"
-    """The target owns the guest and could not start it; the source may not resume."""
-
-
-TERMINAL = frozenset(
-    {State.COMMITTED, State.ABORTED, State.BROKEN, State.IN_DOUBT, State.OWNER_FAILED}
-)
 
 
 class Event(Enum):
@@ -168,6 +128,7 @@ class Event(Enum):
     RELEASED = auto()
     RESTORED = auto()
     CHECKED = auto()
+    ANSWERED = auto()
     STOOD_BY = auto()
     MADE_READY = auto()
     OWNED = auto()
@@ -186,6 +147,7 @@ class Event(Enum):
     PEER_LOST = auto()
     # messages
     PEER_HELLO = auto()
+    PEER_CHECKS = auto()
     PEER_ASKS = auto()
     PEER_READY = auto()
     PEER_COMMIT = auto()
@@ -199,6 +161,7 @@ class Event(Enum):
 FROM_PEER = frozenset(
     {
         Event.PEER_HELLO,
+        Event.PEER_CHECKS,
         Event.PEER_ASKS,
         Event.PEER_READY,
         Event.PEER_COMMIT,
@@ -214,7 +177,7 @@ class Action(Enum):
 
     PREPARE = auto()
     """Greet the target, compare versions, identities and layouts; touch nothing. `PREPARED` when
-    the target says that it stands by."""
+    the target says that it stands by, `CHECKED` when no more than a check was asked for."""
     MEDIATE = auto()
     """Devices to mediated state, trackers on, register snapshots taken. `MEDIATED`."""
     RUN_ROUNDS = auto()
@@ -240,6 +203,8 @@ class Action(Enum):
     `RESTORED` when it runs with its devices in passthrough, or `RESTORE_FAILED`."""
     CHECK = auto()
     """Judge the source's greeting against what is here; touch nothing. `CHECKED`."""
+    ANSWER_CHECK = auto()
+    """Tell the source that it would work, and help it to measure. `ANSWERED` when it has left."""
     ENTER_STANDBY = auto()
     """Gateways to standby, room for memory and VMM. `STOOD_BY`."""
     SEND_PREPARED = auto()
@@ -259,50 +224,6 @@ class Action(Enum):
     FENCE = auto()
     """Ownership record to `fenced`, then standby abandoned: `FENCED`; `FENCE_FAILED`; or
     `ALREADY_OWNED` when the record says that this session owns the guest."""
-
-
-@dataclass(frozen=True, slots=True)
-class Deadlines:
-    """Seconds that a side may stay in each state; `None` is without limit.
-
-    The target's answer to a commit takes at most `ready_s + owning_s + disowning_s + rising_s`;
-    `committing_s` has to be longer, or the source is in doubt without need.
-    """
-
-    preparing_s: float | None = 60.0
-    starting_s: float | None = 10.0
-    precopy_s: float | None = 3600.0
-    pausing_s: float | None = 10.0
-    stopping_s: float | None = 10.0
-    finalizing_s: float | None = 30.0
-    verifying_s: float | None = 30.0
-    asking_s: float | None = 30.0
-    releasing_s: float | None = 5.0
-    committing_s: float | None = 45.0
-    aborting_s: float | None = 15.0
-    listening_s: float | None = None
-    checking_s: float | None = 10.0
-    entering_s: float | None = 30.0
-    receiving_s: float | None = 7200.0
-    readying_s: float | None = 20.0
-    ready_s: float | None = 15.0
-    owning_s: float | None = 5.0
-    disowning_s: float | None = 5.0
-    rising_s: float | None = 15.0
-    fencing_s: float | None = 5.0
-
-    def __post_init__(self) -> None:
-        for field in fields(self):
-            seconds = getattr(self, field.name)
-            if seconds is not None and not 0 < seconds < float("inf"):
-                raise ValueError(f"{field.name} has to be a positive number of seconds")
-
-    def of(self, state: State) -> float | None:
-        """The limit for `state`; `IDLE` and the terminal states have none."""
-        if state is State.IDLE or state in TERMINAL:
-            return None
-        seconds: float | None = getattr(self, f"{state.value}_s")
-        return seconds
 
 
 class Transition(NamedTuple):
@@ -332,11 +253,16 @@ def _fence() -> dict[Event, Transition]:
     return _on(_WRONG, _S.FENCING, _A.FENCE)
 
 
+def _turn_away() -> dict[Event, Transition]:
+    return _on(_WRONG, _S.ABORTED, _A.TELL_ABORT)
+
+
 # What may still arrive when the side has turned to aborting: outcomes of the action that was
 # cancelled, and messages that the peer sent before it knew.
 _SOURCE_LATE = (
     *_WRONG,
     _E.PREPARED,
+    _E.CHECKED,
     _E.MEDIATED,
     _E.CONVERGED,
     _E.PAUSED,
@@ -349,6 +275,7 @@ _SOURCE_LATE = (
 _TARGET_LATE = (
     *_WRONG,
     _E.CHECKED,
+    _E.ANSWERED,
     _E.STOOD_BY,
     _E.MADE_READY,
     _E.OWNED,
@@ -358,7 +285,9 @@ _TARGET_LATE = (
 
 SOURCE: Table = {
     _S.IDLE: _on([_E.START], _S.PREPARING, _A.PREPARE),
-    _S.PREPARING: _on([_E.PREPARED], _S.STARTING, _A.MEDIATE) | _abort(),
+    _S.PREPARING: (
+        _on([_E.PREPARED], _S.STARTING, _A.MEDIATE) | _on([_E.CHECKED], _S.CHECKED) | _abort()
+    ),
     _S.STARTING: _on([_E.MEDIATED], _S.PRECOPY, _A.RUN_ROUNDS) | _abort(),
     _S.PRECOPY: _on([_E.CONVERGED], _S.PAUSING, _A.PAUSE_VMM) | _abort(),
     _S.PAUSING: _on([_E.PAUSED], _S.STOPPING, _A.STOP_DEVICES) | _abort(),
@@ -386,6 +315,7 @@ SOURCE: Table = {
         _S.IN_DOUBT,
     ),
     _S.ABORTED: _on(_SOURCE_LATE, _S.ABORTED),
+    _S.CHECKED: _on(_WRONG, _S.CHECKED),
     _S.BROKEN: _on([*_SOURCE_LATE, _E.RESTORED, _E.RESTORE_FAILED], _S.BROKEN),
 }
 """Every transition of the source."""
@@ -394,9 +324,12 @@ TARGET: Table = {
     _S.IDLE: _on([_E.START], _S.LISTENING),
     _S.LISTENING: (
         _on([_E.PEER_HELLO], _S.CHECKING, _A.CHECK)
+        | _on([_E.PEER_CHECKS], _S.JUDGING, _A.CHECK)
         | _on([_E.FAILED, _E.PEER_LOST, _E.TIMEOUT, _E.INTERRUPTED], _S.ABORTED)
     ),
     _S.CHECKING: _on([_E.CHECKED], _S.ENTERING, _A.ENTER_STANDBY) | _fence(),
+    _S.JUDGING: _on([_E.CHECKED], _S.ANSWERING, _A.ANSWER_CHECK) | _turn_away(),
+    _S.ANSWERING: _on([_E.ANSWERED], _S.CHECKED) | _turn_away(),
     _S.ENTERING: _on([_E.STOOD_BY], _S.RECEIVING, _A.SEND_PREPARED) | _fence(),
     _S.RECEIVING: _on([_E.PEER_ASKS], _S.READYING, _A.MAKE_READY) | _fence(),
     _S.READYING: _on([_E.MADE_READY], _S.READY, _A.SEND_READY) | _fence(),
@@ -429,7 +362,8 @@ TARGET: Table = {
     _S.IN_DOUBT: _on(
         [*_WRONG, _E.OWNED, _E.FENCED, _E.FENCE_FAILED, _E.ALREADY_OWNED], _S.IN_DOUBT
     ),
-    _S.ABORTED: _on([*_TARGET_LATE, _E.PEER_HELLO], _S.ABORTED),
+    _S.ABORTED: _on([*_TARGET_LATE, _E.PEER_HELLO, _E.PEER_CHECKS], _S.ABORTED),
+    _S.CHECKED: _on(_WRONG, _S.CHECKED),
     _S.BROKEN: _on([*_TARGET_LATE, _E.FENCED, _E.FENCE_FAILED], _S.BROKEN),
 }
 """Every transition of the target."""

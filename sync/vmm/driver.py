@@ -130,9 +130,12 @@ class Vmm:
         if state != "running":
             raise VmmNotReady(f"the source's guest is {state!r}, it has to be running")
         await self._check_pause_capability()
-        status = migration_status_of(await self.execute("query-migrate"))
+        migration = await self.execute("query-migrate")
+        status = migration_status_of(migration)
         if status in UNDER_WAY:
             raise VmmNotReady(f"the source's VMM is migrating already (it is {status!r})")
+        if reasons := blocked_reasons(migration):
+            raise VmmNotReady(f"the source's VMM cannot be migrated: {'; '.join(reasons)}")
 
     async def check_target(self) -> None:
         """Raises `VmmNotReady` unless this VMM waits for `migrate-incoming`."""
@@ -283,6 +286,14 @@ class Vmm:
     async def _wait_event_or_poll(self, seen: int) -> None:
         with trio.move_on_after(POLL_S):
             await self.client.wait_event(since=seen)
+
+
+def blocked_reasons(migration: Any) -> list[str]:
+    """Why the VMM would refuse to migrate, out of what `query-migrate` returned."""
+    reasons = migration.get("blocked-reasons", []) if isinstance(migration, dict) else []
+    if not isinstance(reasons, list):
+        raise QmpProtocolError("query-migrate returned malformed blocked-reasons")
+    return [str(reason) for reason in reasons]
 
 
 def parse_progress(migration: Any) -> VmmProgress:

@@ -72,6 +72,10 @@ class PciPlatform:
         self._known: dict[tuple[int, int], bytes] = {}
         self._peeked: dict[tuple[int, int], Function] = {}
 
+    @property
+    def n_devices(self) -> int:
+        return len(self._paths)
+
     @classmethod
     async def attach(cls, vmm: Vmm, qmp_path: str) -> "PciPlatform | None":
         """Gets hold of the machine; None where the VMM is no QEMU or has no such device.
@@ -186,17 +190,26 @@ class PciPlatform:
 
         Raises `PlatformError`, before anything is changed, if the devices are not the source's.
         """
+        platform, capabilities = await self._compared(blob)
+        commands: list[str] = []
+        for function, msix in zip(platform.functions, capabilities, strict=True):
+            commands += _restoring(function, msix)
+        await self._qtest.run([*commands, port_write(_CF8, 4, platform.cf8)])
+
+    async def compare(self, blob: bytes) -> None:
+        """Raises `PlatformError` where `restore` would; changes nothing but CF8."""
+        platform, _ = await self._compared(blob)
+        await self._qtest.run([port_write(_CF8, 4, platform.cf8)])
+
+    async def _compared(self, blob: bytes) -> tuple[Platform, list[Msix | None]]:
+        """What `blob` holds, with the MSI-X capability of each of its functions."""
         platform = Platform.unpack(blob)
         if platform.n_devices != len(self._paths):
             raise PlatformError(
                 f"the source's VMM has {platform.n_devices} {DRIVER} devices, the one here "
                 f"{len(self._paths)}: start both with the same devices"
             )
-        commands: list[str] = []
-        for function in platform.functions:
-            msix = await self._check(function)
-            commands += _restoring(function, msix)
-        await self._qtest.run([*commands, port_write(_CF8, 4, platform.cf8)])
+        return platform, [await self._check(function) for function in platform.functions]
 
     async def _check(self, function: Function) -> Msix | None:
         """The MSI-X capability of the device in the place of the source's `function`."""

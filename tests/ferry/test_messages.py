@@ -12,6 +12,7 @@ from ferry.messages import (
     DeviceOffer,
     Hello,
     Notice,
+    asks_for_check,
     pack_state,
     unpack_state,
 )
@@ -32,6 +33,8 @@ HELLOS = st.builds(
     layout=st.lists(st.lists(NUMBERS, min_size=4, max_size=4), max_size=4),
     files=st.lists(st.lists(NUMBERS, min_size=1, max_size=1), max_size=4),
     platform=st.binary(max_size=32).map(bytes.hex),
+    vmm=st.dictionaries(st.text(max_size=8), st.text(max_size=8), max_size=3),
+    check=st.booleans(),
 )
 JSON = st.recursive(
     st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=8),
@@ -53,6 +56,11 @@ def test_a_greeting_arrives_as_it_was_sent(hello: Hello) -> None:
     assert Hello.unpack(hello.pack()) == hello
 
 
+@given(HELLOS)
+def test_a_check_is_told_apart_before_the_rest_is_read(hello: Hello) -> None:
+    assert asks_for_check(hello.pack()) == hello.check
+
+
 @given(st.binary(max_size=200) | JSON.map(lambda value: json.dumps(value).encode()))
 def test_any_other_greeting_is_refused(payload: bytes) -> None:
     with pytest.raises(PeerProtocolError):
@@ -62,7 +70,9 @@ def test_any_other_greeting_is_refused(payload: bytes) -> None:
 @given(HELLOS, st.data())
 def test_i9_a_greeting_with_one_thing_wrong_is_refused(hello: Hello, data: st.DataObject) -> None:
     fields = json.loads(hello.pack())
-    wrong = data.draw(st.sampled_from(["session", "devices", "layout", "files", "platform"]))
+    wrong = data.draw(
+        st.sampled_from(["session", "devices", "layout", "files", "platform", "vmm", "check"])
+    )
     fields[wrong] = data.draw(st.none() | st.integers() | st.just("no hex") | st.just([[-1, 0]]))
     with pytest.raises(PeerProtocolError):
         Hello.unpack(json.dumps(fields).encode())

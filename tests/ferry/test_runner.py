@@ -5,15 +5,8 @@ import trio.testing
 
 from ferry.errors import DeadlinePassed, PeerAborted
 from ferry.runner import Perform, Runner
-from sync.handover import (
-    Action,
-    Deadlines,
-    Event,
-    Handover,
-    RemoteProtocolError,
-    Role,
-    State,
-)
+from sync.handover import Action, Event, Handover, RemoteProtocolError
+from sync.handover_states import Deadlines, Role, State
 
 
 class Script:

@@ -7,17 +7,14 @@ from hypothesis import strategies as st
 from sync.handover import (
     FROM_PEER,
     TABLES,
-    TERMINAL,
     Action,
-    Deadlines,
     Event,
     Handover,
     HandoverError,
     LocalProtocolError,
     RemoteProtocolError,
-    Role,
-    State,
 )
+from sync.handover_states import TERMINAL, Deadlines, Role, State
 
 A, E, S = Action, Event, State
 
@@ -47,6 +44,18 @@ COURSES = {
         (E.STARTED, S.COMMITTED, (A.SEND_COMMITTED,)),
     ],
 }
+CHECKS = {
+    Role.SOURCE: [
+        (E.START, S.PREPARING, (A.PREPARE,)),
+        (E.CHECKED, S.CHECKED, ()),
+    ],
+    Role.TARGET: [
+        (E.START, S.LISTENING, ()),
+        (E.PEER_CHECKS, S.JUDGING, (A.CHECK,)),
+        (E.CHECKED, S.ANSWERING, (A.ANSWER_CHECK,)),
+        (E.ANSWERED, S.CHECKED, ()),
+    ],
+}
 WRONG = [E.FAILED, E.PEER_LOST, E.TIMEOUT, E.INTERRUPTED, E.PEER_ABORTED]
 
 
@@ -65,10 +74,13 @@ def states_between(role: Role, first: State, last: State) -> list[State]:
     return states[states.index(first) : states.index(last) + 1]
 
 
+@pytest.mark.parametrize("courses", [COURSES, CHECKS], ids=["handover", "check"])
 @pytest.mark.parametrize("role", Role)
-def test_the_straight_course(role: Role) -> None:
+def test_the_straight_course(
+    role: Role, courses: dict[Role, list[tuple[Event, State, tuple[Action, ...]]]]
+) -> None:
     machine = Handover(role)
-    for event, state, actions in COURSES[role]:
+    for event, state, actions in courses[role]:
         assert not machine.terminal
         assert machine.handle(event) == actions
         assert machine.state is state
@@ -102,6 +114,16 @@ def test_i7_the_target_fences_before_it_tells(state: State, event: Event) -> Non
     assert machine.handle(E.FENCED) == (A.TELL_ABORT,)
     assert machine.state is S.ABORTED
     assert machine.handle(E.PEER_COMMIT) == ()
+
+
+@pytest.mark.parametrize("event", WRONG)
+@pytest.mark.parametrize("steps", [2, 3])
+def test_a_check_that_fails_leaves_the_target_as_it_was(steps: int, event: Event) -> None:
+    machine = Handover(Role.TARGET)
+    for done, _, _ in CHECKS[Role.TARGET][:steps]:
+        machine.handle(done)
+    assert machine.handle(event) == (A.TELL_ABORT,)
+    assert machine.state is S.ABORTED
 
 
 @pytest.mark.parametrize("event", [E.PEER_LOST, E.TIMEOUT, E.FAILED])
@@ -192,7 +214,9 @@ def test_by_default_the_source_waits_for_all_that_the_target_may_take() -> None:
 
 
 def test_the_tables_have_a_row_for_each_state_of_their_role_and_nothing_else() -> None:
-    own = {role: {S.IDLE, *TERMINAL, *(s for _, s, _ in COURSES[role])} for role in Role}
+    own = {
+        role: {S.IDLE, *TERMINAL, *(s for _, s, _ in COURSES[role] + CHECKS[role])} for role in Role
+    }
     own[Role.SOURCE] |= {S.ABORTING}
     own[Role.TARGET] |= {S.FENCING, S.DISOWNING}
     for role, table in TABLES.items():
@@ -222,10 +246,13 @@ def test_i7_any_events_in_any_order(role: Role, course: int, events: list[Event]
         for action in actions:
             if action is A.SEND_COMMIT:
                 assert E.RELEASED in seen
+            if action is A.FENCE:
+                assert E.PEER_CHECKS not in seen
             if action is A.RESTORE:
                 assert A.SEND_COMMIT not in done or event is E.PEER_ABORTED
             if action is A.OWN:
                 assert E.PEER_COMMIT in seen
+                assert E.PEER_CHECKS not in seen
                 assert A.FENCE not in done
             if action is A.START_GUEST:
                 assert event in (E.OWNED, E.ALREADY_OWNED)

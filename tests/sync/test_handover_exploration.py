@@ -14,18 +14,8 @@ from typing import NamedTuple
 import pytest
 
 from sync import handover
-from sync.handover import (
-    SOURCE,
-    TARGET,
-    TERMINAL,
-    Action,
-    Event,
-    Handover,
-    HandoverError,
-    Role,
-    State,
-    Transition,
-)
+from sync.handover import SOURCE, TARGET, Action, Event, Handover, HandoverError, Transition
+from sync.handover_states import TERMINAL, Role, State
 
 A, E, S = Action, Event, State
 
@@ -48,6 +38,8 @@ class World(NamedTuple):
     source: Side
     target: Side
     cut: bool = False
+    greeting: Event = E.PEER_HELLO
+    """What the source asks for: a handover, or a check."""
 
 
 MESSAGES = {
@@ -58,7 +50,7 @@ MESSAGES = {
     A.SEND_COMMITTED: E.PEER_COMMITTED,
     A.TELL_ABORT: E.PEER_ABORTED,
     A.TELL_START_FAILED: E.PEER_START_FAILED,
-    A.PREPARE: E.PEER_HELLO,
+    A.ANSWER_CHECK: E.CHECKED,
 }
 COMPLETIONS = {
     A.MEDIATE: E.MEDIATED,
@@ -70,6 +62,7 @@ COMPLETIONS = {
     A.CHECK: E.CHECKED,
     A.ENTER_STANDBY: E.STOOD_BY,
     A.MAKE_READY: E.MADE_READY,
+    A.ANSWER_CHECK: E.ANSWERED,
 }
 COMMANDS = frozenset({A.RELEASE, A.RESTORE, A.OWN, A.FENCE, A.START_GUEST})
 BEGIN = World(
@@ -134,8 +127,9 @@ class Model:
         if state is not me.state:
             me = me._replace(state=state, running=None)
         for action in actions:
-            if action in MESSAGES and not world.cut and peer.alive:
-                peer = peer._replace(inbox=(*peer.inbox, MESSAGES[action]))
+            message = world.greeting if action is A.PREPARE else MESSAGES.get(action)
+            if message and not world.cut and peer.alive:
+                peer = peer._replace(inbox=(*peer.inbox, message))
             if action in COMMANDS:
                 me = me._replace(running=action, queue=(*me.queue, action))
             elif action in COMPLETIONS or action is A.PREPARE:
@@ -244,12 +238,12 @@ def check(world: World) -> None:
         raise Violation("the target says that it never starts, and may")
 
 
-def explore(faults: bool) -> dict[World, tuple[World, ...]]:
+def explore(faults: bool, greeting: Event = E.PEER_HELLO) -> dict[World, tuple[World, ...]]:
     """Every world that can be reached, with its successors. Raises `Violation`."""
     step.cache_clear()
     model = Model(faults)
     graph: dict[World, tuple[World, ...]] = {}
-    frontier = [BEGIN]
+    frontier = [BEGIN._replace(greeting=greeting)]
     while frontier:
         world = frontier.pop()
         if world in graph:
@@ -264,6 +258,11 @@ def explore(faults: bool) -> dict[World, tuple[World, ...]]:
 @pytest.fixture(scope="module")
 def graph() -> dict[World, tuple[World, ...]]:
     return explore(faults=True)
+
+
+@pytest.fixture(scope="module")
+def checks() -> dict[World, tuple[World, ...]]:
+    return explore(faults=True, greeting=E.PEER_CHECKS)
 
 
 def settled(side: Side) -> bool:
@@ -326,8 +325,44 @@ def test_how_runs_can_end(graph: dict[World, tuple[World, ...]]) -> None:
         (S.COMMITTED, S.COMMITTED),
         (S.OWNER_FAILED, S.OWNER_FAILED),
         *((source, target) for source in gone_on for target in gone_on),
-        *((S.IN_DOUBT, target) for target in TERMINAL),
+        *((S.IN_DOUBT, target) for target in TERMINAL - {S.CHECKED}),
     }
+
+
+def test_a_check_touches_neither_side(checks: dict[World, tuple[World, ...]]) -> None:
+    for world in checks:
+        assert (world.source.record, world.source.guest) == ("owned", "runs")
+        assert world.target.guest == "-"
+        assert not world.target.alive or world.target.record == "none"
+
+
+def test_how_a_check_can_end(checks: dict[World, tuple[World, ...]]) -> None:
+    """A source that says that it would work has heard so; the target may not know that it has."""
+    living = [world for world in checks if world.source.alive and world.target.alive]
+    ends = {
+        (world.source.state, world.target.state)
+        for world in living
+        if settled(world.source) and settled(world.target)
+    }
+    assert ends == {
+        (source, target)
+        for source in (S.CHECKED, S.ABORTED, S.BROKEN)
+        for target in (S.CHECKED, S.ABORTED)
+    }
+    unsettled = [world for world, following in checks.items() if not following]
+    assert all(settled(world.source) and settled(world.target) for world in unsettled)
+    assert all(
+        has_deadline(role, side.state)
+        for world in living
+        for role, side in zip(Role, world[:2], strict=True)
+        if side.state not in TERMINAL | {S.IDLE, S.LISTENING}
+    )
+
+
+def test_without_faults_a_check_succeeds() -> None:
+    worlds = explore(faults=False, greeting=E.PEER_CHECKS)
+    ends = [world for world, following in worlds.items() if not following]
+    assert {(world.source.state, world.target.state) for world in ends} == {(S.CHECKED, S.CHECKED)}
 
 
 def test_i8_an_abort_ends_with_the_guest_running_on_the_source(

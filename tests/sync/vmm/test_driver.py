@@ -104,6 +104,16 @@ def test_a_source_that_does_not_run_is_refused(with_qemu: Any, state: str) -> No
     with_qemu(body)
 
 
+def test_a_vmm_that_names_what_blocks_it_is_refused(with_qemu: Any) -> None:
+    async def body(qemu: Any) -> None:
+        qemu.migration = {"blocked-reasons": ["a device cannot be migrated", "nor another"]}
+        async with await Vmm.connect(qemu.path) as vmm:
+            with pytest.raises(VmmNotReady, match="a device cannot be migrated; nor another"):
+                await vmm.check_source()
+
+    with_qemu(body)
+
+
 def test_a_vmm_that_cannot_pause_or_is_migrating_is_refused(with_qemu: Any) -> None:
     async def body(qemu: Any) -> None:
         async with await Vmm.connect(qemu.path) as vmm:
