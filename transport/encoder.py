@@ -9,12 +9,12 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from enum import IntEnum
 from typing import Final
 
 import numpy as np
 import numpy.typing as npt
 
+from transport.codec import LZ4, Method, Packer
 from transport.frames import (
     BASE_BYTES,
     DEFAULT_FRAME_BYTES,
@@ -38,14 +38,11 @@ from transport.replica import Replica
 MAX_CALL_PAGES: Final = 65536
 """Indices that one call looks at, at most, so that a caller can be interrupted: some 25 ms."""
 
-
-class Effort(IntEnum):
-    """What a page is worth."""
-
-    RAW = 0
-    """Sent as it is unless it is zero or known: for a link that is faster than LZ4."""
-    LZ4 = 1
-    """Sent in the shortest of all forms."""
+_EFFORT: Final = {
+    Method.NONE: kernels.EFFORT_RAW,
+    Method.LZ4: kernels.EFFORT_LZ4,
+    Method.ZSTD: kernels.EFFORT_PACKED,
+}
 
 
 @dataclass(frozen=True, slots=True)
@@ -105,7 +102,7 @@ class Encoder:
         if not MIN_FRAME_BYTES <= frame_bytes <= MAX_FRAME_BYTES:
             raise ValueError(f"frames of {frame_bytes} bytes: {MIN_FRAME_BYTES}-{MAX_FRAME_BYTES}")
         warm_up()
-        self.effort = Effort.LZ4
+        self.codec = LZ4
         """May be changed between any two calls of `encode`."""
         self._memory = memory.view(np.uint64)
         self._files = new_files(files, replica.n_pages)
@@ -121,6 +118,8 @@ class Encoder:
             base=np.empty(MAX_FRAME_PAGES, np.uint64),
         )
         self._workspace = kernels.new_workspace()
+        self._packer = Packer()
+        self._unpacked = np.empty(0, np.uint8)
         self._lz4_state = np.zeros(LZ4_STATE_WORDS, np.uint64)
         self._zero_digest = digest_all(np.zeros(PAGE_BYTES, np.uint8), seed)[0]
 
@@ -153,6 +152,7 @@ class Encoder:
         if out.size < self._frame_bytes:
             raise ValueError(f"{out.size} bytes of room for a frame of {self._frame_bytes}")
         counters = np.zeros(kernels.COUNTERS, np.int64)
+        body = self._room_for_body(out)
         stop = kernels.encode_pages(
             self._memory,
             indices,
@@ -162,10 +162,10 @@ class Encoder:
             self._replica.lanes,
             np.uint64(self._seed),
             self._zero_digest,
-            self.effort,
+            _EFFORT[self.codec.method],
             self._files,
             self._known,
-            out[HEADER_BYTES : self._frame_bytes],
+            body,
             self._tables,
             self._workspace,
             self._lz4_state,
@@ -181,9 +181,12 @@ class Encoder:
         if n_pages:
             payload_bytes = int(counters[kernels.COUNT_PAYLOAD_BYTES])
             n_bases = sum(by_kind[FIRST_KIND_WITH_BASE:])
+            body = body[: self._put_tables(body, payload_bytes, n_pages, n_bases)]
+            body_bytes, unpacked_bytes = self._put_body(body, out)
             n_bytes = seal_frame(
                 out,
-                body_bytes=self._put_tables(out, payload_bytes, n_pages, n_bases),
+                body_bytes=body_bytes,
+                unpacked_bytes=unpacked_bytes,
                 n_pages=n_pages,
                 sequence=sequence,
                 round_no=round_no,
@@ -206,19 +209,40 @@ class Encoder:
         """The receiver rejected these pages, or they never arrived: send them whole next time."""
         self._replica.forget(indices)
 
+    def _room_for_body(self, out: npt.NDArray[np.uint8]) -> npt.NDArray[np.uint8]:
+        """Where the body is made: in its place, unless it is packed afterwards."""
+        if self.codec.method is not Method.ZSTD:
+            return out[HEADER_BYTES : self._frame_bytes]
+        if not self._unpacked.size:
+            self._unpacked = np.empty(self._frame_bytes - HEADER_BYTES, np.uint8)
+        return self._unpacked
+
     def _put_tables(
-        self, out: npt.NDArray[np.uint8], payload_bytes: int, n_pages: int, n_bases: int
+        self, body: npt.NDArray[np.uint8], payload_bytes: int, n_pages: int, n_bases: int
     ) -> int:
         """Copy the tables behind the payload. Returns the length of the body in bytes."""
-        at = HEADER_BYTES + payload_bytes
+        at = payload_bytes
         for table in (
             self._tables.base[:n_bases],
             self._tables.index[:n_pages],
             self._tables.length[:n_pages],
             self._tables.kind[:n_pages],
         ):
-            out[at : at + table.nbytes] = table.view(np.uint8)
+            body[at : at + table.nbytes] = table.view(np.uint8)
             at += table.nbytes
-        body_bytes = at - HEADER_BYTES
-        assert body_bytes == payload_bytes + n_pages * ENTRY_BYTES + n_bases * BASE_BYTES
-        return body_bytes
+        assert at == payload_bytes + n_pages * ENTRY_BYTES + n_bases * BASE_BYTES
+        return at
+
+    def _put_body(self, body: npt.NDArray[np.uint8], out: npt.NDArray[np.uint8]) -> tuple[int, int]:
+        """The body to its place, packed if that is shorter.
+
+        Returns how long it is there, and how long it was before, 0 if it is not packed.
+        """
+        if self.codec.method is not Method.ZSTD:
+            return body.size, 0
+        packed = self._packer.pack(body, self.codec.level)
+        if len(packed) < body.size:
+            out[HEADER_BYTES : HEADER_BYTES + len(packed)] = np.frombuffer(packed, np.uint8)
+            return len(packed), body.size
+        out[HEADER_BYTES : HEADER_BYTES + body.size] = body
+        return body.size, 0

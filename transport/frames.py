@@ -12,9 +12,9 @@ Layout, little-endian throughout::
     +---------------+---------------+---------------+---------------+
     | sequence u64                  | round u32     | body_bytes u32|
     +-------+---+---+---------------+---------------+---------------+
-    | pages | l | c | reserved (0)  |   pages u16, l: lane u8, c: codec u8
+    | pages | l | c | unpacked u32  |   pages u16, l: lane u8, c: codec u8
     +-------+---+---+---------------+
-    32      34  35  36              40: body, `body_bytes` long
+    32      34  35  36              40: body, `body_bytes` long; as it is or unpacked:
     +--------------------------------------------------------+
     | payload: the pages' bytes one after the other          |
     | base digest  u64 x pages of a kind that needs a base   |
@@ -26,7 +26,8 @@ Layout, little-endian throughout::
 The tables stand behind the payload because the encoder knows their size only when it is done.
 The checksum is XXH3-64, with the migration's secret seed, over everything behind it (offset 16 to
 the end); it finds corruption and mix-ups, it is no authentication. `codec` says how the body is
-coded as a whole; 0 (as it is) is the only value so far and others are refused.
+coded as a whole: 0, as it is, `unpacked` being 0; or 1, packed by zstandard (`codec`), `unpacked`
+being the length of the body before, no more than a frame could hold as it is. Others are refused.
 
 Pages of a frame are applied in their order. Each one decodes to exactly one page, so a frame can
 cost its receiver at most `MAX_FRAME_PAGES` page writes and no allocation beyond the frame.
@@ -46,6 +47,7 @@ import numpy as np
 import numpy.typing as npt
 import xxhash
 
+from transport.codec import unpack_body
 from transport.errors import FrameError
 
 PAGE_BYTES: Final = 4096
@@ -59,8 +61,10 @@ MIN_FRAME_BYTES: Final = 8192  # header and one page of any kind
 STRIPE_PAGES: Final = 64  # one word of a bitmap belongs to one lane
 MAX_LANES: Final = 255
 CODEC_NONE: Final = 0
+CODEC_ZSTD: Final = 1
 ENTRY_BYTES: Final = 7  # of a page in the tables: index, length, kind
 BASE_BYTES: Final = 8  # what a page that needs a base adds to that
+_MAX_PAGE_BYTES: Final = PAGE_BYTES + ENTRY_BYTES + BASE_BYTES  # more than any page needs
 
 Buffer = bytes | bytearray | memoryview
 
@@ -98,7 +102,7 @@ class Frame:
 
     `index` uint32 (n), `kind` uint8 (n), `length` uint16 (n), `offset` uint32 (n, start of each
     page in `payload`), `base` uint64 (n, the digest of the base, 0 for kinds without one),
-    `payload` uint8 (view into the frame that was parsed).
+    `payload` uint8 (view into the frame that was parsed, or into its body unpacked).
     """
 
     sequence: int
@@ -134,14 +138,17 @@ def seal_frame(
     round_no: int,
     lane: int,
     seed: int,
+    unpacked_bytes: int = 0,
 ) -> int:
     """Write the header in front of a body that stands at `out[40:40 + body_bytes]`.
 
-    Returns the frame's whole length in bytes. The fields' ranges are the caller's business.
+    `unpacked_bytes` is the length that a packed body had before, 0 for one as it is. Returns the
+    frame's whole length in bytes. The fields' ranges are the caller's business.
     """
     view = out.data
     end = HEADER_BYTES + body_bytes
-    fields = (sequence, round_no, body_bytes, n_pages, lane, CODEC_NONE, 0)
+    codec = CODEC_ZSTD if unpacked_bytes else CODEC_NONE
+    fields = (sequence, round_no, body_bytes, n_pages, lane, codec, unpacked_bytes)
     _HEADER.pack_into(view, 0, MAGIC, VERSION, 0, *fields)
     checksum = xxhash.xxh3_64_intdigest(view[_CHECKED_OFFSET:end], seed)
     _CHECKSUM.pack_into(view, _CHECKSUM_OFFSET, checksum)
@@ -159,7 +166,7 @@ def parse_frame(frame: Buffer, *, seed: int, n_pages: int, lane: int = 0, lanes:
     if not HEADER_BYTES < len(view) <= MAX_FRAME_BYTES:
         raise FrameError(f"a frame of {len(view)} bytes")
     magic, version, checksum, *checked = _HEADER.unpack_from(view)
-    sequence, round_no, body_bytes, pages, frame_lane, codec, reserved = checked
+    sequence, round_no, body_bytes, pages, frame_lane, codec, unpacked = checked
     if magic != MAGIC:
         raise FrameError("not a page frame")
     if version != VERSION:
@@ -168,14 +175,22 @@ def parse_frame(frame: Buffer, *, seed: int, n_pages: int, lane: int = 0, lanes:
         raise FrameError(f"a body of {body_bytes} bytes in a frame of {len(view)}")
     if checksum != xxhash.xxh3_64_intdigest(view[_CHECKED_OFFSET:], seed):
         raise FrameError("checksum mismatch")
-    if codec != CODEC_NONE or reserved != 0:
-        raise FrameError(f"unknown codec {codec} or reserved field {reserved}")
+    if codec not in (CODEC_NONE, CODEC_ZSTD):
+        raise FrameError(f"unknown codec {codec}")
     if frame_lane != lane:
         raise FrameError(f"a frame of lane {frame_lane} on lane {lane}")
-    if pages == 0 or pages * ENTRY_BYTES > body_bytes:
-        raise FrameError(f"{pages} pages in a body of {body_bytes} bytes")
-    body = np.frombuffer(view[HEADER_BYTES:], np.uint8)
-    return _parse_body(body, pages, (sequence, round_no, lane), n_pages, lanes)
+    body = view[HEADER_BYTES:]
+    if codec == CODEC_ZSTD:
+        most = min(MAX_FRAME_BYTES - HEADER_BYTES, pages * _MAX_PAGE_BYTES)
+        if not 0 < unpacked <= most:
+            raise FrameError(f"{pages} pages in a body of {unpacked} bytes when unpacked")
+        body = unpack_body(body, unpacked)
+    elif unpacked != 0:
+        raise FrameError(f"a body as it is that claims to be packed from {unpacked} bytes")
+    if pages == 0 or pages * ENTRY_BYTES > len(body):
+        raise FrameError(f"{pages} pages in a body of {len(body)} bytes")
+    header = (sequence, round_no, lane)
+    return _parse_body(np.frombuffer(body, np.uint8), pages, header, n_pages, lanes)
 
 
 def _parse_body(

@@ -14,9 +14,11 @@ import lz4.block
 import numpy as np
 import pytest
 import xxhash
+import zstandard
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from transport.codec import Codec
 from transport.decoder import Applied, Decoder
 from transport.encoder import EncodedFrame, Encoder
 from transport.errors import FrameError
@@ -114,11 +116,14 @@ REWRITES = ["zero", "random", "text", "byte", "scattered", "stretch", "moved", "
 def read_frame(frame: bytes, memory: np.ndarray) -> list[int]:
     """Apply a frame to `memory` (uint8, pages x 4096) by the book; returns its pages."""
     magic, version, checksum = struct.unpack_from("<4sIQ", frame)
-    _, _, body_bytes, n, _, codec, reserved = struct.unpack_from("<QIIHBBI", frame, 16)
-    assert (magic, version, codec, reserved) == (b"vfpg", 1, 0, 0)
+    _, _, body_bytes, n, _, codec, unpacked = struct.unpack_from("<QIIHBBI", frame, 16)
+    assert (magic, version) == (b"vfpg", 1)
     assert checksum == xxhash.xxh3_64_intdigest(frame[16:], SEED)
     body = frame[40:]
     assert len(body) == body_bytes
+    if codec == 1:
+        body = zstandard.decompress(body)
+    assert (codec, unpacked) in ((0, 0), (1, len(body)))
     kinds = body[len(body) - n :]
     lengths = struct.unpack_from(f"<{n}H", body, len(body) - n * 3)
     indices = struct.unpack_from(f"<{n}I", body, len(body) - n * 7)
@@ -179,10 +184,11 @@ writes = st.tuples(
     cache_pages=st.sampled_from([0, 1, 2, 3, 7, 64, N_PAGES]),
     lanes=st.integers(1, 4),
     frame_bytes=st.sampled_from([8192, 20000, DEFAULT_FRAME_BYTES]),
+    codecs=st.lists(st.sampled_from(["none", "lz4", "zstd:1", "zstd:6"]), min_size=1, max_size=3),
     order=st.randoms(use_true_random=False),
 )
 def test_i3_the_target_becomes_equal_whatever_is_written(  # type: ignore[no-untyped-def]
-    rounds, cache_pages, lanes, frame_bytes, order
+    rounds, cache_pages, lanes, frame_bytes, codecs, order
 ) -> None:
     """In every round, whatever the order in which the lanes' frames arrive."""
     source, target, by_the_book = np.zeros((3, N_PAGES, 4096), np.uint8)
@@ -194,6 +200,8 @@ def test_i3_the_target_becomes_equal_whatever_is_written(  # type: ignore[no-unt
     for round_no, batch in enumerate(rounds):
         for page, how, number in batch:
             rewrite(source[page], how, number)
+        for each in pairs:
+            each.encoder.codec = Codec.parse(codecs[round_no % len(codecs)])
         # A page that was written twice is sent twice.
         pages = np.array([page for page, _, _ in batch], np.uint32)
         arriving = [

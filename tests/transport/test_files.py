@@ -10,8 +10,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from transport.codec import LZ4, NONE, Codec, Method
 from transport.decoder import Decoder
-from transport.encoder import Effort, Encoder
+from transport.encoder import Encoder
 from transport.frames import DEFAULT_FRAME_BYTES, STRIPE_PAGES, PageKind
 from transport.kernels.files import Extent, new_files
 from transport.kernels.pages import new_workspace
@@ -25,6 +26,7 @@ HALF = N_PAGES // 2
 NO_FILE = range(HALF - 5, HALF)  # of which nobody says that a file is behind them
 GAP_PAGES = 3  # of the file, in front of what is mapped
 ALL = np.arange(N_PAGES, dtype=np.uint32)
+CODECS = (NONE, LZ4, Codec(Method.ZSTD, 1))
 
 
 class FileMemory:
@@ -68,10 +70,10 @@ def page_of(byte: int) -> bytes:
 
 
 class Pair:
-    def __init__(self, source: FileMemory, target: FileMemory, effort: Effort) -> None:
+    def __init__(self, source: FileMemory, target: FileMemory, codec: Codec) -> None:
         replica = Replica(N_PAGES, 16 * PAGE)
         self.encoder = Encoder(source.array, replica, SEED, files=source.extents)
-        self.encoder.effort = effort
+        self.encoder.codec = codec
         self.decoder = Decoder(target.array, N_PAGES, SEED, files=target.extents)
         self._out = np.empty(DEFAULT_FRAME_BYTES, np.uint8)
 
@@ -95,26 +97,26 @@ pages = st.dictionaries(st.integers(0, N_PAGES - 1), st.integers(0, 3), max_size
 @settings(max_examples=60, deadline=None)
 @given(before=pages, rounds=st.lists(pages, min_size=1, max_size=4), data=st.data())
 def test_the_target_becomes_equal_whatever_either_file_holds(before, rounds, data) -> None:  # type: ignore[no-untyped-def]
-    """0 is a page of zeros, which is no hole. The effort may change between rounds (I5)."""
+    """0 is a page of zeros, which is no hole. The codec may change between rounds (I5)."""
     with file_memory() as source, file_memory() as target:
         for page, byte in before.items():
             target.write(page, page_of(byte))
-        pair = Pair(source, target, Effort.LZ4)
+        pair = Pair(source, target, LZ4)
         for number, written in enumerate(rounds):
             for page, byte in written.items():
                 source.write(page, page_of(byte) if byte else bytes(PAGE))
-            pair.encoder.effort = data.draw(st.sampled_from(Effort))
+            pair.encoder.codec = data.draw(st.sampled_from(CODECS))
             pair.send(ALL if number == 0 else np.array([*written], np.uint32))
             assert np.array_equal(source.content(), target.content())
 
 
-@pytest.mark.parametrize("effort", Effort)
-def test_what_nobody_has_touched_is_touched_on_neither_side(effort: Effort) -> None:
+@pytest.mark.parametrize("codec", CODECS)
+def test_what_nobody_has_touched_is_touched_on_neither_side(codec: Codec) -> None:
     with file_memory() as source, file_memory() as target:
         # Each the last of its stripe: what follows data in a stripe may be touched.
         for page in (STRIPE_PAGES - 1, N_PAGES - 1):
             source.write(page, page_of(page))
-        assert Pair(source, target, effort).send(ALL) == N_PAGES - 2
+        assert Pair(source, target, codec).send(ALL) == N_PAGES - 2
         assert np.array_equal(source.content(), target.content())
         assert source.touched() <= 2 + len(NO_FILE)
         assert target.touched() <= 2 + len(NO_FILE)
@@ -157,7 +159,7 @@ def test_a_descriptor_that_does_not_serve_is_not_needed(kind: str) -> None:
             each.extents = [(0, N_PAGES, unfit[kind], GAP_PAGES * PAGE)]
         if kind == "read-only":
             source.extents = []
-        Pair(source, target, Effort.RAW).send(ALL)
+        Pair(source, target, NONE).send(ALL)
         assert np.array_equal(source.content(), target.content())
         for descriptor in (read_end, write_end, unfit["read-only"]):
             os.close(descriptor)

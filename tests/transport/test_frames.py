@@ -4,11 +4,13 @@ Frames are built here from the documentation of the format, not by the code unde
 """
 
 import struct
+from collections.abc import Callable
 
 import lz4.block
 import numpy as np
 import pytest
 import xxhash
+import zstandard
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -43,10 +45,19 @@ def make_frame(pages: list[Page], **header: int) -> bytes:
         "n_pages": len(pages),
         "lane": 0,
         "codec": 0,
-        "reserved": 0,
+        "unpacked": 0,
     } | {name: value for name, value in header.items() if name not in ("magic", "version")}
     start = struct.pack("<II", header.get("magic", 0x67706676), header.get("version", 1))
     return with_checksum(start + bytes(8) + struct.pack("<QIIHBBI", *fields.values()) + body)
+
+
+def pack(frame: bytes, unpacked: int | None = None, packed: bytes | None = None) -> bytes:
+    """The frame with its body packed, or with `packed` for it."""
+    body = frame[40:]
+    packed = zstandard.compress(body) if packed is None else packed
+    unpacked = len(body) if unpacked is None else unpacked
+    header = frame[:28] + struct.pack("<I", len(packed)) + frame[32:35]
+    return with_checksum(header + struct.pack("<BI", 1, unpacked) + packed)
 
 
 def with_checksum(frame: bytes) -> bytes:
@@ -89,10 +100,13 @@ def refuse(frame: bytes, message: str | None = None) -> None:
     assert memory.decoder.next_sequence == 0
 
 
+@pytest.mark.parametrize("coding", [bytes, pack])
 @pytest.mark.parametrize("container", [bytes, bytearray, memoryview])
-def test_a_frame_made_by_the_book_is_applied(container: type) -> None:
+def test_a_frame_made_by_the_book_is_applied(
+    container: type, coding: Callable[[bytes], bytes]
+) -> None:
     memory = GuardedMemory()
-    applied = memory.decoder.apply(container(make_frame(GOOD, sequence=0, round_no=9)))
+    applied = memory.decoder.apply(container(coding(make_frame(GOOD, sequence=0, round_no=9))))
     assert (applied.round_no, applied.sequence, applied.n_pages) == (9, 0, 6)
     assert applied.rejected.tolist() == []
     pages = [page.tobytes() for page in memory.pages.reshape(-1, 4096)]
@@ -116,14 +130,74 @@ def test_a_frame_made_by_the_book_is_applied(container: type) -> None:
         ({"n_pages": 0}, "0 pages"),
         ({"n_pages": 65535}, "65535 pages"),
         ({"lane": 1}, "lane 1 on lane 0"),
-        ({"codec": 1}, "unknown codec 1"),
-        ({"reserved": 1}, "reserved field 1"),
+        ({"codec": 2}, "unknown codec 2"),
+        ({"codec": 255, "unpacked": 4096}, "unknown codec 255"),
+        ({"unpacked": 1}, "as it is that claims to be packed from 1 bytes"),
         ({"sequence": 1}, "frame 1 where 0 was due"),
         ({"sequence": 2**64 - 1}, "frame 18446744073709551615"),
     ],
 )
 def test_a_wrong_header_is_refused(header: dict[str, int], message: str) -> None:
     refuse(make_frame(GOOD, **header), message)
+
+
+def test_i9_a_packed_body_of_another_length_than_announced_is_refused() -> None:
+    frame = make_frame(GOOD)
+    length = len(frame) - 40
+    for unpacked in (length - 1, length + 1):
+        refuse(pack(frame, unpacked), f"of {length} bytes where {unpacked} are announced")
+    refuse(pack(frame, 0), "body of 0 bytes when unpacked")
+    refuse(pack(frame, 6 * (4096 + 7 + 8) + 1), "6 pages in a body")
+    refuse(pack(frame, 0xFFFFFFFF), "6 pages in a body")
+    many = make_frame([(0, ZERO, b"", 0)] * 65535)
+    refuse(pack(many, MAX_FRAME_BYTES), f"65535 pages in a body of {MAX_FRAME_BYTES} bytes")
+
+
+def zstandard_frame(content_bytes: int, window: int, block: bytes) -> bytes:
+    """One with a header of our own (RFC 8878, 3.1.1): `window` is the descriptor's byte."""
+    return b"\x28\xb5\x2f\xfd\xc0" + struct.pack("<BQ", window, content_bytes) + block
+
+
+BODY = make_frame(GOOD)[40:]
+RAW_BLOCK = (len(BODY) << 3 | 1).to_bytes(3, "little") + BODY  # the last one
+BOMB_BLOCK = (len(BODY) << 3 | 2).to_bytes(3, "little") + b"x"  # one byte, many times
+
+
+def test_a_packed_body_made_by_the_book_is_applied() -> None:
+    packed = zstandard_frame(len(BODY), 0x50, RAW_BLOCK)
+    assert GuardedMemory().decoder.apply(pack(make_frame(GOOD), packed=packed)).n_pages == len(GOOD)
+
+
+@pytest.mark.parametrize(
+    "packed",
+    [
+        b"\x28\xb5\x2f\xfd",
+        zstandard.compress(BODY)[:-1],
+        zstandard.compress(BODY) + b"x",
+        zstandard.compress(BODY) * 2,
+        BODY,
+        zstandard.ZstdCompressor(write_content_size=False).compress(BODY),
+        zstandard_frame(len(BODY), 0x50, BOMB_BLOCK * 1000),
+        zstandard_frame(2**62, 0x50, BOMB_BLOCK),
+        zstandard_frame(len(BODY), 0xFF, RAW_BLOCK),  # a window of terabytes
+        zstandard_frame(len(BODY) + 1, 0x50, RAW_BLOCK),
+        zstandard_frame(len(BODY) - 1, 0x50, RAW_BLOCK),
+        b"\x50\x2a\x4d\x18\x04\0\0\0skip" + zstandard.compress(BODY),
+    ],
+)
+def test_i9_a_packed_body_that_is_not_one_whole_frame_is_refused(packed: bytes) -> None:
+    refuse(pack(make_frame(GOOD), packed=packed), "pack")
+
+
+@settings(max_examples=200, deadline=None)
+@given(st.lists(st.tuples(st.integers(0, 4000), st.integers(0, 255)), min_size=1, max_size=6))
+def test_i9_a_packed_body_with_changed_bytes_stays_within_bounds(
+    changes: list[tuple[int, int]],
+) -> None:
+    packed = bytearray(zstandard.compress(BODY))
+    for at, byte in changes:
+        packed[at % len(packed)] = byte
+    expect_within_bounds(pack(make_frame(GOOD), packed=bytes(packed)))
 
 
 @pytest.mark.parametrize(
@@ -145,6 +219,7 @@ def test_a_wrong_header_is_refused(header: dict[str, int], message: str) -> None
 )
 def test_i9_a_wrong_page_is_refused_before_anything_is_written(page: Page, message: str) -> None:
     refuse(make_frame([*GOOD, page]), message)
+    refuse(pack(make_frame([*GOOD, page])), f"{message}|7 pages in a body")
 
 
 def test_tables_that_do_not_fit_into_the_body_are_refused() -> None:

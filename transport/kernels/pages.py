@@ -9,13 +9,14 @@ numbers (bytes to keep, bytes to replace), each pair followed by the replacing b
 of the page is kept. A number is coded in 7 bits a byte, lowest first, in at most two bytes. It is
 the idea of XBZRLE (QEMU, docs/xbzrle.txt).
 
-**Choice of form.** Zero pages cost nothing. Without effort the others are sent as they are and are
-no bases for later. With it: if the base is cached and few words changed, delta runs are tried, and
-taken if short. Otherwise LZ4 is tried, with the base as its dictionary if the page
-still has something of it: that finds content that moved within the page, too, and on recorded
-guests it is never much longer, and often shorter, than LZ4 of the page's XOR with the base. The
-shortest form wins; a page that does not shrink by `_MIN_SAVING_BYTES` is sent raw, which is cheaper
-to apply.
+**Choice of form.** Zero pages cost nothing. `EFFORT_RAW`: the others are sent as they are and are
+no bases for later. `EFFORT_PACKED`, for a body that is compressed as a whole: as delta runs if the
+base is cached and they are short, else as they are. `EFFORT_LZ4`: if the base is cached and few
+words changed, delta runs are tried, and taken if short. Otherwise LZ4 is tried, with the base as
+its dictionary if the page still has something of it: that finds content that moved within the page,
+too, and on recorded guests it is never much longer, and often shorter, than LZ4 of the page's XOR
+with the base. The shortest form wins; a page that does not shrink by `_MIN_SAVING_BYTES` is sent
+raw, which is cheaper to apply.
 
 **Cache of bases.** A slot holds the snapshot that was sent last. Slots are reused in clock order
 (second chance); the hand gives up after `_CLOCK_STEPS`, so that each page costs a bounded time.
@@ -52,6 +53,11 @@ UNKNOWN: Final = 0
 NO_PAGE: Final = 0xFFFFFFFF
 """Owner of a free slot."""
 
+# How much is done for a page, see "Choice of form".
+EFFORT_RAW: Final = 0
+EFFORT_LZ4: Final = 1
+EFFORT_PACKED: Final = 2
+
 # What `encode_pages` counts: the number of pages by kind, then these.
 COUNT_SAME: Final = len(PageKind)
 COUNT_PAYLOAD_BYTES: Final = COUNT_SAME + 1
@@ -63,7 +69,7 @@ BASE_AT: Final = 0
 PAGE_AT: Final = BASE_AT + PAGE_BYTES
 _MASK: Final = PAGE_AT + PAGE_BYTES
 _DELTA: Final = _MASK + PAGE_BYTES // 8
-_DELTA_ROOM: Final = 1024
+_DELTA_ROOM: Final = 3072
 WORKSPACE_BYTES: Final = _DELTA + _DELTA_ROOM
 
 _MASK_WORDS: Final = PAGE_WORDS // 8  # a bit for each byte of the page
@@ -71,6 +77,7 @@ _CACHE_LINE_BYTES: Final = 64
 _CLOCK_STEPS: Final = 32
 _MIN_SAVING_BYTES: Final = 128
 _SPARSE_WORDS: Final = 128  # with more words changed, LZ4 is nearly always shorter than runs
+_SPARSE_DELTA_BYTES: Final = 1024  # likewise
 _RELATED_WORDS: Final = 480  # with more words changed, a dictionary costs more time than it saves
 _ACCELERATION: Final = 1  # LZ4's default
 _SHORT_DELTA_BYTES: Final = 128  # so short that LZ4 is not worth its time
@@ -205,8 +212,8 @@ def _put_number(space, at, number):  # type: ignore[no-untyped-def]
 
 
 @njit
-def _make_delta(workspace, space):  # type: ignore[no-untyped-def]
-    """Write the delta runs into the workspace; returns their length, 0 if they do not fit."""
+def _make_delta(workspace, space, room):  # type: ignore[no-untyped-def]
+    """Write the delta runs into the workspace; returns their length, 0 if they need more room."""
     same, differs = np.uint64(0xFFFFFFFFFFFFFFFF), np.uint64(0)
     at = _DELTA
     kept_from = 0
@@ -217,7 +224,7 @@ def _make_delta(workspace, space):  # type: ignore[no-untyped-def]
         while following < PAGE_BYTES and following - end <= _JOINED_GAP_BYTES:
             end = _next_byte(workspace, following, same)
             following = _next_byte(workspace, end, differs)
-        if at + _LONGEST_RUN_CODE_BYTES + end - start > _DELTA + _DELTA_ROOM:
+        if at + _LONGEST_RUN_CODE_BYTES + end - start > _DELTA + room:
             return 0
         at = _put_number(space, at, start - kept_from)
         at = _put_number(space, at, end - start)
@@ -290,19 +297,24 @@ def _compress_with_base(workspace, lz4_state, address, room):  # type: ignore[no
 
 
 @njit
-def _compare_with_base(known, page, workspace, space):  # type: ignore[no-untyped-def]
+def _compare_with_base(known, page, effort, workspace, space):  # type: ignore[no-untyped-def]
     """Load the page's base. Returns how many words changed and the length of the delta, if any."""
+    most_words, room = _SPARSE_WORDS, _SPARSE_DELTA_BYTES
+    if effort == EFFORT_PACKED:
+        most_words, room = PAGE_WORDS, _DELTA_ROOM
     slot = np.int64(known.slots[page]) - 1
     known.referenced[slot] = 1
     changed_words = _load_base(known.cache, slot, workspace)
     delta = 0
-    if changed_words <= _SPARSE_WORDS and _mark_changes(workspace) < _DELTA_ROOM:
-        delta = _make_delta(workspace, space)
+    if changed_words <= most_words and _mark_changes(workspace) < room:
+        delta = _make_delta(workspace, space, room)
     return changed_words, delta
 
 
 @njit
-def _write_page(out, at, changed_words, delta, workspace, lz4_state):  # type: ignore[no-untyped-def]
+def _write_page(  # type: ignore[no-untyped-def]
+    out, at, effort, changed_words, delta, workspace, lz4_state
+):
     """Write the snapshot to `out` in its shortest form; returns its kind and length.
 
     `changed_words` is PAGE_WORDS if there is no base, `delta` 0 if there is no delta.
@@ -313,7 +325,7 @@ def _write_page(out, at, changed_words, delta, workspace, lz4_state):  # type: i
     if delta > 0:
         kind = _DELTA_RUNS
         length = delta
-    if length > _SHORT_DELTA_BYTES:
+    if effort == EFFORT_LZ4 and length > _SHORT_DELTA_BYTES:
         # Given one byte less room than the best so far, LZ4 stops early if it is no better.
         if changed_words <= _RELATED_WORDS:
             form = _LZ4_BASE
@@ -368,10 +380,10 @@ def encode_pages(  # type: ignore[no-untyped-def]
 ):
     """Encode pages `indices[start:stop]` into `out` and `tables` until the frame is full.
 
-    `memory` uint64 (live), `zero_digest` the digest of a page of zeros, `effort` an
-    `encoder.Effort`, `files` what lies behind `memory`, `known` a `Knowledge`, `out` uint8 (payload
-    and tables must fit into its size), `workspace` WORKSPACE_BYTES and `lz4_state`
-    clib.LZ4_STATE_WORDS as uint64, `counters` int64 (COUNTERS), zeroed by the caller.
+    `memory` uint64 (live), `zero_digest` the digest of a page of zeros, `effort` EFFORT_*, `files`
+    what lies behind `memory`, `known` a `Knowledge`, `out` uint8 (payload and tables must fit into
+    its size), `workspace` WORKSPACE_BYTES and `lz4_state` clib.LZ4_STATE_WORDS as uint64,
+    `counters` int64 (COUNTERS), zeroed by the caller.
     Returns the position of the first index that was not encoded; for an index that is out of range
     or of another lane, -1 minus its position.
 
@@ -422,7 +434,7 @@ def encode_pages(  # type: ignore[no-untyped-def]
         if is_zero:
             if known.slots.size:
                 _release_slot(known, page)
-        elif effort == 0:
+        elif effort == EFFORT_RAW:
             kind = _RAW
             length = PAGE_BYTES
             clib.memcpy(out.ctypes.data + at, workspace.ctypes.data + PAGE_AT, PAGE_BYTES)
@@ -432,8 +444,8 @@ def encode_pages(  # type: ignore[no-untyped-def]
             changed_words = PAGE_WORDS
             delta = 0
             if known.slots.size and known.slots[page] != 0 and held != UNKNOWN:
-                changed_words, delta = _compare_with_base(known, page, workspace, space)
-            kind, length = _write_page(out, at, changed_words, delta, workspace, lz4_state)
+                changed_words, delta = _compare_with_base(known, page, effort, workspace, space)
+            kind, length = _write_page(out, at, effort, changed_words, delta, workspace, lz4_state)
             if known.slots.size:
                 _keep_snapshot(known, page, workspace)
 

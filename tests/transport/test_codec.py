@@ -1,0 +1,105 @@
+"""The choice of a codec by name, and what it makes of the pages of a frame."""
+
+import numpy as np
+import pytest
+
+from transport.codec import LZ4, NONE, Codec, Method
+from transport.decoder import Decoder
+from transport.encoder import EncodedFrame, Encoder
+from transport.frames import CODEC_NONE, CODEC_ZSTD, DEFAULT_FRAME_BYTES, HEADER_BYTES
+from transport.replica import Replica
+
+SEED = 11
+N_PAGES = 100
+CODEC_OFFSET = 35
+EVERYTHING = np.arange(N_PAGES, dtype=np.uint32)
+
+
+@pytest.mark.parametrize("name", ["none", "lz4", "zstd:1", "zstd:19", "zstd:-7", "zstd:0"])
+def test_a_codec_has_a_name(name: str) -> None:
+    assert str(Codec.parse(name)) == name
+
+
+@pytest.mark.parametrize("name", ["", "zstd", "zstd:", "zstd:20", "zstd:-8", "zstd:1.5", "lz4:1"])
+def test_other_names_are_refused(name: str) -> None:
+    with pytest.raises(ValueError, match=r"lz4|level"):
+        Codec.parse(name)
+
+
+class Pages:
+    """Source, target, and what lies between; frames are applied at once."""
+
+    def __init__(self) -> None:
+        self.source, self.target = np.zeros((2, N_PAGES * 4096), np.uint8)
+        self.encoder = Encoder(self.source, Replica(N_PAGES, N_PAGES * 4096), SEED)
+        self.decoder = Decoder(self.target, N_PAGES, SEED)
+
+    def send(self, codec: Codec) -> tuple[EncodedFrame, int]:
+        """All pages, in one frame; returns how, and the codec in the frame's header."""
+        self.encoder.codec = codec
+        out = np.empty(DEFAULT_FRAME_BYTES, np.uint8)
+        sequence = self.decoder.next_sequence
+        done = self.encoder.encode(EVERYTHING, 0, out, round_no=0, sequence=sequence)
+        assert done.consumed == N_PAGES
+        assert self.decoder.apply(out.data[: done.n_bytes]).rejected.size == 0
+        assert np.array_equal(self.source, self.target)
+        return done, int(out[CODEC_OFFSET])
+
+
+def words(seed: int) -> np.ndarray:
+    """Content in which compression finds something, different for each seed."""
+    rng = np.random.default_rng(seed)
+    vocabulary = rng.integers(0, 256, (64, 8), np.uint8)
+    return vocabulary[rng.integers(0, 64, N_PAGES * 512)].reshape(-1)
+
+
+def test_without_a_codec_pages_go_as_they_are() -> None:
+    pages = Pages()
+    for seed in range(2):
+        pages.source[:] = words(seed)
+        done, codec = pages.send(NONE)
+        assert (done.raw, codec) == (N_PAGES, CODEC_NONE)
+
+
+def test_zstandard_finds_what_pages_have_in_common() -> None:
+    sizes = []
+    for codec in (LZ4, Codec(Method.ZSTD, 1), Codec(Method.ZSTD, 6)):
+        pages = Pages()
+        page = np.random.default_rng(1).integers(0, 256, 4096, np.uint8)
+        pages.source[:] = np.tile(page, N_PAGES)
+        pages.source.reshape(-1, 4096)[:, 0] = EVERYTHING
+        done, in_header = pages.send(codec)
+        sizes.append(done.n_bytes)
+        assert done.n_pages == N_PAGES
+        assert in_header == (CODEC_ZSTD if codec.method is Method.ZSTD else CODEC_NONE)
+    assert sizes[0] > N_PAGES * 4000
+    assert max(sizes[1:]) < 3 * 4096
+
+
+def test_a_body_that_does_not_shrink_is_not_packed() -> None:
+    pages = Pages()
+    pages.source[:] = np.random.default_rng(2).integers(0, 256, pages.source.size, np.uint8)
+    one = Encoder(pages.source, Replica(N_PAGES, 0), SEED)
+    one.codec = Codec(Method.ZSTD, 3)
+    out = np.empty(DEFAULT_FRAME_BYTES, np.uint8)
+    done = one.encode(EVERYTHING[:1], 0, out, round_no=0, sequence=0)
+    assert (done.n_bytes, out[CODEC_OFFSET]) == (HEADER_BYTES + 4096 + 7, CODEC_NONE)
+
+
+def test_a_page_that_changed_much_is_a_delta_where_it_is_packed_afterwards() -> None:
+    for codec, delta in ((LZ4, 0), (Codec(Method.ZSTD, 3), N_PAGES)):
+        pages = Pages()
+        pages.source[:] = np.random.default_rng(3).integers(0, 256, pages.source.size, np.uint8)
+        pages.send(codec)
+        pages.source.reshape(N_PAGES, -1)[:, :2500] += 1
+        done, _ = pages.send(codec)
+        assert done.delta == delta
+
+
+def test_pages_sent_without_a_codec_are_no_bases_for_later() -> None:
+    pages = Pages()
+    pages.source[:] = np.random.default_rng(4).integers(0, 256, pages.source.size, np.uint8)
+    for codec in (LZ4, NONE, LZ4):
+        pages.source.reshape(N_PAGES, -1)[:, 0] += 1
+        done, _ = pages.send(codec)
+        assert done.raw == N_PAGES
