@@ -6,12 +6,13 @@
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
-from typing import NamedTuple
+from typing import NamedTuple, TypeVar
 
 from perf.results import Better, Dimension, number_text
 from perf.statistics import quantile
 
 Settings = Mapping[str, Dimension]
+T = TypeVar("T")
 
 
 class Measurement(NamedTuple):
@@ -39,7 +40,7 @@ class Context:
     def text(self, name: str) -> str:
         return str(self.settings[name])
 
-    def alternate(self, **works: Callable[[], float]) -> Iterator[dict[str, float]]:
+    def alternate(self, **works: Callable[[], T]) -> Iterator[dict[str, T]]:
         """Runs ours and its peers in turn, so that what disturbs one disturbs the other; yields
         what each returned, once for each repetition. A first one, which warms up, does not count;
         every other one runs backwards, because whoever comes second finds warm caches."""

@@ -1,25 +1,32 @@
 """What a benchmark may need of the machine: each a function that says what is missing."""
 
+import functools
 import importlib.util
 import os
-import shutil
 from collections.abc import Callable
+
+from perf.errors import NeedMissing
 
 
 def _root() -> str | None:
     return None if os.geteuid() == 0 else "root is needed"
 
 
+@functools.cache
 def _netns() -> str | None:
-    if os.geteuid() != 0:
-        return "network namespaces need root"
-    missing = [tool for tool in ("ip", "tc") if shutil.which(tool) is None]
-    return f"{' and '.join(missing)} (package iproute2) not found" if missing else None
+    from perf.links import missing
+
+    return missing()
 
 
+@functools.cache
 def _qemu() -> str | None:
-    if shutil.which("qemu-system-x86_64") is None:
-        return "qemu-system-x86_64 not found in PATH"
+    from perf.peers.qemu import program
+
+    try:
+        program()
+    except NeedMissing as error:
+        return str(error)
     return None
 
 

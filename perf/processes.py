@@ -1,47 +1,98 @@
-"""Children of a benchmark: parties in processes of their own, and what they and we consume."""
+"""Children of a benchmark: parties in processes of their own, and what they consume.
 
-import os
+A child ends with the harness, also when that is killed: the kernel sends it SIGKILL then
+(PR_SET_PDEATHSIG of prctl(2), by way of setpriv(1)).
+"""
+
+import select
+import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import IO
+
+from perf.errors import BenchmarkFailed
 
 MAX_LINE_BYTES = 4096
+ANSWER_S = 60.0
+"""For one line: a first start compiles the kernels."""
 END_S = 10.0
+DIE_WITH_HARNESS = ("setpriv", "--pdeathsig", "KILL", "--")
 
 
-@dataclass(frozen=True)
 class Child:
-    """A running process; `stdout` gives what it prints."""
+    """A running process whose standard input and output are ours."""
 
-    pid: int
-    stdout: IO[bytes]
+    def __init__(self, process: subprocess.Popen[bytes], name: str) -> None:
+        self.pid = process.pid
+        self._process = process
+        self._name = name
 
-    def line(self) -> str:
-        """The next line that it prints: where it listens, or what it found."""
-        return self.stdout.readline(MAX_LINE_BYTES).decode().strip()
+    def line(self, deadline_s: float = ANSWER_S) -> str:
+        """The next line that it prints: where it listens, or what it found.
+
+        Raises `BenchmarkFailed` if it ends first, or prints nothing in time.
+        """
+        assert self._process.stdout is not None
+        ready, _, _ = select.select([self._process.stdout], [], [], deadline_s)
+        line = self._process.stdout.readline(MAX_LINE_BYTES) if ready else b""
+        if not line.endswith(b"\n"):
+            why = "ended too early" if ready else f"was silent for {deadline_s:g} s"
+            raise BenchmarkFailed(f"{self._name} {why}")
+        return line.decode().strip()
+
+    def go(self) -> None:
+        """Writes an empty line to it: what it waits for before it goes on."""
+        assert self._process.stdin is not None
+        try:
+            self._process.stdin.write(b"\n")
+        except BrokenPipeError:
+            raise BenchmarkFailed(f"{self._name} ended too early") from None
 
 
 @contextmanager
-def child(module: str, *arguments: str, quiet: bool = False) -> Iterator[Child]:
-    """Runs `python -m module arguments`; asks it to end (SIGTERM), then kills it, at the exit.
-    `quiet`: what it says on stderr is dropped."""
+def child(
+    module: str, *arguments: str, quiet: bool = False, prefix: Sequence[str] = ()
+) -> Iterator[Child]:
+    """Runs `python -m module arguments`, as `process` does."""
     command = [sys.executable, "-m", module, *arguments]
-    stderr = subprocess.DEVNULL if quiet else None
-    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=stderr) as process:
-        assert process.stdout is not None
+    with process(
+        command, name=" ".join([module, *arguments[:1]]), quiet=quiet, prefix=prefix
+    ) as it:
+        yield it
+
+
+@contextmanager
+def process(
+    command: Sequence[str | Path],
+    *,
+    name: str,
+    quiet: bool = False,
+    prefix: Sequence[str] = (),
+    end: signal.Signals = signal.SIGTERM,
+) -> Iterator[Child]:
+    """Runs `command` behind `prefix`; asks it to end (signal `end`), then kills it, at the exit.
+    `quiet`: what it says on stderr is dropped. For the main thread: the child dies with the thread
+    that has started it."""
+    with subprocess.Popen(
+        [*prefix, *DIE_WITH_HARNESS, *command],
+        # Unbuffered: `select` has to see what `readline` left.
+        bufsize=0,
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.DEVNULL if quiet else None,
+    ) as started:
         try:
-            yield Child(process.pid, process.stdout)
+            yield Child(started, name)
         finally:
-            process.terminate()
+            started.send_signal(end)
             try:
-                process.wait(END_S)
+                started.wait(END_S)
             except subprocess.TimeoutExpired:
-                process.kill()
+                started.kill()
 
 
 @dataclass(frozen=True)
@@ -49,24 +100,32 @@ class Cost:
     """What some work took."""
 
     wall_s: float
-    cpu_s: float
-    """Of all processes together."""
+    cpu_s_of: dict[int, float]
+    """By process."""
+
+    @property
+    def cpu_s(self) -> float:
+        """Of all processes together."""
+        return sum(self.cpu_s_of.values())
 
 
 class Stopwatch:
-    """Measures this process and others from its making on."""
+    """Measures some processes from its making on."""
 
-    def __init__(self, *others: int) -> None:
-        """`others`: process ids."""
-        self._stats = [Path(f"/proc/{other}/stat") for other in others]
-        self._wall, self._cpu = time.perf_counter(), self._cpu_s()
+    def __init__(self, *pids: int) -> None:
+        self._cpu = {pid: cpu_seconds_of(pid) for pid in pids}
+        self._wall = time.perf_counter()
 
     def stop(self) -> Cost:
-        return Cost(time.perf_counter() - self._wall, self._cpu_s() - self._cpu)
+        wall_s = time.perf_counter() - self._wall
+        return Cost(wall_s, {pid: cpu_seconds_of(pid) - was for pid, was in self._cpu.items()})
 
-    def _cpu_s(self) -> float:
-        ticks = 0
-        for stat in self._stats:
-            fields = stat.read_text().rpartition(")")[2].split()
-            ticks += int(fields[11]) + int(fields[12])  # utime and stime, proc(5)
-        return time.process_time() + ticks / os.sysconf("SC_CLK_TCK")
+
+def cpu_seconds_of(pid: int) -> float:
+    """User and system time of all threads of a process so far, those that have ended included.
+
+    /proc/PID/stat has ticks; the CPU-time clock of the process has nanoseconds. Python does not
+    offer clock_getcpuclockid(3), which computes the clock's number: the complement of the process
+    id, shifted by three bits, and 2 for the scheduler's figures.
+    """
+    return time.clock_gettime((~pid << 3) | 2)

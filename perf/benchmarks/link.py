@@ -48,7 +48,7 @@ class BareStream:
 
     def round(self) -> Cost:
         """From the first message to the answer to the last."""
-        watch = Stopwatch(self._process)
+        watch = Stopwatch(os.getpid(), self._process)
         for number in range(self._messages):
             dealer = self._dealers[number % len(self._dealers)]
             dealer.send(self._data, copy=False, track=True)
@@ -86,10 +86,10 @@ async def _rounds(
             costs = {"bare": await trio.to_thread.run_sync(bare.round)}
             for case, content in contents.items():
                 memory[:] = content()
-                watch = Stopwatch(receiver)
+                watch = Stopwatch(os.getpid(), receiver)
                 await sender.send_round(indices, number)
                 costs[case] = watch.stop()
-            watch = Stopwatch(receiver)
+            watch = Stopwatch(os.getpid(), receiver)
             await sender.verify()
             costs["verify"] = watch.stop()
             if number:

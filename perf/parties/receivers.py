@@ -4,9 +4,12 @@
 drops them, answers, and starts over. Both print the URL that they have bound.
 """
 
+import mmap
+import os
 import sys
 
 import numpy as np
+import numpy.typing as npt
 import trio
 import zmq
 
@@ -14,14 +17,21 @@ from transport.frames import PAGE_BYTES
 from transport.receiver import open_receiver
 
 
+def fresh_memory(n_bytes: int) -> tuple[npt.NDArray[np.uint8], int]:
+    """Shared memory, uint8[n_bytes], that has no pages yet: what a new guest has. And its file."""
+    descriptor = os.memfd_create("ferry-bench", os.MFD_CLOEXEC)
+    os.ftruncate(descriptor, n_bytes)
+    return np.frombuffer(mmap.mmap(descriptor, n_bytes), np.uint8), descriptor
+
+
 async def receive_pages(url: str, n_pages: int) -> None:
     """Applies until the sender says goodbye."""
-    memory = np.zeros(n_pages * PAGE_BYTES, np.uint8)
+    memory, descriptor = fresh_memory(n_pages * PAGE_BYTES)
     async with open_receiver(url) as receiver:
         print(receiver.url, flush=True)
         await receiver.wait_hello()
         await receiver.accept(b"")
-        receiver.attach_memory(memory)
+        receiver.attach_memory(memory, files=[(0, n_pages, descriptor, 0)])
         await receiver.receive_record()
 
 

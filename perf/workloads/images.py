@@ -1,11 +1,19 @@
 """Memory images: zero pages, file-like pages and random pages, the same for the same seed."""
 
+import mmap
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
+from pathlib import Path
 
 import numpy as np
 import numpy.typing as npt
 
 from transport.frames import PAGE_BYTES
+
+SHARED = Path("/dev/shm")
+FILE_PREFIX = "ferry-bench-"
 
 EXTENT_PAGES = 16
 """Pages of one kind lie together, as those of a file or of a freed block do."""
@@ -68,3 +76,19 @@ def fill(memory: Bytes, mix: Mix, seed: int = 1) -> None:
             at = (first[:, np.newaxis] + np.arange(EXTENT_PAGES)).reshape(-1)
             at = at[at < len(pages)]
             pages[at] = make(rng, at.size)
+
+
+@contextmanager
+def image_file(n_bytes: int, mix: Mix, seed: int = 1) -> Iterator[Path]:
+    """An image as a file in memory, for the block. Those of processes that are gone are removed."""
+    for path in SHARED.glob(f"{FILE_PREFIX}*"):
+        if not Path("/proc", path.name.removeprefix(FILE_PREFIX)).exists():
+            path.unlink(missing_ok=True)
+    path = SHARED / f"{FILE_PREFIX}{os.getpid()}"
+    try:
+        with path.open("x+b") as file:
+            file.truncate(n_bytes)
+            fill(np.frombuffer(mmap.mmap(file.fileno(), n_bytes), np.uint8), mix, seed)
+        yield path
+    finally:
+        path.unlink(missing_ok=True)

@@ -1,0 +1,61 @@
+"""A full copy of a memory image from one process to another: ours, QEMU's, and a bare stream.
+
+The link is the loopback, or one that the harness makes (`mbit`, 0 for none; `delay-ms` one way).
+Each copy has processes and target memory of its own, and is compared with the image afterwards.
+`bare` sends nothing but the pages that are not zero: what TCP and the target's memory allow.
+"""
+
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack
+from functools import partial
+
+from perf.benchmark import Context, Measurement
+from perf.links import LOOPBACK, shaped_link
+from perf.peers import Copy, ferry, qemu, tcp
+from perf.results import Better
+from perf.workloads.images import Mix, image_file
+
+OURS = "ferry"
+BARE = "bare"
+REFERENCE = "multifd"
+"""QEMU's fastest setting where the link is not the bottleneck."""
+CONNECTIONS = 2
+GIB = 1 << 30
+
+
+def run(context: Context) -> Iterator[Measurement]:
+    mbit, delay_s = context.number("mbit"), float(context.settings["delay-ms"]) / 1e3
+    with ExitStack() as stack:
+        link = LOOPBACK
+        if mbit or delay_s:
+            link = stack.enter_context(shaped_link(mbit * 10**6 or None, delay_s))
+        n_bytes = context.number("mib") << 20
+        image = stack.enter_context(image_file(n_bytes, Mix(zero=float(context.settings["zero"]))))
+        ways: dict[str, Callable[[], Copy]] = {
+            OURS: lambda: ferry.copy(image, link=link),
+            BARE: lambda: tcp.copy(image, CONNECTIONS, link=link),
+        }
+        for name in context.text("peers").split("+"):
+            ways[name] = partial(qemu.copy, image, name, link=link)
+        for copies in context.alternate(**ways):
+            yield from _measurements(copies)
+
+
+def _measurements(copies: dict[str, Copy]) -> Iterator[Measurement]:
+    for way, copy in copies.items():
+        where = {"way": way}
+        more: Better = "higher" if way == OURS else "neither"
+        less: Better = "lower" if way == OURS else "neither"
+        gib = copy.guest_bytes / GIB
+        yield Measurement("rate", gib / copy.wall_s, "GiB/s", more, where)
+        for side, cpu_s in (("source", copy.source_cpu_s), ("target", copy.target_cpu_s)):
+            yield Measurement("cpu", cpu_s / gib, "s/GiB", less, {**where, "side": side})
+        wire = copy.wire_bytes / copy.guest_bytes
+        yield Measurement("wire_of_guest", wire, "x", less, where)
+    ours, bare, reference = copies[OURS], copies[BARE], copies[REFERENCE]
+    best_s = min(copy.wall_s for way, copy in copies.items() if way not in (OURS, BARE))
+    yield Measurement("rate_of_multifd", reference.wall_s / ours.wall_s, "x", "higher")
+    yield Measurement("cpu_of_multifd", ours.cpu_s / reference.cpu_s, "x", "lower")
+    yield Measurement("time_of_best_qemu", ours.wall_s / best_s, "x", "lower")
+    yield Measurement("rate_of_bare", bare.wall_s / ours.wall_s, "x", "higher")
+    yield Measurement("multifd_rate_of_bare", bare.wall_s / reference.wall_s, "x", "neither")

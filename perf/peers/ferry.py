@@ -1,0 +1,48 @@
+"""A full copy of an image by `transport`, from one process to another, as `send` and `receive` do.
+
+The clock runs from the call of `send_round` with every page to its return, when all of them are
+acknowledged as applied; both sides have loaded their code before. The target's memory is shared,
+and nobody has touched it.
+"""
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+
+from perf.errors import BenchmarkFailed
+from perf.links import LOOPBACK, Link
+from perf.parties.sender import READY
+from perf.peers import DEADLINE_S, Copy
+from perf.processes import Stopwatch, child
+from transport.frames import PAGE_BYTES
+
+
+def copy(
+    image: Path, options: Mapping[str, object] | None = None, *, link: Link = LOOPBACK
+) -> Copy:
+    """Copies `image` (a multiple of 4096 bytes) over `link` and proves that all has arrived.
+
+    `options` are fields of `SenderOptions`. Raises `BenchmarkFailed`.
+    """
+    n_bytes = image.stat().st_size
+    listen = f"tcp://{link.target_address}:*"
+    target_command = ("pages", listen, str(n_bytes // PAGE_BYTES))
+    with child("perf.parties.receivers", *target_command, prefix=link.target_prefix) as target:
+        source_command = (target.line(), str(image), json.dumps(dict(options or {})))
+        with child("perf.parties.sender", *source_command, prefix=link.source_prefix) as source:
+            if source.line() != READY:
+                raise BenchmarkFailed("the sender did not become ready")
+            watch = Stopwatch(source.pid, target.pid)
+            source.go()
+            done = json.loads(source.line(DEADLINE_S))
+            cost = watch.stop()
+            source.go()
+            if differing := int(source.line()):
+                raise BenchmarkFailed(f"{differing} pages have not arrived as they were")
+    return Copy(
+        guest_bytes=n_bytes,
+        wire_bytes=done["wire_bytes"],
+        wall_s=done["duration_ns"] / 1e9,
+        source_cpu_s=cost.cpu_s_of[source.pid],
+        target_cpu_s=cost.cpu_s_of[target.pid],
+    )
