@@ -5,6 +5,7 @@ import time
 import numpy as np
 import numpy.typing as npt
 
+from transport.codec import Codec
 from transport.decoder import Decoder
 from transport.encoder import Encoder
 from transport.frames import DEFAULT_FRAME_BYTES, PAGE_BYTES
@@ -28,6 +29,15 @@ class Lane:
         self._decoder = Decoder(np.zeros_like(source), self.n_pages, SEED)
         self._out = np.empty(DEFAULT_FRAME_BYTES, np.uint8)
         self._frames: list[bytes] = []
+
+    @property
+    def codec(self) -> Codec:
+        """How pages are compressed; may be changed at any time."""
+        return self._encoder.codec
+
+    @codec.setter
+    def codec(self, codec: Codec) -> None:
+        self._encoder.codec = codec
 
     def encode(self, indices: Indices) -> float:
         """Encodes these pages and keeps the frames for `decode`. Returns the CPU seconds."""
