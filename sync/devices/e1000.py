@@ -12,9 +12,9 @@ BAR  bytes       what
 ===  ==========  =====================================================================
 
 A device that takes over registers by replay needs no state beside them, with these exceptions,
-which no register holds: a transmit context that the driver uses for packets behind the next one,
-how far a Microwire command has come, what the driver wrote to the PHY, and statistics that the
-driver has not read.
+which no register holds: a transmit context that the driver uses for packets behind the next one
+(Linux writes one in front of each packet that needs it), how far a Microwire command has come, and
+what the driver wrote to the PHY.
 
 ICS reads as ICR, without clearing it, as the hardware does: a pending cause can be seen, and set
 elsewhere. DMA needs bus mastering in the PCI command register and RCTL.EN or TCTL.EN. Interrupt

@@ -2,7 +2,8 @@
 
 Owned here: the bytes, and giving them out with the guest's next read of the same registers. A
 cause of an interrupt that was pending when the guest was stopped is read at the source (a device
-has no other way to tell) and owed at the target; should the source go on, it is owed there.
+has no other way to tell) and owed at the target; should the source go on, it is owed there. So is
+what a counter had come to.
 """
 
 from sync.gateway.errors import BadRequest
@@ -12,19 +13,28 @@ MAX_BYTES = 4096
 
 
 class Owed:
-    """Bytes by region and offset. Truth value: whether anything is owed."""
+    """Bits by region and offset, and counters. Truth value: whether anything is owed."""
 
     def __init__(self) -> None:
         self._bytes: dict[tuple[int, int], int] = {}
+        self._counters: dict[tuple[int, int, int], int] = {}
+        """By region, offset and size."""
 
     def __bool__(self) -> bool:
-        return bool(self._bytes)
+        return bool(self._bytes or self._counters)
 
-    def add(self, region: int, offset: int, data: bytes) -> bytes:
-        """From here on `data` is owed, too. Returns all that is owed of these registers. Raises
-        `BadRequest` if it becomes too much."""
-        if len(self._bytes) + len(data) > MAX_BYTES:
+    def add(self, region: int, offset: int, data: bytes, *, count: bool = False) -> bytes:
+        """From here on `data`, bits or what one counter has come to, is owed, too. Returns all that
+        is owed of these registers. Raises `BadRequest` if it becomes too much."""
+        n_bytes = len(self._bytes) + sum(size for _, _, size in self._counters)
+        if n_bytes + len(data) > MAX_BYTES:
             raise BadRequest(f"more than {MAX_BYTES} bytes of registers that a read clears")
+        if count:
+            counter = (region, offset, len(data))
+            total = _sum(data, self._counters.get(counter, 0))
+            if any(total):
+                self._counters[counter] = int.from_bytes(total, "little")
+            return total
         for position, value in enumerate(data, offset):
             if value:
                 key = (region, position)
@@ -32,7 +42,14 @@ class Owed:
         return bytes(self._bytes.get((region, offset + at), 0) for at in range(len(data)))
 
     def pay(self, region: int, offset: int, data: memoryview) -> None:
-        """Adds to `data`, just read from the device for the guest, what is owed of it."""
+        """Adds to `data`, just read from the device for the guest, what is owed of it; of a counter
+        only if all of it was read."""
+        end = offset + len(data)
+        for counter in [key for key in self._counters if key[0] == region]:
+            _, at, size = counter
+            if offset <= at and at + size <= end:
+                part = data[at - offset : at - offset + size]
+                part[:] = _sum(bytes(part), self._counters.pop(counter))
         for key in [key for key in self._bytes if key[0] == region]:
             position = key[1] - offset
             if 0 <= position < len(data):
@@ -40,3 +57,10 @@ class Owed:
 
     def clear(self) -> None:
         self._bytes.clear()
+        self._counters.clear()
+
+
+def _sum(counter: bytes, more: int) -> bytes:
+    """A counter stays at its highest value."""
+    most = (1 << 8 * len(counter)) - 1
+    return min(int.from_bytes(counter, "little") + more, most).to_bytes(len(counter), "little")

@@ -227,7 +227,7 @@ def execute(link: Link, records: bytes) -> Job[bytes]:
             if access.owed and access.op is Op.WRITE:
                 if run:
                     break
-                link.owed.add(access.region, access.offset, access.data)
+                link.owed.add(access.region, access.offset, access.data, count=access.counts)
                 outcomes.append(access)
                 continue
             if access.write_back:
@@ -243,7 +243,7 @@ def execute(link: Link, records: bytes) -> Job[bytes]:
             if access.op is Op.READ and not answer.error:
                 first_read.setdefault((access.region, access.offset, access.size), data)
             if access.owed and not answer.error:
-                data = link.owed.add(access.region, access.offset, data)
+                data = link.owed.add(access.region, access.offset, data, count=access.counts)
             outcomes.append(access._replace(data=data, failed=bool(answer.error)))
     return _filled_in(records, outcomes)
 

@@ -22,8 +22,8 @@ target owns the guest, as the source's register holds it at the end. `refuse` is
 be replayed with any certainty; the guest goes on where it is.
 
 A read-to-clear register may hold what the guest has not read yet when it is stopped, such as the
-cause of an interrupt. Where `owed` says so it is read at the end, when the device is at rest, and
-the guest's next read returns it, too, wherever it goes on.
+cause of an interrupt or a statistic. Where `owed` says so it is read at the end, when the device is
+at rest, and the guest's next read returns it, too, wherever it goes on.
 """
 
 import hashlib
@@ -59,6 +59,15 @@ class Unlisted(StrEnum):
     IGNORE = "ignore"
     REFUSE = "refuse"
     """Give the migration up: what the write meant is not known."""
+
+
+class Owed(StrEnum):
+    """How what the guest is owed of a register comes to what it reads there."""
+
+    BITS = "bits"
+    """The bits are set, too."""
+    COUNT = "count"
+    """Each access of the register is a counter, to which it is added."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -120,7 +129,7 @@ class Register:
     and it is not read again at the end, while the guest waits."""
     reads: bool = False
     """A guest's read is executed on the target, too, and its value compared."""
-    owed: bool = False
+    owed: Owed | None = None
     """`read-to-clear` only: what is in it at the end is given to the guest with its next read."""
     optional: bool = False
     """A device without the base, or with a shorter one, simply does not have the register."""

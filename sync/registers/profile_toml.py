@@ -34,7 +34,8 @@ parts in `profile_rules`, what a base is in `device`.
     # compare = false                #   ... unless a snapshot register says that it is volatile
     # driver_only = true             # nobody else changes it: not read again at the end
     # reads = true                   # guest's reads are executed and compared on the target, too
-    # owed = true                    # read-to-clear: what is left in it at the end is not lost
+    # owed = "bits"                  # read-to-clear: what is left in it at the end is not lost,
+    # owed = "count"                 #   but set, or added, in what the guest reads next
     # optional = true                # not every device of this class has it
 
     [[restore]]                      # the order in which the target is written; by default the
@@ -80,6 +81,7 @@ from sync.registers.profile import (
     Bank,
     Kick,
     Match,
+    Owed,
     Profile,
     Register,
     RegisterClass,
@@ -316,7 +318,7 @@ def _register(table: _Table) -> Register:
         compare=table.boolean("compare", kind in KNOWN),
         driver_only=table.boolean("driver_only", False),
         reads=table.boolean("reads", kind is RegisterClass.READ_TO_CLEAR),
-        owed=table.boolean("owed", False),
+        owed=Owed(table.choice("owed", [*Owed])) if table.has("owed") else None,
         optional=table.boolean("optional", False),
     )
     table.finish()

@@ -14,7 +14,8 @@ the same register in the same batch returned, or `value` where there was none. S
 a selector register and leave no trace, although nobody knows beforehand what it holds by then.
 
 `OWED` is for registers that a read clears: what a read with it returns, and what a write with it
-holds (which the device never sees), is given to the guest with its next read of that register.
+holds (which the device never sees), is given to the guest with its next read of that register:
+as further bits, or, with `COUNT`, added to what the counter there has come to by then.
 
 The gateway packs single records with `struct` (it does not want numpy's start-up time on its
 data path); everybody else handles whole batches through `NUMPY_FIELDS`.
@@ -55,6 +56,7 @@ class Flag(IntFlag):
     FAILED = 2
     WRITE_BACK = 4
     OWED = 8
+    COUNT = 16
 
 
 class RecordFormatError(SyncError):
@@ -72,6 +74,7 @@ class Access(NamedTuple):
     failed: bool = False
     write_back: bool = False
     owed: bool = False
+    counts: bool = False
 
 
 def pack_access(access: Access, seq: int) -> bytes:
@@ -84,6 +87,8 @@ def pack_access(access: Access, seq: int) -> bytes:
         flags |= Flag.WRITE_BACK
     if access.owed:
         flags |= Flag.OWED
+    if access.counts:
+        flags |= Flag.COUNT
     for done in range(0, access.size, VALUE_BYTES):
         size = min(VALUE_BYTES, access.size - done)
         more = Flag.MORE if done + size < access.size else Flag.NONE
@@ -139,6 +144,7 @@ def unpack_accesses(records: bytes) -> Iterator[Access]:
             bool(flags & Flag.FAILED),
             bool(flags & Flag.WRITE_BACK),
             bool(flags & Flag.OWED),
+            bool(flags & Flag.COUNT),
         )
         start = None
         data = bytearray()

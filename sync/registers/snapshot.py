@@ -10,7 +10,7 @@ from typing import NamedTuple
 
 from sync.registers.errors import Difference, ProfileMismatch, RegisterError, SnapshotFailed
 from sync.registers.layout import Layout, Place
-from sync.registers.profile import Bank, RegisterClass, Step
+from sync.registers.profile import Bank, Owed, RegisterClass, Step
 from sync.registers.record import Access, Op, pack_accesses, unpack_accesses
 
 MAX_PLAN_ACCESSES = 1 << 16
@@ -135,7 +135,9 @@ def owed_plan(layout: Layout) -> ReadPlan:
     """Reads what the guest is owed of registers that a read clears; only for a device at rest."""
     return ReadPlan(
         [
-            planned._replace(access=planned.access._replace(owed=True))
+            planned._replace(
+                access=planned.access._replace(owed=True, counts=place.register.owed is Owed.COUNT)
+            )
             for place in layout.members(None)
             if place.register.owed
             for planned in _read(place)
@@ -145,11 +147,16 @@ def owed_plan(layout: Layout) -> ReadPlan:
 
 def owed_writes(layout: Layout, values: Values) -> list[Access]:
     """Hands `values`, which `owed_plan` read at the source, to the guest at the target."""
-    return [
-        Access(Op.WRITE, place.region, place.offset, place.size, value, owed=True)
-        for place in layout.members(None)
-        if any(value := values.get((place.index, None), b"")) and place.register.owed
-    ]
+    writes: list[Access] = []
+    for place in layout.members(None):
+        if place.register.owed and any(value := values.get((place.index, None), b"")):
+            is_count = place.register.owed is Owed.COUNT
+            writes += [
+                access._replace(owed=True, counts=is_count)
+                for access, _ in _write(place, None, value)
+                if any(access.data)
+            ]
+    return writes
 
 
 def bank_count(layout: Layout, bank: Bank, values: Values) -> int:

@@ -789,6 +789,13 @@ async def test_i4_a_driver_is_carried_over_in_the_middle_of_its_traffic(machines
     assert not target.read(CONFIG, 4, 1)[0] & 4
     assert not (target.read(BAR, RCTL, 1)[0] | target.read(BAR, TCTL, 1)[0]) & EN
     pending = source.read(BAR, ICS, 4)
+    started = list(unpack_accesses(far.start_records()))
+    counts = {
+        access.offset: int.from_bytes(access.data, "little") for access in started if access.owed
+    }
+    unread = during if resets else during + 21
+    assert (counts.get(GPTC, 0), counts[GPRC]) == (unread, unread + 1)
+    assert all(access.counts for access in started if access.owed)
     await gateways[1].batch(far.start_records())
     for first, last in (
         (MTA, MTA + 512),

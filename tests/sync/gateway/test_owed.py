@@ -79,6 +79,18 @@ def test_the_target_pays_without_the_device_seeing_it(make_bench) -> None:
     assert _guest_reads(bench) == b"\0"
 
 
+def test_a_counter_goes_on_from_what_it_had_come_to(make_bench) -> None:
+    bench = make_bench()
+    bench.job(jobs.standby(bench.link, bench.custody, "s"), held=True)
+    bench.custody.own("s")
+    count = Access(Op.WRITE, 0, CAUSE, 1, b"\x07", owed=True, counts=True)
+    bench.job(jobs.start(bench.link, bench.custody, pack_accesses([count])), held=True)
+    bench.device.registers.bar[CAUSE] = 5
+    assert _guest_reads(bench) == b"\x0c"
+    bench.device.registers.bar[CAUSE] = 1
+    assert _guest_reads(bench) == b"\1"
+
+
 @given(
     st.lists(st.tuples(st.integers(0, 2), st.integers(0, 20), st.binary(max_size=6)), max_size=8),
     st.lists(st.tuples(st.integers(0, 2), st.integers(0, 20), st.integers(1, 8)), max_size=8),
@@ -101,9 +113,39 @@ def test_every_byte_is_paid_once(
     assert bool(owed) == any(expected.values())
 
 
-def test_i9_a_controller_cannot_owe_without_bound() -> None:
+@given(
+    st.lists(st.tuples(st.integers(0, 1), st.integers(0, 3), st.integers(0, 0xFFFF)), max_size=8),
+    st.lists(st.tuples(st.integers(0, 1), st.integers(0, 8), st.binary(max_size=9)), max_size=8),
+)
+def test_every_count_is_paid_once_to_a_read_of_its_whole_counter(
+    debts: list[tuple[int, int, int]], reads: list[tuple[int, int, bytes]]
+) -> None:
+    """Counters of 2 bytes, side by side, in two regions; what is read is the device's own count."""
     owed = Owed()
-    owed.add(0, 0, b"\1" * MAX_BYTES)
+    expected = {(region, 2 * number): 0 for region in range(2) for number in range(4)}
+    for region, number, value in debts:
+        total = owed.add(region, 2 * number, value.to_bytes(2, "little"), count=True)
+        expected[region, 2 * number] = min(expected[region, 2 * number] + value, 0xFFFF)
+        assert int.from_bytes(total, "little") == expected[region, 2 * number]
+    for region, offset, own in reads:
+        data = bytearray(own)
+        owed.pay(region, offset, memoryview(data))
+        want = bytearray(own)
+        for at in range(0, 8, 2):
+            if offset <= at and at + 2 <= offset + len(own):
+                part = slice(at - offset, at - offset + 2)
+                value = int.from_bytes(want[part], "little") + expected[region, at]
+                want[part] = min(value, 0xFFFF).to_bytes(2, "little")
+                expected[region, at] = 0
+        assert data == want
+    assert bool(owed) == any(expected.values())
+
+
+@pytest.mark.parametrize("count", [False, True])
+def test_i9_a_controller_cannot_owe_without_bound(count: bool) -> None:
+    owed = Owed()
+    for offset in range(0, MAX_BYTES, 8):
+        owed.add(0, offset, b"\1" * 8, count=count)
     with pytest.raises(BadRequest):
         owed.add(1, 0, b"\1")
 

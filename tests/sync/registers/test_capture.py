@@ -655,7 +655,9 @@ async def test_what_a_read_clears_is_owed_to_the_guest_on_the_target(
     model: SimpleNamespace,
 ) -> None:
     """The device is at rest only behind `quiesce`: what it left by then counts, too."""
-    text = model.PROFILE.replace('class = "read-to-clear"', 'class = "read-to-clear"\nowed = true')
+    text = model.PROFILE.replace(
+        'class = "read-to-clear"', 'class = "read-to-clear"\nowed = "bits"'
+    )
     pair = Pair(model, text)
     await pair.begin()
     await pair.source.quiesce()
@@ -666,4 +668,17 @@ async def test_what_a_read_clears_is_owed_to_the_guest_on_the_target(
     assert first.owed
     assert first.op is Op.WRITE
     assert first.data == (0x81).to_bytes(4, "little")
+    assert not first.counts
     assert not any(access.owed for access in others)
+
+
+@trio_test
+async def test_what_counters_have_come_to_is_owed_one_by_one(model: SimpleNamespace) -> None:
+    counters = 'class = "read-to-clear"\naccess = 2\nowed = "count"'
+    pair = Pair(model, model.PROFILE.replace('class = "read-to-clear"', counters))
+    await pair.begin()
+    pair.source_device.values["events"] = 0x0007
+    await pair.switch()
+    await pair.target.finish()
+    owed = [access for access in unpack_accesses(pair.target.start_records()) if access.owed]
+    assert owed == [Access(Op.WRITE, 0, 0x14, 2, b"\7\0", owed=True, counts=True)]

@@ -112,6 +112,8 @@ def test_defaults() -> None:
          + register("o", 8, "constant", 2, 'bank = "b"')
          + '[[kick]]\nbank = "b"\nwhen = { a = 1 }\nbase = "bar0"\noffset = "o"\nsize = 2',
          "nor with the 'when' of a kick"),
+        (HEAD + register("a", 0, more='owed = "bits"'), "'owed' goes with class read-to-clear"),
+        (HEAD + register("a", 0, "read-to-clear", more="owed = true"), "one of bits, count"),
         (HEAD + register("a", 0, "constant", more="compare = false"), "always compared"),
         (HEAD + register("a", 0, "read-to-clear", more="compare = true"), "cannot be read"),
         (HEAD + register("a", 0, "hold", more="reads = true"), "reads of class hold"),
