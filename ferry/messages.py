@@ -186,6 +186,11 @@ class Notice:
         value = str(self.values.get(key, ""))[:1000]
         return "".join(c if c.isprintable() else "?" for c in value)
 
+    def mapping(self, key: str) -> dict[str, object]:
+        """The object under `key`, empty where there is none. Its values are not checked."""
+        value = self.values.get(key)
+        return value if isinstance(value, dict) else {}
+
 
 def load_object(payload: bytes) -> dict[str, Any]:
     """The JSON object in `payload`. Raises `PeerProtocolError` where there is none."""

@@ -1,7 +1,8 @@
 """Events of a running command: JSON lines for programs, one readable line each for people.
 
 An event is a name and flat values with the unit in the key. What it looks like on a terminal is
-decided here and nowhere else.
+decided here and nowhere else. A `round` is for programs: people read `progress`, once a second, and
+find all rounds in the report.
 """
 
 import contextlib
@@ -28,22 +29,21 @@ def _phase(v: dict[str, Any]) -> str:
     return f"{v['role']}: {v['phase']}" + (f" ({v['detail']})" if v.get("detail") else "")
 
 
-def _round(v: dict[str, Any]) -> str:
-    parts = [
-        f"round {v['round']:>3}",
-        f"dirty {v['dirty_pages']:>6} pages",
-        f"sent {v['sent_pages']:>6}",
-        f"wire {bytes_text(v['wire_bytes']):>10}",
-        f"{bytes_text(v['throughput_bytes_per_s']):>10}/s",
-    ]
-    if v["remaining_pages"] is not None:
-        parts.append(f"left {v['remaining_pages']:>6} pages")
-        parts.append(f"dirtying {v['dirty_pages_per_s']:.0f} pages/s")
-    if v["vmm_remaining_bytes"] is not None:
-        parts.append(f"VMM left {bytes_text(v['vmm_remaining_bytes'])}")
-    if v["predicted_downtime_ms"] is not None:
-        parts.append(f"downtime would be {v['predicted_downtime_ms']:.0f} ms")
-    return "  ".join(parts)
+def _progress(v: dict[str, Any]) -> str:
+    if v["predicted_downtime_ms"] is None:
+        downtime = "downtime not known yet"
+    else:
+        downtime = f"downtime would be {v['predicted_downtime_ms']:.0f} ms"
+    return (
+        f"round {v['round']} (VMM {v['vmm_round']})  "
+        f"left {bytes_text(v['remaining_bytes'])} "
+        f"(device {bytes_text(v['own_remaining_bytes'])}, "
+        f"VMM {bytes_text(v['vmm_remaining_bytes'])})  "
+        f"dirtying {bytes_text(v['dirty_bytes_per_s'])}/s "
+        f"(device {bytes_text(v['own_dirty_bytes_per_s'])}/s, "
+        f"VMM {bytes_text(v['vmm_dirty_bytes_per_s'])}/s)  "
+        f"moving {bytes_text(v['throughput_bytes_per_s'])}/s  {downtime}"
+    )
 
 
 def _finding(v: dict[str, Any]) -> str:
@@ -57,7 +57,8 @@ def _generic(v: dict[str, Any]) -> str:
 
 _RENDER: dict[str, Callable[[dict[str, Any]], str]] = {
     "phase": _phase,
-    "round": _round,
+    "progress": _progress,
+    "round": lambda _: "",
     "listening": lambda v: f"{v['role']}: listening at {v['url']}",
     "message": lambda v: str(v["text"]),
     "report": lambda v: str(v["text"]),
@@ -85,6 +86,8 @@ class Reporter:
             line = json.dumps({"event": name, "time": time.time(), "role": self._role, **values})
         else:
             line = _RENDER.get(name, _generic)({"role": self._role, **values})
+            if not line:
+                return
         with contextlib.suppress(BrokenPipeError):
             # In one piece: the demo's processes are read by a thread each.
             self._stream.write(f"{line}\n")

@@ -121,7 +121,10 @@ class Target:
         self._memory: GuestMemory | None = None
         self._vmm_stream: trio.SocketStream | None = None
         self._reports: list[dict[str, Any]] = []
-        self._ms: dict[str, float] = {}
+        self._platform_lock = trio.Lock()
+        self._platform_restored = False
+        self._ready_ms: dict[str, float] = {}
+        self._started_ms: dict[str, float] = {}
         machine = Handover(Role.TARGET, Deadlines(listening_s=options.wait))
         self.runner = Runner(
             machine,
@@ -272,6 +275,8 @@ class Target:
         try:
             await self._vmm.wait_loaded()
             await self._link.send_record(Kind.LOADED, b"")
+            # Now, while the source compares the memories.
+            await self._complete_platform()
         except TransportError as error:
             self.runner.post(Event.PEER_LOST, error)
         except Exception as error:
@@ -281,10 +286,16 @@ class Target:
         await self._vmm.wait_loaded()
         self._reports = [asdict(await registers.finish()) for registers in self._registers]
         began = time.monotonic()
-        await self._restore_platform(self._platform_state)
-        if self._platform is not None:
-            self._ms["PCI restore"] = (time.monotonic() - began) * 1e3
+        await self._complete_platform()
+        self._ready_ms["PCI restore"] = (time.monotonic() - began) * 1e3
         return Event.MADE_READY
+
+    async def _complete_platform(self) -> None:
+        """What the source found of the VMM's own when its guest had stopped; once."""
+        async with self._platform_lock:
+            if not self._platform_restored:
+                await self._restore_platform(self._platform_state)
+                self._platform_restored = True
 
     async def _restore_platform(self, state: bytes) -> None:
         """What the VMM itself knows of the devices and does not migrate."""
@@ -292,7 +303,9 @@ class Target:
             await self._platform.restore(state)
 
     async def _send_ready(self) -> None:
-        await self._link.send_record(Kind.READY, Notice({"registers": self._reports}).pack())
+        await self._link.send_record(
+            Kind.READY, Notice({"registers": self._reports, "ms": self._ready_ms}).pack()
+        )
 
     async def _own(self) -> Event:
         """The first gateway's record decides, so it is written last: with it, all are written."""
@@ -300,7 +313,7 @@ class Target:
         both = zip(self._gateways, self._registers, strict=True)
         for gateway, registers in reversed(list(both)):
             await gateway.own(self._hello.session, registers.start_records())
-        self._ms["own"] = (time.monotonic() - began) * 1e3
+        self._started_ms["own"] = (time.monotonic() - began) * 1e3
         return Event.OWNED
 
     async def _start_guest(self) -> Event:
@@ -309,14 +322,14 @@ class Target:
             await gateway.start()
         started = time.monotonic()
         await self._vmm.resume()
-        self._ms["device start"] = (started - began) * 1e3
-        self._ms["VMM resume"] = (time.monotonic() - started) * 1e3
+        self._started_ms["device start"] = (started - began) * 1e3
+        self._started_ms["VMM resume"] = (time.monotonic() - started) * 1e3
         return Event.STARTED
 
     async def _send_committed(self) -> None:
         with trio.move_on_after(TELL_S), contextlib.suppress(TransportError):
             await self._link.send_record(
-                Kind.COMMITTED, Notice({"ms": self._ms}).pack(), flush=True
+                Kind.COMMITTED, Notice({"ms": self._started_ms}).pack(), flush=True
             )
 
     # --- the ways out ---

@@ -1,35 +1,17 @@
 """What a migration cost and what was proven, for people and as one JSON object."""
 
 import math
-import time
 from dataclasses import dataclass, field
 from typing import Any
 
+from ferry.downtime import VMM_PHASES
 from ferry.progress import bytes_text
 from transport.sender import RoundStatistics
 
 
-class Stopwatch:
-    """Splits the downtime into named phases that follow each other without gaps.
-
-    The first phase starts when the VMM stopped its vCPUs, by its own clock, which is on this host.
-    """
-
-    def __init__(self, started_at_epoch_s: float) -> None:
-        now = time.monotonic()
-        self._started = now - max(0.0, time.time() - started_at_epoch_s)
-        self._last = self._started
-        self.phases_ms: dict[str, float] = {}
-
-    def lap(self, phase: str) -> None:
-        """Ends `phase`: all that has passed since the phase before it ended."""
-        now = time.monotonic()
-        self.phases_ms[phase] = self.phases_ms.get(phase, 0.0) + (now - self._last) * 1e3
-        self._last = now
-
-    @property
-    def total_ms(self) -> float:
-        return (self._last - self._started) * 1e3
+def finite(value: float | None) -> float | None:
+    """JSON has no infinity: what cannot be predicted yet is as good as not known."""
+    return None if value is None or math.isinf(value) else value
 
 
 def round_values(
@@ -55,9 +37,7 @@ def round_values(
         "throughput_bytes_per_s": round_.wire_bytes / max(round_.duration_ns, 1) * 1e9,
         "remaining_pages": remaining_pages,
         "dirty_pages_per_s": None if remaining_pages is None else remaining_pages / interval_s,
-        "predicted_downtime_ms": None
-        if predicted_downtime_ms == math.inf
-        else predicted_downtime_ms,
+        "predicted_downtime_ms": finite(predicted_downtime_ms),
         "vmm_remaining_bytes": vmm_remaining_bytes,
     }
 
@@ -70,8 +50,12 @@ class Report:
     methods: list[dict[str, str]] = field(default_factory=list)
     rounds: list[dict[str, Any]] = field(default_factory=list)
     downtime_ms: dict[str, float] = field(default_factory=dict)
+    """By phase, in their order: `ferry.downtime`."""
     downtime_total_ms: float = 0.0
-    target_ms: dict[str, float] = field(default_factory=dict)
+    downtime_own_ms: float = 0.0
+    downtime_vmm_ms: float = 0.0
+    beside_vmm_ms: dict[str, float] = field(default_factory=dict)
+    """Our own work while the VMM worked, too: in neither of the two."""
     registers: list[dict[str, Any]] = field(default_factory=list)
     verification: dict[str, Any] = field(default_factory=dict)
     wire_bytes: dict[str, int] = field(default_factory=dict)
@@ -98,10 +82,7 @@ class Report:
                 f"{bytes_text(r['wire_bytes']):>11} "
                 f"{bytes_text(r['throughput_bytes_per_s']):>8}/s"
             )
-        phases = "  ".join(f"{name} {ms:.1f}" for name, ms in self.downtime_ms.items())
-        lines.append(f"downtime {self.downtime_total_ms:.1f} ms: {phases}")
-        inside = "  ".join(f"{name} {ms:.1f}" for name, ms in self.target_ms.items())
-        lines.append(f"  of the commit, on the target: {inside} ms")
+        lines += self._downtime_lines()
         for number, counts in enumerate(self.registers):
             told = "  ".join(
                 f"{name.replace('_', ' ')} {value}"
@@ -124,3 +105,21 @@ class Report:
                 f"xxh3 {region['digest']}"
             )
         return "\n".join(lines)
+
+    def _downtime_lines(self) -> list[str]:
+        def phases(of_vmm: bool) -> str:
+            return _times(
+                {n: m for n, m in self.downtime_ms.items() if (n in VMM_PHASES) == of_vmm}
+            )
+
+        return [
+            f"downtime {self.downtime_total_ms:.1f} ms: the VMM's part "
+            f"{self.downtime_vmm_ms:.1f} ms, vfio-ferry's {self.downtime_own_ms:.1f} ms",
+            f"  VMM:        {phases(True)}",
+            f"  vfio-ferry: {phases(False)}",
+            f"  while the VMM worked, and not counted: {_times(self.beside_vmm_ms)}",
+        ]
+
+
+def _times(ms: dict[str, float]) -> str:
+    return "  ".join(f"{name} {value:.1f}" for name, value in ms.items())

@@ -3,6 +3,7 @@
 import contextlib
 import os
 import signal
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
 from dataclasses import dataclass
 
 import trio
@@ -91,6 +92,29 @@ async def warm_up_kernels(reporter: Reporter) -> None:
         nursery.start_soon(explain)
         await trio.to_thread.run_sync(warm_up)
         nursery.cancel_scope.cancel()
+
+
+@contextlib.contextmanager
+def ungrouped() -> Iterator[None]:
+    """Around a nursery whose tasks fail together for one reason: raises the first error alone, also
+    when the nursery is being cancelled, so that who waits for an error sees one."""
+    try:
+        yield
+    except BaseExceptionGroup as group:
+        errors, _ = group.split(Exception)
+        if errors is None:
+            raise
+        raise first_error(errors) from group
+
+
+@contextlib.asynccontextmanager
+async def alongside(task: Callable[[], Awaitable[None]]) -> AsyncIterator[None]:
+    """`task` runs until the block ends, or is given up with it. Raises the first error of both."""
+    with ungrouped():
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(task)
+            yield
+            nursery.cancel_scope.cancel()
 
 
 def first_error(group: BaseExceptionGroup[BaseException]) -> BaseException:

@@ -1,7 +1,7 @@
 """The source's side of one migration: what is done in which phase.
 
-Owns the order of things on the source. When which phase begins is decided by `sync.handover`, when
-to switch over by `sync.convergence`; the command around it is `ferry.send`.
+Owns the order of things on the source. When which phase begins is decided by `sync.handover`, the
+rounds are `ferry.precopy`'s; the command around it is `ferry.send`.
 """
 
 import contextlib
@@ -9,6 +9,8 @@ import os
 import secrets
 import socket
 import tempfile
+import time
+from collections.abc import Awaitable, Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -18,23 +20,25 @@ import trio
 from numpy.typing import NDArray
 
 from ferry.check import findings_of
-from ferry.errors import Mismatch, NotConverged
+from ferry.downtime import Downtime
+from ferry.errors import Mismatch
 from ferry.findings import methods_text, ok
 from ferry.memory_layout import MemoryLayout
 from ferry.messages import Hello, Kind
+from ferry.precopy import Precopy
 from ferry.progress import Reporter
-from ferry.report import Report, Stopwatch, round_values
+from ferry.report import Report
 from ferry.runner import Runner
 from ferry.side import (
     Shell,
+    alongside,
     check_gateway,
-    first_error,
     offer_of,
+    ungrouped,
     warm_up_kernels,
 )
 from ferry.source_link import SourceLink
 from ferry.verification import prove_equal
-from sync.convergence import Convergence, Limits, Round, Verdict
 from sync.dirty.merge import MergedTrackers
 from sync.dirty.scan import ScanTracker
 from sync.dirty.shared import LoggingTracker, MessageTracker
@@ -54,13 +58,10 @@ from sync.vmm.pci import PciPlatform
 from transport.errors import TransportError
 from transport.kernels.bitmap import bitmap_to_indices
 from transport.kernels.digests import scan_changed
-from transport.sender import RoundStatistics
 
 PUMP_INTERVAL_S = 0.02
 """How often captured register operations are fetched. The journal holds a second of the densest
 access pattern a VMM can make, so this only sets how fresh the target's registers are."""
-ROUND_INTERVAL_S = 0.1
-"""A round is no shorter: below this the fixed cost of a round is most of it."""
 RECOVERY_DEADLINE_S = 10.0
 
 if TYPE_CHECKING:
@@ -89,6 +90,7 @@ class Source:
         self._memory: GuestMemory | None = None
         self._layout = MemoryLayout([], [])
         self._dirty: MergedTrackers | None = None
+        self._precopy: Precopy | None = None
         self._vmm: Vmm | None = None
         self._vmm_begun = False
         self._platform: PciPlatform | None = None
@@ -98,8 +100,7 @@ class Source:
         self._pump_ended.set()
         self._scratch = contextlib.ExitStack()
         self._gateways: list[GatewayClient] = []
-        self._round_ended = trio.current_time()
-        self._watch = Stopwatch(0.0)
+        self._downtime = Downtime(0.0, 0.0)
         self._started = trio.current_time()
         self.report = Report(session=self._session.hex())
         machine = Handover(Role.SOURCE, Deadlines(precopy_s=options.timeout + 60.0, pausing_s=30.0))
@@ -229,6 +230,9 @@ class Source:
             async for payload in device.registers.begin(mediation.values, mediation.journal_seq):
                 await self._link.send_state(number, payload)
         self._dirty = MergedTrackers([device.tracker for device in self._devices])
+        self._precopy = Precopy(
+            self._options, self._link, self._vmm, self._dirty, self.report, self._reporter
+        )
         self._pump_ended = trio.Event()
         self._nursery.start_soon(self._pump_registers)
         socket_path = str(self._folder / "vmm.sock")
@@ -261,100 +265,25 @@ class Source:
             self._pump_ended.set()
 
     async def _run_rounds(self) -> Event:
-        options = self._options
-        convergence = Convergence(
-            Limits(
-                downtime_ms=options.downtime_limit,
-                threshold_pages=options.threshold,
-                max_rounds=options.max_rounds,
-                timeout_s=options.timeout,
-                on_stall=options.on_stall,
-            )
-        )
-        assert self._dirty is not None and self._vmm is not None
-        bitmap = await self._dirty.collect()
-        while True:
-            began = trio.current_time()
-            round_ = await self._send_bitmap(bitmap)
-            await trio.sleep(max(0.0, ROUND_INTERVAL_S - (trio.current_time() - began)))
-            progress = await self._vmm.progress()
-            if progress.error or progress.status in ("failed", "cancelled"):
-                raise VmmError(f"the VMM's migration is {progress.status}: {progress.error}")
-            bitmap = await self._dirty.collect()
-            left = int(np.bitwise_count(bitmap).sum())
-            if progress.rounds <= 1:
-                # The VMM is in its first pass over all of memory: nothing converges before that
-                # is over, so these rounds are not judged.
-                self._note_round(round_, left, None, progress.remaining_bytes)
-                continue
-            decision = convergence.observe(
-                Round(
-                    sent_pages=round_.sent_pages,
-                    wire_bytes=round_.wire_bytes,
-                    duration_ns=round_.duration_ns,
-                    interval_ns=int((trio.current_time() - began) * 1e9),
-                    dirty_pages=left,
-                    vmm_remaining_bytes=progress.remaining_bytes,
-                )
-            )
-            self._note_round(round_, left, decision.predicted_downtime_ms, progress.remaining_bytes)
-            if decision.verdict is Verdict.GIVE_UP:
-                raise NotConverged(decision.message)
-            if decision.verdict is Verdict.SWITCH:
-                self._reporter.event("message", text=decision.message)
-                # What was collected last is not sent yet.
-                self._note_round(await self._send_bitmap(bitmap))
-                return Event.CONVERGED
-
-    async def _send_bitmap(self, bitmap: NDArray[np.uint64]) -> RoundStatistics:
-        return await self._link.send_pages(bitmap_to_indices(bitmap))
-
-    def _note_round(
-        self,
-        round_: RoundStatistics,
-        left: int | None = None,
-        predicted_ms: float | None = None,
-        vmm_remaining_bytes: int | None = None,
-    ) -> None:
-        """Reports a round, with what was known behind it: pages left, and what follows from it."""
-        now = trio.current_time()
-        interval_s, self._round_ended = now - self._round_ended, now
-        values = round_values(round_, left, interval_s, predicted_ms, vmm_remaining_bytes)
-        self.report.rounds.append(values)
-        self._reporter.event("round", **values)
+        assert self._precopy is not None
+        await self._precopy.converge()
+        return Event.CONVERGED
 
     async def _pause_vmm(self) -> Event:
         """Lets the VMM switch over, and keeps the dirty set small until it does."""
-        assert self._dirty is not None and self._vmm is not None
-        vmm = self._vmm
+        assert self._vmm is not None and self._precopy is not None
         # The VMM may leave so much of its own for the time when the guest stands still; the rest
         # of the limit is for what follows from it.
-        await vmm.allow_switchover(max(1, self._options.downtime_limit // 3))
-        async with trio.open_nursery() as nursery:
-            rounds = trio.CancelScope()
-
-            async def wait() -> None:
-                paused = await vmm.wait_pre_switchover()
-                self._watch = Stopwatch(paused.guest_paused_at)
-                rounds.cancel()
-
-            nursery.start_soon(wait)
-            with rounds:
-                while True:
-                    with trio.CancelScope(shield=True):
-                        # Cleared bits must become sent pages, or they are lost (I1).
-                        self._note_round(await self._send_bitmap(await self._dirty.collect()))
-                    await trio.sleep(ROUND_INTERVAL_S)
-        self._watch.lap("pause")
+        await self._vmm.allow_switchover(max(1, self._options.downtime_limit // 3))
+        async with alongside(self._precopy.keep_small):
+            paused = await self._vmm.wait_pre_switchover()
+        self._downtime = Downtime(paused.guest_paused_at, paused.waiting_at)
+        self._downtime.lap("pause")
         return Event.PAUSED
 
     # --- the guest stands still ---
 
     async def _stop_devices(self) -> Event:
-        assert self._vmm is not None
-        # Two round trips let the VMM handle interrupts that are pending in its event loop.
-        await self._vmm.run_state()
-        await self._vmm.run_state()
         self._pump_stop.set()
         await self._pump_ended.wait()
         for device in self._devices:
@@ -362,45 +291,53 @@ class Source:
             await device.gateway.stop(
                 fence=device.registers.fence, resume=device.registers.resume_records()
             )
-        self._watch.lap("drain")
+        self._downtime.lap("device stop")
         await self._send_platform()
         return Event.STOPPED
 
     async def _send_platform(self) -> None:
         """What the VMM does not migrate itself; its devices no longer interrupt it."""
+        assert self._vmm is not None
         if self._platform is None:
+            # Two round trips let the VMM handle the interrupts that wait in its event loop.
+            await self._vmm.run_state()
+            await self._vmm.run_state()
             return
         state = await self._platform.save()
         await self._link.send(Kind.PLATFORM, state)
-        self._watch.lap("PCI save")
+        self._downtime.lap("PCI save")
 
     async def _send_final(self) -> Event:
-        assert self._vmm is not None and self._dirty is not None
-        vmm = self._vmm
+        """The VMM's last part beside ours; the target's VMM loads it meanwhile."""
+        assert self._precopy is not None
+        took_ms: dict[str, float] = {}
 
-        async def finish_vmm() -> None:
-            await vmm.continue_switchover()
-            await vmm.wait_completed()
+        async def timed(what: str, work: Callable[[], Awaitable[None]]) -> None:
+            began = time.monotonic()
+            await work()
+            took_ms[what] = (time.monotonic() - began) * 1e3
 
-        async def finish_registers() -> None:
-            for number, device in enumerate(self._devices):
-                async for payload in device.registers.final():
-                    await self._link.send_state(number, payload)
-
-        try:
-            async with trio.open_nursery() as nursery:
-                nursery.start_soon(finish_vmm)
-                nursery.start_soon(finish_registers)
-                bitmap = await self._dirty.collect()
-                round_ = await self._send_bitmap(bitmap)
-        except* Exception as group:
-            raise first_error(group) from group
-        self._note_round(round_)
-        self._watch.lap("final state")
         await self._link.send(Kind.ASK_LOADED)
-        await self._link.loaded.wait()
-        self._watch.lap("VMM load")
+        with ungrouped():
+            async with trio.open_nursery() as nursery:
+                nursery.start_soon(timed, "VMM transfer", self._finish_vmm)
+                nursery.start_soon(timed, "registers", self._finish_registers)
+                nursery.start_soon(timed, "pages", self._precopy.finish)
+        vmm_ms = took_ms.pop("VMM transfer")
+        self._downtime.beside_vmm_ms = took_ms
+        self._downtime.lap("final state", {"VMM transfer": vmm_ms})
         return Event.FINAL_SENT
+
+    async def _finish_vmm(self) -> None:
+        assert self._vmm is not None
+        await self._vmm.continue_switchover()
+        await self._vmm.wait_completed()
+        await self._link.loaded.wait()
+
+    async def _finish_registers(self) -> None:
+        for number, device in enumerate(self._devices):
+            async for payload in device.registers.final():
+                await self._link.send_state(number, payload)
 
     async def _verify(self) -> Event:
         assert self._dirty is not None and self._memory is not None
@@ -410,7 +347,7 @@ class Source:
             bitmap_to_indices(self._dirty.touched),
             everything=self._options.verify == "all" or not self._dirty.complete,
         )
-        self._watch.lap("verify")
+        self._downtime.lap("verify")
         return Event.VERIFIED
 
     async def _ask_ready(self) -> None:
@@ -418,9 +355,10 @@ class Source:
 
     async def _release(self) -> Event:
         self.report.registers = self._link.registers
-        self._watch.lap("ready")
+        self._downtime.lap("ready", self._link.ready_ms)
         for device in self._devices:
             await device.gateway.release(self._session.hex())
+        self._downtime.lap("release")
         return Event.RELEASED
 
     async def _send_commit(self) -> None:
@@ -473,10 +411,13 @@ class Source:
         self._scratch.close()
 
     def _finish_report(self) -> None:
-        self._watch.lap("commit")
+        downtime = self._downtime
+        downtime.lap("commit", self._link.committed_ms)
         report = self.report
-        report.downtime_ms = self._watch.phases_ms
-        report.downtime_total_ms = self._watch.total_ms
-        report.target_ms = self._link.committed.values.get("ms", {})
+        report.downtime_ms = downtime.phases_ms
+        report.downtime_total_ms = downtime.total_ms
+        report.downtime_own_ms = downtime.own_ms
+        report.downtime_vmm_ms = downtime.vmm_ms
+        report.beside_vmm_ms = downtime.beside_vmm_ms
         report.duration_s = trio.current_time() - self._started
         report.wire_bytes = self._link.wire_bytes()

@@ -48,8 +48,10 @@ class SourceLink:
         """The target's VMM has loaded all that came through the tunnel."""
         self.registers: list[dict[str, Any]] = []
         """What the target's check of the registers found; with `PEER_READY`."""
-        self.committed = Notice()
-        """What the target reported with its commit; with `PEER_COMMITTED`."""
+        self.ready_ms: dict[str, object] = {}
+        """What it took on the target to become ready, by phase; with `PEER_READY`."""
+        self.committed_ms: dict[str, object] = {}
+        """What it took to start the guest there, by phase; with `PEER_COMMITTED`."""
 
     @property
     def sender(self) -> Sender:
@@ -105,9 +107,10 @@ class SourceLink:
                 self.loaded.set()
             elif record.kind == Kind.READY:
                 self.registers = notice.values.get("registers", [])
+                self.ready_ms = notice.mapping("ms")
                 self._runner.post(Event.PEER_READY)
             elif record.kind == Kind.COMMITTED:
-                self.committed = notice
+                self.committed_ms = notice.mapping("ms")
                 self._runner.post(Event.PEER_COMMITTED)
             elif record.kind == Kind.START_FAILED:
                 self._runner.post(

@@ -58,6 +58,8 @@ class PreSwitchover:
     guest_paused_at: float
     """When the guest was paused, in seconds since the epoch: from the STOP event, or, if this
     connection did not see one, the moment at which the pause was noticed."""
+    waiting_at: float
+    """When the VMM began to wait, told in the same way: from then on it waits for us."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -177,10 +179,11 @@ class Vmm:
             return True if status == "pre-switchover" else None
 
         await self._watch(judge)
+        waiting = self.client.last_event("MIGRATION", since=self._migration_mark)
+        told = waiting is not None and waiting.data.get("status") == "pre-switchover"
+        waiting_at = (waiting.timestamp if waiting and told else 0.0) or time.time()
         stop = self.client.last_event("STOP", since=self._migration_mark)
-        if stop is None or not stop.timestamp:
-            return PreSwitchover(time.time())
-        return PreSwitchover(stop.timestamp)
+        return PreSwitchover((stop.timestamp if stop else 0.0) or waiting_at, waiting_at)
 
     async def continue_switchover(self) -> None:
         """Lets the source's VMM send the rest. Raises `VmmRefused` outside pre-switchover."""
@@ -199,10 +202,10 @@ class Vmm:
         """Waits until the target has loaded everything and is paused. Raises `MigrationFailed`."""
         while True:
             seen = self.client.events_seen
-            status = self._status_unless_failed(await self.execute("query-migrate"))
-            state = await self.run_state()
-            if status == "completed" and state != "inmigrate":
-                break
+            if self._status_unless_failed(await self.execute("query-migrate")) == "completed":
+                state = await self.run_state()
+                if state != "inmigrate":
+                    break
             await self._wait_event_or_poll(seen)
         if state != "paused":
             raise VmmNotReady(f"the target's guest is {state!r} after loading, not 'paused'")

@@ -28,8 +28,12 @@ def test_a_device_moves_with_its_running_guest(tmp_path: Path, method: Method) -
         assert report["verification"]["scope"].startswith("all")
         assert sum(region["length"] for region in report["verification"]["regions"]) > 40 << 20
         assert set(report["downtime_ms"]) == {
-            *("pause", "drain", "final state", "VMM load", "verify", "ready", "commit")
+            *("VMM stop", "pause", "device stop", "VMM transfer", "final state", "verify"),
+            *("PCI restore", "ready", "release", "own", "device start", "VMM resume", "commit"),
         }
+        parts = report["downtime_own_ms"] + report["downtime_vmm_ms"]
+        assert parts == pytest.approx(sum(report["downtime_ms"].values()))
+        assert parts == pytest.approx(report["downtime_total_ms"])
         guest = assert_sound(bed, b)
         assert guest["device_resets"] == 0
         assert guest["device_reconnects"] == 0

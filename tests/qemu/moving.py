@@ -75,7 +75,7 @@ def unable(reason: str) -> NoReturn:
 
 def tell(report: dict[str, Any]) -> None:
     """What the migration took, for the log of the test."""
-    for key in ("methods", "downtime_total_ms", "downtime_ms", "target_ms", "registers"):
+    for key in ("methods", "downtime_total_ms", "downtime_own_ms", "downtime_ms", "registers"):
         print(key, report[key])
     print("verification", {k: v for k, v in report["verification"].items() if k != "regions"})
     print("rounds", len(report["rounds"]), "duration", report["duration_s"])

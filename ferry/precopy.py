@@ -1,0 +1,182 @@
+"""The rounds in which device-written pages move, and how far they and the VMM's stream have come.
+
+Owns what has been collected and is not sent yet, the events `round` and `progress`, and the rows
+of the report. When to switch over is decided by `sync.convergence`; `ferry.source` has the phases.
+"""
+
+import time
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import trio
+
+from ferry.errors import NotConverged
+from ferry.progress import Reporter
+from ferry.report import Report, finite, round_values
+from ferry.side import alongside
+from ferry.source_link import SourceLink
+from sync.convergence import Convergence, Limits, Round, Verdict
+from sync.dirty.merge import MergedTrackers
+from sync.dirty.tracker import Bitmap, n_words
+from sync.memory import PAGE_BYTES
+from sync.vmm.driver import Vmm, VmmProgress
+from sync.vmm.errors import VmmError
+from transport.kernels.bitmap import bitmap_to_indices
+from transport.sender import RoundStatistics
+
+if TYPE_CHECKING:
+    from ferry.send import Options
+
+ROUND_INTERVAL_S = 0.1
+"""A round is no shorter: below this the fixed cost of a round is most of it."""
+PROGRESS_INTERVAL_S = 1.0
+
+
+class Precopy:
+    """The rounds of one migration, from the first one to the one when the guest stands still."""
+
+    def __init__(
+        self,
+        options: "Options",
+        link: SourceLink,
+        vmm: Vmm,
+        dirty: MergedTrackers,
+        report: Report,
+        reporter: Reporter,
+    ) -> None:
+        self._options = options
+        self._link = link
+        self._vmm = vmm
+        self._dirty = dirty
+        self._report = report
+        self._reporter = reporter
+        self._owed: Bitmap = np.zeros(n_words(dirty.n_pages), np.uint64)
+        self._round_ended = trio.current_time()
+        self._dirty_pages_per_s = 0.0
+        self._predicted_ms: float | None = None
+
+    async def converge(self) -> None:
+        """Rounds until what is left fits into the downtime. Raises `NotConverged`, `VmmError`."""
+        async with alongside(self._tell_progress):
+            await self._rounds_until_small()
+
+    async def _rounds_until_small(self) -> None:
+        options = self._options
+        convergence = Convergence(
+            Limits(
+                downtime_ms=options.downtime_limit,
+                threshold_pages=options.threshold,
+                max_rounds=options.max_rounds,
+                timeout_s=options.timeout,
+                on_stall=options.on_stall,
+            )
+        )
+        await self._collect()
+        while True:
+            began = trio.current_time()
+            round_ = await self._send()
+            await trio.sleep(max(0.0, ROUND_INTERVAL_S - (trio.current_time() - began)))
+            progress = await self._vmm.progress()
+            if progress.error or progress.status in ("failed", "cancelled"):
+                raise VmmError(f"the VMM's migration is {progress.status}: {progress.error}")
+            await self._collect()
+            left = self._owed_pages()
+            if progress.rounds <= 1:
+                # The VMM is in its first pass over all of memory: nothing converges before that
+                # is over, so these rounds are not judged.
+                self._note_round(round_, left, None, progress.remaining_bytes)
+                continue
+            decision = convergence.observe(
+                Round(
+                    sent_pages=round_.sent_pages,
+                    wire_bytes=round_.wire_bytes,
+                    duration_ns=round_.duration_ns,
+                    interval_ns=int((trio.current_time() - began) * 1e9),
+                    dirty_pages=left,
+                    vmm_remaining_bytes=progress.remaining_bytes,
+                )
+            )
+            self._predicted_ms = decision.predicted_downtime_ms
+            self._note_round(round_, left, self._predicted_ms, progress.remaining_bytes)
+            if decision.verdict is Verdict.GIVE_UP:
+                raise NotConverged(decision.message)
+            if decision.verdict is Verdict.SWITCH:
+                self._reporter.event("message", text=decision.message)
+                self._note_round(await self._send())
+                return
+
+    async def keep_small(self) -> None:
+        """Goes on with rounds until it is cancelled, which takes effect at once."""
+        async with alongside(self._tell_progress):
+            while True:
+                # What a tracker was asked for and did not get to say would be lost (I1).
+                with trio.CancelScope(shield=True):
+                    await self._collect()
+                self._note_round(await self._send())
+                await trio.sleep(ROUND_INTERVAL_S)
+
+    async def finish(self) -> None:
+        """The last round: the devices are at rest."""
+        await self._collect()
+        self._note_round(await self._send())
+
+    async def _collect(self) -> None:
+        self._owed |= await self._dirty.collect()
+
+    async def _send(self) -> RoundStatistics:
+        """Sends what is owed; it stays owed if this is cancelled."""
+        round_ = await self._link.send_pages(bitmap_to_indices(self._owed))
+        self._owed[:] = 0
+        return round_
+
+    def _owed_pages(self) -> int:
+        return int(np.bitwise_count(self._owed).sum())
+
+    def _note_round(
+        self,
+        round_: RoundStatistics,
+        left: int | None = None,
+        predicted_ms: float | None = None,
+        vmm_remaining_bytes: int | None = None,
+    ) -> None:
+        """Reports a round, with what was known behind it: pages left, and what follows from it."""
+        now = trio.current_time()
+        interval_s, self._round_ended = now - self._round_ended, now
+        values = round_values(round_, left, interval_s, predicted_ms, vmm_remaining_bytes)
+        if left is not None:
+            self._dirty_pages_per_s = left / interval_s
+        self._report.rounds.append(values)
+        self._reporter.event("round", **values)
+
+    async def _tell_progress(self) -> None:
+        """Both streams as one, about once a second, also in the middle of a round."""
+        moved, asked_at = self._moved_bytes(), time.monotonic()
+        while True:
+            await trio.sleep(PROGRESS_INTERVAL_S)
+            vmm = await self._vmm.progress()
+            before, since = moved, asked_at
+            moved, asked_at = self._moved_bytes(), time.monotonic()
+            passed_s = asked_at - since
+            self._reporter.event("progress", **self._values(vmm, (moved - before) / passed_s))
+
+    def _values(self, vmm: VmmProgress, bytes_per_s: float) -> dict[str, Any]:
+        round_ = self._link.sender.round_progress()
+        under_way = max(0, round_.pages - round_.done_pages) if round_ else 0
+        own = PAGE_BYTES * under_way
+        own_dirty = PAGE_BYTES * self._dirty_pages_per_s
+        vmm_dirty = vmm.page_bytes * vmm.dirty_pages_per_s
+        return {
+            "round": round_.round_no if round_ else 0,
+            "vmm_round": vmm.rounds,
+            "remaining_bytes": own + vmm.remaining_bytes,
+            "own_remaining_bytes": own,
+            "vmm_remaining_bytes": vmm.remaining_bytes,
+            "dirty_bytes_per_s": own_dirty + vmm_dirty,
+            "own_dirty_bytes_per_s": own_dirty,
+            "vmm_dirty_bytes_per_s": vmm_dirty,
+            "throughput_bytes_per_s": bytes_per_s,
+            "predicted_downtime_ms": finite(self._predicted_ms),
+        }
+
+    def _moved_bytes(self) -> int:
+        return sum(self._link.wire_bytes().values())
