@@ -1,25 +1,36 @@
 """The rounds of a recorded guest, encoded and decoded: bytes on the wire, and time per page.
 
 The bytes are counted with everything that goes with the pages, and set beside the pages' own and
-beside XBZRLE with a cache without limit (`perf.xbzrle`).
+beside XBZRLE with a cache without limit (`perf.xbzrle`). A floor for them is measured if
+`floor-level` is not 0, for it takes minutes: zstandard at that level over all pages of a round at
+once, with what they held before as its dictionary.
 """
 
 from collections.abc import Iterator
 from pathlib import Path
 
+import zstandard
+
 from perf.benchmark import Context, Measurement
 from perf.lane import Lane
-from perf.workloads.traces import Trace, load
+from perf.workloads.traces import Bytes, Trace, load
 from perf.xbzrle import wire_bytes
 from transport.codec import Codec
 from transport.frames import PAGE_BYTES
+
+FLOOR_WINDOW_LOG = 27
+"""128 MiB: the pages of a round and what they held before."""
 
 
 def run(context: Context) -> Iterator[Measurement]:
     path = Path(context.text("trace"))
     trace = load(path)
     codecs = [Codec.parse(name) for name in context.text("codecs").split(",")]
-    xbzrle = _xbzrle_bytes(trace)
+    xbzrle = sum(wire_bytes(new, old) for old, new in _changes(trace))
+    if level := context.number("floor-level"):
+        floor = sum(_floor_bytes(old, new, level) for old, new in _changes(trace))
+        where = {"trace": path.name}
+        yield Measurement("floor_of_xbzrle", floor / xbzrle, "x", "neither", where)
     for _ in range(context.repeat):
         for codec in codecs:
             where = {"trace": path.name, "codec": str(codec)}
@@ -43,10 +54,18 @@ def run(context: Context) -> Iterator[Measurement]:
             yield Measurement("decode", decode_s / pages * 1e9, "ns/page", "lower", where)
 
 
-def _xbzrle_bytes(trace: Trace) -> int:
+def _changes(trace: Trace) -> Iterator[tuple[Bytes, Bytes]]:
+    """Of each round, what its pages held and what they hold then, uint8[n, 4096] both."""
     now = trace.base.copy()
-    total = 0
     for indices, content in trace.rounds:
-        total += wire_bytes(content, now[indices])
+        yield now[indices], content
         now[indices] = content
-    return total
+
+
+def _floor_bytes(old: Bytes, new: Bytes, level: int) -> int:
+    known = zstandard.ZstdCompressionDict(old.tobytes(), dict_type=zstandard.DICT_TYPE_RAWCONTENT)
+    parameters = zstandard.ZstdCompressionParameters.from_level(
+        level, window_log=FLOOR_WINDOW_LOG, enable_ldm=True
+    )
+    compressor = zstandard.ZstdCompressor(dict_data=known, compression_params=parameters)
+    return len(compressor.compress(new.tobytes()))
