@@ -1,5 +1,7 @@
 """Bitmap kernels against sets of plain Python integers."""
 
+from typing import Any
+
 import numpy as np
 import pytest
 from hypothesis import given
@@ -7,6 +9,7 @@ from hypothesis import strategies as st
 
 from transport.kernels import bitmap as bm
 from transport.kernels.compiled import warm_up
+from transport.kernels.intrinsics import HAS_COMPRESS
 
 # Beyond one block of the scan (64 words), and no whole number of words.
 MAX_PAGES = 64 * 130 + 17
@@ -63,6 +66,28 @@ def test_scans_find_what_is_set(case: tuple[int, set[int]], dirt: bool) -> None:
     starts, lengths = bm.bitmap_to_runs(bitmap, n_pages)
     assert list(zip(starts.tolist(), lengths.tolist(), strict=True)) == runs_of(pages)
     assert bm.runs_to_indices(starts, lengths).tolist() == sorted(pages)
+
+
+@pytest.mark.parametrize(
+    "write",
+    [
+        bm._write_by_table,
+        pytest.param(
+            bm._write_by_compress,
+            marks=pytest.mark.skipif(not HAS_COMPRESS, reason="the processor has no AVX-512"),
+        ),
+    ],
+)
+def test_either_way_to_write_the_numbers_of_a_word_finds_its_bits(write: Any) -> None:
+    """A machine uses only one of them."""
+    words = np.random.default_rng(5).integers(0, 1 << 64, 200, np.uint64)
+    words[::3] &= words[1::3]
+    for word in [*words.tolist(), 0, (1 << 64) - 1, 1, 1 << 63]:
+        indices = np.zeros(5 + 64 + bm._SLACK, np.uint32)
+        write(np.uint64(word), np.uint32(640), indices, 5)
+        bits = [bit for bit in range(64) if word >> bit & 1]
+        assert indices[5 : 5 + len(bits)].tolist() == [640 + bit for bit in bits]
+        assert not indices[:5].any()
 
 
 @given(page_sets())

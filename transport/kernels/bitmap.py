@@ -12,15 +12,20 @@ import numpy.typing as npt
 from numba import njit, types
 
 from transport.kernels.compiled import kernel, readonly, writable
-from transport.kernels.intrinsics import count_ones, trailing_zeros
+from transport.kernels.intrinsics import (
+    HAS_COMPRESS,
+    compress_numbers,
+    count_ones,
+    trailing_zeros,
+)
 
 Bitmap = npt.NDArray[np.uint64]
 Indices = npt.NDArray[np.uint32]
 
 MAX_PAGES = (1 << 32) - 1  # so that a run of all pages has a length of 32 bits, too
 _BLOCK_WORDS = 64  # words tested at once for being empty; large enough to be vectorised
-_SPARSE_BITS = 6  # up to here, finding bits one by one beats the table
-_SLACK = 8  # the table writes eight numbers at a time
+_SPARSE_BITS = 1 if HAS_COMPRESS else 6  # up to here, finding bits one by one is faster
+_SLACK = 16  # numbers are written eight or sixteen at a time
 _ALL = np.uint64(0xFFFFFFFFFFFFFFFF)
 
 # Row b: the positions of the set bits of byte b, ascending, then zeros.
@@ -67,9 +72,11 @@ def bitmap_to_runs(bitmap: Bitmap, n_pages: int | None = None) -> tuple[Indices,
     """Runs of neighbouring pages set below `n_pages`: first page and length of each, ascending."""
     words, tail = _limited(bitmap, n_pages)
     n_runs = _count_runs(words, tail)
-    starts, lengths = np.empty(n_runs, np.uint32), np.empty(n_runs, np.uint32)
+    if n_runs == 0:
+        return np.empty(0, np.uint32), np.empty(0, np.uint32)
+    starts, lengths = np.empty((2, n_runs + _SLACK), np.uint32)
     _to_runs(words, tail, starts, lengths)
-    return starts, lengths
+    return starts[:n_runs], lengths[:n_runs]
 
 
 def runs_to_indices(starts: Indices, lengths: Indices) -> Indices:
@@ -172,37 +179,60 @@ def _count(words, tail):  # type: ignore[no-untyped-def]
     return total - count_ones(words[words.size - 1] & ~tail)
 
 
+@njit
+def _write_by_table(word, page, indices, found):  # type: ignore[no-untyped-def]
+    """Eight numbers are written whether they count or not, which spares the branches."""
+    for byte in range(8):
+        bits = (word >> np.uint64(8 * byte)) & np.uint64(255)
+        start = page + np.uint32(8 * byte)
+        for k in range(8):
+            indices[found + k] = start + np.uint32(_BIT_POSITIONS[bits, k])
+        found += count_ones(bits)
+
+
+@njit
+def _write_by_compress(word, page, indices, found):  # type: ignore[no-untyped-def]
+    address = indices.ctypes.data
+    for part in range(4):
+        below = word & ((np.uint64(1) << np.uint64(16 * part)) - np.uint64(1))
+        compress_numbers(
+            np.uint64(address + 4 * (found + count_ones(below))),
+            page + np.uint32(16 * part),
+            word >> np.uint64(16 * part),
+        )
+
+
+_write_numbers = _write_by_compress if HAS_COMPRESS else _write_by_table
+
+
+@njit
+def _write_bits(word, page, indices, found):  # type: ignore[no-untyped-def]
+    """Write the numbers of the bits set in a word from `found` on; returns how many there are then.
+
+    Up to `_SLACK` numbers behind them are overwritten.
+    """
+    n_bits = count_ones(word)
+    if n_bits > _SPARSE_BITS:
+        _write_numbers(word, page, indices, found)
+        return found + n_bits
+    while word != 0:
+        indices[found] = page + np.uint32(trailing_zeros(word))
+        word &= word - np.uint64(1)
+        found += 1
+    return found
+
+
 @kernel(_WORDS, types.uint64, _OUT_INDICES)
 def _to_indices(words, tail, indices):  # type: ignore[no-untyped-def]
+    """One pass over the words, in blocks that cost a read only if they are empty."""
     found = 0
     for block in range(0, words.size, _BLOCK_WORDS):
         end = min(block + _BLOCK_WORDS, words.size)
         if _is_empty(words, block, end):
             continue
         for w in range(block, end):
-            word = words[w]
-            if w == words.size - 1:
-                word &= tail
-            if word == 0:
-                continue
-            page = np.uint32(w * 64)
-            if word == _ALL:
-                for bit in range(64):
-                    indices[found + bit] = page + np.uint32(bit)
-                found += 64
-            elif count_ones(word) <= _SPARSE_BITS:
-                while word != 0:
-                    indices[found] = page + np.uint32(trailing_zeros(word))
-                    word &= word - np.uint64(1)
-                    found += 1
-            else:
-                # Eight numbers are written whether they count or not, which spares the branches.
-                for byte in range(8):
-                    bits = (word >> np.uint64(8 * byte)) & np.uint64(255)
-                    start = page + np.uint32(8 * byte)
-                    for k in range(8):
-                        indices[found + k] = start + np.uint32(_BIT_POSITIONS[bits, k])
-                    found += count_ones(bits)
+            word = words[w] if w < words.size - 1 else words[w] & tail
+            found = _write_bits(word, np.uint32(w * 64), indices, found)
 
 
 @kernel(_WORDS, types.uint64)
@@ -224,30 +254,29 @@ def _count_runs(words, tail):  # type: ignore[no-untyped-def]
 
 @kernel(_WORDS, types.uint64, _OUT_INDICES, _OUT_INDICES)
 def _to_runs(words, tail, starts, lengths):  # type: ignore[no-untyped-def]
-    runs = 0
-    end = np.int64(-1)
+    """One pass over the words, as `_to_indices`, and one over the runs.
+
+    The first bits of runs and the last ones are written apart; the k-th of both make a run.
+    """
+    last = words.size - 1
+    n_starts = n_ends = 0
     for block in range(0, words.size, _BLOCK_WORDS):
         stop = min(block + _BLOCK_WORDS, words.size)
         if _is_empty(words, block, stop):
             continue
         for w in range(block, stop):
-            word = words[w]
-            if w == words.size - 1:
-                word &= tail
-            while word != 0:
-                first = trailing_zeros(word)
-                length = trailing_zeros(~(word >> np.uint64(first)))
-                start = np.int64(w) * 64 + first
-                if start == end:
-                    lengths[runs - 1] += np.uint32(length)
-                else:
-                    starts[runs] = np.uint32(start)
-                    lengths[runs] = np.uint32(length)
-                    runs += 1
-                end = start + length
-                if first + length >= 64:
-                    break
-                word &= _ALL << np.uint64(first + length)
+            word = words[w] if w < last else words[w] & tail
+            before = words[w - 1] >> np.uint64(63) if w > 0 else np.uint64(0)
+            behind = np.uint64(0)
+            if w < last:
+                behind = (words[w + 1] if w + 1 < last else words[w + 1] & tail) << np.uint64(63)
+            page = np.uint32(w * 64)
+            first = word & ~((word << np.uint64(1)) | before)
+            final = word & ~((word >> np.uint64(1)) | behind)
+            n_starts = _write_bits(first, page, starts, n_starts)
+            n_ends = _write_bits(final, page, lengths, n_ends)
+    for run in range(n_starts):
+        lengths[run] += np.uint32(1) - starts[run]
 
 
 @kernel(_INDICES, _INDICES, _OUT_INDICES)

@@ -34,7 +34,6 @@ _LZ4_FUNCTIONS = (
     "LZ4_compress_fast_continue",
     "LZ4_decompress_safe_usingDict",
 )
-_XXHASH_FUNCTIONS = ("XXH3_64bits_withSeed",)
 _LIBC_FUNCTIONS = ("memcpy", "lseek", "pwrite")
 
 lz4_compress: Any = types.ExternalFunction(
@@ -94,7 +93,11 @@ def bind() -> None:
     lz4 = _load("lz4.block._block")
     xxhash = _load("xxhash._xxhash")
     addresses = {name: _address(lz4, name) for name in _LZ4_FUNCTIONS}
-    addresses |= {name: _address(xxhash, name) for name in _XXHASH_FUNCTIONS}
+    # The plain function is compiled for any x86-64; where the package chooses a faster one by the
+    # processor (xxh_x86dispatch.h), so do we.
+    fast = "XXH3_64bits_withSeed_dispatch"
+    name = fast if hasattr(xxhash, fast) else "XXH3_64bits_withSeed"
+    addresses["XXH3_64bits_withSeed"] = _address(xxhash, name)
     libc = ctypes.CDLL(None)
     addresses |= {name: _address(libc, name) for name in _LIBC_FUNCTIONS}
     # A larger state would let LZ4 write behind ours.
