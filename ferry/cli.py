@@ -29,6 +29,7 @@ COMMANDS = {
     "send": Command("ferry.send", "migrate a running guest's devices from this host"),
     "receive": Command("ferry.receive", "take over a guest's devices on this host"),
     "resolve": Command("ferry.resolve", "settle who owns a guest after a failed commit"),
+    "doctor": Command("ferry.doctor", "say what of a migration this machine can do"),
     "demo": Command("ferry.demo", "migrate a small guest under load on this machine, and report"),
     "demo-qemu": Command("ferry.qemu.demo", "the same with a stock Linux guest in a stock QEMU"),
     "device": Command("ferry.device", "serve a virtio-blk device over vfio-user"),

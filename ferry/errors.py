@@ -26,6 +26,7 @@ class Exit(IntEnum):
     INTERRUPTED = 12
     VERIFICATION = 13
     PEER_ABORTED = 14
+    NOT_READY = 15
     IN_DOUBT = 20
     BROKEN = 21
     OWNER_FAILED = 22
@@ -49,6 +50,7 @@ EXIT_MEANING = {
     Exit.INTERRUPTED: "stopped by a signal; the guest stays on the source",
     Exit.VERIFICATION: "the two copies could not be made equal; the guest stays on the source",
     Exit.PEER_ABORTED: "the peer gave up, its own message says why; the guest is on the source",
+    Exit.NOT_READY: "doctor found what stands in the way of a migration, and says what to do",
     Exit.IN_DOUBT: "the commit was sent and not answered; run `vfio-ferry resolve` on both hosts",
     Exit.BROKEN: "the source could not be restored; run `vfio-ferry resolve --role source`",
     Exit.OWNER_FAILED: "the target owns the guest but could not start it; run `vfio-ferry resolve`",

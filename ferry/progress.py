@@ -63,6 +63,7 @@ _RENDER: dict[str, Callable[[dict[str, Any]], str]] = {
     "message": lambda v: str(v["text"]),
     "report": lambda v: str(v["text"]),
     "finding": _finding,
+    "diagnosis": lambda v: str(v["text"]),
     "checked": lambda v: f"{v['role']}: a check by the sender: {v['outcome']}",
     "error": lambda v: f"error: {v['message']}",
 }

@@ -24,6 +24,7 @@ PAGE_BYTES = 4096
 
 Bitmap = NDArray[np.uint64]
 Method = Literal["logging", "message", "scan"]
+RequestedTracker = Literal["auto", "logging", "message", "scan"]
 GatewayTracking = Literal["logging", "message", "none"]
 
 
@@ -104,9 +105,7 @@ def n_words(n_pages: int) -> int:
     return -(-n_pages // 64)
 
 
-def choose_method(
-    method: Literal["auto", "logging", "message", "scan"], *, logging: bool
-) -> Method:
+def choose_method(method: RequestedTracker, *, logging: bool) -> Method:
     """What to use for a device; `logging` says whether it offers DMA logging.
 
     `auto` prefers the log: the device goes on at full speed. Raises `NoTracker`.

@@ -11,7 +11,7 @@ from typing import Any, TypeVar
 
 import trio
 
-from sync.vmm.errors import QmpProtocolError, VmmError, VmmGone, VmmNotReady, VmmRefused
+from sync.vmm.errors import QmpProtocolError, VmmBusy, VmmError, VmmGone, VmmNotReady, VmmRefused
 from sync.vmm.qmp import QmpCore, QmpEvent, QmpFailure, QmpReply
 
 COMMAND_DEADLINE_S = 10.0
@@ -47,23 +47,24 @@ class QmpClient:
         """Connects to the socket `path`, which need not be there yet, and negotiates.
 
         A QMP socket serves one client at a time: while another one has it, no greeting comes.
-        Raises `VmmGone` when the deadline passes.
+        Raises `VmmGone` when the deadline passes, `VmmBusy` if that is why.
         """
+        kind: type[VmmGone] = VmmBusy
         why = "it does not greet: another client has it"
         with trio.move_on_after(deadline_s):
             while True:
                 try:
                     stream = await trio.open_unix_socket(path)
                 except OSError as error:
-                    why = str(error)
+                    kind, why = VmmGone, str(error)
                     await trio.sleep(CONNECT_RETRY_S)
                     continue
-                why = "it does not greet: another client has it"
+                kind, why = VmmBusy, "it does not greet: another client has it"
                 client = cls(stream)
                 try:
                     await client._negotiate()
                 except VmmGone as error:
-                    why = str(error)
+                    kind, why = VmmGone, str(error)
                     await client.aclose()
                     await trio.sleep(CONNECT_RETRY_S)
                     continue
@@ -71,7 +72,7 @@ class QmpClient:
                     await trio.aclose_forcefully(stream)
                     raise
                 return client
-        raise VmmGone(f"no QMP at {path} after {deadline_s:g} s: {why}")
+        raise kind(f"no QMP at {path} after {deadline_s:g} s: {why}")
 
     async def __aenter__(self) -> "QmpClient":
         return self

@@ -15,6 +15,10 @@ class VmmGone(VmmError):
     """The VMM's control connection ended, or the VMM is not there."""
 
 
+class VmmBusy(VmmGone):
+    """The VMM's socket is there, and the VMM does not greet: it serves one client at a time."""
+
+
 class VmmNotReady(VmmError):
     """The VMM is in a state that does not allow what was asked, or did not leave it in time."""
 

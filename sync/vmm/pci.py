@@ -82,7 +82,7 @@ class PciPlatform:
 
         `qmp_path` is where `vmm` was reached. The guest does not notice. Raises `VmmError`.
         """
-        paths = await _find_devices(vmm)
+        paths = await find_devices(vmm)
         qtest = await Qtest.attach(vmm, qmp_path) if paths else None
         return None if qtest is None else cls(vmm, qtest, paths)
 
@@ -336,7 +336,7 @@ def _values(commands: list[str], replies: list[bytes]) -> list[int]:
     ]
 
 
-async def _find_devices(vmm: Vmm) -> tuple[str, ...]:
+async def find_devices(vmm: Vmm) -> tuple[str, ...]:
     """The QOM paths of the vfio-user devices; none if the VMM has no object model."""
     paths = []
     for container in _CONTAINERS:
@@ -360,6 +360,17 @@ async def _find_devices(vmm: Vmm) -> tuple[str, ...]:
 
 async def _locate(vmm: Vmm, path: str, buses: Any) -> tuple[int, int, str]:
     """(bus, device and function, host bridge's path) of the device at the QOM path `path`."""
+    way, host = await way_to(vmm, path)
+    devfn, *bridges = way
+    bus = 0
+    for bridge in reversed(bridges):
+        bus = _secondary_bus(buses, bus, bridge)
+    return bus, devfn, host
+
+
+async def way_to(vmm: Vmm, path: str) -> tuple[list[int], str]:
+    """The device and function of the device at the QOM path `path` and of each bridge on the way
+    down to the root bus, and the host bridge's path."""
     way: list[int] = []
     while path.startswith(_CONTAINERS):
         if len(way) > _MAX_BRIDGES:
@@ -367,11 +378,7 @@ async def _locate(vmm: Vmm, path: str, buses: Any) -> tuple[int, int, str]:
         way.append(_devfn(await vmm.execute("qom-get", {"path": path, "property": "addr"})))
         parent = await vmm.execute("qom-get", {"path": path, "property": "parent_bus"})
         path = str(parent).rpartition("/")[0]
-    devfn, *bridges = way
-    bus = 0
-    for bridge in reversed(bridges):
-        bus = _secondary_bus(buses, bus, bridge)
-    return bus, devfn, path
+    return way, path
 
 
 async def _ecam(vmm: Vmm, host: str) -> int | None:

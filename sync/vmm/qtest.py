@@ -11,6 +11,7 @@ QEMU answers each line, in order, with `OK`, `OK VALUE` or `FAIL WHY`. Lines may
 takes malformed ones for bugs in a test and aborts, so only the functions here make them.
 """
 
+import os
 import re
 from collections.abc import Sequence
 from types import TracebackType
@@ -186,12 +187,33 @@ class Qtest:
         )
 
 
-async def _add_chardev(vmm: Vmm, path: str) -> None:
+async def obstacle(vmm: Vmm, qmp_path: str) -> str:
+    """Why `Qtest.attach` would fail, or nothing. Adds nothing. Raises `VmmError`."""
+    path = _socket_of(await vmm.execute("query-chardev"))
+    if path is not None:
+        return "" if os.access(path, os.R_OK | os.W_OK) else f"{path} may not be opened"
+    objects = await vmm.execute("qom-list", {"path": "/objects"})
+    if any(item.get("type") == "child<qtest>" for item in objects):
+        return "QEMU has a qtest of somebody else's, and takes no second one"
+    if "qtest" not in _names(await vmm.execute("qom-list-types", {"implements": "user-creatable"})):
+        return "this QEMU was built without qtest"
+    try:
+        _check_socket_path(qmp_path + SOCKET_SUFFIX)
+    except VmmNotReady as error:
+        return str(error)
+    return ""
+
+
+def _check_socket_path(path: str) -> None:
     if len(path.encode()) > MAX_SOCKET_PATH_BYTES:
         raise VmmNotReady(
             f"{path} is longer than the path of a socket may be: give the VMM a QMP socket with a "
             f"path of at most {MAX_SOCKET_PATH_BYTES - len(SOCKET_SUFFIX)} bytes"
         )
+
+
+async def _add_chardev(vmm: Vmm, path: str) -> None:
+    _check_socket_path(path)
     address = {"type": "unix", "data": {"path": path}}
     socket = {"type": "socket", "data": {"addr": address, "server": True, "wait": False}}
     await vmm.execute("chardev-add", {"id": NAME, "backend": socket})
