@@ -1,10 +1,11 @@
 """`python -m ferry.qemu prepare` makes the environment; `boot` runs one guest with its load.
 
-Prints progress and, at the end, what was made or what the guest reported. Nothing is migrated
-here.
+`prepare` prints QEMU=, KERNEL= and INITRAMFS= for a shell to read, its progress goes to stderr;
+`boot` prints what the guest reported. Nothing is migrated here.
 """
 
 import argparse
+import shlex
 import sys
 import tempfile
 from pathlib import Path
@@ -24,12 +25,12 @@ END_DEADLINE_S = 120.0
 def main() -> int:
     options = _parser().parse_args()
     try:
-        environment = prepare(_say, cache=options.cache, mirror=options.mirror)
+        environment = prepare(_tell_progress, cache=options.cache, mirror=options.mirror)
         initramfs = cached_initramfs(environment, options.cache)
         if options.command == "prepare":
-            _say(f"QEMU={environment.qemu.program}")
-            _say(f"KERNEL={environment.kernel}")
-            _say(f"INITRAMFS={initramfs}")
+            _say(f"QEMU={shlex.quote(str(environment.qemu.program))}")
+            _say(f"KERNEL={shlex.quote(str(environment.kernel))}")
+            _say(f"INITRAMFS={shlex.quote(str(initramfs))}")
             return 0
         return trio.run(_boot, environment, initramfs, options)
     except FerryError as error:
@@ -78,6 +79,10 @@ def _parser() -> argparse.ArgumentParser:
     boot.add_argument("--append", default="ferry.workload=disk", help="kernel command line")
     boot.add_argument("--seconds", type=float, default=10.0, help="how long the load runs")
     return parser
+
+
+def _tell_progress(line: str) -> None:
+    print(line, file=sys.stderr, flush=True)
 
 
 def _say(line: str) -> None:
