@@ -47,6 +47,12 @@ BENCHMARKS: dict[str, Benchmark] = {
         settings={"url": "tcp://127.0.0.1:*", "mib": 256, "lanes": 2},
         quick={"mib": 4},
     ),
+    "limits": Benchmark(
+        "perf.benchmarks.limits",
+        "what the machine allows: memory, codec and digest of one core, bare streams",
+        settings={"mib": 256},
+        quick={"mib": 4},
+    ),
     "copy": Benchmark(
         "perf.benchmarks.copy",
         "a full copy of an image over loopback TCP, against QEMU's own and a bare stream",
