@@ -26,7 +26,8 @@ class Runner:
 
     `perform` gives a coroutine function for every action that the machine may ask for; it returns
     the event that it brought about, or None. What it raises becomes `Event.FAILED`, or the event
-    named in `failure_events` for that action. `first_error` keeps what went wrong first.
+    named in `failure_events` for that action. `first_error` keeps what went wrong first,
+    `cleanup_error` what then kept an action of `failure_events` from cleaning up.
     """
 
     def __init__(
@@ -48,6 +49,7 @@ class Runner:
         self._idle = trio.Event()
         self._idle.set()
         self.first_error: BaseException | None = None
+        self.cleanup_error: BaseException | None = None
 
     def post(self, event: Event, error: BaseException | None = None) -> None:
         """Tells the machine of something that happened; `error` is why, where there is one."""
@@ -68,9 +70,11 @@ class Runner:
                         continue  # from an action that something else has overtaken
                 if scope.cancelled_caught:
                     phase = self._machine.state.name.lower()
-                    self.first_error = self.first_error or DeadlinePassed(
-                        f"{phase} took longer than {deadline_s:.0f} s"
-                    )
+                    passed = DeadlinePassed(f"{phase} took longer than {deadline_s:.0f} s")
+                    if self.first_error is None:
+                        self.first_error = passed
+                    else:
+                        self.cleanup_error = passed
                     event = Event.TIMEOUT
                 await self._feed(nursery, event)
             # What a terminal state asks for (telling the peer) is bounded by itself.
@@ -113,10 +117,16 @@ class Runner:
                         if action in BEST_EFFORT:
                             continue
                         self.first_error = self.first_error or error
+                        if action in self._failure_events:
+                            self.cleanup_error = error
                         event = self._failure_events.get(action, Event.FAILED)
                         self._events_in.send_nowait((event, started))
                         return
                     if event is not None:
                         self._events_in.send_nowait((event, started))
+        except Exception:
+            # Parts of it failed while the others were cancelled.
+            if not scope.cancel_called:
+                raise
         finally:
             idle.set()

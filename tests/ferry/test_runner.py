@@ -102,6 +102,28 @@ def test_i8_an_interrupt_cancels_what_runs() -> None:
     assert "+RESTORE" in script.log
 
 
+def test_i8_an_action_that_fails_in_part_when_it_is_cancelled_is_no_obstacle() -> None:
+    class Parts(Script):
+        def actions(self) -> dict[Action, Perform]:
+            return super().actions() | {Action.RUN_ROUNDS: self.run_rounds}
+
+        async def run_rounds(self) -> None:
+            async with trio.open_nursery() as nursery:
+                nursery.start_soon(trio.sleep_forever)
+                nursery.start_soon(self.fail_in_the_end)
+
+        async def fail_in_the_end(self) -> None:
+            try:
+                await trio.sleep_forever()
+            finally:
+                raise RuntimeError
+
+    reason = PeerAborted("no room")
+    state, runner = run(Parts(), (Event.PEER_ABORTED, reason))
+    assert state is State.ABORTED
+    assert runner.first_error is reason
+
+
 def test_the_peers_reason_is_kept() -> None:
     script = Script()
     script.hang.add(Action.RUN_ROUNDS)
@@ -121,10 +143,21 @@ def test_i7_without_an_answer_to_the_commit_nothing_is_restored() -> None:
 
 def test_a_restore_that_fails_is_told_apart() -> None:
     script = Script()
-    script.fail[Action.RUN_ROUNDS] = RuntimeError()
-    script.fail[Action.RESTORE] = RuntimeError()
-    state, _ = run(script)
+    script.fail[Action.RUN_ROUNDS] = first = RuntimeError()
+    script.fail[Action.RESTORE] = then = RuntimeError()
+    state, runner = run(script)
     assert state is State.BROKEN
+    assert (runner.first_error, runner.cleanup_error) == (first, then)
+
+
+def test_a_restore_that_hangs_is_told_apart() -> None:
+    script = Script()
+    script.fail[Action.RUN_ROUNDS] = first = RuntimeError()
+    script.hang.add(Action.RESTORE)
+    state, runner = run(script)
+    assert state is State.BROKEN
+    assert runner.first_error is first
+    assert isinstance(runner.cleanup_error, DeadlinePassed)
 
 
 def test_a_peer_out_of_turn_counts_as_lost() -> None:
