@@ -35,6 +35,7 @@ from sync.vmm.errors import (
 )
 from sync.vmm.states import (
     FAILED,
+    RUNNING,
     UNDER_WAY,
     ResumeStep,
     migration_status_of,
@@ -185,6 +186,17 @@ class Vmm:
         stop = self.client.last_event("STOP", since=self._migration_mark)
         return PreSwitchover((stop.timestamp if stop else 0.0) or waiting_at, waiting_at)
 
+    async def settle(self) -> None:
+        """Lets the VMM handle the interrupts that are pending in its event loop while its guest is
+        paused. Raises `VmmNotReady` if the guest runs again: somebody else has a hand in it."""
+        for _ in range(2):
+            state = await self.run_state()
+            if state in RUNNING:
+                raise VmmNotReady(
+                    "the guest was set going again during the switchover: its migration was "
+                    "cancelled, or it was continued, from outside"
+                )
+
     async def continue_switchover(self) -> None:
         """Lets the source's VMM send the rest. Raises `VmmRefused` outside pre-switchover."""
         await self.execute("migrate-continue", {"state": "pre-switchover"})
@@ -247,6 +259,11 @@ class Vmm:
             f"the source's guest is {state!r} (migration {status!r}) after {deadline_s:g} s; "
             "continue it by hand ('migrate_cancel', 'cont')"
         )
+
+    async def wait_gone(self) -> None:
+        """Never returns: raises `VmmGone` as soon as the connection ends."""
+        while True:
+            await self.client.wait_event(since=self.client.events_seen)
 
     async def quit(self) -> None:
         """Ends the VMM. That it is gone already is no error."""

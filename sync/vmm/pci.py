@@ -152,9 +152,7 @@ class PciPlatform:
         """
         if not self._functions:
             await self.locate()
-        # The VMM handles the interrupts that are on their way between two commands.
-        await self._vmm.run_state()
-        await self._vmm.run_state()
+        await self._vmm.settle()
         commands = [port_read(_CF8, 4)]
         for bus, devfn in self._functions:
             commands += _config_reads(bus, devfn, self._unknown((bus, devfn)))

@@ -257,6 +257,33 @@ def test_a_guest_that_cannot_run_is_told_of_at_once(with_qemu: Any) -> None:
     with_qemu(body)
 
 
+def test_a_guest_that_runs_during_its_switchover_is_told_of(with_qemu: Any) -> None:
+    async def body(qemu: Any) -> None:
+        qemu.run_state = "finish-migrate"
+        async with await Vmm.connect(qemu.path) as vmm:
+            await vmm.settle()
+            qemu.run_state = "running"
+            with pytest.raises(VmmNotReady, match="from outside"):
+                await vmm.settle()
+
+    with_qemu(body)
+
+
+def test_a_vmm_that_goes_while_nobody_talks_to_it_is_noticed(with_qemu: Any) -> None:
+    async def body(qemu: Any) -> None:
+        async with await Vmm.connect(qemu.path) as vmm, trio.open_nursery() as nursery:
+
+            async def notice() -> None:
+                with pytest.raises(VmmGone):
+                    await vmm.wait_gone()
+
+            nursery.start_soon(notice)
+            await trio.testing.wait_all_tasks_blocked()
+            await qemu.hang_up()
+
+    with_qemu(body)
+
+
 def test_quitting_a_vmm_that_just_goes_is_no_error(with_qemu: Any) -> None:
     async def body(qemu: Any) -> None:
         async with await Vmm.connect(qemu.path) as vmm:

@@ -79,8 +79,8 @@ class Machine:
             return self.malformed[command]
         return getattr(self, command.replace("-", "_"))(**(arguments or {}))
 
-    async def run_state(self) -> str:
-        return "finish-migrate"
+    async def settle(self) -> None:
+        """Nothing is pending here."""
 
     def query_chardev(self) -> Any:
         found = [{"label": "console", "filename": "file", "frontend-open": True}]

@@ -123,11 +123,11 @@ def test_a_guest_that_does_not_come_back_is_told_of(with_qemu: Any) -> None:
     async def body(qemu: Any) -> None:
         qemu.run_state = "finish-migrate"
         with pytest.raises(VmmNotReady, match="finish-migrate"):
-            await recovered(qemu, 0.1)
+            await recovered(qemu, 1.0)
         qemu.run_state = "paused"
         qemu.errors["cont"] = "no"
         with pytest.raises(VmmNotReady, match="paused"):
-            await recovered(qemu, 0.1)
+            await recovered(qemu, 1.0)
 
     with_qemu(body)
 
