@@ -20,7 +20,6 @@ from sync.dirty.merge import MergedTrackers
 from sync.dirty.tracker import Bitmap, n_words
 from sync.memory import PAGE_BYTES
 from sync.vmm.driver import Vmm, VmmProgress
-from sync.vmm.errors import VmmError
 from transport.kernels.bitmap import bitmap_to_indices
 from transport.sender import RoundStatistics
 
@@ -56,7 +55,8 @@ class Precopy:
         self._predicted_ms: float | None = None
 
     async def converge(self) -> None:
-        """Rounds until what is left fits into the downtime. Raises `NotConverged`, `VmmError`."""
+        """Rounds until what is left fits into the downtime. Raises `NotConverged`,
+        `MigrationFailed`."""
         async with alongside(self._tell_progress):
             await self._rounds_until_small()
 
@@ -76,9 +76,7 @@ class Precopy:
             began = trio.current_time()
             round_ = await self._send()
             await trio.sleep(max(0.0, ROUND_INTERVAL_S - (trio.current_time() - began)))
-            progress = await self._vmm.progress()
-            if progress.error or progress.status in ("failed", "cancelled"):
-                raise VmmError(f"the VMM's migration is {progress.status}: {progress.error}")
+            progress = await self._vmm.check_migration()
             await self._collect()
             left = self._owed_pages()
             if progress.rounds <= 1:

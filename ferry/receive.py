@@ -41,7 +41,7 @@ from ferry.side import (
     warm_up_kernels,
 )
 from sync.gateway.client import GatewayClient
-from sync.gateway.errors import GatewayError, GatewayLost, WrongState
+from sync.gateway.errors import DeviceLost, GatewayError, GatewayLost, VmmLost, WrongState
 from sync.handover import Action, Event, Handover
 from sync.handover_states import Deadlines, Role, State
 from sync.memory import GuestMemory, MemoryRegion
@@ -49,6 +49,7 @@ from sync.registers.choose import load_profiles, target_for
 from sync.registers.device import DeviceView
 from sync.registers.interface import TargetRegisters
 from sync.vmm.driver import Vmm
+from sync.vmm.errors import VmmError
 from sync.vmm.identity import VmmIdentity, identify
 from sync.vmm.pci import PciPlatform
 from transport.errors import TransportError
@@ -268,6 +269,14 @@ class Target:
         self._accepted.set()
         self._link.attach_memory(self._memory.array, files=self._memory.files)
         self._nursery.start_soon(run_tunnel, self._vmm_stream, self._link, self.runner)
+        self._nursery.start_soon(self._watch_vmm)
+
+    async def _watch_vmm(self) -> None:
+        """Without its VMM there is nothing to receive for, and the source's guest still runs."""
+        try:
+            await self._vmm.wait_gone()
+        except VmmError as error:
+            self.runner.post(Event.FAILED, error)
 
     # --- switchover ---
 
@@ -344,8 +353,8 @@ class Target:
                 await gateway.fence(self._hello.session)
                 if info.state == "standby":
                     await gateway.abandon()
-            except GatewayLost:
-                # A gateway that is gone, or starts anew, holds no standby that could be owned.
+            except (GatewayLost, DeviceLost, VmmLost):
+                # What is gone, or starts anew, holds no standby that could be owned.
                 continue
             except WrongState:
                 # Owned, but not the first: it stays in standby, and nobody will start it.
@@ -431,7 +440,7 @@ async def _main(options: Options) -> Exit:
                 reporter.event("checked", outcome=outcome, state=state.value)
     except* Exception as group:
         raise first_error(group) from group
-    return conclude(reporter, state, error, ADVICE)
+    return conclude(reporter, state, target.runner, ADVICE)
 
 
 async def _receive(

@@ -20,7 +20,7 @@ ADVICE = {
         "Run `vfio-ferry resolve --role target` on the other host; it says what to do here."
     ),
     State.BROKEN: (
-        "The guest belongs to this host but could not be set going again: run "
+        "The guest belongs to this host, but it or its device could not be set going again: run "
         "`vfio-ferry resolve --role source`."
     ),
     State.OWNER_FAILED: (
@@ -103,4 +103,4 @@ async def _main(options: Options) -> Exit:
         reporter.event("report", text=source.report.text(), **source.report.values())
     if state is State.CHECKED:
         reporter.event("message", text="It would work; nothing was touched.")
-    return conclude(reporter, state, source.runner.first_error, ADVICE)
+    return conclude(reporter, state, source.runner, ADVICE)

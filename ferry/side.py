@@ -61,13 +61,14 @@ _EXIT_OF_STATE = {
 }
 
 
-def conclude(
-    reporter: Reporter, state: State, error: BaseException | None, advice: dict[State, str]
-) -> Exit:
+def conclude(reporter: Reporter, state: State, runner: Runner, advice: dict[State, str]) -> Exit:
     """The exit code for a terminal `state`; tells the user what went wrong and what to do."""
     if state in (State.COMMITTED, State.CHECKED):
         return Exit.OK
+    error = runner.first_error
     reason = describe(error) if error is not None else "no reason is known"
+    if runner.cleanup_error not in (None, error):
+        reason += f"; then {describe(runner.cleanup_error)}"
     code = _EXIT_OF_STATE.get(state)
     if code is None:
         code = exit_code_of(error) if error is not None else Exit.INTERNAL
@@ -153,11 +154,15 @@ async def check_gateway(path: str, client: GatewayClient, *, vmm: bool) -> Gatew
     return info
 
 
-async def tunnel_out(stream: trio.SocketStream, link: Link) -> None:
+async def tunnel_out(
+    stream: trio.SocketStream, link: Link, ended: Callable[[], Awaitable[None]] | None
+) -> None:
     """From the VMM on this host to the other one, until the VMM closes or is gone."""
     with contextlib.suppress(trio.BrokenResourceError):
         while data := await stream.receive_some(TUNNEL_BYTES):
             await link.tunnel_send(data)
+    if ended is not None:
+        await ended()
     await link.tunnel_send_eof()
 
 
@@ -178,11 +183,19 @@ async def tunnel_in(stream: trio.SocketStream, link: Link) -> None:
         await stream.send_eof()
 
 
-async def run_tunnel(stream: trio.SocketStream, link: Link, runner: Runner) -> None:
-    """Both directions of the VMM's stream. A link that breaks is the peer's loss."""
+async def run_tunnel(
+    stream: trio.SocketStream,
+    link: Link,
+    runner: Runner,
+    ended: Callable[[], Awaitable[None]] | None = None,
+) -> None:
+    """Both directions of the VMM's stream. A link that breaks is the peer's loss.
+
+    `ended` is called when the VMM has closed its end, before the other host hears of it.
+    """
     try:
         async with stream, trio.open_nursery() as nursery:
-            nursery.start_soon(tunnel_out, stream, link)
+            nursery.start_soon(tunnel_out, stream, link, ended)
             nursery.start_soon(tunnel_in, stream, link)
     except* TransportError as group:
         runner.post(Event.PEER_LOST, first_error(group))

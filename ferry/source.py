@@ -44,15 +44,15 @@ from sync.dirty.scan import ScanTracker
 from sync.dirty.shared import LoggingTracker, MessageTracker
 from sync.dirty.tracker import Tracker, choose_method
 from sync.gateway.client import GatewayClient
-from sync.gateway.errors import GatewayLost
+from sync.gateway.errors import DeviceLost, GatewayError, GatewayLost
 from sync.handover import Action, Event, Handover
 from sync.handover_states import Deadlines, Role, State
 from sync.memory import GuestMemory
 from sync.registers.choose import load_profiles, source_for
 from sync.registers.device import DeviceView
 from sync.registers.interface import SourceRegisters
-from sync.vmm.driver import Vmm
-from sync.vmm.errors import VmmError, VmmGone
+from sync.vmm.driver import Vmm, resume_source
+from sync.vmm.errors import VmmError
 from sync.vmm.identity import identify
 from sync.vmm.pci import PciPlatform
 from transport.errors import TransportError
@@ -240,11 +240,19 @@ class Source:
         await listening.bind(socket_path)
         listening.listen(1)
         listener = trio.SocketListener(listening)
-        self._nursery.start_soon(self._link.carry_vmm_stream, listener)
+        self._nursery.start_soon(self._link.carry_vmm_stream, listener, self._judge_vmm_stream)
         # Only now: what a device writes is tracked before the VMM reads the first page.
         self._vmm_begun = True
         await self._vmm.start_outgoing(f"unix:{socket_path}")
         return Event.MEDIATED
+
+    async def _judge_vmm_stream(self) -> None:
+        """If it ends before its time, the target's VMM fails, too: the reason is here."""
+        assert self._vmm is not None
+        try:
+            await self._vmm.check_migration()
+        except VmmError as error:
+            self.runner.post(Event.FAILED, error)
 
     async def _pump_registers(self) -> None:
         """Brings captured register operations and device state across while the guest runs."""
@@ -299,9 +307,7 @@ class Source:
         """What the VMM does not migrate itself; its devices no longer interrupt it."""
         assert self._vmm is not None
         if self._platform is None:
-            # Two round trips let the VMM handle the interrupts that wait in its event loop.
-            await self._vmm.run_state()
-            await self._vmm.run_state()
+            await self._vmm.settle()
             return
         state = await self._platform.save()
         await self._link.send(Kind.PLATFORM, state)
@@ -370,21 +376,34 @@ class Source:
         await self._link.tell_abort(str(self.runner.first_error or "the source gave up"))
 
     async def _restore(self) -> Event:
-        """Back to a running guest with its devices in passthrough, from wherever it was."""
+        """Back to a running guest with its devices in passthrough, from wherever it was.
+
+        A device that is gone does not keep the guest from going on; it is told of in the end.
+        """
         self._pump.cancel()
         await self._pump_ended.wait()
         self._link.cut_vmm_stream()
+        lost: GatewayError | None = None
         for device in self._devices:
-            with contextlib.suppress(GatewayLost):
+            try:
                 await self._restore_device(device)
+            except (GatewayLost, DeviceLost) as error:
+                lost = error
         # Before, the VMM may be paused or migrating for somebody else's reasons.
         if self._vmm is not None and self._vmm_begun:
-            with contextlib.suppress(VmmGone):
-                await self._vmm.cancel_and_resume(RECOVERY_DEADLINE_S)
+            await resume_source(self._vmm, self._options.qmp, RECOVERY_DEADLINE_S)
+        for device in self._devices:
+            # Not before: until the guest runs, the gateway has to resume it if we die.
+            with contextlib.suppress(GatewayLost):
+                await device.gateway.disarm_recovery()
+        if lost is not None:
+            raise lost
         return Event.RESTORED
 
     async def _restore_device(self, device: Device) -> None:
         info = await device.gateway.status()
+        if not info.vmm_connected:
+            raise DeviceLost(f"the device behind {device.path} is no longer connected to the VMM")
         if info.state == "released":
             await device.gateway.reclaim(self._session.hex())
         if info.state in ("mediated", "stopped", "released"):
@@ -392,7 +411,6 @@ class Source:
                 await device.registers.rollback()
             finally:
                 await device.gateway.passthrough()
-        await device.gateway.disarm_recovery()
 
     async def close(self, state: State) -> None:
         """Ends the link, with a goodbye where there is somebody to take it, and frees the rest."""

@@ -5,6 +5,7 @@ is sent when is `ferry.source`'s business.
 """
 
 import contextlib
+from collections.abc import Awaitable, Callable
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -136,12 +137,15 @@ class SourceLink:
         self._round_no += 1
         return await self.sender.send_round(indices, self._round_no)
 
-    async def carry_vmm_stream(self, listener: trio.SocketListener) -> None:
-        """Takes the VMM's connection and carries its stream across, until `cut_vmm_stream`."""
+    async def carry_vmm_stream(
+        self, listener: trio.SocketListener, ended: Callable[[], Awaitable[None]]
+    ) -> None:
+        """Takes the VMM's connection and carries its stream across, until `cut_vmm_stream`. `ended`
+        is called when the VMM closes it, before the target hears of it."""
         with self._tunnel:
             async with listener:
                 stream = await listener.accept()
-            await run_tunnel(stream, self.sender, self._runner)
+            await run_tunnel(stream, self.sender, self._runner, ended)
 
     def cut_vmm_stream(self) -> None:
         self._tunnel.cancel()

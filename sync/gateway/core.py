@@ -115,7 +115,7 @@ class Core:
         return link
 
     def device_lost(self, reason: str) -> None:
-        self._lost(DeviceLost(reason))
+        self._lost(DeviceLost(f"the device is gone: {reason}"))
 
     def vmm_came(self, to_vmm: Send, offer: Version) -> Version:
         """A VMM has made its offer (the device is ready); returns the answer to it."""
@@ -170,7 +170,7 @@ class Core:
 
     def vmm_lost(self, reason: str) -> None:
         self._orphaned = True
-        self._lost(VmmLost(reason))
+        self._lost(VmmLost(f"the VMM is gone: {reason}"))
 
     def _lost(self, error: GatewayError) -> None:
         """Either side has gone: the other goes with it, and so does the session."""

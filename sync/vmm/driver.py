@@ -45,6 +45,7 @@ from sync.vmm.states import (
 
 POLL_S = 0.05
 """How often a VMM is asked when it sends no event: the end of loading comes without one."""
+RECONNECT_S = 2.0
 PAUSE_CAPABILITY = "pause-before-switchover"
 MAX_DOWNTIME_MS = 2_000_000
 """QEMU's own limit for downtime-limit."""
@@ -276,6 +277,13 @@ class Vmm:
         """How far the VMM's migration has come."""
         return parse_progress(await self.execute("query-migrate"))
 
+    async def check_migration(self) -> VmmProgress:
+        """`progress`, unless the migration has come to grief. Raises `MigrationFailed`."""
+        progress = await self.progress()
+        if progress.error or progress.status in FAILED:
+            raise MigrationFailed(progress.status, progress.error)
+        return progress
+
     async def _check_pause_capability(self) -> None:
         capabilities = await self.execute("query-migrate-capabilities")
         if not isinstance(capabilities, list):
@@ -314,6 +322,15 @@ def blocked_reasons(migration: Any) -> list[str]:
     if not isinstance(reasons, list):
         raise QmpProtocolError("query-migrate returned malformed blocked-reasons")
     return [str(reason) for reason in reasons]
+
+
+async def resume_source(vmm: Vmm, path: str, deadline_s: float) -> None:
+    """`Vmm.cancel_and_resume`; over a new connection to `path` if the one of `vmm` has ended."""
+    try:
+        await vmm.cancel_and_resume(deadline_s)
+    except VmmGone:
+        async with await Vmm.connect(path, deadline_s=RECONNECT_S) as again:
+            await again.cancel_and_resume(deadline_s)
 
 
 def parse_progress(migration: Any) -> VmmProgress:

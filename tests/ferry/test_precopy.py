@@ -71,6 +71,8 @@ class FakeVmm:
             raise self.answer
         return self.answer
 
+    check_migration = progress
+
 
 def precopy(link: FakeLink, dirty: FakeDirty, vmm: FakeVmm, said: io.StringIO) -> Precopy:
     parts: Any = (link, vmm, dirty)
