@@ -152,6 +152,10 @@ class QmpClient:
     async def _until(self, ready: Callable[[], T | None]) -> T:
         """Reads, or lets another task read, until `ready` returns something."""
         while True:
+            # Before it waits for its turn, too: another task may have read it already, and read on.
+            result = ready()
+            if result is not None:
+                return result
             async with self._reading:
                 result = ready()
                 if result is not None:

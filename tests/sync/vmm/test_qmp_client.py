@@ -137,3 +137,35 @@ def test_connecting_waits_for_the_socket_and_for_its_turn(with_qemu: Any) -> Non
             await first.aclose()
 
     with_qemu(body)
+
+
+class LateStream:
+    """Its `send_all` returns when the answer has long been read by whoever reads."""
+
+    def __init__(self, stream: trio.SocketStream) -> None:
+        self.receive_some = stream.receive_some
+        self.aclose = stream.aclose
+        self._stream = stream
+
+    async def send_all(self, data: bytes) -> None:
+        await self._stream.send_all(data)
+        await trio.testing.wait_all_tasks_blocked(0.05)
+
+
+def test_a_reply_that_another_task_has_read_is_not_waited_for(
+    with_qemu: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    connect = trio.open_unix_socket
+
+    async def connect_late(path: str) -> LateStream:
+        return LateStream(await connect(path))
+
+    async def body(qemu: Any) -> None:
+        monkeypatch.setattr(trio, "open_unix_socket", connect_late)
+        async with await QmpClient.connect(qemu.path) as client, trio.open_nursery() as nursery:
+            nursery.start_soon(lambda: client.wait_event(since=client.events_seen))
+            await trio.testing.wait_all_tasks_blocked()
+            await client.execute("query-status", deadline_s=1.0)
+            nursery.cancel_scope.cancel()
+
+    with_qemu(body)
