@@ -33,6 +33,13 @@ class WatchedRig(Rig):
 
     peer: Peer | None = None
 
+    async def boot(self, stack: AsyncExitStack) -> Machine:
+        """The source on host a, its guest well under load."""
+        source = await self.start(stack, "a", incoming=False)
+        await self.wait_loads(source)
+        await self.wait_work(source)
+        return source
+
     async def wait_loads(self, machine: Machine) -> None:
         """Until all of the load has begun."""
         await self.wait(machine, lambda report: report.loads == len(self.case.loads))
@@ -87,8 +94,11 @@ def run(
     folder: Path,
     case: Case,
     body: Callable[[WatchedRig], Awaitable[None]],
+    *,
+    ends: bool = True,
 ) -> None:
-    """Runs `body`, which has the guest end its load, and judges what it reports."""
+    """Runs `body`, which has the guest end its load, and judges what it reports; not where the
+    guest comes to no end."""
     setup = Setup(device=tuple(case.device_flags), image_bytes=IMAGE_BYTES)
     with Testbed(folder / "bed", setup) as bed:
         rig = WatchedRig(bed, environment, initramfs, case)
@@ -98,7 +108,8 @@ def run(
                 if "net" in case.loads:
                     rig.peer = await stack.enter_async_context(open_lan(rig.hub))
                 await body(rig)
-                rig.judge()
+                if ends:
+                    rig.judge()
 
         try:
             trio.run(main)
@@ -114,10 +125,8 @@ async def migrate_once(rig: WatchedRig) -> None:
     """The guest goes from one host to the other under load."""
     async with AsyncExitStack() as stack:
         with trio.fail_after(DEADLINE_S):
-            source = await rig.start(stack, "a", incoming=False)
+            source = await rig.boot(stack)
             target = await rig.start(stack, "b", incoming=True)
-            await rig.wait_loads(source)
-            await rig.wait_work(source)
             sender = await rig.migrate(source, "ab")
             tell(sender.wait_event("report"))
             await rig.wait_work(target)

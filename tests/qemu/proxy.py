@@ -1,0 +1,62 @@
+"""A UNIX socket in front of another one, whose connections can be cut or go silent."""
+
+import contextlib
+from pathlib import Path
+
+import trio
+
+CHUNK_BYTES = 64 << 10
+
+
+class Proxy:
+    """Carries connections from `path` to `behind` for as long as `serve` runs."""
+
+    def __init__(self, path: Path, behind: Path) -> None:
+        self.path = path
+        self._behind = behind
+        self._scopes: set[trio.CancelScope] = set()
+        self._closed = False
+        self._silent = False
+
+    async def serve(self, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED) -> None:
+        with trio.socket.socket(trio.socket.AF_UNIX) as listening:
+            await listening.bind(str(self.path))
+            listening.listen()
+            task_status.started()
+            try:
+                await trio.serve_listeners(self._carry, [trio.SocketListener(listening)])
+            finally:
+                self.path.unlink()
+
+    def cut(self, *, for_good: bool) -> None:
+        """Ends every connection; `for_good`: also those to come."""
+        self._closed = for_good
+        for scope in self._scopes:
+            scope.cancel()
+
+    def fall_silent(self) -> None:
+        """From here on nothing gets through, and nobody is told."""
+        self._silent = True
+
+    async def _carry(self, near: trio.SocketStream) -> None:
+        if self._closed:
+            return
+        with trio.CancelScope() as scope, contextlib.suppress(OSError, trio.BrokenResourceError):
+            self._scopes.add(scope)
+            async with (
+                await trio.open_unix_socket(str(self._behind)) as far,
+                trio.open_nursery() as nursery,
+            ):
+                nursery.start_soon(self._pump, near, far, scope)
+                nursery.start_soon(self._pump, far, near, scope)
+        self._scopes.discard(scope)
+
+    async def _pump(
+        self, come: trio.SocketStream, go: trio.SocketStream, scope: trio.CancelScope
+    ) -> None:
+        with contextlib.suppress(trio.BrokenResourceError):
+            while data := await come.receive_some(CHUNK_BYTES):
+                while self._silent:
+                    await trio.sleep_forever()
+                await go.send_all(data)
+        scope.cancel()
