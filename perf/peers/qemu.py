@@ -9,6 +9,7 @@ untouched. Time and bytes are QEMU's own figures (query-migrate).
 import signal
 import tempfile
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -106,7 +107,7 @@ async def _copy(
             found = await _completed(source_qmp)
             await _completed(target_qmp)
             cost = watch.stop()
-        _compare(image, target.pid)
+        compare(image, target.pid)
     return Copy(
         guest_bytes=n_bytes,
         wire_bytes=found["ram"]["transferred"],
@@ -150,11 +151,18 @@ async def _completed(qmp: QmpClient) -> Any:
         await trio.sleep(POLL_S)
 
 
-def _compare(image: Path, target: int) -> None:
+def compare(image: Path, target: int) -> None:
     """Raises `BenchmarkFailed` if the memory of the process `target` is not the image."""
-    links = Path(f"/proc/{target}/fd").iterdir()
-    [memory] = [link for link in links if "memory-backend-memfd" in str(link.readlink())]
+    memory = _memory_of(target)
     with image.open("rb") as sent, memory.open("rb") as arrived:
         while expected := sent.read(COMPARED_BYTES):
             if arrived.read(COMPARED_BYTES) != expected:
                 raise BenchmarkFailed("QEMU's copy differs from the image")
+
+
+def _memory_of(pid: int) -> Path:
+    for entry in Path(f"/proc/{pid}/fd").iterdir():
+        with suppress(FileNotFoundError):  # closed meanwhile
+            if "memory-backend-memfd" in str(entry.readlink()):
+                return entry
+    raise BenchmarkFailed("the target's QEMU has lost its memory")

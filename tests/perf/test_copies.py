@@ -1,0 +1,73 @@
+"""Full copies: what is sent by the bare stream, what is compared, and the image that is copied."""
+
+import os
+from pathlib import Path
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from perf.errors import BenchmarkFailed, NeedMissing
+from perf.parties.tcp import deal, nonzero_runs
+from perf.peers import qemu
+from perf.workloads import images
+from perf.workloads.images import FILE_PREFIX, Mix, image_file
+from transport.frames import PAGE_BYTES
+
+
+@given(filled=st.lists(st.booleans(), min_size=1, max_size=60), parts=st.integers(1, 5))
+def test_each_filled_page_is_dealt_once(filled: list[bool], parts: int) -> None:
+    image = np.zeros((len(filled), PAGE_BYTES), np.uint8)
+    image[filled, -1] = 1
+    dealt = deal(nonzero_runs(image.reshape(-1)), parts)
+    pages = [
+        page // PAGE_BYTES
+        for part in dealt
+        for start, end in part
+        for page in range(start, end, PAGE_BYTES)
+    ]
+    assert pages == np.flatnonzero(filled).tolist()
+    sizes = [sum(end - start for start, end in part) for part in dealt]
+    assert max(sizes) - min(sizes) <= PAGE_BYTES
+
+
+@pytest.fixture
+def shared(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.setattr(images, "SHARED", tmp_path)
+    return tmp_path
+
+
+def test_an_image_is_there_for_the_block_alone(shared: Path) -> None:
+    of_the_dead = shared / f"{FILE_PREFIX}{2**22 + 1}"  # above any process id, proc(5)
+    of_the_living = shared / f"{FILE_PREFIX}{os.getppid()}"
+    of_the_dead.touch()
+    of_the_living.touch()
+    with pytest.raises(KeyboardInterrupt), image_file(64 * PAGE_BYTES, Mix(zero=0.5)) as path:
+        pages = np.fromfile(path, np.uint8).reshape(-1, PAGE_BYTES)
+        assert 0 < np.count_nonzero(pages.any(axis=1)) < len(pages) == 64
+        raise KeyboardInterrupt
+    assert [*shared.iterdir()] == [of_the_living]
+
+
+def test_a_copy_that_differs_is_no_result(tmp_path: Path) -> None:
+    image = tmp_path / "image"
+    image.write_bytes(b"x" * PAGE_BYTES)
+    memory = os.memfd_create("memory-backend-memfd")
+    try:
+        os.write(memory, b"x" * PAGE_BYTES)
+        qemu.compare(image, os.getpid())
+        os.pwrite(memory, b"y", PAGE_BYTES - 1)
+        with pytest.raises(BenchmarkFailed, match="differs"):
+            qemu.compare(image, os.getpid())
+    finally:
+        os.close(memory)
+
+
+def test_without_a_qemu_it_is_said_how_to_get_one(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("PATH", str(tmp_path))
+    monkeypatch.setenv("VFIO_FERRY_CACHE", str(tmp_path))
+    with pytest.raises(NeedMissing, match="makes one"):
+        qemu.program()
