@@ -226,6 +226,22 @@ async def test_i4_a_reset_makes_held_doorbells_void(model: SimpleNamespace) -> N
 
 
 @trio_test
+async def test_i4_bits_are_held_back_of_a_write_to_a_part_of_a_register(
+    model: SimpleNamespace,
+) -> None:
+    pair = Pair(model)
+    await pair.begin()
+    pair.guest.do(Access(Op.WRITE, 0, 0x01, 1, b"\7"))
+    pair.guest.do(Access(Op.WRITE, 0, 0x02, 2, b"\1\7"))
+    await pair.switch()
+    await pair.target.finish()
+    assert pair.target_device.values["control"] == 0x07000700
+    assert pair.target_device.effects == []
+    await pair.start()
+    assert pair.target_device.effects == [("control", 0x07010700)]
+
+
+@trio_test
 async def test_i4_enabled_queues_are_kicked_behind_the_bits_that_start_dma(
     model: SimpleNamespace,
 ) -> None:
