@@ -31,6 +31,7 @@ from ferry.messages import Hello, Kind, Notice, asks_for_check, unpack_state
 from ferry.progress import Reporter
 from ferry.runner import Runner
 from ferry.side import (
+    Kernels,
     Shell,
     break_at_choices,
     check_gateway,
@@ -38,7 +39,6 @@ from ferry.side import (
     first_error,
     offer_of,
     run_tunnel,
-    warm_up_kernels,
 )
 from sync.gateway.client import GatewayClient
 from sync.gateway.errors import DeviceLost, GatewayError, GatewayLost, VmmLost, WrongState
@@ -117,6 +117,7 @@ class Target:
         self._accepted = trio.Event()
         self.only_check = False
         """The sender asks whether it would work, and nothing else."""
+        self.kernels = Kernels(reporter)
         self._gateways: list[GatewayClient] = []
         self._registers: list[TargetRegisters] = []
         self._memory: GuestMemory | None = None
@@ -155,6 +156,7 @@ class Target:
                 self.only_check = True
                 self.runner.post(Event.PEER_CHECKS)
                 return
+            await self.kernels.ready()
             self.runner.post(Event.PEER_HELLO)
             await self._accepted.wait()
             while True:
@@ -453,7 +455,7 @@ async def _receive(
         target = Target(options, reporter, nursery, link, vmm)
         await nursery.start(Shell(reporter, options.break_at).watch_signals, target.runner)
         nursery.start_soon(target.listen)
-        await warm_up_kernels(reporter)
+        nursery.start_soon(target.kernels.load)
         reporter.event("listening", url=link.url)
         state = await target.runner.run(Event.START)
         await target.close()

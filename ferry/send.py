@@ -94,6 +94,7 @@ async def _main(options: Options) -> Exit:
         async with trio.open_nursery() as nursery:
             source = Source(options, reporter, nursery)
             await nursery.start(Shell(reporter, options.break_at).watch_signals, source.runner)
+            nursery.start_soon(source.kernels.load)
             state = await source.runner.run(Event.START)
             await source.close(state)
             nursery.cancel_scope.cancel()

@@ -23,8 +23,6 @@ from transport.link import Link
 
 TUNNEL_BYTES = 256 << 10
 """One read of the VMM's stream."""
-PATIENCE_S = 1.5
-"""Loading the kernels from the cache takes less."""
 
 
 @dataclass(frozen=True)
@@ -82,17 +80,24 @@ def conclude(reporter: Reporter, state: State, runner: Runner, advice: dict[Stat
     return code
 
 
-async def warm_up_kernels(reporter: Reporter) -> None:
-    """Makes the kernels ready; where they have to be compiled first, says that it takes a while."""
+class Kernels:
+    """The compiled kernels, made ready while a command finds those that it needs."""
 
-    async def explain() -> None:
-        await trio.sleep(PATIENCE_S)
-        reporter.event("message", text="compiling the kernels, once on each machine: some seconds")
+    def __init__(self, reporter: Reporter) -> None:
+        self._reporter = reporter
+        self._loaded = trio.Event()
 
-    async with trio.open_nursery() as nursery:
-        nursery.start_soon(explain)
-        await trio.to_thread.run_sync(warm_up)
-        nursery.cancel_scope.cancel()
+    async def load(self) -> None:
+        """Where they have to be compiled first, says that it takes a while."""
+        await trio.to_thread.run_sync(warm_up, self._explain)
+        self._loaded.set()
+
+    async def ready(self) -> None:
+        await self._loaded.wait()
+
+    def _explain(self) -> None:
+        text = "compiling the kernels, once on each machine: some seconds"
+        self._reporter.event("message", text=text)
 
 
 @contextlib.contextmanager

@@ -30,12 +30,12 @@ from ferry.progress import Reporter
 from ferry.report import Report
 from ferry.runner import Runner
 from ferry.side import (
+    Kernels,
     Shell,
     alongside,
     check_gateway,
     offer_of,
     ungrouped,
-    warm_up_kernels,
 )
 from ferry.source_link import SourceLink
 from ferry.verification import prove_equal
@@ -102,6 +102,7 @@ class Source:
         self._gateways: list[GatewayClient] = []
         self._downtime = Downtime(0.0, 0.0)
         self._started = trio.current_time()
+        self.kernels = Kernels(reporter)
         self.report = Report(session=self._session.hex())
         machine = Handover(Role.SOURCE, Deadlines(precopy_s=options.timeout + 60.0, pausing_s=30.0))
         self.runner = Runner(
@@ -129,7 +130,6 @@ class Source:
 
     async def _prepare(self) -> Event:
         await trio.to_thread.run_sync(self._make_scratch)
-        await warm_up_kernels(self._reporter)
         for path in self._options.gateway:
             await self._attach(path)
         self._vmm = await Vmm.connect(self._options.qmp)
@@ -166,6 +166,7 @@ class Source:
             for finding in await findings_of(self._link.sender, identity, self._memory.n_pages):
                 self._reporter.finding(finding)
             return Event.CHECKED
+        await self.kernels.ready()
         return Event.PREPARED
 
     def _make_scratch(self) -> None:

@@ -1,7 +1,9 @@
 """What happens before the first page: kernels out of the cache, C functions found or not."""
 
+import os
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
@@ -20,6 +22,25 @@ def test_a_second_process_compiles_nothing() -> None:
     )
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, check=True)
     assert done.stdout.split() == [b"0", str(warm_up().kernels).encode()]
+
+
+def test_a_first_compilation_is_told_and_a_cached_kernel_needs_no_compiler(tmp_path: Path) -> None:
+    program = (
+        "import sys\n"
+        "from transport.kernels.bitmap import _count, count\n"
+        "compiled = _count.load(lambda: print('compiling'))\n"
+        "print(compiled, 'numba.np.linalg' in sys.modules)\n"
+        "import numpy as np\n"
+        "print(count(np.array([5], np.uint64)))"
+    )
+    environment = {**os.environ, "NUMBA_CACHE_DIR": str(tmp_path)}
+    said = [
+        subprocess.run(
+            [sys.executable, "-c", program], capture_output=True, check=True, env=environment
+        ).stdout.split()
+        for _ in range(2)
+    ]
+    assert said == [[b"compiling", b"True", b"True", b"2"], [b"False", b"False", b"2"]]
 
 
 def test_importing_the_encoder_and_decoder_loads_no_kernel() -> None:

@@ -20,6 +20,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from numba import njit, types
+from numba.core.runtime.nrt import rtsys
 from numba.core.types import Type
 
 from transport.kernels import clib
@@ -53,20 +54,47 @@ class Kernel:
         self._signature = signature
         self._compiled: Any = None
 
-    def load(self) -> bool:
-        """Make the kernel ready. True if it had to be compiled, False if it was there already."""
+    def load(self, compiling: Callable[[], None] | None = None) -> bool:
+        """Make the kernel ready. True if it had to be compiled, False if it was there already.
+
+        `compiling` is called before it is compiled.
+        """
         with _lock:
             if self._compiled is not None:
                 return False
             clib.bind()
-            compiled = njit(self._signature, nogil=True, cache=True)(self._function)
+            compiled = njit(nogil=True, cache=True)(self._function)
+            cached = _load_from_cache(compiled, self._signature)
+            if not cached:
+                if compiling is not None:
+                    compiling()
+                compiled.compile(self._signature)
+            compiled.disable_compile()
             self._compiled = compiled
-            return bool(compiled.stats.cache_misses)
+            return not cached
 
     def __call__(self, *arguments: Any) -> Any:
         if self._compiled is None:
             self.load()
         return self._compiled(*arguments)
+
+
+def _load_from_cache(dispatcher: Any, signature: tuple[Type, ...]) -> bool:
+    """What `dispatcher.compile` does first, but for one thing: numba makes all that it can compile
+    known to itself before it looks into its cache. Code that is compiled already needs none of it,
+    and it would take as long as importing numba does, and 15 MiB.
+    """
+    try:
+        context, cache = dispatcher.targetctx, dispatcher._cache
+        rtsys.initialize(context)
+        found = cache._load_overload(signature, context)
+        if found is None:
+            return False
+        context.insert_user_function(found.entry_point, found.fndesc, [found.library])
+        dispatcher.add_overload(found)
+    except AttributeError:  # these are internals: a numba without them loads it as it sees fit
+        return False
+    return True
 
 
 _kernels: list[Kernel] = []
@@ -102,9 +130,10 @@ class WarmUp:
         return self.compiled == 0
 
 
-def warm_up() -> WarmUp:
+def warm_up(compiling: Callable[[], None] | None = None) -> WarmUp:
     """Load or compile every kernel; may be called again and from any thread.
 
+    `compiling` is called once before the first one that has to be compiled, if any has to.
     Raises `NativeLibraryError` if the C libraries are missing or too old.
     """
     # Imported here because these modules declare their kernels by this one.
@@ -112,7 +141,9 @@ def warm_up() -> WarmUp:
 
     global _frozen
     began = time.monotonic()
-    compiled = sum(each.load() for each in _kernels)
+    compiled = 0
+    for each in _kernels:
+        compiled += each.load(None if compiled else compiling)
     if not _frozen:
         # numba's hundred thousands of objects stay; the collector need not look at them each time.
         gc.freeze()
