@@ -76,6 +76,10 @@ class Process:
             self._news.notify_all()
 
     @property
+    def pid(self) -> int:
+        return self._popen.pid
+
+    @property
     def running(self) -> bool:
         return self._popen.poll() is None
 

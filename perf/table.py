@@ -101,4 +101,47 @@ BENCHMARKS: dict[str, Benchmark] = {
         quick={"operations": 4000},
         bars=(Bar(10, "all", 1_000_000, "higher"),),
     ),
+    "start": Benchmark(
+        "perf.benchmarks.start",
+        "from starting send and receive to the first page, kernels cached and not",
+        settings={"cold": 1},
+        quick={"cold": 0},
+        bars=(
+            Bar(8, "first_page", 1, "lower", {"cache": "warm"}),
+            Bar(8, "first_page", 15, "lower", {"cache": "cold"}),
+        ),
+    ),
+    "memory": Benchmark(
+        "perf.benchmarks.memory",
+        "what send takes of memory beside the guest's, over a thousand rounds",
+        settings={"mib": 256, "cache-mib": 64, "rounds": 1000, "dirty": 500},
+        quick={"mib": 16, "rounds": 20},
+        bars=(
+            Bar(11, "beyond_allowance", 64, "lower", {"memory": "private"}),
+            Bar(11, "growth", 1, "lower", {"memory": "private"}),
+        ),
+    ),
+    "last-round": Benchmark(
+        "perf.benchmarks.last_round",
+        "the last round's pages, from the pause until the receiver has applied and proven them",
+        settings={
+            "url": "tcp://127.0.0.1:*",
+            "mib": 256,
+            "lanes": 2,
+            "dirty": 1000,
+            "rounds": 200,
+        },
+        quick={"mib": 8, "dirty": 100, "rounds": 5},
+        bars=(
+            *(Bar(7, metric, 5, "lower") for metric in ("applied", "proven")),
+            *(Bar(7, metric, 15, "lower", at=0.99) for metric in ("applied", "proven")),
+        ),
+    ),
+    "slowdown": Benchmark(
+        "perf.benchmarks.slowdown",
+        "the guest's I/O rate in passthrough, mediated, and with a link that is dead",
+        settings={"milliseconds": 2000},
+        quick={"milliseconds": 200},
+        bars=(Bar(12, "dead_of_slow", 0.95, "higher"),),
+    ),
 }

@@ -1,0 +1,66 @@
+"""The last round of a migration: so many dirty pages, from the pause to the receiver's proof.
+
+`applied`: the dirty bitmap is read, the pages are sent, and the receiver has acknowledged that it
+has applied every one. `proven`: both sides have digested these pages after that, and they are
+equal. Each round counts as one sample. Cases: `delta`, a tenth of each page was changed and the
+receiver's copy is known; `new`, all of each page is new and like a file's.
+"""
+
+import os
+import time
+from collections.abc import Iterator
+
+import numpy as np
+import trio
+
+from perf.benchmark import Context, Measurement
+from perf.errors import BenchmarkFailed
+from perf.processes import child
+from perf.workloads.dirtying import Dirtier
+from perf.workloads.images import Mix, file_pages, fill
+from transport.frames import PAGE_BYTES
+from transport.kernels.bitmap import bitmap_to_indices
+from transport.sender import SenderOptions, open_sender
+
+CHANGED = {"delta": 0.1, "new": 1.0}
+
+
+def run(context: Context) -> Iterator[Measurement]:
+    n_pages = (context.number("mib") << 20) // PAGE_BYTES
+    url = context.text("url")
+    for case, changed in CHANGED.items():
+        with child("perf.parties.receivers", "pages", url, str(n_pages)) as party:
+            yield from trio.run(_rounds, context, party.line(), case, changed, n_pages)
+
+
+async def _rounds(
+    context: Context, url: str, case: str, changed: float, n_pages: int
+) -> list[Measurement]:
+    memory = np.zeros(n_pages * PAGE_BYTES, np.uint8)
+    fill(memory, Mix())
+    dirtier = Dirtier(memory, changed=changed, content=file_pages)
+    # Numbers of writes that leave about so many different pages.
+    dirty = context.number("dirty")
+    writes = round(-n_pages * np.log1p(-dirty / n_pages))
+    found: list[Measurement] = []
+    where = {"case": case}
+    options = SenderOptions(lanes=context.number("lanes"))
+    async with open_sender(url, os.urandom(16), b"", options) as sender:
+        sender.attach_memory(memory, cache_bytes=memory.size)
+        await sender.send_round(np.arange(n_pages, dtype=np.uint32), 0)
+        for number in range(1, context.number("rounds") + 1):
+            bits = np.zeros(n_pages, np.bool_)
+            bits[dirtier.write(writes)] = True
+            words = np.packbits(bits, bitorder="little").view(np.uint64)
+            paused = time.perf_counter()
+            indices = bitmap_to_indices(words)
+            await sender.send_round(indices, number)
+            applied = time.perf_counter()
+            differing = await sender.verify(indices)
+            proven = time.perf_counter()
+            if differing.size:
+                raise BenchmarkFailed(f"{differing.size} pages are not equal after a round")
+            found.append(Measurement("applied", (applied - paused) * 1e3, "ms", "lower", where))
+            found.append(Measurement("proven", (proven - paused) * 1e3, "ms", "lower", where))
+        await sender.send_record(0, b"", flush=True)
+    return found
