@@ -116,7 +116,9 @@ class ApplyLane(LinkThread):
     def _handle(self, message: memoryview, decoder: Decoder) -> bytes:
         self.counters.bytes += len(message)
         if not _is_frame(message):
-            return answer_request(unpack_request(message), self._memory, self._seed).pack()
+            return answer_request(
+                unpack_request(message), self._memory, self._files, self._seed
+            ).pack()
         applied = decoder.apply(message)
         self.counters.frames += 1
         self.counters.pages += applied.n_pages - applied.rejected.size

@@ -14,6 +14,7 @@ import hashlib
 from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import numpy as np
 import numpy.typing as npt
@@ -32,6 +33,9 @@ from transport.records import (
     LaneRequest,
 )
 from transport.rounds import Indices, LaneSource, Memory
+
+if TYPE_CHECKING:
+    from transport.kernels.files import Extent
 
 Digests = npt.NDArray[np.uint64]
 
@@ -71,7 +75,8 @@ class CompareShare(Task):
             return self._ask(pages, digests, digests, 1)
         pages = self._todo.popleft()
         seed = self._lane.source.seed
-        digests = _digest_pages(self._lane.source.memory, pages, seed)
+        source = self._lane.source
+        digests = _digest_pages(source.memory, source.files, pages, seed)
         return self._ask(pages, digests, _digest_blocks(digests, seed), COMPARE_BLOCK_PAGES)
 
     def _on_answer(self, context: _Asked, answer: LaneAnswer) -> None:
@@ -138,7 +143,9 @@ class DigestShare(Task):
         if not isinstance(answer, DigestReply) or answer.request != request:
             raise RecordError("the receiver answers a digest that it was not asked for")
         source = self._lane.source
-        local = _chunk_digest(source.memory, chunk.first_page, chunk.n_pages, source.seed)
+        local = _chunk_digest(
+            source.memory, source.files, chunk.first_page, chunk.n_pages, source.seed
+        )
         self.digests[chunk] = (local, answer.digest)
 
 
@@ -156,13 +163,15 @@ def region_digest(chunk_digests: Sequence[bytes]) -> str:
     return hashlib.blake2b(b"".join(chunk_digests), digest_size=REGION_DIGEST_BYTES).hexdigest()
 
 
-def answer_request(request: LaneRequest, memory: Memory, seed: int) -> LaneAnswer:
+def answer_request(
+    request: LaneRequest, memory: Memory, files: Sequence[Extent], seed: int
+) -> LaneAnswer:
     """The receiver's half. `RecordError` for pages outside `memory`."""
     try:
         if isinstance(request, Digest):
-            digest = _chunk_digest(memory, request.first_page, request.n_pages, seed)
+            digest = _chunk_digest(memory, files, request.first_page, request.n_pages, seed)
             return DigestReply(request.request, digest)
-        digests = _digest_pages(memory, _pages_of(request.runs), seed)
+        digests = _digest_pages(memory, files, _pages_of(request.runs), seed)
         if request.block_pages != 1:
             digests = _digest_blocks(digests, seed)
         return CompareReply(request.request, digests != request.digests)
@@ -170,19 +179,21 @@ def answer_request(request: LaneRequest, memory: Memory, seed: int) -> LaneAnswe
         raise RecordError(f"a comparison of pages that are not there: {error}") from None
 
 
-def _chunk_digest(memory: Memory, first_page: int, n_pages: int, seed: int) -> bytes:
+def _chunk_digest(
+    memory: Memory, files: Sequence[Extent], first_page: int, n_pages: int, seed: int
+) -> bytes:
     pages = np.arange(first_page, first_page + n_pages, dtype=np.int64)
     if first_page + n_pages > 1 << 32:
         raise IndexError(f"page {first_page + n_pages - 1}")
-    digests = _digest_pages(memory, pages.astype(np.uint32), seed)
+    digests = _digest_pages(memory, files, pages.astype(np.uint32), seed)
     return hashlib.blake2b(digests.tobytes(), digest_size=REGION_DIGEST_BYTES).digest()
 
 
-def _digest_pages(memory: Memory, pages: Indices, seed: int) -> Digests:
+def _digest_pages(memory: Memory, files: Sequence[Extent], pages: Indices, seed: int) -> Digests:
     # Imported here: only lanes' threads come here, and the import costs up to a second.
     from transport.kernels.digests import digest_pages
 
-    return digest_pages(memory, pages, seed)
+    return digest_pages(memory, pages, seed, files)
 
 
 def _digest_blocks(digests: Digests, seed: int) -> Digests:

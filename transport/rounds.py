@@ -46,7 +46,7 @@ class Source:
         self.seed = seed
         self._cache_bytes = cache_bytes
         self._lanes = lanes
-        self._files = files
+        self.files = files
         self._lock = threading.Lock()
         self._replica: Replica | None = None
 
@@ -65,7 +65,7 @@ class Source:
             self.seed,
             lane=lane,
             frame_bytes=frame_bytes,
-            files=self._files,
+            files=self.files,
         )
 
 

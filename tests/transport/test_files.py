@@ -14,6 +14,7 @@ from transport.codec import LZ4, NONE, Codec, Method
 from transport.decoder import Decoder
 from transport.encoder import Encoder
 from transport.frames import DEFAULT_FRAME_BYTES, STRIPE_PAGES, PageKind
+from transport.kernels.digests import digest_all, digest_pages
 from transport.kernels.files import Extent, new_files
 from transport.kernels.pages import new_workspace
 from transport.kernels.unpack import apply_pages
@@ -142,6 +143,14 @@ def test_a_page_written_within_a_hole_is_in_it_no_longer() -> None:
         assert done == 0
         assert target.touched() == 1
         assert not target.content().any()
+
+
+def test_digests_of_what_nobody_has_touched_touch_nothing() -> None:
+    with file_memory() as memory:
+        memory.write(STRIPE_PAGES - 1, page_of(1))
+        digests = digest_pages(memory.array, ALL, SEED, memory.extents)
+        assert memory.touched() <= 1 + len(NO_FILE)
+        assert np.array_equal(digests, digest_all(memory.array, SEED))
 
 
 @pytest.mark.parametrize("kind", ["pipe", "read-only", "closed"])

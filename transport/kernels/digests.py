@@ -12,6 +12,8 @@ the page holds afterwards, which is all that a comparison needs; nothing is sent
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import numpy as np
 import numpy.typing as npt
 from numba import types
@@ -20,6 +22,7 @@ from transport.frames import PAGE_BYTES
 from transport.kernels.bitmap import Bitmap, Indices, empty_bitmap
 from transport.kernels.clib import xxh3_64
 from transport.kernels.compiled import kernel, readonly, writable
+from transport.kernels.files import FILES, Extent, in_hole, new_files, no_hole
 
 Digests = npt.NDArray[np.uint64]
 
@@ -34,13 +37,26 @@ def digest_all(memory: npt.NDArray[np.uint8], seed: int) -> Digests:
     return digests
 
 
-def digest_pages(memory: npt.NDArray[np.uint8], indices: Indices, seed: int) -> Digests:
-    """The digests of these pages, in their order. IndexError for one outside `memory`."""
+def digest_pages(
+    memory: npt.NDArray[np.uint8], indices: Indices, seed: int, files: Sequence[Extent] = ()
+) -> Digests:
+    """The digests of these pages, in their order. IndexError for one outside `memory`.
+
+    `files` says what lies behind it; what nobody has touched is not touched there.
+    """
     n_pages = page_count(memory)
     if indices.size and int(indices.max()) >= n_pages:
         raise IndexError(f"page {indices.max()} of {n_pages}")
     digests = np.empty(indices.size, np.uint64)
-    _digest_pages(memory, np.ascontiguousarray(indices, np.uint32), np.uint64(seed), digests)
+    zero_digest = digest_all(np.zeros(PAGE_BYTES, np.uint8), seed)[0]
+    _digest_pages(
+        memory,
+        new_files(files, n_pages),
+        np.ascontiguousarray(indices, np.uint32),
+        np.uint64(seed),
+        zero_digest,
+        digests,
+    )
     return digests
 
 
@@ -88,11 +104,16 @@ def _digest_all(memory, seed, digests):  # type: ignore[no-untyped-def]
         digests[page] = xxh3_64(memory.ctypes.data + page * PAGE_BYTES, PAGE_BYTES, seed)
 
 
-@kernel(_MEMORY, readonly(types.uint32), types.uint64, _OUT_WORDS)
-def _digest_pages(memory, indices, seed, digests):  # type: ignore[no-untyped-def]
+@kernel(_MEMORY, FILES, readonly(types.uint32), types.uint64, types.uint64, _OUT_WORDS)
+def _digest_pages(memory, files, indices, seed, zero_digest, digests):  # type: ignore[no-untyped-def]
+    hole = no_hole()
     for position in range(indices.size):
-        start = np.int64(indices[position]) * PAGE_BYTES
-        digests[position] = xxh3_64(memory.ctypes.data + start, PAGE_BYTES, seed)
+        page = np.int64(indices[position])
+        if in_hole(files, page, hole):
+            digests[position] = zero_digest
+        else:
+            address = memory.ctypes.data + page * PAGE_BYTES
+            digests[position] = xxh3_64(address, PAGE_BYTES, seed)
 
 
 @kernel(readonly(types.uint64), types.uint64, _OUT_WORDS)

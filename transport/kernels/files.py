@@ -19,7 +19,7 @@ from typing import Any, Final, NamedTuple
 import numpy as np
 from numba import njit, types
 
-from transport.frames import PAGE_BYTES
+from transport.frames import PAGE_BYTES, STRIPE_PAGES
 from transport.kernels import clib
 from transport.kernels.compiled import named_tuple, writable
 
@@ -72,6 +72,26 @@ def end_of_hole(files, page):  # type: ignore[no-untyped-def]
         return min(end, page + (data - at) // PAGE_BYTES)
     # No data up to the file's end, or an error: only the former is a hole here.
     return end if clib.lseek(files.descriptor[extent], at, _SEEK_HOLE) == at else page
+
+
+@njit
+def no_hole():  # type: ignore[no-untyped-def]
+    """What `in_hole` remembers: the stripe it looked at last, and a hole's first page and end."""
+    return np.full(3, -1, np.int64)
+
+
+@njit
+def in_hole(files, page, hole):  # type: ignore[no-untyped-def]
+    """Whether `page` lies in a hole, as far as one look at each stripe, a system call, can tell.
+
+    `hole` is what `no_hole` gave, for one pass over pages. Who writes a page moves the hole's first
+    page, `hole[1]`, behind it.
+    """
+    if not hole[1] <= page < hole[2] and hole[0] != page // STRIPE_PAGES:
+        hole[0] = page // STRIPE_PAGES
+        hole[1] = page
+        hole[2] = end_of_hole(files, page)
+    return hole[1] <= page < hole[2]
 
 
 @njit

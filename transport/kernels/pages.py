@@ -44,7 +44,7 @@ from transport.frames import (
 )
 from transport.kernels import clib
 from transport.kernels.compiled import kernel, named_tuple, readonly, writable
-from transport.kernels.files import FILES, end_of_hole
+from transport.kernels.files import FILES, in_hole, no_hole
 from transport.kernels.intrinsics import count_ones, prefetch, trailing_zeros
 
 PAGE_WORDS: Final = PAGE_BYTES // 8
@@ -396,9 +396,7 @@ def encode_pages(  # type: ignore[no-untyped-def]
     pages = 0
     bases = 0
     at = 0
-    looked_at = np.int64(-1)
-    hole_start = np.int64(0)
-    hole_end = np.int64(0)
+    hole = no_hole()
     position = start
     while position < stop:
         page = np.int64(indices[position])
@@ -410,13 +408,7 @@ def encode_pages(  # type: ignore[no-untyped-def]
         position += 1
 
         held = known.digests[page]
-        # One look at each stripe, for it is a system call: a few pages more may be touched.
-        if held == UNKNOWN and page // STRIPE_PAGES != looked_at:
-            looked_at = page // STRIPE_PAGES
-            if not hole_start <= page < hole_end:
-                hole_start = page
-                hole_end = end_of_hole(files, page)
-        is_zero = held == UNKNOWN and hole_start <= page < hole_end
+        is_zero = held == UNKNOWN and in_hole(files, page, hole)
         if not is_zero:
             is_zero = _snapshot(memory, page, workspace)
         if position < stop and indices[position] < n_pages:

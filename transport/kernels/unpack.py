@@ -12,10 +12,10 @@ from typing import Final
 import numpy as np
 from numba import njit, types
 
-from transport.frames import PAGE_BYTES, STRIPE_PAGES, PageKind
+from transport.frames import PAGE_BYTES, PageKind
 from transport.kernels import clib
 from transport.kernels.compiled import kernel, readonly, writable
-from transport.kernels.files import FILES, end_of_hole, write_pages
+from transport.kernels.files import FILES, in_hole, no_hole, write_pages
 from transport.kernels.pages import BASE_AT, PAGE_AT
 
 _ZERO: Final = int(PageKind.ZERO)
@@ -118,29 +118,22 @@ def apply_pages(  # type: ignore[no-untyped-def]
     """
     work = workspace.ctypes.data
     n_rejected = 0
-    looked_at = np.int64(-1)
-    hole_start = np.int64(0)
-    hole_end = np.int64(0)
+    hole = no_hole()
     position = 0
     while position < index.size:
         page = np.int64(index[position])
         target = memory.ctypes.data + page * PAGE_BYTES
         source = payload.ctypes.data + np.int64(offset[position])
         form = kind[position]
-        if not hole_start <= page < hole_end and page // STRIPE_PAGES != looked_at:
-            # One look at each stripe, for it is a system call.
-            looked_at = page // STRIPE_PAGES
-            hole_start = page
-            hole_end = end_of_hole(files, page)
-        in_hole = hole_start <= page < hole_end
+        untouched = in_hole(files, page, hole)
         if form == _ZERO:
-            if not in_hole:
+            if not untouched:
                 memory[page * PAGE_BYTES : (page + 1) * PAGE_BYTES] = 0
             position += 1
             continue
         count = 1
         if form == _RAW:
-            count = _run_of_raw(index, kind, position, hole_end if in_hole else page + 1)
+            count = _run_of_raw(index, kind, position, hole[2] if untouched else page + 1)
         else:
             found = _decode(
                 target,
@@ -160,9 +153,9 @@ def apply_pages(  # type: ignore[no-untyped-def]
                 position += 1
                 continue
             source = work + PAGE_AT
-        if not (in_hole and write_pages(files, page, source, count)):
+        if not (untouched and write_pages(files, page, source, count)):
             clib.memcpy(target, source, count * PAGE_BYTES)
-        if in_hole:
-            hole_start = page + count
+        if untouched:
+            hole[1] = page + count
         position += count
     return n_rejected
