@@ -12,6 +12,7 @@ from ferry.side import Shell, break_at_choices, conclude, first_error
 from ferry.source import Source
 from sync.handover import Event
 from sync.handover_states import State
+from transport.codec import Codec
 
 ADVICE = {
     State.ABORTED: "The guest continues on this host with its device in passthrough.",
@@ -28,6 +29,16 @@ ADVICE = {
         "there. The guest must not be resumed here."
     ),
 }
+
+
+def codec_name(text: str) -> str:
+    """What names a codec, or `auto`."""
+    if text != "auto":
+        try:
+            Codec.parse(text)
+        except ValueError as error:
+            raise ValueError(f"auto, {error}") from None
+    return text
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -65,6 +76,9 @@ class Options:
     )
     lanes: int = option("connections for pages", 2, parse=positive)
     frame_size: int = option("bytes of a frame of pages", 1 << 20, parse=size)
+    codec: str = option(
+        "how pages are compressed: auto, none, lz4 or zstd:LEVEL", "auto", parse=codec_name
+    )
     cache: int = option("bytes kept to compute deltas from", 64 << 20, parse=size)
     bandwidth: int | None = option("limit in bytes per second, for everything", None, parse=size)
     connect_timeout: float = option("seconds to find the receiver", 5.0, parse=seconds)

@@ -17,6 +17,7 @@ from ferry.messages import Kind, Notice, pack_state
 from ferry.runner import Runner
 from ferry.side import run_tunnel
 from sync.handover import Event
+from transport.codec import Codec
 from transport.errors import PeerRefused, TransportError
 from transport.sender import RoundStatistics, Sender, SenderOptions, open_sender
 
@@ -74,6 +75,7 @@ class SourceLink:
             connect_timeout_s=options.connect_timeout,
             peer_timeout_s=options.peer_timeout,
             bandwidth_bytes_per_s=options.bandwidth,
+            codec=None if options.codec == "auto" else Codec.parse(options.codec),
         )
         self._closed = trio.Event()
         started = False

@@ -7,6 +7,7 @@ acknowledged, or to be sent again in full. Encoding itself is `encoder`'s, sendi
 from __future__ import annotations
 
 import threading
+import time
 from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
@@ -15,6 +16,8 @@ from typing import TYPE_CHECKING
 import numpy as np
 import numpy.typing as npt
 
+from transport.choice import LADDER, Choice
+from transport.codec import Codec
 from transport.errors import RecordError
 from transport.frames import PAGE_BYTES
 from transport.lanes import Outgoing, Task
@@ -70,10 +73,15 @@ class Source:
 
 
 class LaneSource:
-    """A lane's encoder and the number of its next frame. For the lane's thread."""
+    """A lane's encoder, its choice of codecs and the number of its next frame. For the lane's
+    thread."""
 
-    def __init__(self, source: Source, lane: int, frame_bytes: int) -> None:
+    def __init__(
+        self, source: Source, lane: int, frame_bytes: int, codec: Codec | None = None
+    ) -> None:
+        """`codec`: the one to use; None: whichever gets most pages through."""
         self.source = source
+        self.choice = Choice(LADDER if codec is None else [codec])
         self.sequence = 0
         self._lane = lane
         self._frame_bytes = frame_bytes
@@ -83,10 +91,19 @@ class LaneSource:
         """Make the encoder."""
         self._encoder = self.source.encoder(self._lane, self._frame_bytes)
 
-    def encode(self, indices: Indices, start: int, out: Memory, round_no: int) -> EncodedFrame:
-        """`Encoder.encode`, with the sequence taken care of."""
-        assert self._encoder is not None
-        frame = self._encoder.encode(indices, start, out, round_no=round_no, sequence=self.sequence)
+    def encode(
+        self, indices: Indices, start: int, out: Memory, round_no: int, frames_under_way: int
+    ) -> EncodedFrame:
+        """`Encoder.encode`, with the codec and the sequence taken care of."""
+        encoder = self._encoder
+        assert encoder is not None
+        encoder.codec = self.choice.pick(
+            time.monotonic(), pages_left=indices.size - start, frames_under_way=frames_under_way
+        )
+        frame = encoder.encode(indices, start, out, round_no=round_no, sequence=self.sequence)
+        self.choice.encoded(
+            time.monotonic(), pages=frame.n_pages - frame.zero, n_bytes=frame.n_bytes
+        )
         self.sequence += frame.n_bytes > 0
         return frame
 
@@ -120,6 +137,7 @@ class _Sent:
     """A frame under way."""
 
     sequence: int
+    n_bytes: int
     indices: Indices
     """Pages it was made of, those left out as equal included."""
     full: bool
@@ -149,19 +167,22 @@ class RoundShare(Task):
             self._start = 0
             self._resending = True
             self._rejected.clear()
-        frame = self._lane.encode(self._indices, self._start, buffer, self._round_no)
+        frame = self._lane.encode(
+            self._indices, self._start, buffer, self._round_no, self._under_way
+        )
         pages = self._indices[self._start : self._start + frame.consumed]
         self._start += frame.consumed
         self._count(frame)
         if frame.n_bytes == 0:
             self.counters.done += pages.size
             return None
-        sent = _Sent(self._lane.sequence - 1, pages, self._resending)
+        sent = _Sent(self._lane.sequence - 1, frame.n_bytes, pages, self._resending)
         return Outgoing(buffer.data[: frame.n_bytes], sent)
 
     def _on_answer(self, context: _Sent, answer: LaneAnswer) -> None:
         if not isinstance(answer, Ack) or answer.sequence != context.sequence:
             raise RecordError("the receiver acknowledges a frame that it was not sent")
+        self._lane.choice.acknowledged(context.n_bytes)
         self.counters.done += context.indices.size
         if not answer.rejected.size:
             return

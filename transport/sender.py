@@ -19,6 +19,7 @@ import trio
 import zmq
 
 from transport.channels import Conversation
+from transport.codec import Codec
 from transport.compare import CompareShare, DigestShare, chunks_of, region_digest
 from transport.connector import Connector
 from transport.errors import LayoutMismatch
@@ -65,6 +66,8 @@ class SenderOptions:
     """How long `aclose` waits for records that are on their way."""
     bandwidth_bytes_per_s: int | None = None
     """Limit over data lanes and tunnel together; None: none."""
+    codec: Codec | None = None
+    """How pages are compressed; None: each lane finds out with what most get through."""
 
     def __post_init__(self) -> None:
         if not 1 <= self.lanes <= MAX_DATA_LANES:
@@ -130,6 +133,8 @@ class SenderStatistics:
     """Frames and comparisons on the data lanes."""
     lane_bytes: int
     """Their bytes, towards the receiver."""
+    codecs: tuple[str, ...]
+    """Of each lane, the one in use."""
     records_sent: int
     records_received: int
     tunnel_bytes_sent: int
@@ -252,7 +257,7 @@ class Sender(Link):
         self._source = Source(memory, self._seed, cache_bytes, lanes, files)
         frame_bytes = self._bucket.piece_bytes(self._options.frame_bytes)
         for number in range(lanes):
-            source = LaneSource(self._source, number, frame_bytes)
+            source = LaneSource(self._source, number, frame_bytes, self._options.codec)
             lane = SendLane(
                 self._shared,
                 self._context,
@@ -357,6 +362,7 @@ class Sender(Link):
         return SenderStatistics(
             lane_messages=sum(lane.counters.messages for lane in self._lanes),
             lane_bytes=sum(lane.counters.bytes for lane in self._lanes),
+            codecs=tuple(str(source.choice.codec) for source in self._lane_sources),
             records_sent=talk.records.sent,
             records_received=talk.records.received,
             tunnel_bytes_sent=talk.tunnel.sent,

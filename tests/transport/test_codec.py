@@ -1,13 +1,17 @@
 """The choice of a codec by name, and what it makes of the pages of a frame."""
 
+from typing import Any
+
 import numpy as np
 import pytest
+import trio
 
 from transport.codec import LZ4, NONE, Codec, Method
 from transport.decoder import Decoder
 from transport.encoder import EncodedFrame, Encoder
 from transport.frames import CODEC_NONE, CODEC_ZSTD, DEFAULT_FRAME_BYTES, HEADER_BYTES
 from transport.replica import Replica
+from transport.sender import SenderOptions
 
 SEED = 11
 N_PAGES = 100
@@ -103,3 +107,18 @@ def test_pages_sent_without_a_codec_are_no_bases_for_later() -> None:
         pages.source.reshape(N_PAGES, -1)[:, 0] += 1
         done, _ = pages.send(codec)
         assert done.raw == N_PAGES
+
+
+@pytest.mark.parametrize("name", ["none", "lz4", "zstd:1", "auto"])
+def test_lanes_use_the_codec_that_they_are_given(name: str, link_pair: Any) -> None:
+    async def migrate() -> None:
+        codec = None if name == "auto" else Codec.parse(name)
+        async with link_pair(n_pages=4096, sending=SenderOptions(codec=codec)) as pair:
+            for round_no in range(3):
+                pair.source[:] = np.resize(words(round_no), pair.source.size)
+                await pair.sender.send_round(np.arange(4096, dtype=np.uint32), round_no)
+                assert np.array_equal(pair.source, pair.target)
+            if codec is not None:
+                assert set(pair.sender.statistics().codecs) == {name}
+
+    trio.run(migrate)

@@ -1,0 +1,183 @@
+"""The choice of a codec, on links and machines that exist only in numbers."""
+
+import math
+from collections import deque
+
+import pytest
+from hypothesis import example, given, settings
+from hypothesis import strategies as st
+
+from transport.choice import LADDER, Choice
+from transport.codec import LZ4, NONE, Codec
+
+FRAME_PAGES = 256
+WINDOW = 4
+OVERHEAD_S = 50e-6  # of a lane, between two frames
+
+# Seconds to encode a page, and bytes that it becomes: of files on one core.
+FILES = {
+    "none": (0.8e-6, 4104),
+    "lz4": (7.6e-6, 2350),
+    "zstd:1": (9.6e-6, 1620),
+    "zstd:2": (11e-6, 1550),
+    "zstd:3": (14e-6, 1480),
+    "zstd:5": (28e-6, 1430),
+    "zstd:7": (43e-6, 1400),
+    "zstd:9": (61e-6, 1390),
+}
+Costs = dict[str, tuple[float, float]]
+
+
+class Lane:
+    """A lane and its link, in virtual time."""
+
+    def __init__(self, choice: Choice, costs: Costs, bytes_per_s: float) -> None:
+        self.choice = choice
+        self.costs = costs
+        self.bytes_per_s = bytes_per_s
+        self.now = 0.0
+        self.link_free = 0.0
+        self.under_way: deque[tuple[float, int]] = deque()
+        self.used: list[Codec] = []
+
+    def send(self, pages: int) -> float:
+        """A round of `pages`; returns how long it took."""
+        began = self.now
+        for left in range(pages, 0, -FRAME_PAGES):
+            self._receive()
+            if len(self.under_way) == WINDOW:
+                self.now = self.under_way[0][0]
+                self._receive()
+            codec = self.choice.pick(
+                self.now, pages_left=left, frames_under_way=len(self.under_way)
+            )
+            self.used.append(codec)
+            seconds, n_bytes = self.costs[str(codec)]
+            sent = min(left, FRAME_PAGES)
+            self.now += seconds * sent
+            frame_bytes = int(n_bytes * sent)
+            self.choice.encoded(self.now, pages=sent, n_bytes=frame_bytes)
+            self.link_free = max(self.link_free, self.now) + frame_bytes / self.bytes_per_s
+            self.under_way.append((self.link_free, frame_bytes))
+            self.now += OVERHEAD_S
+        if self.under_way:
+            self.now = max(self.now, self.under_way[-1][0])
+        self._receive()
+        return self.now - began
+
+    def _receive(self) -> None:
+        while self.under_way and self.under_way[0][0] <= self.now:
+            self.choice.acknowledged(self.under_way.popleft()[1])
+
+
+def best_fixed(costs: Costs, bytes_per_s: float, pages: int) -> float:
+    """What the best of the codecs would take in the steady state."""
+    between = OVERHEAD_S / FRAME_PAGES
+    return pages * min(
+        max(seconds + between, n_bytes / bytes_per_s) for seconds, n_bytes in costs.values()
+    )
+
+
+MBIT = 1e6 / 8 / 2  # of a link that two lanes share
+
+
+@pytest.mark.parametrize("rate", [10 * MBIT, 100 * MBIT, 1000 * MBIT, 10_000 * MBIT, 1e11])
+def test_within_a_few_percent_of_the_best_fixed_codec(rate: float) -> None:
+    pages = 150_000  # of a lane: somewhat more than 1 GiB of content in all
+    taken = Lane(Choice(), FILES, rate).send(pages)
+    assert taken <= 1.05 * best_fixed(FILES, rate, pages)
+
+
+@pytest.mark.parametrize(
+    ("rate", "expected"),
+    [
+        (10 * MBIT, {"zstd:7", "zstd:9"}),
+        (1e11, {"none"}),
+        (1000 * MBIT, {"zstd:2", "zstd:3", "zstd:5"}),
+    ],
+)
+def test_a_slow_link_gets_a_strong_codec_and_a_fast_one_none(
+    rate: float, expected: set[str]
+) -> None:
+    lane = Lane(Choice(), FILES, rate)
+    lane.send(100_000)
+    assert str(lane.choice.codec) in expected
+
+
+factors = st.floats(1.02, 3.0)
+
+
+@settings(max_examples=40, deadline=None)
+@given(
+    first=st.floats(0.3e-6, 3e-6),
+    slower=st.lists(factors, min_size=len(LADDER) - 1, max_size=len(LADDER) - 1),
+    smaller=st.lists(st.floats(0.6, 1.0), min_size=len(LADDER) - 1, max_size=len(LADDER) - 1),
+    rate=st.floats(5.0, 11.0).map(lambda power: math.pow(10, power)),
+)
+@example(1e-6, [1.02] * 7, [1.0] * 7, 1e9)
+def test_whatever_machine_and_link_it_is_near_the_best(
+    first: float, slower: list[float], smaller: list[float], rate: float
+) -> None:
+    costs: Costs = {}
+    seconds, n_bytes = first, 4104.0
+    for codec, factor, shrink in zip(LADDER, [1.0, *slower], [1.0, *smaller], strict=True):
+        seconds *= factor
+        n_bytes *= shrink
+        costs[str(codec)] = (seconds, n_bytes)
+    pages = 150_000
+    taken = Lane(Choice(), costs, rate).send(pages)
+    # Before anything is known, the window is filled as it happens.
+    start = max(
+        2 * WINDOW * FRAME_PAGES * max(seconds, n_bytes / rate)
+        for seconds, n_bytes in (costs["none"], costs["lz4"])
+    )
+    assert taken <= 1.05 * best_fixed(costs, rate, pages) + start
+
+
+def test_it_follows_a_link_that_changes() -> None:
+    lane = Lane(Choice(), FILES, 100 * MBIT)
+    lane.send(50_000)
+    assert lane.choice.codec.level >= 5
+    lane.bytes_per_s = 1e11
+    lane.send(400_000)
+    assert lane.choice.codec is NONE
+    lane.bytes_per_s = 100 * MBIT
+    lane.send(100_000)
+    assert lane.choice.codec.level >= 5
+
+
+def test_it_follows_content_that_changes() -> None:
+    """From data that nothing makes shorter to data that everything does."""
+    noise = {name: (seconds, 4104.0) for name, (seconds, _) in FILES.items()}
+    lane = Lane(Choice(), noise, 1000 * MBIT)
+    assert lane.send(100_000) <= 1.05 * best_fixed(noise, 1000 * MBIT, 100_000)
+    lane.costs = FILES
+    lane.send(50_000)
+    taken = lane.send(100_000)
+    assert taken <= 1.05 * best_fixed(FILES, 1000 * MBIT, 100_000)
+
+
+def test_at_the_end_of_a_round_nothing_overlaps_so_a_fast_codec_is_taken() -> None:
+    lane = Lane(Choice(), FILES, 1000 * MBIT)
+    lane.send(100_000)
+    lane.used.clear()
+    lane.send(256)
+    # One frame: the time to encode it counts in full, and so does the time on the link.
+    alone = {
+        name: seconds + n_bytes / lane.bytes_per_s for name, (seconds, n_bytes) in FILES.items()
+    }
+    assert str(lane.used[0]) in sorted(alone, key=alone.__getitem__)[:3]
+
+
+def test_rounds_without_content_teach_nothing() -> None:
+    choice = Choice()
+    for number in range(100):
+        assert choice.pick(number, pages_left=65536, frames_under_way=0) is LZ4
+        choice.encoded(number + 0.5, pages=0, n_bytes=40)
+        choice.acknowledged(40)
+
+
+def test_one_codec_is_no_choice() -> None:
+    lane = Lane(Choice([NONE]), FILES, 10 * MBIT)
+    lane.send(5_000)
+    assert set(lane.used) == {NONE}
