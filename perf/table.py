@@ -81,6 +81,20 @@ BENCHMARKS: dict[str, Benchmark] = {
         needs=("qemu", "netns"),
         bars=(Bar(2, "time_of_best_qemu", 0.85, "lower"),),
     ),
+    "codec": Benchmark(
+        "perf.benchmarks.codec",
+        "the codec that lanes choose by themselves, against each fixed one, on several links",
+        settings={
+            "links": "100+1000+10000+0",
+            "seconds": 2.0,
+            "mib": 512,
+            "zero": 0.42,
+            "codecs": "none+lz4+zstd:1+zstd:3+zstd:5+zstd:9",
+        },
+        quick={"links": "1000", "mib": 4, "codecs": "lz4"},
+        needs=("netns",),
+        bars=(Bar(3, "time_of_best_fixed", 1.05, "lower"),),
+    ),
     "gateway": Benchmark(
         "perf.benchmarks.gateway",
         "register reads and posted writes through the gateway, against none",

@@ -1,8 +1,9 @@
 """This project's sender: `python -m perf.parties.sender URL IMAGE OPTIONS`.
 
-OPTIONS are fields of `SenderOptions`, as JSON. Prints `READY` once both sides have loaded their
-code; then, at a line on standard input, sends every page of the file IMAGE and prints what
-`RoundStatistics` says, as JSON; at the next one, compares all pages and prints how many differ.
+OPTIONS are fields of `SenderOptions`, as JSON, the codec by its name or `auto`. Prints `READY` once
+both sides have loaded their code; then, at a line on standard input, sends every page of the file
+IMAGE and prints what `RoundStatistics` says, as JSON; at the next one, compares all pages and
+prints how many differ.
 """
 
 import json
@@ -18,6 +19,7 @@ import numpy as np
 import numpy.typing as npt
 import trio
 
+from transport.codec import Codec
 from transport.frames import PAGE_BYTES, STRIPE_PAGES
 from transport.sender import SenderOptions, open_sender
 
@@ -33,7 +35,9 @@ def mapped(image: Path) -> tuple[npt.NDArray[np.uint8], int]:
 async def send(url: str, image: Path, options: Mapping[str, Any]) -> None:
     memory, descriptor = mapped(image)
     n_pages = memory.size // PAGE_BYTES
-    settings = SenderOptions(**options)
+    codec = options.get("codec", "auto")
+    chosen = None if codec == "auto" else Codec.parse(codec)
+    settings = SenderOptions(**{**options, "codec": chosen})
     async with open_sender(url, os.urandom(16), b"", settings) as sender:
         sender.attach_memory(memory, files=[(0, n_pages, descriptor, 0)])
         # A page of each lane: answered once both sides have loaded their code.

@@ -22,7 +22,7 @@ def copy(
 ) -> Copy:
     """Copies `image` (a multiple of 4096 bytes) over `link` and proves that all has arrived.
 
-    `options` are fields of `SenderOptions`. Raises `BenchmarkFailed`.
+    `options` are those of `perf.parties.sender`. Raises `BenchmarkFailed`.
     """
     n_bytes = image.stat().st_size
     listen = f"tcp://{link.target_address}:*"
