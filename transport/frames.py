@@ -208,17 +208,15 @@ def _parse_body(
     payload_bytes = body.size - pages * ENTRY_BYTES - n_bases * BASE_BYTES
     if payload_bytes < 0:
         raise FrameError(f"a body of {body.size} bytes cannot hold the tables of {pages} pages")
-    payload, bases, index_bytes, length_bytes, _ = np.split(
-        body,
-        np.cumsum([payload_bytes, n_bases * BASE_BYTES, pages * 4, pages * 2]),
-    )
     # Copies, because the tables stand at odd addresses.
-    index = np.frombuffer(index_bytes.tobytes(), np.uint32)
-    length = np.frombuffer(length_bytes.tobytes(), np.uint16)
+    tables = body[payload_bytes:].tobytes()
+    index = np.frombuffer(tables, np.uint32, pages, n_bases * BASE_BYTES)
+    length = np.frombuffer(tables, np.uint16, pages, n_bases * BASE_BYTES + pages * 4)
     base = np.zeros(pages, np.uint64)
-    base[needs_base] = np.frombuffer(bases.tobytes(), np.uint64)
+    if n_bases:
+        base[needs_base] = np.frombuffer(tables, np.uint64, n_bases)
 
-    if np.any(length < _MIN_LENGTH[kind]) or np.any(length > _MAX_LENGTH[kind]):
+    if (length < _MIN_LENGTH[kind]).any() or (length > _MAX_LENGTH[kind]).any():
         raise FrameError("a page's length does not suit its kind")
     ends = np.cumsum(length, dtype=np.uint32)
     if ends[-1] != payload_bytes:
@@ -226,6 +224,7 @@ def _parse_body(
     if index.max() >= n_pages:
         raise FrameError(f"page {index.max()} of {n_pages}")
     sequence, round_no, lane = header
-    if lanes > 1 and np.any(index // np.uint32(STRIPE_PAGES) % np.uint32(lanes) != lane):
+    if lanes > 1 and (index // np.uint32(STRIPE_PAGES) % np.uint32(lanes) != lane).any():
         raise FrameError(f"a page of another lane on lane {lane}")
+    payload = body[:payload_bytes]
     return Frame(sequence, round_no, lane, index, kind, length, ends - length, base, payload)
