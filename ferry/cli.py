@@ -149,7 +149,7 @@ _ROOM_CODES: tuple[tuple[frozenset[str], Exit], ...] = (
         frozenset({"transport.errors.FrameError", "transport.errors.RecordError"}),
         Exit.PEER_PROTOCOL,
     ),
-    (frozenset({"sync.vmm.errors.VmmError"}), Exit.VMM),
+    (frozenset({"sync.vmm.errors.VmmError", "sync.gateway.errors.VmmLost"}), Exit.VMM),
     (
         frozenset(
             f"sync.registers.errors.{name}"

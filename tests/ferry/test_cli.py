@@ -9,6 +9,7 @@ import pytest
 from ferry.cli import COMMANDS, exit_code_of, main
 from ferry.errors import EXIT_MEANING, Exit
 from sync.errors import SyncError
+from sync.gateway.errors import VmmLost
 from sync.vmm.errors import VmmGone
 from transport import errors as transport_errors
 
@@ -42,6 +43,7 @@ def test_every_error_of_the_rooms_has_its_own_code() -> None:
     assert exit_code_of(transport_errors.EndpointError("x")) is Exit.LOCAL
     assert exit_code_of(transport_errors.LayoutMismatch("x")) is Exit.REFUSED
     assert exit_code_of(VmmGone("x")) is Exit.VMM
+    assert exit_code_of(VmmLost("x")) is Exit.VMM
     assert exit_code_of(SyncError("x")) is Exit.DEVICE
     assert exit_code_of(OSError()) is Exit.LOCAL
     assert exit_code_of(RuntimeError()) is Exit.INTERNAL

@@ -241,7 +241,7 @@ async def qemu_is_left_without_its_device(attempt: Attempt) -> None:
     "fault",
     [
         Fault(
-            *("precopy", source_gateway_killed, Exit.BROKEN, Exit.PEER_ABORTED, "gateway is gone"),
+            *("precopy", source_gateway_killed, Exit.BROKEN, Exit.PEER_ABORTED, "gateway"),
             qemu_is_left_without_its_device,
         ),
         Fault("finalizing", source_qemu_killed, Exit.BROKEN, Exit.PEER_ABORTED, "VMM"),
