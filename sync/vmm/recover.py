@@ -13,6 +13,8 @@ from sync.vmm.qmp import QmpCore, QmpFailure, QmpGreeting, QmpReply
 from sync.vmm.states import ResumeStep, migration_status_of, resume_step, run_state_of
 
 RETRY_S = 0.02
+LAST_ANSWER_S = 0.2
+"""Nothing more is tried so shortly before the deadline: the VMM's state would not become known."""
 READ_BYTES = 1 << 16
 
 
@@ -57,7 +59,7 @@ def _resume(connection: "_Connection", done: list[str], deadline: float) -> None
                 what = f"{step.value} from {status if step is ResumeStep.CANCEL else state}"
                 if what not in done:
                     done.append(what)
-        if time.monotonic() + RETRY_S >= deadline:
+        if time.monotonic() + LAST_ANSWER_S >= deadline:
             raise VmmNotReady(f"the guest is still {state!r} (migration {status!r})")
         time.sleep(RETRY_S)
 
