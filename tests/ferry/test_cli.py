@@ -55,6 +55,11 @@ def test_every_error_of_the_rooms_has_its_own_code() -> None:
         (["send", "--to", "here", "--qmp", "q"], Exit.USAGE, "an endpoint like"),
         (["send", "--to", "tcp://127.0.0.1:1", "--qmp", "q"], Exit.USAGE, "--gateway is missing"),
         (["send", "--qmp", "q"], Exit.USAGE, "--to is missing"),
+        (
+            ["send", "--codec", "zstd:99", "--to", "tcp://h:1", "--qmp", "q"],
+            Exit.USAGE,
+            "auto, zstd:LEVEL with a level",
+        ),
         (["receive", "--listen", "tcp://127.0.0.1:0", "--qmp", "q"], Exit.USAGE, "--gateway"),
         (
             ["send", "--downtime-limit", "0", "--to", "tcp://h:1", "--qmp", "q"],
