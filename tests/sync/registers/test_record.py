@@ -29,7 +29,8 @@ def accesses(draw: st.DrawFn) -> Access:
     data = draw(st.binary(min_size=1, max_size=40))
     back = op is Op.WRITE and draw(st.booleans())
     region, offset = draw(st.integers(0, 9)), draw(st.integers(0, 1 << 40))
-    return Access(op, region, offset, len(data), data, failed, back)
+    owed, counts = draw(st.booleans()), draw(st.booleans())
+    return Access(op, region, offset, len(data), data, failed, back, owed, counts)
 
 
 @given(st.lists(accesses(), max_size=20), st.integers(0, 1 << 40))
