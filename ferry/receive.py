@@ -47,6 +47,12 @@ from sync.handover_states import Deadlines, Role, State
 from sync.memory import GuestMemory, MemoryRegion
 from sync.registers.choose import load_profiles, target_for
 from sync.registers.device import DeviceView
+from sync.registers.errors import (
+    IdentityMismatch,
+    MethodMismatch,
+    NoMethod,
+    ProfileMismatch,
+)
 from sync.registers.interface import TargetRegisters
 from sync.vmm.driver import Vmm
 from sync.vmm.errors import VmmError
@@ -206,10 +212,13 @@ class Target:
                         f"the source's {getattr(theirs, what)}; use the same device with the same "
                         "options on both hosts"
                     )
-            registers = target_for(
-                bytes.fromhex(theirs.registers), DeviceView.from_info(info), gateway, profiles
-            )
-            await registers.check()
+            try:
+                registers = target_for(
+                    bytes.fromhex(theirs.registers), DeviceView.from_info(info), gateway, profiles
+                )
+                await registers.check()
+            except (IdentityMismatch, MethodMismatch, NoMethod, ProfileMismatch) as error:
+                raise Mismatch(f"device {number}: {error}") from error
             self._registers.append(registers)
             await self._check_memory(gateway)
         await self._vmm.check_target()

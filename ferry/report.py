@@ -5,6 +5,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from ferry.downtime import VMM_PHASES
+from ferry.findings import methods_text
 from ferry.progress import bytes_text
 from transport.sender import RoundStatistics
 
@@ -68,10 +69,7 @@ class Report:
         """The report as lines for a terminal."""
         lines = [f"migrated in {self.duration_s:.2f} s, session {self.session}"]
         for number, method in enumerate(self.methods):
-            lines.append(
-                f"device {number}: registers by {method['registers']}, "
-                f"dirty pages by {method['dirty']}"
-            )
+            lines.append(f"device {number}: {methods_text(**method)}")
         lines.append(
             "round   dirty    sent    zero    same   delta     lz4     raw        wire      rate"
         )

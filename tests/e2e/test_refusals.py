@@ -83,6 +83,7 @@ def test_devices_that_differ(tmp_path: Path) -> None:
         sender, receiver = start_migration(bed, a, b, Method("v2", "message"))
         code, message = ended(sender)
         assert code == Exit.REFUSED
+        assert "device 0: " in message
         assert "does not" in message
         assert ended(receiver)[0] == Exit.REFUSED
         assert_sound(bed, a)

@@ -465,3 +465,22 @@ def test_i7_the_search_finds_a_table_that_is_broken(
     with pytest.raises((Violation, HandoverError)):
         explore(faults=True)
     step.cache_clear()
+
+
+@pytest.mark.parametrize(
+    ("event", "transition"),
+    [
+        (E.FAILED, Transition(S.FENCING, (A.FENCE,))),
+        (E.CHECKED, Transition(S.ENTERING, (A.ENTER_STANDBY,))),
+    ],
+)
+def test_the_search_finds_a_check_that_goes_too_far(
+    event: Event, transition: Transition, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    target = {**TARGET, S.JUDGING: {**TARGET[S.JUDGING], event: transition}}
+    monkeypatch.setattr(handover, "TABLES", {Role.SOURCE: SOURCE, Role.TARGET: target})
+    worlds = explore(faults=True, greeting=E.PEER_CHECKS)
+    step.cache_clear()
+    with pytest.raises(AssertionError):
+        test_a_check_touches_neither_side(worlds)
+        test_how_a_check_can_end(worlds)
