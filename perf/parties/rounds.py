@@ -1,60 +1,76 @@
 """What `send` keeps in memory: `... perf.parties.rounds URL MIB CACHE_MIB ROUNDS DIRTY MARKS`.
 
-Imports what `send` imports, sends ROUNDS rounds of DIRTY pages of a guest's shared memory, and
-prints a JSON line with its memory, in bytes, before the session, and after each of the rounds in
-MARKS (`1,100,1000`).
+Imports what `send` imports and nothing else, sends ROUNDS rounds of about DIRTY pages of a guest's
+shared memory, and prints a JSON line with its memory, in bytes, before the session, and after each
+of the rounds in MARKS (`1,100,1000`). The guest is a process of its own.
 """
 
 import json
 import mmap
 import os
+import socket
 import sys
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-import numpy as np
-import trio
+if TYPE_CHECKING:
+    import numpy as np
+    import numpy.typing as npt
 
-import ferry.send
-from perf.workloads.dirtying import Dirtier
-from perf.workloads.images import Mix, fill
-from transport.frames import PAGE_BYTES
-from transport.kernels.compiled import warm_up
-from transport.sender import SenderOptions, open_sender
-
-GUEST = "perf-guest"
+MAX_INDICES_BYTES = 1 << 20
 
 
 def memory_bytes() -> dict[str, int]:
     """`private`: memory that only this process has and that is no file's; `resident`: with the
-    text and data of programs and libraries, which processes share. Neither counts the guest's."""
-    found = {"private": 0, "resident": 0}
-    counted = True
-    for line in Path("/proc/self/smaps").read_text().splitlines():
-        name, _, value = line.partition(":")
-        if name in ("Rss", "Anonymous"):
-            key = "resident" if name == "Rss" else "private"
-            found[key] += int(value.split()[0]) * 1024 * counted
-        elif "-" in name:
-            counted = GUEST not in line
-    return found
+    text and data of programs and libraries, which processes share. Neither counts the guest's,
+    which is shared memory (proc(5), status)."""
+    status = dict(line.split(":") for line in Path("/proc/self/status").read_text().splitlines())
+    anonymous, file = (int(status[name].split()[0]) * 1024 for name in ("RssAnon", "RssFile"))
+    return {"private": anonymous, "resident": anonymous + file}
+
+
+def run_guest(shared: mmap.mmap, dirty: int, control: socket.socket) -> None:
+    """Fills the memory; then, at each byte, writes to pages of it and tells which, as uint32."""
+    import numpy as np
+
+    from perf.workloads.dirtying import Dirtier
+    from perf.workloads.images import Mix, fill
+
+    memory = np.frombuffer(shared, np.uint8)
+    fill(memory, Mix())
+    dirtier = Dirtier(memory, "hot", changed=0.1)
+    while control.recv(1):
+        control.send(dirtier.write(dirty).tobytes())
 
 
 async def send(
-    url: str, mib: int, cache_mib: int, rounds: int, dirty: int, marks: frozenset[int]
+    url: str,
+    memory: "npt.NDArray[np.uint8]",
+    cache_mib: int,
+    rounds: int,
+    marks: frozenset[int],
+    guest: socket.socket,
 ) -> None:
-    descriptor = os.memfd_create(GUEST)
-    os.ftruncate(descriptor, mib << 20)
-    memory = np.frombuffer(mmap.mmap(descriptor, mib << 20), np.uint8)
-    dirtier = Dirtier(memory, "hot", changed=0.1)
-    fill(memory, Mix())
+    import numpy as np
+
+    import ferry.send
+    from transport.frames import PAGE_BYTES
+    from transport.kernels.compiled import warm_up
+    from transport.sender import SenderOptions, open_sender
+
+    def dirty_pages() -> "npt.NDArray[np.uint32]":
+        guest.send(b"?")
+        return np.frombuffer(guest.recv(MAX_INDICES_BYTES), np.uint32)
+
     warm_up()
+    dirty_pages()
     print(json.dumps({"rounds": 0, **memory_bytes()}), flush=True)
     options = SenderOptions(lanes=ferry.send.Options.lanes)
     async with open_sender(url, os.urandom(16), b"", options) as sender:
         sender.attach_memory(memory, cache_bytes=cache_mib << 20)
         await sender.send_round(np.arange(memory.size // PAGE_BYTES, dtype=np.uint32), 0)
         for number in range(1, rounds + 1):
-            await sender.send_round(dirtier.write(dirty), number)
+            await sender.send_round(dirty_pages(), number)
             if number in marks:
                 print(json.dumps({"rounds": number, **memory_bytes()}), flush=True)
         await sender.send_record(0, b"", flush=True)
@@ -62,8 +78,23 @@ async def send(
 
 def main() -> None:
     url, mib, cache_mib, rounds, dirty, marks = sys.argv[1:]
+    descriptor = os.memfd_create("guest")
+    os.ftruncate(descriptor, int(mib) << 20)
+    shared = mmap.mmap(descriptor, int(mib) << 20)
+    ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+    # Before anything is imported: what the guest needs is not counted.
+    if os.fork() == 0:
+        ours.close()
+        run_guest(shared, int(dirty), theirs)
+        return
+    theirs.close()
+
+    import numpy as np
+    import trio
+
+    memory = np.frombuffer(shared, np.uint8)
     wanted = frozenset(map(int, marks.split(",")))
-    trio.run(send, url, int(mib), int(cache_mib), int(rounds), int(dirty), wanted)
+    trio.run(send, url, memory, int(cache_mib), int(rounds), wanted, ours)
 
 
 if __name__ == "__main__":
