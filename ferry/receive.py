@@ -129,6 +129,7 @@ class Target:
         self._memory: GuestMemory | None = None
         self._vmm_stream: trio.SocketStream | None = None
         self._reports: list[dict[str, Any]] = []
+        self._vmm_loaded = False
         self._platform_lock = trio.Lock()
         self._platform_restored = False
         self._ready_ms: dict[str, float] = {}
@@ -293,7 +294,7 @@ class Target:
 
     async def _answer_loaded(self) -> None:
         try:
-            await self._vmm.wait_loaded()
+            await self._wait_loaded()
             await self._link.send_record(Kind.LOADED, b"")
             # Now, while the source compares the memories.
             await self._complete_platform()
@@ -302,8 +303,14 @@ class Target:
         except Exception as error:
             self.runner.post(Event.FAILED, error)
 
+    async def _wait_loaded(self) -> None:
+        """The VMM is asked once: afterwards nothing changes until we have it resume."""
+        if not self._vmm_loaded:
+            await self._vmm.wait_loaded()
+            self._vmm_loaded = True
+
     async def _make_ready(self) -> Event:
-        await self._vmm.wait_loaded()
+        await self._wait_loaded()
         self._reports = [asdict(await registers.finish()) for registers in self._registers]
         began = time.monotonic()
         await self._complete_platform()

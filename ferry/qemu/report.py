@@ -27,6 +27,8 @@ from ferry.qemu.errors import GuestReportError
 
 MAX_LINE_BYTES = 4096
 """The guest's lines have below 200 bytes."""
+BELOW_ZERO = 1 << 63
+"""The guest's kernel prints its 64-bit differences without a sign."""
 DMESG_KINDS = ("io_error", "reset", "hung", "warning", "interrupt", "network")
 
 _WORD = re.compile(r"[a-z_]+\Z")
@@ -89,7 +91,8 @@ class GuestReport:
     queue_depth: int | None = None
     """The most requests in flight at once in the load's first seconds; None: not known."""
     longest_io_us: int | None = None
-    """None: not told yet, or the guest's kernel cannot measure it."""
+    """None: not told yet, or the guest's kernel cannot measure it: its trace clock may go back when
+    an emulated processor moves, and then a request's time is below zero."""
     interrupts: str = ""
     """`msix` or `intx`, once the load has ended."""
     errors: list[str] = field(default_factory=list)
@@ -116,7 +119,8 @@ class GuestReport:
             self.passes[what] = self.passes.get(what, 0) + event.number("passes")
         elif event.name == "disk":
             self.interrupts = event.values.get("interrupts", "")
-            self.longest_io_us = _known(event, "longest_io_us")
+            longest = _known(event, "longest_io_us")
+            self.longest_io_us = longest if longest is None or longest < BELOW_ZERO else None
             self.queue_depth = _known(event, "depth")
         elif event.name == "net":
             self.streams[event.values.get("way", "")] = event.values.get("sha", "")
