@@ -24,7 +24,7 @@ MIGRATED = Report(
 UNNOTICED = (
     b"FERRY job what=direct disk=vda passes=3",
     b"FERRY disk longest_io_us=1500 depth=4 interrupts=msix",
-    b"FERRY dmesg io_error=0 reset=0 hung=0 warning=0 interrupt=0 lines=2",
+    b"FERRY dmesg io_error=0 reset=0 hung=0 warning=0 interrupt=0 network=0 lines=2",
     b"FERRY end errors=0",
 )
 
@@ -51,7 +51,10 @@ def test_a_guest_that_noticed_nothing_is_a_success() -> None:
     ("line", "told"),
     [
         (b"FERRY error what=direct-checksum detail=vda-job-1", "direct-checksum vda-job-1"),
-        (b"FERRY dmesg io_error=0 reset=1 hung=0 warning=0 interrupt=0 lines=3", "dmesg: reset"),
+        (
+            b"FERRY dmesg io_error=0 reset=1 hung=0 warning=0 interrupt=0 network=0 lines=3",
+            "dmesg: reset",
+        ),
         (b"FERRY disk longest_io_us=1500 depth=4 interrupts=intx", "intx"),
     ],
 )
