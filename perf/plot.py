@@ -6,7 +6,7 @@ matplotlib is imported when something is drawn; it comes with the extra `perf`.
 
 import json
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -19,8 +19,8 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 MIB = 1 << 20
-PHASE_LABEL_S = 0.05
-"""Phases that follow closer than this have a line and no name of their own."""
+PHASE_LABEL_SHARE = 0.04
+"""Phases that follow closer than this, of the time that is drawn, have a line and no name."""
 AT_TOP = ("data", "axes fraction")
 Event = dict[str, Any]
 
@@ -55,8 +55,8 @@ def is_events(path: Path) -> bool:
 
 
 def timeline(events: Sequence[Event], out: Path) -> None:
-    """Rounds and their dirty set, rates, and the downtime by phase, over the seconds since the
-    first event."""
+    """Rounds and their dirty set, rates, and the downtime by phase. What came before the rounds
+    is left out but for its end; seconds count from the first event."""
     begin = min(event["time"] for event in events)
     rounds = [event for event in events if event["event"] == "round"]
     ends = [event["time"] - begin for event in rounds]
@@ -64,6 +64,8 @@ def timeline(events: Sequence[Event], out: Path) -> None:
     starts = [end - width for end, width in zip(ends, widths, strict=True)]
 
     figure, (pages, rates, downtime) = _figure(3, (9, 8.5))
+    from matplotlib import colormaps
+
     bottom = [0.0] * len(rounds)
     for kind in ("zero", "same", "delta", "lz4", "raw"):
         counts = [float(event[kind]) for event in rounds]
@@ -78,15 +80,21 @@ def timeline(events: Sequence[Event], out: Path) -> None:
     rates.set_ylabel("MiB/s")
     rates.set_xlabel("seconds since the start")
     rates.set_yscale("symlog", linthresh=1)
-    _mark_phases(pages, [event for event in events if event["event"] == "phase"], begin)
+    span = ends[-1] - starts[0]
     rates.sharex(pages)
+    pages.set_xlim(starts[0] - span / 10, ends[-1] + span / 10)
+    phases = {
+        event["time"] - begin: event["phase"] for event in events if event["event"] == "phase"
+    }
+    _mark_phases(pages, phases)
     for axes in (pages, rates):
         axes.legend(fontsize="small", ncols=2)
 
     report = next((event for event in events if event["event"] == "report"), {})
     at = 0.0
-    for phase, ms in report.get("downtime_ms", {}).items():
-        downtime.barh([0], [ms], left=at, label=f"{phase} {ms:.1f} ms")
+    for number, (phase, ms) in enumerate(report.get("downtime_ms", {}).items()):
+        color = colormaps["tab20"](number % 20)
+        downtime.barh([0], [ms], left=at, label=f"{phase} {ms:.1f} ms", color=color)
         at += ms
     downtime.set_yticks([])
     downtime.set_xlabel(f"downtime: {at:.1f} ms" if at else "no downtime: not switched over")
@@ -106,13 +114,15 @@ def _plot_known(
         axes.plot(x, [value * scale for value in y], "o-k", label=label)
 
 
-def _mark_phases(axes: "Axes", phases: Iterable[Event], begin: float) -> None:
+def _mark_phases(axes: "Axes", phases: Mapping[float, str]) -> None:
+    left, right = axes.get_xlim()
     last = -math.inf
-    for event in phases:
-        x = event["time"] - begin
+    for x, phase in phases.items():
+        if not left <= x <= right:
+            continue
         axes.axvline(x, color="0.6", linewidth=0.8)
-        if x - last > PHASE_LABEL_S:
-            axes.annotate(event["phase"], (x, 1.02), xycoords=AT_TOP, rotation=60, fontsize=7)
+        if x - last > (right - left) * PHASE_LABEL_SHARE:
+            axes.annotate(phase, (x, 1.02), xycoords=AT_TOP, rotation=60, fontsize=7)
             last = x
 
 
