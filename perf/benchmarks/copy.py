@@ -2,24 +2,27 @@
 
 The link is the loopback, or one that the harness makes (`mbit`, 0 for none; `delay-ms` one way).
 Each copy has processes and target memory of its own, and is compared with the image afterwards.
-`bare` sends nothing but the pages that are not zero: what TCP and the target's memory allow.
+`bare` sends nothing but the pages that are not zero: what TCP and the target's memory allow. What
+is not zero is what the files below the folder `files` hold, or made up if that is `none`.
 """
 
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from functools import partial
+from pathlib import Path
 
 from perf.benchmark import Context, Measurement
 from perf.links import LOOPBACK, shaped_link
 from perf.peers import Copy, ferry, qemu, tcp
 from perf.results import Better
-from perf.workloads.images import Mix, image_file
+from perf.workloads.images import FolderPages, Mix, file_pages, image_file
 
 OURS = "ferry"
 BARE = "bare"
 REFERENCE = "multifd"
 """QEMU's fastest setting where the link is not the bottleneck."""
 CONNECTIONS = 2
+MADE_UP = "none"
 GIB = 1 << 30
 
 
@@ -30,7 +33,10 @@ def run(context: Context) -> Iterator[Measurement]:
         if mbit or delay_s:
             link = stack.enter_context(shaped_link(mbit * 10**6 or None, delay_s))
         n_bytes = context.number("mib") << 20
-        image = stack.enter_context(image_file(n_bytes, Mix(zero=float(context.settings["zero"]))))
+        mix = Mix(zero=float(context.settings["zero"]))
+        folder = context.text("files")
+        pages = FolderPages(Path(folder)) if folder != MADE_UP else file_pages
+        image = stack.enter_context(image_file(n_bytes, mix, file_pages=pages))
         ways: dict[str, Callable[[], Copy]] = {
             OURS: lambda: ferry.copy(image, link=link),
             BARE: lambda: tcp.copy(image, CONNECTIONS, link=link),

@@ -2,14 +2,15 @@
 
 import mmap
 import os
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 import numpy.typing as npt
 
+from perf.errors import BenchUsageError
 from transport.frames import PAGE_BYTES
 
 SHARED = Path("/dev/shm")
@@ -25,6 +26,8 @@ _PAGE_VOCABULARY = 24
 _BATCH_EXTENTS = 256
 
 Bytes = npt.NDArray[np.uint8]
+MakePages = Callable[[np.random.Generator, int], Bytes]
+"""Makes so many pages."""
 
 
 @dataclass(frozen=True)
@@ -62,9 +65,47 @@ def file_pages(rng: np.random.Generator, n_pages: int) -> Bytes:
     return pages.reshape(n_pages, PAGE_BYTES)
 
 
-def fill(memory: Bytes, mix: Mix, seed: int = 1) -> None:
+class FolderPages:
+    """Pages of the files below a folder, in the order of their paths; at the end, from the start.
+
+    Each file fills whole pages, as in a page cache; pages of zeros are left out.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self._folder = folder
+        self._pages = self._read()
+        self._left = np.empty((0, PAGE_BYTES), np.uint8)
+
+    def __call__(self, rng: np.random.Generator, n_pages: int) -> Bytes:
+        """uint8[n_pages, 4096]: the next ones. For `fill`, whose `rng` is not needed."""
+        parts, found = [self._left], len(self._left)
+        while found < n_pages:
+            parts.append(next(self._pages))
+            found += len(parts[-1])
+        pages = np.concatenate(parts)
+        self._left = pages[n_pages:]
+        return pages[:n_pages]
+
+    def _read(self) -> Iterator[Bytes]:
+        found = True
+        while found:
+            found = False
+            for path in sorted(self._folder.rglob("*")):
+                if not path.is_file() or path.is_symlink():
+                    continue
+                with suppress(OSError):
+                    data = path.read_bytes()
+                    padded = data + bytes(-len(data) % PAGE_BYTES)
+                    pages = np.frombuffer(padded, np.uint8).reshape(-1, PAGE_BYTES)
+                    filled = pages[pages.any(axis=1)]
+                    found = found or len(filled) > 0
+                    yield filled
+        raise BenchUsageError(f"no file with content can be read below {self._folder}")
+
+
+def fill(memory: Bytes, mix: Mix, seed: int = 1, *, file_pages: MakePages = file_pages) -> None:
     """Fills `memory`, uint8[n_pages * 4096], which holds zeros: a zero page is not touched, so
-    that it takes no room, as in a guest that never wrote it."""
+    that it takes no room, as in a guest that never wrote it. `file_pages` makes the file-like."""
     rng = np.random.default_rng(seed)
     pages = memory.reshape(-1, PAGE_BYTES)
     n_extents = -(-len(pages) // EXTENT_PAGES)
@@ -79,8 +120,13 @@ def fill(memory: Bytes, mix: Mix, seed: int = 1) -> None:
 
 
 @contextmanager
-def image_file(n_bytes: int, mix: Mix, seed: int = 1) -> Iterator[Path]:
-    """An image as a file in memory, for the block. Those of processes that are gone are removed."""
+def image_file(
+    n_bytes: int, mix: Mix, seed: int = 1, *, file_pages: MakePages = file_pages
+) -> Iterator[Path]:
+    """An image as a file in memory, for the block. Those of processes that are gone are removed.
+
+    Arguments as of `fill`.
+    """
     for path in SHARED.glob(f"{FILE_PREFIX}*"):
         if not Path("/proc", path.name.removeprefix(FILE_PREFIX)).exists():
             path.unlink(missing_ok=True)
@@ -88,7 +134,8 @@ def image_file(n_bytes: int, mix: Mix, seed: int = 1) -> Iterator[Path]:
     try:
         with path.open("x+b") as file:
             file.truncate(n_bytes)
-            fill(np.frombuffer(mmap.mmap(file.fileno(), n_bytes), np.uint8), mix, seed)
+            memory = np.frombuffer(mmap.mmap(file.fileno(), n_bytes), np.uint8)
+            fill(memory, mix, seed, file_pages=file_pages)
         yield path
     finally:
         path.unlink(missing_ok=True)

@@ -8,11 +8,11 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from perf.errors import BenchmarkFailed, NeedMissing
+from perf.errors import BenchmarkFailed, BenchUsageError, NeedMissing
 from perf.parties.tcp import deal, nonzero_runs
 from perf.peers import qemu
 from perf.workloads import images
-from perf.workloads.images import FILE_PREFIX, Mix, image_file
+from perf.workloads.images import FILE_PREFIX, FolderPages, Mix, image_file
 from transport.frames import PAGE_BYTES
 
 
@@ -48,6 +48,22 @@ def test_an_image_is_there_for_the_block_alone(shared: Path) -> None:
         assert 0 < np.count_nonzero(pages.any(axis=1)) < len(pages) == 64
         raise KeyboardInterrupt
     assert [*shared.iterdir()] == [of_the_living]
+
+
+def test_an_image_of_a_folder_holds_its_files(shared: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "files"
+    folder.mkdir()
+    (folder / "a").write_bytes(b"a" * (PAGE_BYTES + 1))
+    (folder / "b").write_bytes(bytes(PAGE_BYTES) + b"b")
+    with image_file(4 * PAGE_BYTES, Mix(zero=0), file_pages=FolderPages(folder)) as path:
+        pages = np.fromfile(path, np.uint8).reshape(-1, PAGE_BYTES)
+    assert [bytes(page[:2]) for page in pages] == [b"aa", b"a\0", b"b\0", b"aa"]
+
+
+def test_a_folder_without_content_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "empty").write_bytes(bytes(PAGE_BYTES))
+    with pytest.raises(BenchUsageError, match="no file"):
+        FolderPages(tmp_path)(np.random.default_rng(), 1)
 
 
 def test_a_copy_that_differs_is_no_result(tmp_path: Path) -> None:

@@ -1,4 +1,4 @@
-"""Links between namespaces: they carry what they should, at no more than their rate, and end."""
+"""Links between namespaces: they are shaped, carry connections, and end."""
 
 import os
 import subprocess
