@@ -1,4 +1,4 @@
-"""The end of capture and replay, while the guest waits: what is read again, compared, owed, rung."""
+"""The end of capture and replay, while the guest waits: what is read, compared, owed and rung."""
 
 from types import SimpleNamespace
 
