@@ -14,6 +14,7 @@ class Options:
     image: str = option("the disk: a file or block device of whole sectors")
     v2: bool = option("offer VFIO migration v2", False)
     logging: int | None = option("offer DMA logging with pages of this size", None, parse=size)
+    express: bool = option("be a PCI Express device, with Advanced Error Reporting", False)
     read_only: bool = option("refuse writes", False)
     workers: int = option("threads, so also requests in flight", 4, parse=positive)
     serial: str = option("serial number that the guest sees", "vfio-ferry")
@@ -26,6 +27,7 @@ def run(options: Options) -> int:
             image_path=options.image,
             v2=options.v2,
             logging_page_bytes=options.logging,
+            express=options.express,
             read_only=options.read_only,
             workers=options.workers,
             serial=options.serial,

@@ -1,11 +1,12 @@
-"""Configuration space of a conventional PCI device (type 0 header, 256 bytes).
+"""Configuration space of a PCI device (type 0 header): 256 bytes, PCI Express 4096.
 
 Owns what software sees in the configuration space: identity, command and status, BAR sizing,
-interrupt pin, the list of capabilities, and which bits can be written. Does not own what an
+interrupt pin, the lists of capabilities, and which bits can be written. Does not own what an
 address in a BAR means, nor interrupts.
 
 Sources: PCI Local Bus Specification 3.0, sections 6.1 (header), 6.2.5 (BAR sizing), 6.7
-(capabilities), 6.8.2 (MSI-X).
+(capabilities), 6.8.2 (MSI-X); PCI Express Base Specification 3.0, sections 7.8 (its capability),
+7.9 (extended capabilities), 7.10 (Advanced Error Reporting).
 """
 
 import struct
@@ -16,6 +17,7 @@ from enum import IntEnum, IntFlag
 from sync.errors import SyncError
 
 CONFIG_BYTES = 256
+EXPRESS_CONFIG_BYTES = 4096
 BAR_COUNT = 6
 
 COMMAND = 0x04
@@ -31,6 +33,18 @@ _MSIX_CAPABILITY_ID = 0x11
 _MSIX_FUNCTION_MASK = 1 << 14
 _MSIX_ENABLE = 1 << 15
 MSIX_ENTRY_BYTES = 16
+_EXPRESS_CAPABILITY_ID = 0x10
+_EXPRESS_VERSION = 2
+_ROLE_BASED_ERRORS = 1 << 15
+_DEVICE_CONTROL = 0x7FFF
+_LINK_X1_GEN1 = 0x11
+_LINK_CONTROL = 0x01FB
+_AER_ID = 0x0001
+_AER_VERSION = 2
+_UNCORRECTABLE_ERRORS = 0x01FF_F030
+_UNCORRECTABLE_SEVERITY = 0x0046_2030
+_CORRECTABLE_ERRORS = 0xF1C1
+_CORRECTABLE_MASK = 0x2000
 
 
 class PciStateError(SyncError):
@@ -107,8 +121,36 @@ def msix_capability(
     )
 
 
+@dataclass(frozen=True, slots=True)
+class ExtendedCapability:
+    """An extended capability without its header of four bytes. `writable` masks `body`."""
+
+    id: int
+    version: int
+    body: bytes
+    writable: bytes = b""
+
+
+def express_capability() -> Capability:
+    """A PCI Express endpoint at the end of a link of one lane."""
+    link = _LINK_X1_GEN1
+    body = struct.pack("<HIHHIHH40x", _EXPRESS_VERSION, _ROLE_BASED_ERRORS, 0, 0, link, 0, link)
+    return Capability(
+        _EXPRESS_CAPABILITY_ID, body, struct.pack("<6xH6xH", _DEVICE_CONTROL, _LINK_CONTROL)
+    )
+
+
+def error_reporting() -> ExtendedCapability:
+    """Advanced Error Reporting of a device that has no errors: its masks and severities."""
+    body = struct.pack("<4xIIIII36x", 0, _UNCORRECTABLE_SEVERITY, 0, _CORRECTABLE_MASK, 0)
+    errors = _UNCORRECTABLE_ERRORS
+    writable = struct.pack("<4xII4xI", errors, errors, _CORRECTABLE_ERRORS)
+    return ExtendedCapability(_AER_ID, _AER_VERSION, body, writable)
+
+
 class ConfigSpace:
-    """256 bytes that behave as the configuration space of a device with one function.
+    """Bytes that behave as the configuration space of a device with one function: 256, or 4096
+    if it has `extended` capabilities. These need an `express_capability` to be found.
 
     `interrupt_pin` is 1 to 4 for INTA to INTD, 0 for none. `interrupt_status` is what bit 3 of
     the status register reads as; the device sets it.
@@ -122,6 +164,7 @@ class ConfigSpace:
         bars: Sequence[Bar],
         capabilities: Sequence[Capability] = (),
         *,
+        extended: Sequence[ExtendedCapability] = (),
         interrupt_pin: int = 0,
     ) -> None:
         self.bars = tuple(bars)
@@ -129,12 +172,14 @@ class ConfigSpace:
         self.capability_offsets: list[int] = []
         """Where each of `capabilities` lies, in the order given."""
         self._msix_control: int | None = None
-        self._initial = bytearray(CONFIG_BYTES)
-        self._writable = bytearray(CONFIG_BYTES)
+        self.size = EXPRESS_CONFIG_BYTES if extended else CONFIG_BYTES
+        self._initial = bytearray(self.size)
+        self._writable = bytearray(self.size)
         self._build_header(identity, interrupt_pin)
         for bar in self.bars:
             self._build_bar(bar)
         self._build_capabilities(capabilities)
+        self._build_extended(extended)
         self._bytes = bytearray(self._initial)
 
     @property
@@ -169,13 +214,13 @@ class ConfigSpace:
         self.interrupt_status = False
 
     def save(self) -> bytes:
-        """Everything `load` needs, `CONFIG_BYTES` long."""
+        """Everything `load` needs, `size` bytes long."""
         return bytes(self._bytes)
 
     def check(self, saved: bytes) -> None:
         """Raise `PciStateError` unless `saved` is from a space with the same read-only bits."""
-        if len(saved) != CONFIG_BYTES:
-            raise PciStateError(f"a configuration space has {CONFIG_BYTES} bytes, not {len(saved)}")
+        if len(saved) != self.size:
+            raise PciStateError(f"a configuration space has {self.size} bytes, not {len(saved)}")
         for at, (mine, theirs, mask) in enumerate(
             zip(self._initial, saved, self._writable, strict=True)
         ):
@@ -188,7 +233,7 @@ class ConfigSpace:
         self._bytes[:] = saved
 
     def _check(self, offset: int, count: int) -> None:
-        if offset < 0 or count < 0 or offset + count > CONFIG_BYTES:
+        if offset < 0 or count < 0 or offset + count > self.size:
             raise ValueError(f"{count} bytes at {offset:#x} are not in the configuration space")
 
     def _build_header(self, identity: PciIdentity, interrupt_pin: int) -> None:
@@ -234,3 +279,17 @@ class ConfigSpace:
             link, at = at + 1, (end + 3) & ~3
         if capabilities:
             self._initial[STATUS] |= _STATUS_CAPABILITIES
+
+    def _build_extended(self, capabilities: Sequence[ExtendedCapability]) -> None:
+        at = CONFIG_BYTES
+        for number, capability in enumerate(capabilities, 1):
+            body = at + 4
+            end = body + len(capability.body)
+            following = (end + 3) & ~3 if number < len(capabilities) else 0
+            if end > self.size or following >= self.size:
+                raise ValueError(f"extended capability {capability.id:#x} does not fit")
+            header = following << 20 | capability.version << 16 | capability.id
+            struct.pack_into("<I", self._initial, at, header)
+            self._initial[body:end] = capability.body
+            self._writable[body : body + len(capability.writable)] = capability.writable
+            at = following

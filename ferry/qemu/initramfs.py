@@ -20,7 +20,7 @@ MODULES = ("virtio_pci", "virtio_blk", "crc32c_generic", "ext4", "e1000")
 """ext4 asks for crc32c by name, which modules.dep does not know."""
 PROGRAMS = {"sbin/mkfs.ext4": "usr/sbin/mke2fs", "sbin/fsck.ext4": "usr/sbin/e2fsck"}
 """Path in the guest -> path in the environment's root."""
-WORKLOADS = ("disk", "idle", "net")
+WORKLOADS = ("disk", "express", "idle", "net")
 FOLDERS = ("bin", "dev", "mnt", "proc", "run", "sys", "tmp")
 
 _GUEST_LIBRARIES = "lib/x86_64-linux-gnu"

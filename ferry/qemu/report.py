@@ -13,6 +13,8 @@ The guest writes lines `FERRY name key=value ...` (`ferry/qemu/guest/`):
               depth               the most requests in flight at once, in the load's first seconds
               interrupts          msix or intx
     net       way sha     SHA-256 of what went one way: down (to the guest) or up
+    express                       registers of a PCI Express device are changed; they are
+                                  checked at the end
     dmesg     io_error reset hung warning interrupt network lines    lines of the log since `ready`
     end       errors              the last line
 

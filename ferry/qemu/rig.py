@@ -34,16 +34,20 @@ class Case:
     dirty: str
     interrupts: str = "msix"
     root_port: bool = False
+    express: bool = False
+    """The disk is a PCI Express device, with registers above the first 256 bytes."""
     loads: tuple[str, ...] = ("disk",)
     """The guest's workloads, with a device each: `disk`, `net`."""
 
     def __str__(self) -> str:
         place = "root-port" if self.root_port else "root-bus"
-        return f"{self.interrupts}-{self.registers}-{self.dirty}-{place}"
+        kind = "-express" if self.express else ""
+        return f"{self.interrupts}-{self.registers}-{self.dirty}-{place}{kind}"
 
     @property
     def kernel_options(self) -> str:
-        options = f"ferry.workload={','.join(self.loads)}"
+        workloads = (*self.loads, "express") if self.express else self.loads
+        options = f"ferry.workload={','.join(workloads)}"
         return f"{options} pci=nomsi" if self.interrupts == "intx" else options
 
     @property
@@ -54,7 +58,7 @@ class Case:
     @property
     def device_flags(self) -> list[str]:
         """The options of a device that offers what it takes."""
-        return device_flags(self.registers, self.dirty)
+        return device_flags(self.registers, self.dirty) + ["--express"] * self.express
 
 
 class QemuHost(Host):

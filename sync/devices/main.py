@@ -28,6 +28,8 @@ class DeviceOptions:
     workers: int = 4
     """Threads, so also requests in flight."""
     queues: int = 1
+    express: bool = False
+    """A PCI Express device with Advanced Error Reporting, instead of conventional PCI."""
     serial: str = "vfio-ferry"
     """What the guest sees as the disk's serial number; up to 20 ASCII characters."""
 
@@ -50,6 +52,7 @@ def build(options: DeviceOptions) -> VirtioBlk:
             n_workers=options.workers,
             v2=options.v2,
             logging_page_bytes=options.logging_page_bytes,
+            express=options.express,
         )
     except DeviceError:
         disk.close()

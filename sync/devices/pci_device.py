@@ -19,7 +19,7 @@ from sync.devices.interrupts import Interrupts, MsixTable
 from sync.devices.memory import GuestMemory
 from sync.devices.migration import Migration
 from sync.devices.workers import Hold, Workers
-from sync.pci import CONFIG_BYTES, Command, ConfigSpace, PciStateError
+from sync.pci import Command, ConfigSpace, PciStateError
 from sync.vfio_user.protocol import (
     PCI_NUM_IRQS,
     PCI_NUM_REGIONS,
@@ -78,7 +78,7 @@ class PciDevice(Device, Generic[Work]):
         self._msix_bar = msix_bar
         self._msix_table = MsixTable(interrupts.n_vectors)
         self._sizes = {bar.index: bar.size for bar in config.bars} | {
-            int(PciRegion.CONFIG): CONFIG_BYTES
+            int(PciRegion.CONFIG): config.size
         }
         self._getters: dict[int, Callable[[bytes], bytes]] = {}
         self._setters: dict[int, Callable[[bytes], bytes]] = {}
@@ -266,15 +266,15 @@ class PciDevice(Device, Generic[Work]):
     def load(self, identity: bytes, state: bytes) -> None:
         if identity != self.identity():
             raise StateStreamError("the state is from a device that is built differently")
-        fixed = CONFIG_BYTES + 2
+        fixed = self.config.size + 2
         if len(state) < fixed:
             raise StateStreamError("the state is truncated")
-        config = state[:CONFIG_BYTES]
+        config = state[: self.config.size]
         try:
             self.config.check(config)
         except PciStateError as error:
             raise StateStreamError(str(error)) from error
-        (n_pending,) = struct.unpack_from("<H", state, CONFIG_BYTES)
+        (n_pending,) = struct.unpack_from("<H", state, self.config.size)
         table = fixed + 2 * n_pending
         function = table + len(self._msix_table)
         if function > len(state):

@@ -21,9 +21,9 @@ BAR    offset    bytes   what
 
 BAR 0 has 0x4000 bytes, BAR 1 has 0x1000, both are 32-bit memory; v = n + 1 vectors for n queues.
 Capabilities: MSI-X at 0x40 (control word at 0x42), common 0x4c, notify 0x5c, ISR 0x70, device 0x80,
-window into the BARs (`VIRTIO_PCI_CAP_PCI_CFG`) 0x90. An access to the window's data, 0xa0 to 0xa3
-and nothing else, is an access to the BAR that it shows; a read of more than that has no side
-effect. DMA needs bus mastering in the command register.
+window into the BARs (`VIRTIO_PCI_CAP_PCI_CFG`) 0x90, and PCI Express 0xa4 if it is such a device.
+An access to the window's data, 0xa0 to 0xa3 and nothing else, is an access to the BAR that it
+shows; a read of more than that has no side effect. DMA needs bus mastering in the command register.
 
 A device that takes over registers by replay touches no memory before it is notified. Notify every
 enabled queue then: the driver may count on a notification that the device before it received.
@@ -52,7 +52,16 @@ from sync.devices.virtio_common import (
     Status,
 )
 from sync.devices.virtqueue import Chain, RingError, Virtqueue
-from sync.pci import Bar, Capability, Command, ConfigSpace, PciIdentity, msix_capability
+from sync.pci import (
+    Bar,
+    Capability,
+    Command,
+    ConfigSpace,
+    PciIdentity,
+    error_reporting,
+    express_capability,
+    msix_capability,
+)
 
 logger = logging.getLogger(__name__)
 
@@ -96,7 +105,8 @@ class VirtioDevice(PciDevice[Virtqueue]):
     """A virtio device of kind `device_id`, as section 5 of the specification numbers them.
 
     `features`: bits of its kind; the transport adds its own. `config_bytes`: length of its device
-    configuration. `queue_size`: the largest a driver may choose, a power of two.
+    configuration. `queue_size`: the largest a driver may choose, a power of two. `express`: it is a
+    PCI Express device with Advanced Error Reporting, else conventional PCI.
     The other arguments are those of `PciDevice`.
     """
 
@@ -112,6 +122,7 @@ class VirtioDevice(PciDevice[Virtqueue]):
         n_workers: int,
         v2: bool,
         logging_page_bytes: int | None,
+        express: bool,
     ) -> None:
         self._config_bytes = config_bytes
         self._isr = Isr(0)
@@ -124,6 +135,19 @@ class VirtioDevice(PciDevice[Virtqueue]):
             on_reset=self._reset_by_driver,
             on_driver_ok=self.wake,
         )
+        capabilities = [
+            msix_capability(n_vectors, MSIX_BAR, 0, MSIX_BAR, MSIX_PBA_OFFSET),
+            _capability(_CapabilityType.COMMON, COMMON_OFFSET, COMMON_BYTES),
+            _capability(
+                _CapabilityType.NOTIFY,
+                NOTIFY_OFFSET,
+                NOTIFY_MULTIPLIER * n_queues,
+                struct.pack("<I", NOTIFY_MULTIPLIER),
+            ),
+            _capability(_CapabilityType.ISR, ISR_OFFSET, 1),
+            _capability(_CapabilityType.DEVICE, DEVICE_OFFSET, config_bytes),
+            _window_capability(),
+        ]
         config = ConfigSpace(
             PciIdentity(
                 VIRTIO_VENDOR_ID,
@@ -134,22 +158,11 @@ class VirtioDevice(PciDevice[Virtqueue]):
                 subsystem_id=_SUBSYSTEM_ID,
             ),
             [Bar(REGISTER_BAR, BAR_BYTES), Bar(MSIX_BAR, MSIX_BAR_BYTES)],
-            [
-                msix_capability(n_vectors, MSIX_BAR, 0, MSIX_BAR, MSIX_PBA_OFFSET),
-                _capability(_CapabilityType.COMMON, COMMON_OFFSET, COMMON_BYTES),
-                _capability(
-                    _CapabilityType.NOTIFY,
-                    NOTIFY_OFFSET,
-                    NOTIFY_MULTIPLIER * n_queues,
-                    struct.pack("<I", NOTIFY_MULTIPLIER),
-                ),
-                _capability(_CapabilityType.ISR, ISR_OFFSET, 1),
-                _capability(_CapabilityType.DEVICE, DEVICE_OFFSET, config_bytes),
-                _window_capability(),
-            ],
+            [*capabilities, express_capability()] if express else capabilities,
+            extended=[error_reporting()] if express else [],
             interrupt_pin=1,
         )
-        self._window = config.capability_offsets[-1]
+        self._window = config.capability_offsets[len(capabilities) - 1]
         super().__init__(
             config,
             Interrupts(n_vectors),

@@ -61,7 +61,7 @@ class RequestStatus(IntEnum):
 class VirtioBlk(VirtioDevice):
     """A disk with `n_queues` request queues. `serial`: up to 20 ASCII characters.
 
-    The other arguments are those of `PciDevice`. Raises `DeviceError` for bad ones.
+    The other arguments are those of `VirtioDevice`. Raises `DeviceError` for bad ones.
     """
 
     def __init__(
@@ -73,6 +73,7 @@ class VirtioBlk(VirtioDevice):
         n_workers: int = 4,
         v2: bool = False,
         logging_page_bytes: int | None = None,
+        express: bool = False,
     ) -> None:
         if not serial.isascii() or len(serial) > SERIAL_BYTES:
             raise DeviceError(f"a serial has up to {SERIAL_BYTES} ASCII characters: {serial!r}")
@@ -101,6 +102,7 @@ class VirtioBlk(VirtioDevice):
             n_workers=n_workers,
             v2=v2,
             logging_page_bytes=logging_page_bytes,
+            express=express,
         )
 
     def close(self) -> None:

@@ -42,7 +42,8 @@ MAX_MESSAGE_FDS = 253
 """What the kernel passes with one message."""
 MAX_REGIONS = 256
 MAX_IRQS = 64
-CONFIG_BYTES = 256
+CONFIG_BYTES = 4096
+"""Of PCI Express; conventional devices have 256."""
 
 OFFER = Capabilities(
     max_msg_fds=MAX_MESSAGE_FDS,

@@ -6,6 +6,7 @@ profile fits every device of its class, whatever its BARs look like.
 
     pci:config            the configuration space
     pci:cap:0x11          the capability of this ID in it (the first one)
+    pci:ecap:0x0001       the extended capability of this ID in it (the first one)
     bar0 ... bar5         a whole BAR
     msix:table, msix:pending
                           the MSI-X structures
@@ -13,10 +14,12 @@ profile fits every device of its class, whatever its BARs look like.
                           the structure that a virtio capability points to (the first of its type)
     virtio:window         the data of the window that the configuration space has into the BARs
 
-Sources: PCI Local Bus Specification 3.0, sections 6.1, 6.7 and 6.8.2; virtio 1.2, section 4.1.4.
+Sources: PCI Local Bus Specification 3.0, sections 6.1, 6.7 and 6.8.2; PCI Express Base
+Specification 3.0, section 7.9; virtio 1.2, section 4.1.4.
 """
 
-from collections.abc import Iterator, Mapping
+import re
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, NamedTuple, Self
 
@@ -26,10 +29,12 @@ if TYPE_CHECKING:
 CONFIG_REGION = 7
 """VFIO_PCI_CONFIG_REGION_INDEX."""
 CONFIG_BYTES = 256
+"""What capabilities lie in; extended ones lie behind it."""
+_CONFIG_LIMIT = 4096
 _BARS = 6
 _CAPABILITY_POINTER = 0x34
 _FIRST_CAPABILITY = 0x40
-_MSIX_CAPABILITY = 0x11
+_MSIX_CAPABILITY = "0x11"
 _MSIX_STRUCTURES = {"table": 4, "pending": 8}
 """Where the capability says in which BAR and at which offset the structure is."""
 _VENDOR_CAPABILITY = 0x09
@@ -38,6 +43,7 @@ _VIRTIO_NOTIFY = 2
 _VIRTIO_WINDOW = 5
 _VIRTIO_CAPABILITY_BYTES = 16
 _VIRTIO_WINDOW_BYTES = 4
+_CAPABILITY_NAME = re.compile(r"(?P<extended>e)?cap:0x(?P<digits>[0-9a-f]+)")
 
 
 class Window(NamedTuple):
@@ -66,7 +72,7 @@ class DeviceView:
     class_code: int
     """24 bits: class, subclass, interface."""
     config_space: bytes
-    """The first 256 bytes, as read when the device was connected."""
+    """All of it, as read when the device was connected: 256 bytes, or 4096 of PCI Express."""
     region_sizes: Mapping[int, int]
     """VFIO region index to size in bytes."""
     v2: bool = False
@@ -90,13 +96,30 @@ class DeviceView:
             yield config[offset], offset
             offset = config[offset + 1] & ~3
 
+    def extended_capabilities(self) -> Iterator[tuple[int, int]]:
+        """The same of the extended ones."""
+        config = self.config_space[:_CONFIG_LIMIT]
+        seen: set[int] = set()
+        offset = CONFIG_BYTES
+        while CONFIG_BYTES <= offset <= len(config) - 4 and offset not in seen:
+            seen.add(offset)
+            header = int.from_bytes(config[offset : offset + 4], "little")
+            if header in (0, 0xFFFF_FFFF):
+                return
+            yield header & 0xFFFF, offset
+            offset = header >> 20 & ~3
+
     def locate(self, base: str) -> Window | None:
         """Where `base` is on this device; None if the device does not have it."""
         kind, _, name = base.partition(":")
         if base == "pci:config":
             return Window(CONFIG_REGION, 0, self._size(CONFIG_REGION) or CONFIG_BYTES)
+        if name.startswith("ecap:"):
+            at = _first(self.extended_capabilities(), name.removeprefix("ecap:"))
+            end = self._size(CONFIG_REGION)
+            return None if at is None else Window(CONFIG_REGION, at, end - at)
         if kind == "pci":
-            at = self._capability(int(name.removeprefix("cap:"), 16))
+            at = _first(self.capabilities(), name.removeprefix("cap:"))
             return None if at is None else Window(CONFIG_REGION, at, CONFIG_BYTES - at)
         if kind == "msix":
             return self._locate_msix(name)
@@ -106,12 +129,8 @@ class DeviceView:
         size = self._size(region)
         return Window(region, 0, size) if size else None
 
-    def _capability(self, wanted: int) -> int | None:
-        found = (offset for capability, offset in self.capabilities() if capability == wanted)
-        return next(found, None)
-
     def _locate_msix(self, structure: str) -> Window | None:
-        at = self._capability(_MSIX_CAPABILITY)
+        at = _first(self.capabilities(), _MSIX_CAPABILITY)
         if at is None:
             return None
         vectors = (self._number(at + 2, 2) & 0x7FF) + 1
@@ -168,6 +187,11 @@ class DeviceView:
         )
 
 
+def _first(capabilities: Iterable[tuple[int, int]], wanted: str) -> int | None:
+    """The offset of the first capability with the ID `wanted`, in hexadecimal digits."""
+    return next((at for found, at in capabilities if found == int(wanted, 16)), None)
+
+
 def is_base(base: str) -> bool:
     """Whether `base` is a locator that `DeviceView.locate` understands."""
     kind, _, name = base.partition(":")
@@ -175,7 +199,6 @@ def is_base(base: str) -> bool:
         return name in _VIRTIO_TYPES
     if kind == "msix":
         return name in _MSIX_STRUCTURES
-    if kind == "pci" and name.startswith("cap:0x"):
-        digits = name.removeprefix("cap:0x")
-        return 0 < len(digits) <= 2 and all(digit in "0123456789abcdef" for digit in digits)
+    if kind == "pci" and (match := _CAPABILITY_NAME.fullmatch(name)):
+        return len(match["digits"]) <= (4 if match["extended"] else 2)
     return base == "pci:config" or base in {f"bar{index}" for index in range(_BARS)}

@@ -190,7 +190,7 @@ class _Table:
             raise self._fail(
                 key,
                 "a base that sync.registers.device describes: pci:config, pci:cap:0x.., "
-                "msix:.., virtio:.., or bar0 to bar5",
+                "pci:ecap:0x.., msix:.., virtio:.., or bar0 to bar5",
             )
         return value
 

@@ -42,7 +42,11 @@ class WatchedRig(Rig):
 
     async def wait_loads(self, machine: Machine) -> None:
         """Until all of the load has begun."""
-        await self.wait(machine, lambda report: report.loads == len(self.case.loads))
+        expected = {"express"} if self.case.express else set()
+        await self.wait(
+            machine,
+            lambda report: report.loads == len(self.case.loads) and expected <= report.stages,
+        )
 
     async def wait_work(self, machine: Machine) -> None:
         """Until each load has gone on for a good while."""

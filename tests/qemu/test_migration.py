@@ -16,6 +16,7 @@ CASES = [
     Case("replay", "scan", root_port=True),
     Case("replay", "logging", interrupts="intx", root_port=True),
     Case("v2", "message", root_port=True),
+    Case("replay", "logging", root_port=True, express=True),
 ]
 
 

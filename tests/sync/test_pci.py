@@ -8,6 +8,7 @@ from hypothesis import strategies as st
 
 from sync.pci import (
     CONFIG_BYTES,
+    EXPRESS_CONFIG_BYTES,
     Bar,
     BarKind,
     Capability,
@@ -15,6 +16,8 @@ from sync.pci import (
     ConfigSpace,
     PciIdentity,
     PciStateError,
+    error_reporting,
+    express_capability,
     msix_capability,
 )
 
@@ -127,6 +130,28 @@ def test_interrupt_status_is_read_only_and_comes_from_the_device():
     assert number(space, 6, 1) == 0x18
     space.reset()
     assert number(space, 6, 1) == 0x10
+
+
+def test_a_pci_express_device_has_its_registers_in_both_spaces():
+    space = new_space(capabilities=[express_capability()], extended=[error_reporting()] * 2)
+    assert space.size == EXPRESS_CONFIG_BYTES
+    assert number(space, 0x40, 2) == 0x10
+    assert number(space, 0x4C, 4) == number(space, 0x52, 2) == 0x11
+    assert [number(space, 0x100, 4), number(space, 0x140, 4)] == [0x140_2_0001, 0x2_0001]
+    space.write(0x48, b"\xff\xff")
+    assert number(space, 0x48, 2) == 0x7FFF
+    space.write(0x100, b"\xff" * 0x40)
+    assert number(space, 0x108, 4) == number(space, 0x10C, 4) == 0x01FF_F030
+    assert number(space, 0x104, 4) == number(space, 0x110, 4) == 0
+    assert number(space, 0x114, 4) == 0xF1C1
+    other = new_space(capabilities=[express_capability()], extended=[error_reporting()] * 2)
+    other.load(space.save())
+    assert other.read(0, EXPRESS_CONFIG_BYTES) == space.read(0, EXPRESS_CONFIG_BYTES)
+    space.reset()
+    assert number(space, 0x108, 4) == 0
+    assert number(space, 0x114, 4) == 0x2000
+    with pytest.raises(ValueError, match="does not fit"):
+        new_space(extended=[error_reporting()] * 61)
 
 
 @given(st.integers(-4, CONFIG_BYTES + 4), st.integers(0, CONFIG_BYTES + 4))

@@ -71,11 +71,34 @@ def test_a_list_of_capabilities_that_goes_round_ends() -> None:
     assert list(device.capabilities()) == [(0x05, 0x40), (0x09, 0x50)]
 
 
+def extended(*capabilities: tuple[int, int, int]) -> bytes:
+    """A configuration space with these at (offset, ID, next)."""
+    config = bytearray(4096)
+    for at, identity, following in capabilities:
+        config[at : at + 4] = struct.pack("<I", following << 20 | 2 << 16 | identity)
+    return bytes(config)
+
+
+def test_extended_capabilities() -> None:
+    config = extended((0x100, 0x0001, 0x148), (0x148, 0x0018, 0x100))
+    device = DeviceView(1, 2, 3, 4, 5, config, {7: 4096})
+    assert list(device.extended_capabilities()) == [(0x0001, 0x100), (0x0018, 0x148)]
+    assert device.locate("pci:ecap:0x0018") == Window(7, 0x148, 4096 - 0x148)
+    assert device.locate("pci:ecap:0x0003") is None
+    assert device.locate("pci:cap:0x01") is None
+
+
+@pytest.mark.parametrize("config", [bytes(256), bytes(4096), bytes(256) + bytes([0xFF] * 3840)])
+def test_a_device_without_extended_capabilities(config: bytes) -> None:
+    assert not list(DeviceView(1, 2, 3, 4, 5, config, {7: len(config)}).extended_capabilities())
+
+
 @given(st.binary(max_size=300), st.dictionaries(st.integers(0, 8), st.integers(0, 1 << 63)))
 def test_i9_any_configuration_space_is_read_within_its_bounds(
     config: bytes, sizes: dict[int, int]
 ) -> None:
     device = DeviceView(1, 2, 3, 4, 5, config, sizes)
+    assert len(list(device.extended_capabilities())) <= len(config) // 4
     names = ["virtio:common", "virtio:notify", "msix:table", "msix:pending"]
     for base in names:
         window = device.locate(base)
@@ -84,7 +107,7 @@ def test_i9_any_configuration_space_is_read_within_its_bounds(
 
 
 @pytest.mark.parametrize(
-    "base", ["pci:config", "pci:cap:0x1f", "bar5", "virtio:window", "msix:table"]
+    "base", ["pci:config", "pci:cap:0x1f", "pci:ecap:0x001e", "bar5", "virtio:window", "msix:table"]
 )
 def test_bases_that_exist(base: str) -> None:
     assert is_base(base)
@@ -92,6 +115,7 @@ def test_bases_that_exist(base: str) -> None:
 
 @pytest.mark.parametrize(
     "base", ["", "pci", "pci:cap:", "pci:cap:0x", "pci:cap:17", "pci:cap:0x123", "pci:cap:0xg",
+             "pci:ecap:0x12345", "pci:ecap:1",
              "bar6", "bar", "virtio:", "virtio:gpu", "msix:", "ram"]
 )  # fmt: skip
 def test_bases_that_do_not(base: str) -> None:
