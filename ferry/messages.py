@@ -183,13 +183,39 @@ class Notice:
 
     def text(self, key: str) -> str:
         """The text under `key`, printable and at most 1000 characters: the peer wrote it."""
-        value = str(self.values.get(key, ""))[:1000]
-        return "".join(c if c.isprintable() else "?" for c in value)
+        return _printable(self.values.get(key, ""))
 
     def mapping(self, key: str) -> dict[str, object]:
         """The object under `key`, empty where there is none. Its values are not checked."""
-        value = self.values.get(key)
-        return value if isinstance(value, dict) else {}
+        return _mapping(self.values.get(key))
+
+    def register_reports(self, n_devices: int) -> list[dict[str, Any]]:
+        """What the target tells of each device's registers, with the fields of `RegisterReport`:
+        what is not of their kind is left out, for the peer wrote it and people read it."""
+        told = self.values.get("registers")
+        reports = told[:n_devices] if isinstance(told, list) else []
+        return [_register_report(_mapping(report)) for report in reports]
+
+
+def _printable(value: object) -> str:
+    return "".join(c if c.isprintable() else "?" for c in str(value)[:1000])
+
+
+def _mapping(value: object) -> dict[str, object]:
+    if not isinstance(value, dict):
+        return {}
+    return {_printable(key): item for key, item in value.items()}
+
+
+def _register_report(told: dict[str, object]) -> dict[str, Any]:
+    report: dict[str, Any] = {
+        name: value for name, value in told.items() if isinstance(value, int | str)
+    }
+    divergences = _mapping(told.get("divergences"))
+    return report | {
+        "method": _printable(told.get("method", "")),
+        "divergences": {k: v for k, v in divergences.items() if isinstance(v, int)},
+    }
 
 
 def load_object(payload: bytes) -> dict[str, Any]:

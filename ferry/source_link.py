@@ -109,7 +109,7 @@ class SourceLink:
             if record.kind == Kind.LOADED:
                 self.loaded.set()
             elif record.kind == Kind.READY:
-                self.registers = notice.values.get("registers", [])
+                self.registers = notice.register_reports(len(self._options.gateway))
                 self.ready_ms = notice.mapping("ms")
                 self._runner.post(Event.PEER_READY)
             elif record.kind == Kind.COMMITTED:

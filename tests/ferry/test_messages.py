@@ -1,6 +1,7 @@
 """The greeting and the control records: what comes back is what went in; nothing else gets in."""
 
 import json
+from dataclasses import asdict
 
 import pytest
 from hypothesis import given
@@ -16,6 +17,8 @@ from ferry.messages import (
     pack_state,
     unpack_state,
 )
+from ferry.report import Report
+from sync.registers.interface import RegisterReport
 
 NUMBERS = st.integers(0, (1 << 64) - 1)
 PAIRS = st.lists(st.lists(NUMBERS, min_size=2, max_size=2), max_size=4)
@@ -105,3 +108,25 @@ def test_a_reason_is_printable_and_short(text: str) -> None:
     shown = Notice({"reason": text}).text("reason")
     assert len(shown) <= 1000
     assert shown.isprintable()
+
+
+REPORTED = st.dictionaries(
+    st.sampled_from(["method", "captured", "divergences", "\x1b[2J"]),
+    JSON | st.dictionaries(st.text(max_size=4), JSON, max_size=3),
+    max_size=4,
+)
+
+
+@given(JSON | st.lists(JSON | REPORTED, max_size=3))
+def test_i9_whatever_a_target_reports_of_its_registers_can_be_told(told: object) -> None:
+    notice = Notice.unpack(Notice({"registers": told}).pack())
+    verification = {"checked_pages": 1, "scope": "all", "repaired_pages": 0}
+    registers = notice.register_reports(2)
+    assert len(registers) <= 2
+    report = Report(session="0", registers=registers, verification=verification)
+    assert all(line.isprintable() for line in report.text().splitlines())
+
+
+def test_what_a_target_reports_of_its_registers_arrives() -> None:
+    report = asdict(RegisterReport("replay", captured=3, divergences={"status": 1}))
+    assert Notice({"registers": [report]}).register_reports(1) == [report]
