@@ -1,6 +1,7 @@
-"""A UNIX socket in front of another one, whose connections can be cut or go silent."""
+"""UNIX sockets in front of others, whose connections can be cut, go silent, or run late."""
 
 import contextlib
+import math
 from pathlib import Path
 
 import trio
@@ -26,7 +27,7 @@ class Proxy:
             try:
                 await trio.serve_listeners(self._carry, [trio.SocketListener(listening)])
             finally:
-                self.path.unlink()
+                self.path.unlink(missing_ok=True)
 
     def cut(self, *, for_good: bool) -> None:
         """Ends every connection; `for_good`: also those to come."""
@@ -47,9 +48,15 @@ class Proxy:
                 await trio.open_unix_socket(str(self._behind)) as far,
                 trio.open_nursery() as nursery,
             ):
-                nursery.start_soon(self._pump, near, far, scope)
+                nursery.start_soon(self._carry_there, near, far, scope)
                 nursery.start_soon(self._pump, far, near, scope)
         self._scopes.discard(scope)
+
+    async def _carry_there(
+        self, near: trio.SocketStream, far: trio.SocketStream, scope: trio.CancelScope
+    ) -> None:
+        """What comes from whoever has connected."""
+        await self._pump(near, far, scope)
 
     async def _pump(
         self, come: trio.SocketStream, go: trio.SocketStream, scope: trio.CancelScope
@@ -60,3 +67,29 @@ class Proxy:
                     await trio.sleep_forever()
                 await go.send_all(data)
         scope.cancel()
+
+
+class LateProxy(Proxy):
+    """Takes everything at once, and lets nothing through before `released` is set."""
+
+    def __init__(self, path: Path, behind: Path) -> None:
+        super().__init__(path, behind)
+        self.held_bytes = 0
+        self.released = trio.Event()
+
+    async def _carry_there(
+        self, near: trio.SocketStream, far: trio.SocketStream, scope: trio.CancelScope
+    ) -> None:
+        put, take = trio.open_memory_channel[bytes](math.inf)
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(self._take_in, near, put)
+            await self.released.wait()
+            async for data in take:
+                await far.send_all(data)
+            await far.send_eof()
+
+    async def _take_in(self, near: trio.SocketStream, put: trio.MemorySendChannel[bytes]) -> None:
+        async with put:
+            while data := await near.receive_some(CHUNK_BYTES):
+                self.held_bytes += len(data)
+                put.send_nowait(bytes(data))
