@@ -22,7 +22,7 @@ from transport.frames import PAGE_BYTES
 from transport.kernels.bitmap import Bitmap, Indices, empty_bitmap
 from transport.kernels.clib import xxh3_64
 from transport.kernels.compiled import kernel, readonly, writable
-from transport.kernels.files import FILES, Extent, in_hole, new_files, no_hole
+from transport.kernels.files import FILES, Extent, forget_hole, in_hole, new_files
 
 Digests = npt.NDArray[np.uint64]
 
@@ -106,10 +106,10 @@ def _digest_all(memory, seed, digests):  # type: ignore[no-untyped-def]
 
 @kernel(_MEMORY, FILES, readonly(types.uint32), types.uint64, types.uint64, _OUT_WORDS)
 def _digest_pages(memory, files, indices, seed, zero_digest, digests):  # type: ignore[no-untyped-def]
-    hole = no_hole()
+    forget_hole(files)
     for position in range(indices.size):
         page = np.int64(indices[position])
-        if in_hole(files, page, hole):
+        if in_hole(files, page):
             digests[position] = zero_digest
         else:
             address = memory.ctypes.data + page * PAGE_BYTES

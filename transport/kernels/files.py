@@ -31,15 +31,18 @@ _SEEK_HOLE: Final = os.SEEK_HOLE
 
 
 class Files(NamedTuple):
-    """The extents of a memory, each field an int64 array (extents)."""
+    """The extents of a memory, each field but the last an int64 array (extents). For one thread."""
 
     first_page: Any
     n_pages: Any
     descriptor: Any
     offset: Any
+    hole: Any
+    """int64 (3), what `in_hole` remembers: the stripe it looked at last, a hole's first page and
+    end."""
 
 
-FILES = named_tuple((writable(types.int64),) * 4, Files)
+FILES = named_tuple((writable(types.int64),) * 5, Files)
 
 
 def new_files(extents: Sequence[Extent], n_pages: int) -> Files:
@@ -48,7 +51,9 @@ def new_files(extents: Sequence[Extent], n_pages: int) -> Files:
         if min(first, count, offset) < 0 or first + count > n_pages or offset % PAGE_BYTES:
             raise ValueError(f"{count} pages from {first} on, at {offset} of a file: of {n_pages}")
     table = np.array(extents, np.int64).reshape(-1, 4)
-    return Files(*(np.ascontiguousarray(column) for column in table.T))
+    columns = [np.ascontiguousarray(column) for column in table.T]
+    columns.append(np.full(3, -1, np.int64))
+    return Files(*columns)
 
 
 @njit
@@ -75,18 +80,19 @@ def end_of_hole(files, page):  # type: ignore[no-untyped-def]
 
 
 @njit
-def no_hole():  # type: ignore[no-untyped-def]
-    """What `in_hole` remembers: the stripe it looked at last, and a hole's first page and end."""
-    return np.full(3, -1, np.int64)
+def forget_hole(files):  # type: ignore[no-untyped-def]
+    """To be called before each pass over pages: holes have been filled since the last one."""
+    for field in range(files.hole.size):
+        files.hole[field] = -1
 
 
 @njit
-def in_hole(files, page, hole):  # type: ignore[no-untyped-def]
+def in_hole(files, page):  # type: ignore[no-untyped-def]
     """Whether `page` lies in a hole, as far as one look at each stripe, a system call, can tell.
 
-    `hole` is what `no_hole` gave, for one pass over pages. Who writes a page moves the hole's first
-    page, `hole[1]`, behind it.
+    Who writes a page moves the hole's first page, `hole[1]`, behind it.
     """
+    hole = files.hole
     if not hole[1] <= page < hole[2] and hole[0] != page // STRIPE_PAGES:
         hole[0] = page // STRIPE_PAGES
         hole[1] = page

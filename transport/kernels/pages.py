@@ -30,7 +30,6 @@ from __future__ import annotations
 from typing import Any, Final, NamedTuple
 
 import numpy as np
-import numpy.typing as npt
 from numba import njit, types
 
 from transport.frames import (
@@ -44,7 +43,7 @@ from transport.frames import (
 )
 from transport.kernels import clib
 from transport.kernels.compiled import kernel, named_tuple, readonly, writable
-from transport.kernels.files import FILES, in_hole, no_hole
+from transport.kernels.files import FILES, forget_hole, in_hole
 from transport.kernels.intrinsics import count_ones, prefetch, trailing_zeros
 
 PAGE_WORDS: Final = PAGE_BYTES // 8
@@ -118,12 +117,24 @@ class Tables(NamedTuple):
     base: Any
 
 
-def new_workspace() -> npt.NDArray[np.uint64]:
-    """Scratch for one encoder or decoder, aligned to a cache line."""
+class Workspace(NamedTuple):
+    """Scratch for one encoder or decoder: the same WORKSPACE_BYTES as uint64 and as uint8.
+
+    Numba could look at words as bytes by itself, at the price of a module of its own that takes
+    long to import.
+    """
+
+    words: Any
+    bytes: Any
+
+
+def new_workspace() -> Workspace:
+    """Aligned to a cache line."""
     words, line_words = WORKSPACE_BYTES // 8, _CACHE_LINE_BYTES // 8
     space = np.zeros(words + line_words, np.uint64)
     first = -space.ctypes.data % _CACHE_LINE_BYTES // 8
-    return space[first : first + words]
+    space = space[first : first + words]
+    return Workspace(space, space.view(np.uint8))
 
 
 _BYTES = readonly(types.uint8)
@@ -133,6 +144,7 @@ _OUT_U32 = writable(types.uint32)
 _OUT_U64 = writable(types.uint64)
 _OUT_I64 = writable(types.int64)
 _KNOWLEDGE = named_tuple((_OUT_U64, _OUT_U32, _OUT_U64, _OUT_U32, _OUT_BYTES, _OUT_I64), Knowledge)
+WORKSPACE = named_tuple((_OUT_U64, _OUT_BYTES), Workspace)
 _TABLES = named_tuple((_OUT_U32, _OUT_U16, _OUT_BYTES, _OUT_U64), Tables)
 
 
@@ -356,7 +368,7 @@ def _write_page(  # type: ignore[no-untyped-def]
     _KNOWLEDGE,
     _OUT_BYTES,
     _TABLES,
-    _OUT_U64,
+    WORKSPACE,
     _OUT_U64,
     _OUT_I64,
 )
@@ -374,7 +386,7 @@ def encode_pages(  # type: ignore[no-untyped-def]
     known,
     out,
     tables,
-    workspace,
+    scratch,
     lz4_state,
     counters,
 ):
@@ -382,8 +394,8 @@ def encode_pages(  # type: ignore[no-untyped-def]
 
     `memory` uint64 (live), `zero_digest` the digest of a page of zeros, `effort` EFFORT_*, `files`
     what lies behind `memory`, `known` a `Knowledge`, `out` uint8 (payload and tables must fit into
-    its size), `workspace` WORKSPACE_BYTES and `lz4_state` clib.LZ4_STATE_WORDS as uint64,
-    `counters` int64 (COUNTERS), zeroed by the caller.
+    its size), `scratch` a `Workspace`, `lz4_state` uint64 (clib.LZ4_STATE_WORDS), `counters` int64
+    (COUNTERS), zeroed by the caller.
     Returns the position of the first index that was not encoded; for an index that is out of range
     or of another lane, -1 minus its position.
 
@@ -391,12 +403,12 @@ def encode_pages(  # type: ignore[no-untyped-def]
     cache: equal, one copy and a digest; raw, one more copy, to `out`; otherwise also the reading of
     the base, the compression, and a copy into the cache of bases.
     """
-    space = workspace.view(np.uint8)
+    workspace, space = scratch.words, scratch.bytes
     n_pages = memory.size // PAGE_WORDS
     pages = 0
     bases = 0
     at = 0
-    hole = no_hole()
+    forget_hole(files)
     position = start
     while position < stop:
         page = np.int64(indices[position])
@@ -408,7 +420,7 @@ def encode_pages(  # type: ignore[no-untyped-def]
         position += 1
 
         held = known.digests[page]
-        is_zero = held == UNKNOWN and in_hole(files, page, hole)
+        is_zero = held == UNKNOWN and in_hole(files, page)
         if not is_zero:
             is_zero = _snapshot(memory, page, workspace)
         if position < stop and indices[position] < n_pages:

@@ -15,8 +15,8 @@ from numba import njit, types
 from transport.frames import PAGE_BYTES, PageKind
 from transport.kernels import clib
 from transport.kernels.compiled import kernel, readonly, writable
-from transport.kernels.files import FILES, in_hole, no_hole, write_pages
-from transport.kernels.pages import BASE_AT, PAGE_AT
+from transport.kernels.files import FILES, forget_hole, in_hole, write_pages
+from transport.kernels.pages import BASE_AT, PAGE_AT, WORKSPACE
 
 _ZERO: Final = int(PageKind.ZERO)
 _RAW: Final = int(PageKind.RAW)
@@ -73,7 +73,7 @@ def _run_of_raw(index, kind, start, limit):  # type: ignore[no-untyped-def]
 @njit
 def _decode(target, form, source, n_bytes, base, payload, seed, workspace):  # type: ignore[no-untyped-def]
     """Decode a compressed page into the workspace: 1, 0: the base is not there, -1: malformed."""
-    work = workspace.ctypes.data
+    work = workspace.words.ctypes.data
     if form == _LZ4:
         n_decoded = clib.lz4_decompress(source, work + PAGE_AT, n_bytes, PAGE_BYTES, 0, 0)
         return 1 if n_decoded == PAGE_BYTES else -1
@@ -83,7 +83,7 @@ def _decode(target, form, source, n_bytes, base, payload, seed, workspace):  # t
         return 0
     if form == _DELTA_RUNS:
         at = np.int64(source - payload.ctypes.data)
-        return 1 if _apply_delta(payload, at, at + n_bytes, workspace.view(np.uint8)) else -1
+        return 1 if _apply_delta(payload, at, at + n_bytes, workspace.bytes) else -1
     n_decoded = clib.lz4_decompress(
         source, work + PAGE_AT, n_bytes, PAGE_BYTES, work + BASE_AT, PAGE_BYTES
     )
@@ -100,7 +100,7 @@ def _decode(target, form, source, n_bytes, base, payload, seed, workspace):  # t
     readonly(types.uint64),
     readonly(types.uint8),
     types.uint64,
-    writable(types.uint64),
+    WORKSPACE,
     writable(types.uint32),
 )
 def apply_pages(  # type: ignore[no-untyped-def]
@@ -116,16 +116,16 @@ def apply_pages(  # type: ignore[no-untyped-def]
     Cost of a page: zero, nothing in a hole, else 4096 bytes cleared; raw, one copy; compressed, one
     copy more, within the first-level cache; with a base, also the reading and digest of that.
     """
-    work = workspace.ctypes.data
+    work = workspace.words.ctypes.data
     n_rejected = 0
-    hole = no_hole()
+    forget_hole(files)
     position = 0
     while position < index.size:
         page = np.int64(index[position])
         target = memory.ctypes.data + page * PAGE_BYTES
         source = payload.ctypes.data + np.int64(offset[position])
         form = kind[position]
-        untouched = in_hole(files, page, hole)
+        untouched = in_hole(files, page)
         if form == _ZERO:
             if not untouched:
                 memory[page * PAGE_BYTES : (page + 1) * PAGE_BYTES] = 0
@@ -133,7 +133,7 @@ def apply_pages(  # type: ignore[no-untyped-def]
             continue
         count = 1
         if form == _RAW:
-            count = _run_of_raw(index, kind, position, hole[2] if untouched else page + 1)
+            count = _run_of_raw(index, kind, position, files.hole[2] if untouched else page + 1)
         else:
             found = _decode(
                 target,
@@ -156,6 +156,6 @@ def apply_pages(  # type: ignore[no-untyped-def]
         if not (untouched and write_pages(files, page, source, count)):
             clib.memcpy(target, source, count * PAGE_BYTES)
         if untouched:
-            hole[1] = page + count
+            files.hole[1] = page + count
         position += count
     return n_rejected
