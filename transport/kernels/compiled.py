@@ -19,8 +19,9 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
+import llvmlite.binding as llvm
 from numba import njit, types
-from numba.core.runtime.nrt import rtsys
+from numba.core.runtime import _nrt_python  # type: ignore[attr-defined]  # in C, without types
 from numba.core.types import Type
 
 from transport.kernels import clib
@@ -82,11 +83,13 @@ class Kernel:
 def _load_from_cache(dispatcher: Any, signature: tuple[Type, ...]) -> bool:
     """What `dispatcher.compile` does first, but for one thing: numba makes all that it can compile
     known to itself before it looks into its cache. Code that is compiled already needs none of it,
-    and it would take as long as importing numba does, and 15 MiB.
+    and it would take as long as importing numba does, and 15 MiB. Nor is numba's runtime compiled,
+    since kernels neither allocate nor return arrays: its functions in C have to be known, no more.
     """
     try:
         context, cache = dispatcher.targetctx, dispatcher._cache
-        rtsys.initialize(context)
+        for name, address in _nrt_python.c_helpers.items():
+            llvm.add_symbol(name if name.startswith("_") else f"NRT_{name}", address)
         found = cache._load_overload(signature, context)
         if found is None:
             return False
