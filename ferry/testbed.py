@@ -332,11 +332,12 @@ class Testbed:
 
     def wait_status(self, host: Host, wanted: str, timeout_s: float = START_S) -> None:
         async def wait() -> None:
-            async with await Vmm.connect(str(host.qmp_socket), deadline_s=timeout_s) as vmm:
-                while True:
-                    if await vmm.run_state() == wanted:
-                        return
-                    await trio.sleep(POLL_S)
+            state = ""
+            while state != wanted:
+                # A connection for each question: a gateway may need the VMM to itself meanwhile.
+                async with await Vmm.connect(str(host.qmp_socket), deadline_s=timeout_s) as vmm:
+                    state = await vmm.run_state()
+                await trio.sleep(POLL_S)
 
         self._within(timeout_s, wait, f"guest {host.name} is not {wanted}")
 

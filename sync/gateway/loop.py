@@ -41,6 +41,7 @@ from sync.vfio_user.protocol import (
     encode_message,
     message_limit_bytes,
 )
+from sync.vmm import recover
 
 TICK_S = 0.05
 """How exact deadlines are."""
@@ -474,9 +475,8 @@ class Gateway:
 
     def _recover_now(self, qmp_path: str, deadline_s: float) -> None:
         try:
-            from sync.vmm.recover import recover_source
-
-            outcome = Recovery("lease-lost", True, recover_source(qmp_path, deadline_s))
+            done = recover.recover_source(qmp_path, deadline_s)
+            outcome = Recovery("lease-lost", True, done)
         except Exception as error:
             outcome = Recovery("lease-lost", False, f"{type(error).__name__}: {error}")
         self._recoveries.append(outcome)
