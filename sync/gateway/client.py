@@ -328,7 +328,7 @@ class GatewayClient:
         data = encode({"op": op, **fields}, blob)
         async with self._lock:
             if self._closed:
-                raise GatewayLost("the control connection is closed")
+                raise GatewayLost("the gateway has closed its control connection")
             if op in _TAKING and self._lost_answer:
                 raise AnswerLost(f"the answer to {self._lost_answer!r} was cut off: mediate anew")
             await self._send(data)
