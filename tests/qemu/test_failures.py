@@ -158,6 +158,11 @@ async def source_gateway_killed(attempt: Attempt) -> None:
     attempt.a.gateway.kill()
 
 
+async def source_device_killed(attempt: Attempt) -> None:
+    assert attempt.a.device is not None
+    attempt.a.device.kill()
+
+
 CHAINS = {
     "what is at the target": (
         Case("replay", "message"),
@@ -230,7 +235,10 @@ def test_i8_the_guest_goes_on_at_the_source(
 async def qemu_is_left_without_its_device(attempt: Attempt) -> None:
     """The guest runs, but a vfio-user device does not come back to a QEMU that has lost it."""
     rig, source = attempt.rig, attempt.source
-    await in_thread(rig.bed.start_gateway, attempt.a)
+    assert attempt.a.gateway is not None
+    gateway_runs = attempt.a.gateway.running
+    restart = rig.bed.start_device if gateway_runs else rig.bed.start_gateway
+    await in_thread(restart, attempt.a)
     beats = rig.guest.report.beats + 5
     await rig.wait(source, lambda report: report.beats >= beats)
     async with await GatewayClient.connect(attempt.a.control_socket) as gateway:
@@ -242,6 +250,10 @@ async def qemu_is_left_without_its_device(attempt: Attempt) -> None:
     [
         Fault(
             *("precopy", source_gateway_killed, Exit.BROKEN, Exit.PEER_ABORTED, "gateway"),
+            qemu_is_left_without_its_device,
+        ),
+        Fault(
+            *("precopy", source_device_killed, Exit.BROKEN, Exit.PEER_ABORTED, "device"),
             qemu_is_left_without_its_device,
         ),
         Fault("finalizing", source_qemu_killed, Exit.BROKEN, Exit.PEER_ABORTED, "VMM"),
