@@ -23,9 +23,12 @@ Bitmap = npt.NDArray[np.uint64]
 Indices = npt.NDArray[np.uint32]
 
 MAX_PAGES = (1 << 32) - 1  # so that a run of all pages has a length of 32 bits, too
-_BLOCK_WORDS = 64  # words tested at once for being empty; large enough to be vectorised
+_BLOCK_WORDS = 64  # words counted at once; large enough to be vectorised
+# With more bits in a block, how many a word has is no longer predicted well, and a branch on it
+# costs more than writing numbers that do not count.
+_DENSE_BITS = 16 if HAS_COMPRESS else _BLOCK_WORDS * 64
 _SPARSE_BITS = 1 if HAS_COMPRESS else 6  # up to here, finding bits one by one is faster
-_SLACK = 16  # numbers are written eight or sixteen at a time
+_SLACK = 64  # numbers are written eight or sixty-four at a time
 _ALL = np.uint64(0xFFFFFFFFFFFFFFFF)
 
 # Row b: the positions of the set bits of byte b, ascending, then zeros.
@@ -162,11 +165,11 @@ _OUT_INDICES = writable(types.uint32)
 
 
 @njit
-def _is_empty(words, first, last):  # type: ignore[no-untyped-def]
-    seen = np.uint64(0)
+def _count_block(words, first, last):  # type: ignore[no-untyped-def]
+    total = 0
     for w in range(first, last):
-        seen |= words[w]
-    return seen == 0
+        total += count_ones(words[w])
+    return total
 
 
 @kernel(_WORDS, types.uint64)
@@ -192,27 +195,21 @@ def _write_by_table(word, page, indices, found):  # type: ignore[no-untyped-def]
 
 @njit
 def _write_by_compress(word, page, indices, found):  # type: ignore[no-untyped-def]
-    address = indices.ctypes.data
-    for part in range(4):
-        below = word & ((np.uint64(1) << np.uint64(16 * part)) - np.uint64(1))
-        compress_numbers(
-            np.uint64(address + 4 * (found + count_ones(below))),
-            page + np.uint32(16 * part),
-            word >> np.uint64(16 * part),
-        )
+    compress_numbers(np.uint64(indices.ctypes.data + 4 * found), page, word)
 
 
 _write_numbers = _write_by_compress if HAS_COMPRESS else _write_by_table
 
 
 @njit
-def _write_bits(word, page, indices, found):  # type: ignore[no-untyped-def]
+def _write_bits(word, page, indices, found, dense):  # type: ignore[no-untyped-def]
     """Write the numbers of the bits set in a word from `found` on; returns how many there are then.
 
-    Up to `_SLACK` numbers behind them are overwritten.
+    `dense`: without a branch on how many the word has. Up to `_SLACK` numbers behind them are
+    overwritten.
     """
     n_bits = count_ones(word)
-    if n_bits > _SPARSE_BITS:
+    if dense or n_bits > _SPARSE_BITS:
         _write_numbers(word, page, indices, found)
         return found + n_bits
     while word != 0:
@@ -228,11 +225,12 @@ def _to_indices(words, tail, indices):  # type: ignore[no-untyped-def]
     found = 0
     for block in range(0, words.size, _BLOCK_WORDS):
         end = min(block + _BLOCK_WORDS, words.size)
-        if _is_empty(words, block, end):
+        n_bits = _count_block(words, block, end)
+        if n_bits == 0:
             continue
         for w in range(block, end):
             word = words[w] if w < words.size - 1 else words[w] & tail
-            found = _write_bits(word, np.uint32(w * 64), indices, found)
+            found = _write_bits(word, np.uint32(w * 64), indices, found, n_bits > _DENSE_BITS)
 
 
 @kernel(_WORDS, types.uint64)
@@ -254,16 +252,19 @@ def _count_runs(words, tail):  # type: ignore[no-untyped-def]
 
 @kernel(_WORDS, types.uint64, _OUT_INDICES, _OUT_INDICES)
 def _to_runs(words, tail, starts, lengths):  # type: ignore[no-untyped-def]
-    """One pass over the words, as `_to_indices`, and one over the runs.
+    """One pass over the words, as `_to_indices`, and one over the runs, block by block, while they
+    are in the cache.
 
     The first bits of runs and the last ones are written apart; the k-th of both make a run.
     """
     last = words.size - 1
-    n_starts = n_ends = 0
+    n_starts = n_ends = n_runs = 0
     for block in range(0, words.size, _BLOCK_WORDS):
         stop = min(block + _BLOCK_WORDS, words.size)
-        if _is_empty(words, block, stop):
+        n_bits = _count_block(words, block, stop)
+        if n_bits == 0:
             continue
+        dense = n_bits > _DENSE_BITS
         for w in range(block, stop):
             word = words[w] if w < last else words[w] & tail
             before = words[w - 1] >> np.uint64(63) if w > 0 else np.uint64(0)
@@ -273,10 +274,12 @@ def _to_runs(words, tail, starts, lengths):  # type: ignore[no-untyped-def]
             page = np.uint32(w * 64)
             first = word & ~((word << np.uint64(1)) | before)
             final = word & ~((word >> np.uint64(1)) | behind)
-            n_starts = _write_bits(first, page, starts, n_starts)
-            n_ends = _write_bits(final, page, lengths, n_ends)
-    for run in range(n_starts):
-        lengths[run] += np.uint32(1) - starts[run]
+            n_starts = _write_bits(first, page, starts, n_starts, dense)
+            n_ends = _write_bits(final, page, lengths, n_ends, dense)
+        begun, ended = starts[n_runs:n_ends], lengths[n_runs:n_ends]
+        for run in range(ended.size):
+            ended[run] += np.uint32(1) - begun[run]
+        n_runs = n_ends
 
 
 @kernel(_INDICES, _INDICES, _OUT_INDICES)

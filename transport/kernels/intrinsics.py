@@ -15,10 +15,11 @@ _intrinsic: Callable[[Any], Any] = intrinsic
 
 _BYTE_POINTER = ir.IntType(8).as_pointer()
 _I32 = ir.IntType(32)
-_COMPRESS = "llvm.x86.avx512.mask.compress.v16i32"
+_LANES = 16
+_COMPRESS = "llvm.x86.avx512.mask.compress.v64i8"
 
-HAS_COMPRESS: Final[bool] = bool(llvm.get_host_cpu_features().get("avx512f"))
-"""Whether this processor has `compress_numbers` (AVX-512)."""
+HAS_COMPRESS: Final[bool] = bool(llvm.get_host_cpu_features().get("avx512vbmi2"))
+"""Whether this processor has `compress_numbers` (AVX-512 VBMI2: since Ice Lake, and Zen 4)."""
 
 
 @_intrinsic
@@ -43,28 +44,31 @@ def trailing_zeros(_context: Any, word: Any) -> Any:
 
 @_intrinsic
 def compress_numbers(_context: Any, address: Any, first: Any, bits: Any) -> Any:
-    """Store `first` + i for each set bit i of the low 16 of `bits`, ascending, as uint32.
+    """Store `first` + i for each set bit i of `bits`, ascending, as uint32.
 
-    (address uintp, first uint32, bits uint64). 64 bytes are written, whatever the bits. Only where
-    `HAS_COMPRESS`.
+    (address uintp, first uint32, bits uint64). 256 bytes are written, whatever the bits. Only where
+    `HAS_COMPRESS`. The positions are compressed as bytes, all at once, and then widened.
     """
 
     def generate(_target: Any, builder: Any, _signature: Any, arguments: Any) -> Any:
         address, first, bits = arguments
-        numbers = ir.VectorType(_I32, 16)
-        mask = ir.VectorType(ir.IntType(1), 16)
-        lane = builder.insert_element(ir.Constant(numbers, ir.Undefined), first, _I32(0))
-        splat = builder.shuffle_vector(
-            lane, ir.Constant(numbers, ir.Undefined), ir.Constant(numbers, [0] * 16)
-        )
-        candidates = builder.add(splat, ir.Constant(numbers, list(range(16))))
-        wanted = builder.bitcast(builder.trunc(bits, ir.IntType(16)), mask)
-        kind = ir.FunctionType(numbers, [numbers, numbers, mask])
+        positions = ir.VectorType(ir.IntType(8), 64)
+        numbers = ir.VectorType(_I32, _LANES)
+        mask = ir.VectorType(ir.IntType(1), 64)
+        kind = ir.FunctionType(positions, [positions, positions, mask])
         compress = builder.module.declare_intrinsic(_COMPRESS, (), kind)
-        found = builder.call(compress, [candidates, candidates, wanted])
-        pointer = builder.inttoptr(address, numbers.as_pointer())
-        builder.store(found, pointer, align=4)
-        return ir.Constant(ir.IntType(8).as_pointer(), None)
+        everything = ir.Constant(positions, list(range(64)))
+        found = builder.call(compress, [everything, everything, builder.bitcast(bits, mask)])
+        nothing = ir.Constant(numbers, ir.Undefined)
+        lane = builder.insert_element(nothing, first, _I32(0))
+        splat = builder.shuffle_vector(lane, nothing, ir.Constant(numbers, [0] * _LANES))
+        for start in range(0, 64, _LANES):
+            part = ir.Constant(numbers, list(range(start, start + _LANES)))
+            some = builder.shuffle_vector(found, ir.Constant(positions, ir.Undefined), part)
+            wide = builder.add(builder.zext(some, numbers), splat)
+            at = builder.add(address, ir.Constant(address.type, 4 * start))
+            builder.store(wide, builder.inttoptr(at, numbers.as_pointer()), align=4)
+        return ir.Constant(_BYTE_POINTER, None)
 
     return types.void(types.uintp, types.uint32, types.uint64), generate
 
