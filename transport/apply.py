@@ -24,7 +24,7 @@ from transport.records import Ack, unpack_request
 
 if TYPE_CHECKING:
     from transport.decoder import Decoder
-    from transport.kernels.files import Extent
+    from transport.extents import Extent
 
 
 @dataclass(slots=True)

@@ -35,7 +35,7 @@ from transport.records import (
 from transport.rounds import Indices, LaneSource, Memory
 
 if TYPE_CHECKING:
-    from transport.kernels.files import Extent
+    from transport.extents import Extent
 
 Digests = npt.NDArray[np.uint64]
 

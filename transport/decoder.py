@@ -13,10 +13,11 @@ import numpy as np
 import numpy.typing as npt
 
 from transport.errors import FrameError
+from transport.extents import Extent
 from transport.frames import MAX_LANES, Buffer, parse_frame
 from transport.kernels.compiled import warm_up
 from transport.kernels.digests import page_count
-from transport.kernels.files import Extent, new_files
+from transport.kernels.files import new_files
 from transport.kernels.pages import new_workspace
 from transport.kernels.unpack import apply_pages
 

@@ -15,6 +15,7 @@ import numpy as np
 import numpy.typing as npt
 
 from transport.codec import LZ4, Method, Packer
+from transport.extents import Extent
 from transport.frames import (
     BASE_BYTES,
     DEFAULT_FRAME_BYTES,
@@ -32,7 +33,7 @@ from transport.kernels import pages as kernels
 from transport.kernels.clib import LZ4_STATE_WORDS
 from transport.kernels.compiled import warm_up
 from transport.kernels.digests import digest_all, page_count
-from transport.kernels.files import Extent, new_files
+from transport.kernels.files import new_files
 from transport.replica import Replica
 
 MAX_CALL_PAGES: Final = 65536

@@ -17,7 +17,7 @@ from __future__ import annotations
 import threading
 import time
 from abc import ABC, abstractmethod
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import asynccontextmanager
 from enum import Enum
 from typing import TypeVar
@@ -29,6 +29,7 @@ import zmq
 
 from transport.channels import Conversation, Record, RecordChannel
 from transport.errors import LinkFailed, PeerLost, TransportError
+from transport.extents import Extent, check_extents
 from transport.frames import PAGE_BYTES
 from transport.sockets import Wakeup
 
@@ -292,12 +293,14 @@ class Link(ABC):
             await shared.changed.wait()
 
 
-def check_memory(memory: npt.NDArray[np.uint8]) -> None:
-    """Raise ValueError unless `memory` is uint8[n_pages * 4096], contiguous and aligned."""
+def check_memory(memory: npt.NDArray[np.uint8], files: Sequence[Extent]) -> None:
+    """Raise ValueError unless `memory` is uint8[n_pages * 4096], contiguous and aligned, and
+    `files` say where its pages lie."""
     if memory.dtype != np.uint8 or memory.ndim != 1 or not memory.flags.c_contiguous:
         raise ValueError("guest memory is a contiguous 1-D array of uint8")
     if memory.size == 0 or memory.size % PAGE_BYTES or memory.ctypes.data % 8:
         raise ValueError(f"guest memory is whole pages of {PAGE_BYTES} bytes, 8-byte aligned")
+    check_extents(files, memory.size // PAGE_BYTES)
 
 
 class LinkThread(ABC):

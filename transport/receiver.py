@@ -31,7 +31,7 @@ from transport.router import Router
 from transport.sockets import check_url, keep_message_memory
 
 if TYPE_CHECKING:
-    from transport.kernels.files import Extent
+    from transport.extents import Extent
 
 MAX_PEER_TIMEOUT_MS = 3_600_000
 """An hour: longer than anybody waits for a migration to notice its end."""
@@ -155,9 +155,10 @@ class Receiver(Link):
         descriptors: (first page, number of pages, descriptor, byte of the file) each. What nobody
         has touched is written there, at half the cost, and stays a hole if it is zero. The array
         must stay mapped, and the descriptors open, until the context manager of `open_receiver`
-        has ended. ValueError: `memory` is not of that shape, or not writable.
+        has ended. ValueError: `memory` is not of that shape, not writable, or `files` do not lie
+        in it.
         """
-        check_memory(memory)
+        check_memory(memory, files)
         if not memory.flags.writeable:
             raise ValueError("guest memory has to be writable here")
         if not self._shared.established or self._hello is None or self._lanes:

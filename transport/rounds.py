@@ -25,7 +25,7 @@ from transport.records import Ack, LaneAnswer
 
 if TYPE_CHECKING:
     from transport.encoder import EncodedFrame, Encoder
-    from transport.kernels.files import Extent
+    from transport.extents import Extent
     from transport.replica import Replica
 
 Memory = npt.NDArray[np.uint8]

@@ -43,7 +43,7 @@ from transport.rounds import LaneSource, RoundCounters, RoundShare, Source
 from transport.sockets import check_url
 
 if TYPE_CHECKING:
-    from transport.kernels.files import Extent
+    from transport.extents import Extent
 
 
 @dataclass(frozen=True, slots=True)
@@ -247,9 +247,9 @@ class Sender(Link):
         pages, descriptor, byte of the file) each; pages that nobody has touched are not touched
         there. The array must stay mapped, and the descriptors open, until the context manager of
         `open_sender` has ended.
-        ValueError: `memory` is not of that shape.
+        ValueError: `memory` is not of that shape, or `files` do not lie in it.
         """
-        check_memory(memory)
+        check_memory(memory, files)
         if self._source is not None:
             raise RuntimeError("memory has been attached already")
         assert self._connector.reply is not None

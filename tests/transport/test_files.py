@@ -13,9 +13,10 @@ from hypothesis import strategies as st
 from transport.codec import LZ4, NONE, Codec, Method
 from transport.decoder import Decoder
 from transport.encoder import Encoder
+from transport.extents import Extent
 from transport.frames import DEFAULT_FRAME_BYTES, STRIPE_PAGES, PageKind
 from transport.kernels.digests import digest_all, digest_pages
-from transport.kernels.files import Extent, new_files
+from transport.kernels.files import new_files
 from transport.kernels.pages import new_workspace
 from transport.kernels.unpack import apply_pages
 from transport.replica import Replica

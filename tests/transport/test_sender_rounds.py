@@ -357,6 +357,18 @@ def test_memory_of_another_shape_is_refused(memory: Any, link_pair: Any) -> None
     run_trio(scenario)
 
 
+@pytest.mark.parametrize("extent", [(1, 2, 0, 0), (-1, 1, 0, 0), (0, 1, 0, -4096), (0, 1, 0, 7)])
+def test_files_that_do_not_lie_in_the_memory_are_refused(extent: Any, link_pair: Any) -> None:
+    async def scenario() -> None:
+        async with link_pair() as pair:
+            memory = np.zeros(2 * PAGE, np.uint8)
+            for link in (pair.sender, pair.receiver):
+                with pytest.raises(ValueError, match="of a file"):
+                    link.attach_memory(memory, files=[extent])
+
+    run_trio(scenario)
+
+
 def test_memory_is_attached_once_and_writable_at_the_receiver(link_pair: Any) -> None:
     async def scenario() -> None:
         async with link_pair() as pair:

@@ -18,11 +18,12 @@ import numpy as np
 import numpy.typing as npt
 from numba import types
 
+from transport.extents import Extent
 from transport.frames import PAGE_BYTES
 from transport.kernels.bitmap import Bitmap, Indices, empty_bitmap
 from transport.kernels.clib import xxh3_64
 from transport.kernels.compiled import kernel, readonly, writable
-from transport.kernels.files import FILES, Extent, forget_hole, in_hole, new_files
+from transport.kernels.files import FILES, forget_hole, in_hole, new_files
 
 Digests = npt.NDArray[np.uint64]
 

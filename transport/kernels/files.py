@@ -19,12 +19,10 @@ from typing import Any, Final, NamedTuple
 import numpy as np
 from numba import njit, types
 
+from transport.extents import Extent, check_extents
 from transport.frames import PAGE_BYTES, STRIPE_PAGES
 from transport.kernels import clib
 from transport.kernels.compiled import named_tuple, writable
-
-Extent = tuple[int, int, int, int]
-"""Pages that are a piece of a file: first page, number of pages, descriptor, byte of the file."""
 
 _SEEK_DATA: Final = os.SEEK_DATA
 _SEEK_HOLE: Final = os.SEEK_HOLE
@@ -46,10 +44,8 @@ FILES = named_tuple((writable(types.int64),) * 5, Files)
 
 
 def new_files(extents: Sequence[Extent], n_pages: int) -> Files:
-    """The extents of a memory of `n_pages` pages. ValueError for one that does not lie in it."""
-    for first, count, _, offset in extents:
-        if min(first, count, offset) < 0 or first + count > n_pages or offset % PAGE_BYTES:
-            raise ValueError(f"{count} pages from {first} on, at {offset} of a file: of {n_pages}")
+    """The extents of a memory of `n_pages` pages. ValueError as of `check_extents`."""
+    check_extents(extents, n_pages)
     table = np.array(extents, np.int64).reshape(-1, 4)
     columns = [np.ascontiguousarray(column) for column in table.T]
     columns.append(np.full(3, -1, np.int64))
