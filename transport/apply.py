@@ -117,7 +117,7 @@ class ApplyLane(LinkThread):
         self.counters.bytes += len(message)
         if not _is_frame(message):
             return answer_request(
-                unpack_request(message), self._memory, self._files, self._seed
+                unpack_request(message), self._memory, decoder.files, self._seed
             ).pack()
         applied = decoder.apply(message)
         self.counters.frames += 1

@@ -1,7 +1,7 @@
 """Proving that both sides hold the same pages, with little on the wire.
 
-Owns both halves: the sender's tasks, which digest, ask and narrow down, and the receiver's answers.
-Both memories must be quiet meanwhile.
+Owns both halves: the sender's tasks, which ask, digest meanwhile, compare and narrow down, and the
+receiver's answers. Both memories must be quiet meanwhile.
 
 A comparison asks in two steps: for each 256 pages one digest over the pages' digests (8 bytes a
 MiB of memory), then, only for blocks that differ, a digest for each page. A region's digest for the
@@ -11,6 +11,7 @@ report is BLAKE2b over BLAKE2b digests of `MAX_COMPARE_PAGES` pages' digests eac
 from __future__ import annotations
 
 import hashlib
+from abc import abstractmethod
 from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -35,77 +36,113 @@ from transport.records import (
 from transport.rounds import Indices, LaneSource, Memory
 
 if TYPE_CHECKING:
-    from transport.extents import Extent
+    from transport.kernels.files import Files
 
 Digests = npt.NDArray[np.uint64]
 
 
-@dataclass(frozen=True, slots=True, eq=False)
+AHEAD = 2
+"""Requests whose pages this side has not digested yet: the receiver does not run out of them."""
+
+
 class _Asked:
-    """A COMPARE under way."""
+    """Pages that the receiver digests, and this side, too."""
 
-    request: int
-    pages: Indices
-    digests: Digests
-    """Of each page."""
-    block_pages: int
+    def __init__(
+        self, lane: LaneSource, request: int, pages: Indices, digests: Digests | None = None
+    ) -> None:
+        self.request = request
+        self.pages = pages
+        self._lane = lane
+        self._digests = digests
+
+    def digests(self) -> Digests:
+        """Of each page here; takes its time when it is called first."""
+        if self._digests is None:
+            source = self._lane.source
+            self._digests = _digest_pages(source.memory, self._lane.files, self.pages, source.seed)
+        return self._digests
 
 
-class CompareShare(Task):
+_Request = tuple[LaneRequest, _Asked]
+
+
+class _BothDigest(Task):
+    """Asks the receiver for digests, and makes the same here while it works."""
+
+    def __init__(self, lane: LaneSource) -> None:
+        super().__init__()
+        self._lane = lane
+        self._not_digested: deque[_Asked] = deque()
+        self._requests = 0
+
+    def _has_more(self) -> bool:
+        return bool(self._not_digested) or self._has_requests()
+
+    def _produce(self, buffer: Memory) -> Outgoing | None:
+        if self._has_requests() and len(self._not_digested) < AHEAD:
+            request, asked = self._next_request(self._requests)
+            self._requests += 1
+            self._not_digested.append(asked)
+            return Outgoing(request.pack(), (request, asked))
+        self._not_digested.popleft().digests()
+        return None
+
+    @abstractmethod
+    def _has_requests(self) -> bool: ...
+
+    @abstractmethod
+    def _next_request(self, number: int) -> _Request: ...
+
+
+class CompareShare(_BothDigest):
     """Compare these pages; those that differ are to be sent in full next time."""
 
     def __init__(self, lane: LaneSource, indices: Indices) -> None:
         """`indices` uint32, strictly ascending, each of this lane."""
-        super().__init__()
-        self._lane = lane
+        super().__init__(lane)
         self._todo = deque(
             indices[start : start + MAX_COMPARE_PAGES]
             for start in range(0, indices.size, MAX_COMPARE_PAGES)
         )
         self._narrow: deque[tuple[Indices, Digests]] = deque()
         self._differing: list[Indices] = []
-        self._requests = 0
 
-    def _has_more(self) -> bool:
+    def _has_requests(self) -> bool:
         return bool(self._todo or self._narrow)
 
-    def _produce(self, buffer: Memory) -> Outgoing | None:
+    def _next_request(self, number: int) -> _Request:
         if self._narrow:
-            pages, digests = self._narrow.popleft()
-            return self._ask(pages, digests, digests, 1)
-        pages = self._todo.popleft()
-        seed = self._lane.source.seed
-        source = self._lane.source
-        digests = _digest_pages(source.memory, source.files, pages, seed)
-        return self._ask(pages, digests, _digest_blocks(digests, seed), COMPARE_BLOCK_PAGES)
+            asked = _Asked(self._lane, number, *self._narrow.popleft())
+            return Compare(number, 1, _runs_of(asked.pages)), asked
+        asked = _Asked(self._lane, number, self._todo.popleft())
+        return Compare(number, COMPARE_BLOCK_PAGES, _runs_of(asked.pages)), asked
 
-    def _on_answer(self, context: _Asked, answer: LaneAnswer) -> None:
-        expected = -(-context.pages.size // context.block_pages)
+    def _on_answer(self, context: tuple[Compare, _Asked], answer: LaneAnswer) -> None:
+        request, asked = context
+        block_pages = request.block_pages
         if (
             not isinstance(answer, CompareReply)
-            or answer.request != context.request
-            or answer.differs.size != expected
+            or answer.request != request.request
+            or answer.digests.size != -(-asked.pages.size // block_pages)
         ):
             raise RecordError("the receiver answers a comparison that it was not asked for")
-        differs = np.repeat(answer.differs, context.block_pages)[: context.pages.size]
+        ours = asked.digests()
+        if block_pages != 1:
+            ours = _digest_blocks(ours, self._lane.source.seed)
+        differs = np.repeat(answer.digests != ours, block_pages)[: asked.pages.size]
         if not differs.any():
             return
-        pages = context.pages[differs]
-        if context.block_pages == 1:
+        pages = asked.pages[differs]
+        if block_pages == 1:
             self._lane.forget(pages)
             self._differing.append(pages)
         else:
-            self._narrow.append((pages, context.digests[differs]))
+            self._narrow.append((pages, asked.digests()[differs]))
 
     def differing(self) -> Indices:
         """Pages that differ; once finished."""
         return np.concatenate([np.empty(0, np.uint32), *self._differing])
-
-    def _ask(self, pages: Indices, digests: Digests, asked: Digests, block_pages: int) -> Outgoing:
-        context = _Asked(self._requests, pages, digests, block_pages)
-        self._requests += 1
-        message = Compare(context.request, block_pages, _runs_of(pages), asked)
-        return Outgoing(message.pack(), context)
 
 
 @dataclass(frozen=True, slots=True)
@@ -118,35 +155,30 @@ class Chunk:
     n_pages: int
 
 
-class DigestShare(Task):
+class DigestShare(_BothDigest):
     """Digest these chunks on both sides."""
 
     def __init__(self, lane: LaneSource, chunks: Sequence[Chunk]) -> None:
-        super().__init__()
+        super().__init__(lane)
         self.digests: dict[Chunk, tuple[bytes, bytes]] = {}
         """Of each chunk, here and at the receiver; once finished."""
-        self._lane = lane
         self._todo = deque(chunks)
-        self._requests = 0
+        self._asked: deque[Chunk] = deque()
 
-    def _has_more(self) -> bool:
+    def _has_requests(self) -> bool:
         return bool(self._todo)
 
-    def _produce(self, buffer: Memory) -> Outgoing | None:
+    def _next_request(self, number: int) -> _Request:
         chunk = self._todo.popleft()
-        message = Digest(self._requests, chunk.first_page, chunk.n_pages)
-        self._requests += 1
-        return Outgoing(message.pack(), (message.request, chunk))
+        self._asked.append(chunk)
+        pages = _pages_from(chunk.first_page, chunk.n_pages)
+        return Digest(number, chunk.first_page, chunk.n_pages), _Asked(self._lane, number, pages)
 
-    def _on_answer(self, context: tuple[int, Chunk], answer: LaneAnswer) -> None:
-        request, chunk = context
-        if not isinstance(answer, DigestReply) or answer.request != request:
+    def _on_answer(self, context: tuple[Digest, _Asked], answer: LaneAnswer) -> None:
+        request, asked = context
+        if not isinstance(answer, DigestReply) or answer.request != request.request:
             raise RecordError("the receiver answers a digest that it was not asked for")
-        source = self._lane.source
-        local = _chunk_digest(
-            source.memory, source.files, chunk.first_page, chunk.n_pages, source.seed
-        )
-        self.digests[chunk] = (local, answer.digest)
+        self.digests[self._asked.popleft()] = (_chunk_digest(asked.digests()), answer.digest)
 
 
 def chunks_of(regions: Sequence[tuple[int, int]]) -> list[Chunk]:
@@ -163,33 +195,33 @@ def region_digest(chunk_digests: Sequence[bytes]) -> str:
     return hashlib.blake2b(b"".join(chunk_digests), digest_size=REGION_DIGEST_BYTES).hexdigest()
 
 
-def answer_request(
-    request: LaneRequest, memory: Memory, files: Sequence[Extent], seed: int
-) -> LaneAnswer:
+def answer_request(request: LaneRequest, memory: Memory, files: Files, seed: int) -> LaneAnswer:
     """The receiver's half. `RecordError` for pages outside `memory`."""
     try:
         if isinstance(request, Digest):
-            digest = _chunk_digest(memory, files, request.first_page, request.n_pages, seed)
-            return DigestReply(request.request, digest)
+            pages = _pages_from(request.first_page, request.n_pages)
+            digests = _digest_pages(memory, files, pages, seed)
+            return DigestReply(request.request, _chunk_digest(digests))
         digests = _digest_pages(memory, files, _pages_of(request.runs), seed)
         if request.block_pages != 1:
             digests = _digest_blocks(digests, seed)
-        return CompareReply(request.request, digests != request.digests)
+        return CompareReply(request.request, digests)
     except IndexError as error:
         raise RecordError(f"a comparison of pages that are not there: {error}") from None
 
 
-def _chunk_digest(
-    memory: Memory, files: Sequence[Extent], first_page: int, n_pages: int, seed: int
-) -> bytes:
-    pages = np.arange(first_page, first_page + n_pages, dtype=np.int64)
-    if first_page + n_pages > 1 << 32:
-        raise IndexError(f"page {first_page + n_pages - 1}")
-    digests = _digest_pages(memory, files, pages.astype(np.uint32), seed)
+def _chunk_digest(digests: Digests) -> bytes:
     return hashlib.blake2b(digests.tobytes(), digest_size=REGION_DIGEST_BYTES).digest()
 
 
-def _digest_pages(memory: Memory, files: Sequence[Extent], pages: Indices, seed: int) -> Digests:
+def _pages_from(first_page: int, n_pages: int) -> Indices:
+    """IndexError for pages that cannot be."""
+    if first_page + n_pages > 1 << 32:
+        raise IndexError(f"page {first_page + n_pages - 1}")
+    return np.arange(first_page, first_page + n_pages, dtype=np.int64).astype(np.uint32)
+
+
+def _digest_pages(memory: Memory, files: Files, pages: Indices, seed: int) -> Digests:
     # Imported here: only lanes' threads come here, and the import costs up to a second.
     from transport.kernels.digests import digest_pages
 

@@ -68,7 +68,8 @@ class Decoder:
         self._lane = lane
         self._lanes = lanes
         self._next_sequence = 0
-        self._files = new_files(files, n_pages)
+        self.files = new_files(files, n_pages)
+        """What lies behind the memory; for the thread that applies."""
         self._workspace = new_workspace()
 
     @property
@@ -91,7 +92,7 @@ class Decoder:
         rejected = np.empty(parsed.index.size, np.uint32)
         n_rejected = apply_pages(
             self._memory,
-            self._files,
+            self.files,
             parsed.index,
             parsed.kind,
             parsed.length,

@@ -106,7 +106,8 @@ class Encoder:
         self.codec = LZ4
         """May be changed between any two calls of `encode`."""
         self._memory = memory.view(np.uint64)
-        self._files = new_files(files, replica.n_pages)
+        self.files = new_files(files, replica.n_pages)
+        """What lies behind the memory; for the thread that encodes."""
         self._replica = replica
         self._seed = seed
         self._lane = lane
@@ -164,7 +165,7 @@ class Encoder:
             np.uint64(self._seed),
             self._zero_digest,
             _EFFORT[self.codec.method],
-            self._files,
+            self.files,
             self._known,
             body,
             self._tables,

@@ -30,12 +30,12 @@ Every message starts with its type in one byte; integers are little-endian and u
       TUNNEL_EOF     | 17 | offset u64 |
       TUNNEL_CREDIT  | 18 | received u64 | consumed u64 |
     data lanes, towards the receiver (or a page frame, which starts with "v")
-      COMPARE        | 33 | request u32 | block_pages u16 | n_runs u32 | n_digests u32
-                     | (first u32, length u32) x n_runs | digest u64 x n_digests
+      COMPARE        | 33 | request u32 | block_pages u16 | n_runs u32
+                     | (first u32, length u32) x n_runs
       DIGEST         | 35 | request u32 | first_page u32 | n_pages u32
     data lanes, towards the sender
       ACK            | 32 | sequence u64 | n_rejected u32 | index u32 x n_rejected
-      COMPARE_REPLY  | 34 | request u32 | n_blocks u32 | bitmap, bit i of byte b = block 8b + i
+      COMPARE_REPLY  | 34 | request u32 | n_digests u32 | digest u64 x n_digests
       DIGEST_REPLY   | 36 | request u32 | digest 32s
 
 HELLO and HELLO_REPLY keep their first eleven bytes in every version of the protocol, so that two
@@ -56,7 +56,7 @@ import numpy.typing as npt
 from transport.errors import RecordError, VersionMismatch
 from transport.frames import MAX_FRAME_PAGES
 
-PROTOCOL_VERSION = 1
+PROTOCOL_VERSION = 2
 SESSION_BYTES = 16
 NONCE_BYTES = 16
 REGION_DIGEST_BYTES = 32
@@ -100,7 +100,7 @@ _ONE_U64 = struct.Struct("<BQ")
 _TWO_U64 = struct.Struct("<BQQ")
 _BYE = struct.Struct("<BH")
 _ACK = struct.Struct("<BQI")
-_COMPARE = struct.Struct("<BIHII")
+_COMPARE = struct.Struct("<BIHI")
 _COMPARE_REPLY = struct.Struct("<BII")
 _DIGEST = struct.Struct("<BIII")
 _DIGEST_REPLY = struct.Struct("<BI32s")
@@ -364,71 +364,56 @@ class Ack:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Compare:
-    """Do these pages hold what they hold here?
+    """What are the digests of these pages?
 
     `runs` uint32 (n, 2): first page and length, ascending, apart, at most `MAX_COMPARE_PAGES`
-    pages together. `digests` uint64: one for each `block_pages` of these pages in their order, the
+    pages together. One digest is asked for each `block_pages` of these pages in their order, the
     last block may be shorter.
     """
 
     request: int
     block_pages: int
     runs: npt.NDArray[np.uint32]
-    digests: npt.NDArray[np.uint64]
 
     def pack(self) -> bytes:
-        head = _COMPARE.pack(
-            MessageType.COMPARE, self.request, self.block_pages, len(self.runs), len(self.digests)
-        )
-        runs, digests = self.runs.astype("<u4", copy=False), self.digests.astype("<u8", copy=False)
-        return head + runs.tobytes() + digests.tobytes()
+        head = _COMPARE.pack(MessageType.COMPARE, self.request, self.block_pages, len(self.runs))
+        return head + self.runs.astype("<u4", copy=False).tobytes()
 
     @classmethod
     def unpack(cls, message: Buffer) -> Self:
-        _, request, block_pages, n_runs, n_digests = _head(_COMPARE, message, "COMPARE")
+        _, request, block_pages, n_runs = _head(_COMPARE, message, "COMPARE")
         if block_pages not in (1, COMPARE_BLOCK_PAGES):
             raise RecordError(f"COMPARE has blocks of {block_pages} pages")
-        if not 1 <= n_runs <= MAX_COMPARE_PAGES or not 1 <= n_digests <= MAX_COMPARE_PAGES:
-            raise RecordError(f"COMPARE has {n_runs} runs and {n_digests} digests")
-        size = 8 * n_runs + 8 * n_digests
-        tail = _tail(_COMPARE, message, size, 16 * MAX_COMPARE_PAGES, "COMPARE")
-        wide = np.frombuffer(tail, "<u4", 2 * n_runs).reshape(n_runs, 2).astype(np.int64)
+        if not 1 <= n_runs <= MAX_COMPARE_PAGES:
+            raise RecordError(f"COMPARE has {n_runs} runs")
+        tail = _tail(_COMPARE, message, 8 * n_runs, 8 * MAX_COMPARE_PAGES, "COMPARE")
+        wide = np.frombuffer(tail, "<u4").reshape(n_runs, 2).astype(np.int64)
         ends = wide[:, 0] + wide[:, 1]
         if (wide[:, 1] == 0).any() or (wide[1:, 0] < ends[:-1]).any() or ends[-1] > 1 << 32:
             raise RecordError("COMPARE has runs that are empty, overlap or end nowhere")
-        pages = int(wide[:, 1].sum())
-        if pages > MAX_COMPARE_PAGES or n_digests != -(-pages // block_pages):
-            raise RecordError(f"COMPARE has {n_digests} digests for {pages} pages")
-        digests = np.frombuffer(tail, "<u8", n_digests, 8 * n_runs)
-        return cls(
-            request, block_pages, wide.astype(np.uint32), digests.astype(np.uint64, copy=False)
-        )
+        if wide[:, 1].sum() > MAX_COMPARE_PAGES:
+            raise RecordError(f"COMPARE asks for {wide[:, 1].sum()} pages")
+        return cls(request, block_pages, wide.astype(np.uint32))
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class CompareReply:
-    """Which blocks of a COMPARE differ: `differs` bool (n_blocks)."""
+    """The digests that a COMPARE asked for: uint64 (n_blocks)."""
 
     request: int
-    differs: npt.NDArray[np.bool_]
+    digests: npt.NDArray[np.uint64]
 
     def pack(self) -> bytes:
-        bitmap = np.packbits(self.differs, bitorder="little")
-        head = _COMPARE_REPLY.pack(MessageType.COMPARE_REPLY, self.request, len(self.differs))
-        return head + bitmap.tobytes()
+        head = _COMPARE_REPLY.pack(MessageType.COMPARE_REPLY, self.request, len(self.digests))
+        return head + self.digests.astype("<u8", copy=False).tobytes()
 
     @classmethod
     def unpack(cls, message: Buffer) -> Self:
-        _, request, n_blocks = _head(_COMPARE_REPLY, message, "COMPARE_REPLY")
-        if not 1 <= n_blocks <= MAX_COMPARE_PAGES:
-            raise RecordError(f"COMPARE_REPLY has {n_blocks} blocks")
-        tail = _tail(
-            _COMPARE_REPLY, message, -(-n_blocks // 8), MAX_COMPARE_PAGES // 8, "COMPARE_REPLY"
-        )
-        bits = np.unpackbits(np.frombuffer(tail, np.uint8), bitorder="little")
-        if bits[n_blocks:].any():
-            raise RecordError("COMPARE_REPLY names blocks behind the last")
-        return cls(request, bits[:n_blocks].astype(np.bool_))
+        _, request, n_digests = _head(_COMPARE_REPLY, message, "COMPARE_REPLY")
+        if not 1 <= n_digests <= MAX_COMPARE_PAGES:
+            raise RecordError(f"COMPARE_REPLY has {n_digests} digests")
+        tail = _tail(_COMPARE_REPLY, message, 8 * n_digests, 8 * MAX_COMPARE_PAGES, "COMPARE_REPLY")
+        return cls(request, np.frombuffer(tail, "<u8").astype(np.uint64, copy=False))
 
 
 @dataclass(frozen=True, slots=True)

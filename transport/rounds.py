@@ -26,6 +26,7 @@ from transport.records import Ack, LaneAnswer
 if TYPE_CHECKING:
     from transport.encoder import EncodedFrame, Encoder
     from transport.extents import Extent
+    from transport.kernels.files import Files
     from transport.replica import Replica
 
 Memory = npt.NDArray[np.uint8]
@@ -90,6 +91,12 @@ class LaneSource:
     def prepare(self) -> None:
         """Make the encoder."""
         self._encoder = self.source.encoder(self._lane, self._frame_bytes)
+
+    @property
+    def files(self) -> Files:
+        """What lies behind the memory."""
+        assert self._encoder is not None
+        return self._encoder.files
 
     def encode(
         self, indices: Indices, start: int, out: Memory, round_no: int, frames_under_way: int

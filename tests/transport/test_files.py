@@ -37,8 +37,8 @@ class FileMemory:
     def __init__(self, descriptor: int) -> None:
         self._descriptor = descriptor
         os.ftruncate(descriptor, (GAP_PAGES + N_PAGES) * PAGE)
-        mapping = mmap.mmap(descriptor, N_PAGES * PAGE, offset=GAP_PAGES * PAGE)
-        self.array = np.frombuffer(mapping, np.uint8)
+        self._mapping = mmap.mmap(descriptor, N_PAGES * PAGE, offset=GAP_PAGES * PAGE)
+        self.array = np.frombuffer(self._mapping, np.uint8)
         self.extents: list[Extent] = [
             (HALF, HALF, descriptor, (GAP_PAGES + HALF) * PAGE),
             (0, NO_FILE.start, descriptor, GAP_PAGES * PAGE),
@@ -46,6 +46,10 @@ class FileMemory:
 
     def write(self, page: int, content: bytes) -> None:
         os.pwrite(self._descriptor, content, (GAP_PAGES + page) * PAGE)
+
+    def forget(self, page: int) -> None:
+        """Make the page a hole again, as a balloon does."""
+        self._mapping.madvise(mmap.MADV_REMOVE, page * PAGE, PAGE)
 
     def content(self) -> np.ndarray:
         """uint8 (N_PAGES, PAGE)."""
@@ -149,9 +153,21 @@ def test_a_page_written_within_a_hole_is_in_it_no_longer() -> None:
 def test_digests_of_what_nobody_has_touched_touch_nothing() -> None:
     with file_memory() as memory:
         memory.write(STRIPE_PAGES - 1, page_of(1))
-        digests = digest_pages(memory.array, ALL, SEED, memory.extents)
+        digests = digest_pages(memory.array, ALL, SEED, new_files(memory.extents, N_PAGES))
         assert memory.touched() <= 1 + len(NO_FILE)
         assert np.array_equal(digests, digest_all(memory.array, SEED))
+
+
+def test_a_page_that_has_become_a_hole_is_a_page_of_zeros() -> None:
+    """What was found out about a page holds for correctness only as long as it cannot be wrong."""
+    with file_memory() as memory:
+        files = new_files(memory.extents, N_PAGES)
+        memory.write(3, page_of(1))
+        before = digest_pages(memory.array, ALL, SEED, files)
+        memory.forget(3)
+        after = digest_pages(memory.array, ALL, SEED, files)
+        assert before[3] != before[4]
+        assert (after == before[4]).all()
 
 
 @pytest.mark.parametrize("kind", ["pipe", "read-only", "closed"])

@@ -443,8 +443,7 @@ def test_i9_frames_on_a_lane_that_is_none_end_the_session(attack: Attack) -> Non
 
 
 def compare(first: int, length: int, block_pages: int = 1) -> bytes:
-    digests = np.zeros(-(-length // block_pages), np.uint64)
-    return Compare(0, block_pages, np.array([[first, length]], np.uint32), digests).pack()
+    return Compare(0, block_pages, np.array([[first, length]], np.uint32)).pack()
 
 
 @pytest.mark.parametrize(

@@ -224,6 +224,10 @@ def test_i9_nonsense_on_the_tunnel_is_a_typed_error(said: list[bytes]) -> None:
     run_trio(lambda: attack_sender(Script(on_tunnel=[said]), use_tunnel, RecordError))
 
 
+def compare_reply(request: int, n_digests: int) -> bytes:
+    return CompareReply(request, np.zeros(n_digests, np.uint64)).pack()
+
+
 @pytest.mark.parametrize(
     "answers",
     [
@@ -234,7 +238,7 @@ def test_i9_nonsense_on_the_tunnel_is_a_typed_error(said: list[bytes]) -> None:
         [Ack(0, np.array([N_PAGES], np.uint32)).pack()],
         [Ack(0, NO_PAGES).pack(), Ack(0, NO_PAGES).pack()],
         [struct.pack("<BQI", 32, 0, 0xFFFFFFFF)],
-        [CompareReply(0, np.array([False])).pack()],
+        [compare_reply(0, 1)],
         [DigestReply(0, bytes(32)).pack()],
     ],
 )
@@ -260,12 +264,12 @@ def test_i9_acknowledgements_that_never_come_are_a_loss() -> None:
     "answers",
     [
         [b""],
-        [CompareReply(1, np.array([False])).pack()],
-        [CompareReply(0, np.array([False, False])).pack()],
-        [CompareReply(0, np.array([True] * 16384)).pack()],
+        [compare_reply(1, 1)],
+        [compare_reply(0, 2)],
+        [compare_reply(0, 16384)],
         [struct.pack("<BII", 34, 0, 0)],
         [struct.pack("<BII", 34, 0, 0xFFFFFFFF)],
-        [struct.pack("<BIIB", 34, 0, 1, 0xFF)],
+        [struct.pack("<BIIQB", 34, 0, 1, 0, 0xFF)],
         [Ack(0, NO_PAGES).pack()],
         [DigestReply(0, bytes(32)).pack()],
     ],
@@ -280,7 +284,7 @@ def test_i9_a_comparison_answered_with_nonsense_is_a_typed_error(answers: list[b
     [
         [DigestReply(1, bytes(32)).pack()],
         [DigestReply(0, bytes(32)).pack()[:-1]],
-        [CompareReply(0, np.array([False])).pack()],
+        [compare_reply(0, 1)],
     ],
 )
 def test_i9_a_digest_answered_with_nonsense_is_a_typed_error(answers: list[bytes]) -> None:

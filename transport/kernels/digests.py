@@ -12,18 +12,15 @@ the page holds afterwards, which is all that a comparison needs; nothing is sent
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
 import numpy as np
 import numpy.typing as npt
 from numba import types
 
-from transport.extents import Extent
 from transport.frames import PAGE_BYTES
 from transport.kernels.bitmap import Bitmap, Indices, empty_bitmap
 from transport.kernels.clib import xxh3_64
 from transport.kernels.compiled import kernel, readonly, writable
-from transport.kernels.files import FILES, forget_hole, in_hole, new_files
+from transport.kernels.files import FILES, Files, forget_hole, in_hole, new_files
 
 Digests = npt.NDArray[np.uint64]
 
@@ -39,11 +36,12 @@ def digest_all(memory: npt.NDArray[np.uint8], seed: int) -> Digests:
 
 
 def digest_pages(
-    memory: npt.NDArray[np.uint8], indices: Indices, seed: int, files: Sequence[Extent] = ()
+    memory: npt.NDArray[np.uint8], indices: Indices, seed: int, files: Files | None = None
 ) -> Digests:
     """The digests of these pages, in their order. IndexError for one outside `memory`.
 
-    `files` says what lies behind it; what nobody has touched is not touched there.
+    `files` says what lies behind it; None: nothing that is known. What nobody has touched is not
+    touched there.
     """
     n_pages = page_count(memory)
     if indices.size and int(indices.max()) >= n_pages:
@@ -52,7 +50,7 @@ def digest_pages(
     zero_digest = digest_all(np.zeros(PAGE_BYTES, np.uint8), seed)[0]
     _digest_pages(
         memory,
-        new_files(files, n_pages),
+        new_files((), n_pages) if files is None else files,
         np.ascontiguousarray(indices, np.uint32),
         np.uint64(seed),
         zero_digest,

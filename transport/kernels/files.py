@@ -17,6 +17,7 @@ from collections.abc import Sequence
 from typing import Any, Final, NamedTuple
 
 import numpy as np
+import numpy.typing as npt
 from numba import njit, types
 
 from transport.extents import Extent, check_extents
@@ -29,26 +30,34 @@ _SEEK_HOLE: Final = os.SEEK_HOLE
 
 
 class Files(NamedTuple):
-    """The extents of a memory, each field but the last an int64 array (extents). For one thread."""
+    """The extents of a memory, each an int64 array (extents), and what was found out about its
+    pages. For one thread."""
 
     first_page: Any
     n_pages: Any
     descriptor: Any
     offset: Any
     hole: Any
-    """int64 (3), what `in_hole` remembers: the stripe it looked at last, a hole's first page and
-    end."""
+    """int64 (3), what `in_hole` remembers of a pass: the stripe it looked at last, a hole's first
+    page and end."""
+    there: Any
+    """uint64 bitmap (pages): found to lie in no hole, so that no system call has to tell it again.
+    If its owner makes it a hole after that, it is touched, which costs memory and nothing else."""
 
 
-FILES = named_tuple((writable(types.int64),) * 5, Files)
+FILES = named_tuple((*(writable(types.int64),) * 5, writable(types.uint64)), Files)
 
 
 def new_files(extents: Sequence[Extent], n_pages: int) -> Files:
-    """The extents of a memory of `n_pages` pages. ValueError as of `check_extents`."""
+    """The extents of a memory of `n_pages` pages. ValueError as of `check_extents`.
+
+    Allocates a bit a page, with extents.
+    """
     check_extents(extents, n_pages)
     table = np.array(extents, np.int64).reshape(-1, 4)
-    columns = [np.ascontiguousarray(column) for column in table.T]
+    columns: list[npt.NDArray[Any]] = [np.ascontiguousarray(column) for column in table.T]
     columns.append(np.full(3, -1, np.int64))
+    columns.append(np.zeros(-(-n_pages // 64) if len(table) else 0, np.uint64))
     return Files(*columns)
 
 
@@ -86,14 +95,21 @@ def forget_hole(files):  # type: ignore[no-untyped-def]
 def in_hole(files, page):  # type: ignore[no-untyped-def]
     """Whether `page` lies in a hole, as far as one look at each stripe, a system call, can tell.
 
-    Who writes a page moves the hole's first page, `hole[1]`, behind it.
+    Who is told that it does not may touch it. Who writes a page moves the hole's first page,
+    `hole[1]`, behind it.
     """
+    word, bit = page >> 6, np.uint64(1) << np.uint64(page & 63)
+    if files.there.size == 0 or files.there[word] & bit:
+        return False
     hole = files.hole
     if not hole[1] <= page < hole[2] and hole[0] != page // STRIPE_PAGES:
         hole[0] = page // STRIPE_PAGES
         hole[1] = page
         hole[2] = end_of_hole(files, page)
-    return hole[1] <= page < hole[2]
+    if hole[1] <= page < hole[2]:
+        return True
+    files.there[word] |= bit
+    return False
 
 
 @njit
