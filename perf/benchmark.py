@@ -8,8 +8,10 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import NamedTuple, TypeVar
 
+from perf.errors import BenchUsageError
 from perf.results import Better, Dimension, number_text
 from perf.statistics import quantile
+from transport.codec import Codec
 
 Settings = Mapping[str, Dimension]
 T = TypeVar("T")
@@ -39,6 +41,16 @@ class Context:
 
     def text(self, name: str) -> str:
         return str(self.settings[name])
+
+    def codecs(self, name: str) -> list[str]:
+        """The names that a setting holds, `lz4+zstd:3`. Raises `BenchUsageError`."""
+        names = self.text(name).split("+")
+        for codec in names:
+            try:
+                Codec.parse(codec)
+            except ValueError as error:
+                raise BenchUsageError(f"{name}: {codec!r} is no codec: {error}") from None
+        return names
 
     def alternate(self, **works: Callable[[], T]) -> Iterator[dict[str, T]]:
         """Runs ours and its peers in turn, so that what disturbs one disturbs the other; yields

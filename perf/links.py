@@ -1,4 +1,4 @@
-"""Links between two processes: the loopback, and shaped ones that the harness makes itself.
+"""Links between two processes: the loopback, UNIX sockets, and shaped ones of our own making.
 
 A shaped link is a veth(4) pair between two network namespaces in a user namespace of their own, so
 it takes no privilege where the system lets its users make such namespaces, and the host's network
@@ -9,12 +9,15 @@ kernel has).
 """
 
 import os
+import re
 import subprocess
+import tempfile
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
+from pathlib import Path
 
-from perf.errors import BenchmarkFailed, NeedMissing
+from perf.errors import BenchmarkFailed, BenchUsageError, NeedMissing
 
 SOURCE_ADDRESS = "10.77.0.1"
 TARGET_ADDRESS = "10.77.0.2"
@@ -42,9 +45,47 @@ class Link:
     target_prefix: tuple[str, ...] = ()
     target_address: str = "127.0.0.1"
     """Where the target listens."""
+    sockets: Path | None = None
+    """The folder of UNIX sockets that the target listens at instead."""
+
+    def url(self, name: str) -> str:
+        """For ZeroMQ to bind: a free port, or a socket of this name."""
+        return f"ipc://{self.sockets / name}" if self.sockets else f"tcp://{self.target_address}:*"
 
 
-LOOPBACK = Link("loopback")
+TCP = Link("tcp")
+"""The loopback."""
+
+
+@contextmanager
+def open_link(text: str) -> Iterator[Link]:
+    """The link that `text` names, for the block: `tcp` over the loopback, `ipc` (UNIX sockets), or
+    one of so many Mbit/s, `1000`, with a delay one way if it is given, `1000@5ms`.
+
+    Raises `BenchUsageError`, and `NeedMissing` as `shaped_link`.
+    """
+    if text == "tcp":
+        yield TCP
+    elif text == "ipc":
+        with tempfile.TemporaryDirectory(prefix="ferry-bench-") as folder:
+            yield Link("ipc", sockets=Path(folder))
+    elif found := re.fullmatch(r"([1-9]\d{0,5})(?:@(\d+(?:\.\d+)?)ms)?", text):
+        with shaped_link(int(found[1]) * 10**6, float(found[2] or 0) / 1e3) as link:
+            yield link
+    else:
+        raise BenchUsageError(
+            f"there is no link {text!r}; there are tcp, ipc, and Mbit/s, with a delay or without: "
+            "1000, 1000@5ms"
+        )
+
+
+@contextmanager
+def local_link(text: str) -> Iterator[Link]:
+    """`open_link`, for a benchmark whose own process is at one end."""
+    if text not in ("tcp", "ipc"):
+        raise BenchUsageError(f"link={text}: this benchmark can have tcp and ipc")
+    with open_link(text) as link:
+        yield link
 
 
 @contextmanager

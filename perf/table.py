@@ -33,8 +33,9 @@ BENCHMARKS: dict[str, Benchmark] = {
         settings={
             "trace": "",
             "cache-mib": 256,
-            "codecs": "lz4,zstd:1,zstd:3,zstd:6,zstd:9",
-            "floor-level": 0,
+            "codecs": "lz4+zstd:1+zstd:3+zstd:6+zstd:9",
+            "floor-level": 19,
+            "floor-mib": 16,
         },
         bars=(
             Bar(4, "wire_of_xbzrle", 0.7, "lower", {"codec": "lz4"}),
@@ -44,8 +45,25 @@ BENCHMARKS: dict[str, Benchmark] = {
     "link": Benchmark(
         "perf.benchmarks.link",
         "rounds of pages between two processes, against a bare ZeroMQ stream",
-        settings={"url": "tcp://127.0.0.1:*", "mib": 256, "lanes": 2},
+        settings={"link": "tcp", "mib": 256, "lanes": 2},
         quick={"mib": 4},
+    ),
+    "precopy": Benchmark(
+        "perf.benchmarks.precopy",
+        "rounds of a made-up guest that writes by a rate and a pattern while it is sent",
+        settings={
+            "link": "tcp",
+            "mib": 256,
+            "pages-per-s": 10_000,
+            "pattern": "hot",
+            "changed": 0.1,
+            "downtime-ms": 10.0,
+            "max-rounds": 30,
+            "lanes": 2,
+            "codec": "auto",
+            "cache-mib": 64,
+        },
+        quick={"mib": 16, "pages-per-s": 1000},
     ),
     "limits": Benchmark(
         "perf.benchmarks.limits",
@@ -55,13 +73,12 @@ BENCHMARKS: dict[str, Benchmark] = {
     ),
     "copy": Benchmark(
         "perf.benchmarks.copy",
-        "a full copy of an image over loopback TCP, against QEMU's own and a bare stream",
+        "a full copy of an image to another process, against QEMU's own and a bare stream",
         settings={
             "mib": 2048,
             "zero": 0.42,
             "files": "/usr",
-            "mbit": 0,
-            "delay-ms": 0.0,
+            "link": "tcp",
             "peers": "plain+multifd+multifd-zstd",
         },
         quick={"mib": 32, "files": "none", "peers": "multifd"},
@@ -75,8 +92,7 @@ BENCHMARKS: dict[str, Benchmark] = {
             "mib": 512,
             "zero": 0.42,
             "files": "/usr",
-            "mbit": 1000,
-            "delay-ms": 0.0,
+            "link": "1000",
             "peers": "plain+xbzrle+multifd+multifd-zstd",
         },
         quick={"mib": 16, "files": "none", "peers": "multifd"},
@@ -87,7 +103,7 @@ BENCHMARKS: dict[str, Benchmark] = {
         "perf.benchmarks.codec",
         "the codec that lanes choose by themselves, against each fixed one, on several links",
         settings={
-            "links": "100+1000+10000+0",
+            "links": "100+1000+10000+tcp",
             "seconds": 2.0,
             "mib": 512,
             "zero": 0.42,
@@ -141,7 +157,7 @@ BENCHMARKS: dict[str, Benchmark] = {
         "perf.benchmarks.last_round",
         "the last round's pages, from the pause until the receiver has applied and proven them",
         settings={
-            "url": "tcp://127.0.0.1:*",
+            "link": "tcp",
             "mib": 256,
             "lanes": 2,
             "dirty": 1000,

@@ -1,7 +1,7 @@
 """The codec that lanes choose by themselves, against each fixed one, on several links.
 
-`links` are rates in Mbit/s, 0 for the loopback as it is. An image is as large as `seconds` of its
-link can carry uncompressed, `mib` at most. The best fixed codec of a link is the one with the
+`links` are those of `perf.links.open_link`. An image is as large as `seconds` of a shaped link can
+carry uncompressed, `mib` at most. The best fixed codec of a link is the one with the
 smallest median of all repetitions.
 """
 
@@ -11,7 +11,7 @@ from contextlib import ExitStack
 from functools import partial
 
 from perf.benchmark import Context, Measurement
-from perf.links import LOOPBACK, shaped_link
+from perf.links import open_link
 from perf.peers import Copy, ferry
 from perf.results import Dimension
 from perf.workloads.images import Mix, image_file
@@ -21,20 +21,20 @@ MIB = 1 << 20
 
 
 def run(context: Context) -> Iterator[Measurement]:
-    for rate in context.text("links").split("+"):
-        yield from _on_link(context, int(rate))
+    for name in context.text("links").split("+"):
+        yield from _on_link(context, name)
 
 
-def _on_link(context: Context, mbit: int) -> Iterator[Measurement]:
+def _on_link(context: Context, link_name: str) -> Iterator[Measurement]:
     zero = float(context.settings["zero"])
     n_mib = context.number("mib")
-    if mbit:
-        carried = float(context.settings["seconds"]) * mbit * 1e6 / 8
-        n_mib = min(n_mib, max(1, int(carried / (1 - zero) / MIB)))
     with ExitStack() as stack:
-        link = stack.enter_context(shaped_link(mbit * 10**6)) if mbit else LOOPBACK
+        link = stack.enter_context(open_link(link_name))
+        if link.bits_per_s:
+            carried = float(context.settings["seconds"]) * link.bits_per_s / 8
+            n_mib = min(n_mib, max(1, int(carried / (1 - zero) / MIB)))
         image = stack.enter_context(image_file(n_mib * MIB, Mix(zero=zero)))
-        names = [AUTO, *context.text("codecs").split("+")]
+        names = [AUTO, *context.codecs("codecs")]
         ways = {name: partial(ferry.copy, image, {"codec": name}, link=link) for name in names}
         rounds: list[dict[str, Copy]] = list(context.alternate(**ways))
     where: dict[str, Dimension] = {"link": link.name, "image-mib": n_mib}

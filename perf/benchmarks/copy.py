@@ -1,6 +1,6 @@
 """A full copy of a memory image from one process to another: ours, QEMU's, and a bare stream.
 
-The link is the loopback, or one that the harness makes (`mbit`, 0 for none; `delay-ms` one way).
+The link is one of `perf.links.open_link`.
 Each copy has processes and target memory of its own, and is compared with the image afterwards.
 `bare` sends nothing but the pages that are not zero: what TCP and the target's memory allow. What
 is not zero is what the files below the folder `files` hold, or made up if that is `none`.
@@ -12,7 +12,7 @@ from functools import partial
 from pathlib import Path
 
 from perf.benchmark import Context, Measurement
-from perf.links import LOOPBACK, shaped_link
+from perf.links import open_link
 from perf.peers import Copy, ferry, qemu, tcp
 from perf.results import Better
 from perf.workloads.images import FolderPages, Mix, file_pages, image_file
@@ -27,11 +27,8 @@ GIB = 1 << 30
 
 
 def run(context: Context) -> Iterator[Measurement]:
-    mbit, delay_s = context.number("mbit"), float(context.settings["delay-ms"]) / 1e3
     with ExitStack() as stack:
-        link = LOOPBACK
-        if mbit or delay_s:
-            link = stack.enter_context(shaped_link(mbit * 10**6 or None, delay_s))
+        link = stack.enter_context(open_link(context.text("link")))
         n_bytes = context.number("mib") << 20
         mix = Mix(zero=float(context.settings["zero"]))
         folder = context.text("files")
@@ -42,7 +39,7 @@ def run(context: Context) -> Iterator[Measurement]:
             BARE: lambda: tcp.copy(image, CONNECTIONS, link=link),
         }
         for name in context.text("peers").split("+"):
-            ways[name] = partial(qemu.copy, image, name, link=link)
+            ways[name] = partial(qemu.copy, image, qemu.setting(name), link=link)
         for copies in context.alternate(**ways):
             yield from _measurements(copies)
 
@@ -58,10 +55,11 @@ def _measurements(copies: dict[str, Copy]) -> Iterator[Measurement]:
             yield Measurement("cpu", cpu_s / gib, "s/GiB", less, {**where, "side": side})
         wire = copy.wire_bytes / copy.guest_bytes
         yield Measurement("wire_of_guest", wire, "x", less, where)
-    ours, bare, reference = copies[OURS], copies[BARE], copies[REFERENCE]
+    ours, bare = copies[OURS], copies[BARE]
     best_s = min(copy.wall_s for way, copy in copies.items() if way not in (OURS, BARE))
-    yield Measurement("rate_of_multifd", reference.wall_s / ours.wall_s, "x", "higher")
-    yield Measurement("cpu_of_multifd", ours.cpu_s / reference.cpu_s, "x", "lower")
     yield Measurement("time_of_best_qemu", ours.wall_s / best_s, "x", "lower")
     yield Measurement("rate_of_bare", bare.wall_s / ours.wall_s, "x", "higher")
-    yield Measurement("multifd_rate_of_bare", bare.wall_s / reference.wall_s, "x", "neither")
+    if reference := copies.get(REFERENCE):
+        yield Measurement("rate_of_multifd", reference.wall_s / ours.wall_s, "x", "higher")
+        yield Measurement("cpu_of_multifd", ours.cpu_s / reference.cpu_s, "x", "lower")
+        yield Measurement("multifd_rate_of_bare", bare.wall_s / reference.wall_s, "x", "neither")

@@ -15,6 +15,7 @@ import trio
 
 from perf.benchmark import Context, Measurement
 from perf.errors import BenchmarkFailed
+from perf.links import local_link
 from perf.processes import child
 from perf.workloads.dirtying import Dirtier
 from perf.workloads.images import Mix, file_pages, fill
@@ -27,9 +28,11 @@ CHANGED = {"delta": 0.1, "new": 1.0}
 
 def run(context: Context) -> Iterator[Measurement]:
     n_pages = (context.number("mib") << 20) // PAGE_BYTES
-    url = context.text("url")
     for case, changed in CHANGED.items():
-        with child("perf.parties.receivers", "pages", url, str(n_pages)) as party:
+        with (
+            local_link(context.text("link")) as link,
+            child("perf.parties.receivers", "pages", link.url("pages"), str(n_pages)) as party,
+        ):
             yield from trio.run(_rounds, context, party.line(), case, changed, n_pages)
 
 

@@ -15,6 +15,7 @@ import xxhash
 
 from perf.benchmark import Context, Measurement, cpu_seconds
 from perf.benchmarks.link import BareStream
+from perf.links import TCP
 from perf.parties.receivers import fresh_memory
 from perf.peers import tcp
 from perf.workloads.images import Mix, image_file
@@ -28,7 +29,7 @@ def run(context: Context) -> Iterator[Measurement]:
     n_bytes = context.number("mib") << 20
     with ExitStack() as stack:
         path = stack.enter_context(image_file(n_bytes, Mix(zero=0.0)))
-        zmq = BareStream(stack, "tcp://127.0.0.1:*", n_bytes, CONNECTIONS)
+        zmq = BareStream(stack, TCP.url("bare"), n_bytes, CONNECTIONS)
         image = np.fromfile(path, np.uint8)
         words = image.view(np.uint64)
         copy = np.zeros_like(image)

@@ -1,4 +1,4 @@
-"""How fast rounds cross the loopback, beside a bare ZeroMQ stream of the same bytes.
+"""How fast rounds cross a link of one machine, beside a bare ZeroMQ stream of the same bytes.
 
 Cases: `random` (every page new and incompressible), `file` (every page new, compressible), `zero`,
 `unchanged`, and `verify` (digest of both memories). The bare stream has 1 MiB messages, zero copy,
@@ -16,6 +16,7 @@ import trio
 import zmq
 
 from perf.benchmark import Context, Measurement
+from perf.links import local_link
 from perf.processes import Cost, Stopwatch, child
 from perf.results import Better
 from perf.workloads.images import file_pages, random_pages
@@ -58,12 +59,12 @@ class BareStream:
 
 
 def run(context: Context) -> Iterator[Measurement]:
-    url, n_bytes, lanes = context.text("url"), context.number("mib") << 20, context.number("lanes")
+    n_bytes, lanes = context.number("mib") << 20, context.number("lanes")
     with ExitStack() as stack:
-        bare = BareStream(stack, url, n_bytes, lanes)
-        party = stack.enter_context(
-            child("perf.parties.receivers", "pages", url, str(n_bytes // PAGE_BYTES))
-        )
+        link = stack.enter_context(local_link(context.text("link")))
+        bare = BareStream(stack, link.url("bare"), n_bytes, lanes)
+        receiver = ("pages", link.url("pages"), str(n_bytes // PAGE_BYTES))
+        party = stack.enter_context(child("perf.parties.receivers", *receiver))
         yield from trio.run(_rounds, context, bare, party.line(), party.pid, n_bytes, lanes)
 
 

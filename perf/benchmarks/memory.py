@@ -10,6 +10,7 @@ import json
 from collections.abc import Iterator
 
 from perf.benchmark import Context, Measurement
+from perf.links import TCP
 from perf.processes import child
 from transport.frames import PAGE_BYTES
 
@@ -21,7 +22,7 @@ def run(context: Context) -> Iterator[Measurement]:
     n_pages = context.number("mib") * MIB // PAGE_BYTES
     rounds = context.number("rounds")
     for _ in range(context.repeat):
-        with child("perf.parties.receivers", "pages", "tcp://127.0.0.1:*", str(n_pages)) as party:
+        with child("perf.parties.receivers", "pages", TCP.url("pages"), str(n_pages)) as party:
             marks = _measure(context, party.line(), rounds)
         early, late = marks[rounds // 10], marks[rounds]
         allowed = n_pages * BYTES_PER_PAGE + context.number("cache-mib") * MIB

@@ -1,5 +1,5 @@
-"""Two ends of bare TCP connections: `python -m perf.parties.tcp receive HOST CONNECTIONS BYTES` and
-`send HOST:PORT CONNECTIONS IMAGE`.
+"""Two ends of bare connections: `python -m perf.parties.tcp receive HOST CONNECTIONS BYTES` and
+`send HOST:PORT CONNECTIONS IMAGE`; a path instead of HOST and HOST:PORT stands for a UNIX socket.
 
 The receiver prints where it listens, and puts what arrives, BYTES in all, into fresh shared memory.
 The sender prints how many bytes of IMAGE are in pages that are not zero, and at a line on standard
@@ -58,10 +58,30 @@ def in_threads(works: list[Callable[[], None]]) -> None:
             running.result()
 
 
+def _listen(host: str) -> socket.socket:
+    if not host.startswith("/"):
+        return socket.create_server((host, 0))
+    listener = socket.socket(socket.AF_UNIX)
+    Path(host).unlink(missing_ok=True)  # of the copy before
+    listener.bind(host)
+    listener.listen()
+    return listener
+
+
+def _connect(address: str) -> socket.socket:
+    if not address.startswith("/"):
+        host, _, port = address.partition(":")
+        return socket.create_connection((host, int(port)))
+    connection = socket.socket(socket.AF_UNIX)
+    connection.connect(address)
+    return connection
+
+
 def receive(host: str, connections: int, n_bytes: int) -> None:
     memory = fresh_memory(n_bytes)[0].data
-    with socket.create_server((host, 0)) as listener:
-        print(f"{host}:{listener.getsockname()[1]}", flush=True)
+    with _listen(host) as listener:
+        name = listener.getsockname()
+        print(name if listener.family == socket.AF_UNIX else f"{host}:{name[1]}", flush=True)
         peers = [listener.accept()[0] for _ in range(connections)]
 
     def drain(peer: socket.socket) -> None:
@@ -79,8 +99,7 @@ def send(address: str, connections: int, path: Path) -> None:
     image, _ = mapped(path)
     parts = deal(nonzero_runs(image), connections)
     sizes = [sum(end - start for start, end in part) for part in parts]
-    host, _, port = address.partition(":")
-    peers = [socket.create_connection((host, int(port))) for _ in parts]
+    peers = [_connect(address) for _ in parts]
     print(sum(sizes), flush=True)
     sys.stdin.readline()
 

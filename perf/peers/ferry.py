@@ -10,23 +10,20 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from perf.errors import BenchmarkFailed
-from perf.links import LOOPBACK, Link
+from perf.links import TCP, Link
 from perf.parties.sender import READY
 from perf.peers import DEADLINE_S, Copy
 from perf.processes import Stopwatch, child
 from transport.frames import PAGE_BYTES
 
 
-def copy(
-    image: Path, options: Mapping[str, object] | None = None, *, link: Link = LOOPBACK
-) -> Copy:
+def copy(image: Path, options: Mapping[str, object] | None = None, *, link: Link = TCP) -> Copy:
     """Copies `image` (a multiple of 4096 bytes) over `link` and proves that all has arrived.
 
     `options` are those of `perf.parties.sender`. Raises `BenchmarkFailed`.
     """
     n_bytes = image.stat().st_size
-    listen = f"tcp://{link.target_address}:*"
-    target_command = ("pages", listen, str(n_bytes // PAGE_BYTES))
+    target_command = ("pages", link.url("pages"), str(n_bytes // PAGE_BYTES))
     with child("perf.parties.receivers", *target_command, prefix=link.target_prefix) as target:
         source_command = (target.line(), str(image), json.dumps(dict(options or {})))
         with child("perf.parties.sender", *source_command, prefix=link.source_prefix) as source:

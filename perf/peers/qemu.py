@@ -19,8 +19,8 @@ import trio
 from ferry.qemu.environment import cached, find_qemu
 from ferry.qemu.errors import QemuMissing
 from ferry.qemu.probe import Qemu
-from perf.errors import BenchmarkFailed, NeedMissing
-from perf.links import LOOPBACK, Link
+from perf.errors import BenchmarkFailed, BenchUsageError, NeedMissing
+from perf.links import TCP, Link
 from perf.peers import DEADLINE_S, Copy
 from perf.processes import Stopwatch, process
 from sync.vmm.client import QmpClient
@@ -49,14 +49,21 @@ SETTINGS: Mapping[str, Setting] = {
 """What QEMU's users choose among, by the names used in results."""
 
 
-def copy(image: Path, setting: str, *, link: Link = LOOPBACK) -> Copy:
-    """Copy `image` over `link` with one of `SETTINGS`, and prove that all has arrived.
+def setting(name: str) -> Setting:
+    """Raises `BenchUsageError` if there is none of that name."""
+    if name not in SETTINGS:
+        raise BenchUsageError(f"QEMU has no peer {name!r}; there are {', '.join(SETTINGS)}")
+    return SETTINGS[name]
+
+
+def copy(image: Path, setting: Setting, *, link: Link = TCP) -> Copy:
+    """Copy `image` over `link` with that setting of `SETTINGS`, and prove that all has arrived.
 
     Raises `NeedMissing` if there is no QEMU, `BenchmarkFailed` if the migration fails.
     """
     with tempfile.TemporaryDirectory(prefix="ferry-bench-") as folder:
         n_bytes = image.stat().st_size
-        return trio.run(_copy, program(), image, n_bytes, SETTINGS[setting], link, Path(folder))
+        return trio.run(_copy, program(), image, n_bytes, setting, link, Path(folder))
 
 
 def program() -> Qemu:
@@ -100,10 +107,10 @@ async def _copy(
         ):
             for qmp in (target_qmp, source_qmp):
                 await _set_up(qmp, setting)
-            await target_qmp.execute("migrate-incoming", _to(link.target_address, "0"))
-            port = (await target_qmp.execute("query-migrate"))["socket-address"][0]["port"]
+            await target_qmp.execute("migrate-incoming", _to(_listen_address(link, folder)))
+            bound = (await target_qmp.execute("query-migrate"))["socket-address"][0]
             watch = Stopwatch(source.pid, target.pid)
-            await source_qmp.execute("migrate", _to(link.target_address, port))
+            await source_qmp.execute("migrate", _to(bound))
             found = await _completed(source_qmp)
             await _completed(target_qmp)
             cost = watch.stop()
@@ -128,10 +135,16 @@ def _arguments(
     ]
 
 
-def _to(host: str, port: str) -> dict[str, Any]:
+def _listen_address(link: Link, folder: Path) -> dict[str, str]:
+    """A SocketAddress of QAPI; the port is one that is free."""
+    if link.sockets:
+        return {"type": "unix", "path": str(folder / "link")}
+    return {"type": "inet", "host": link.target_address, "port": "0"}
+
+
+def _to(address: Mapping[str, Any]) -> dict[str, Any]:
     """Arguments of `migrate` and `migrate-incoming`."""
-    address = {"transport": "socket", "type": "inet", "host": host, "port": port}
-    return {"channels": [{"channel-type": "main", "addr": address}]}
+    return {"channels": [{"channel-type": "main", "addr": {"transport": "socket", **address}}]}
 
 
 async def _set_up(qmp: QmpClient, setting: Setting) -> None:

@@ -1,21 +1,22 @@
-"""The least that a full copy over TCP can be: the pages that are not zero, as they are, into fresh
-memory. Nothing says where they belong, and nothing checks them; which pages are zero is known
-before the clock starts. A limit, not a peer.
+"""The least that a full copy over TCP or UNIX sockets can be: the pages that are not zero, as they
+are, into fresh memory. Nothing says where they belong, and nothing checks them; which pages are
+zero is known before the clock starts. A limit, not a peer.
 """
 
 from pathlib import Path
 
-from perf.links import LOOPBACK, Link
+from perf.links import TCP, Link
 from perf.peers import DEADLINE_S, Copy
 from perf.processes import Stopwatch, child
 
 PARTY = "perf.parties.tcp"
 
 
-def copy(image: Path, connections: int, *, link: Link = LOOPBACK) -> Copy:
+def copy(image: Path, connections: int, *, link: Link = TCP) -> Copy:
     """Copies `image` over `link`. Raises `BenchmarkFailed`."""
     n_bytes = image.stat().st_size
-    target_command = ("receive", link.target_address, str(connections), str(n_bytes))
+    listen = str(link.sockets / "bare") if link.sockets else link.target_address
+    target_command = ("receive", listen, str(connections), str(n_bytes))
     with child(PARTY, *target_command, prefix=link.target_prefix) as target:
         source_command = ("send", target.line(), str(connections), str(image))
         with child(PARTY, *source_command, prefix=link.source_prefix) as source:

@@ -10,6 +10,7 @@ from collections.abc import Callable
 import numpy as np
 import numpy.typing as npt
 
+from perf.errors import BenchUsageError
 from perf.workloads.images import random_pages
 from transport.frames import PAGE_BYTES
 
@@ -21,6 +22,12 @@ _BATCH_PAGES = 4096
 Bytes = npt.NDArray[np.uint8]
 Indices = npt.NDArray[np.uint32]
 MakePages = Callable[[np.random.Generator, int], Bytes]
+
+
+def check_pattern(pattern: str) -> None:
+    """Raises `BenchUsageError` if there is no such pattern."""
+    if pattern not in PATTERNS:
+        raise BenchUsageError(f"there is no pattern {pattern!r}; there are {', '.join(PATTERNS)}")
 
 
 class Dirtier:
@@ -38,10 +45,9 @@ class Dirtier:
     ) -> None:
         """`changed`: share of a page's bytes that a write replaces, in one piece, by `content`.
 
-        ValueError: there is no such pattern.
+        Raises as `check_pattern`.
         """
-        if pattern not in PATTERNS:
-            raise ValueError(f"there is no pattern {pattern!r}; there are {', '.join(PATTERNS)}")
+        check_pattern(pattern)
         self._pages = memory.reshape(-1, PAGE_BYTES)
         self._pattern = pattern
         self._pages_per_s = pages_per_s

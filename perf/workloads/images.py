@@ -39,7 +39,7 @@ class Mix:
 
     def __post_init__(self) -> None:
         if min(self.zero, self.random) < 0 or self.zero + self.random > 1:
-            raise ValueError(f"{self} has shares that are negative, or more than all pages")
+            raise BenchUsageError(f"{self} has shares that are negative, or more than all pages")
 
 
 def random_pages(rng: np.random.Generator, n_pages: int) -> Bytes:

@@ -9,8 +9,16 @@ from pathlib import Path
 import pytest
 
 from perf import links
-from perf.errors import NeedMissing
-from perf.links import DEVICE, SOURCE_ADDRESS, TARGET_ADDRESS, Link, shaped_link
+from perf.errors import BenchUsageError, NeedMissing
+from perf.links import (
+    DEVICE,
+    SOURCE_ADDRESS,
+    TARGET_ADDRESS,
+    Link,
+    local_link,
+    open_link,
+    shaped_link,
+)
 
 needs_namespaces = pytest.mark.skipif(
     links.missing() is not None, reason=f"no shaped links: {links.missing()}"
@@ -86,3 +94,33 @@ def test_what_the_kernel_cannot_do_is_said(monkeypatch: pytest.MonkeyPatch) -> N
     with pytest.raises(NeedMissing, match="no network namespace"), shaped_link(RATE):
         pass
     assert "no network namespace" in str(links.missing())
+
+
+def test_links_have_names() -> None:
+    with open_link("tcp") as link:
+        assert link.url("pages") == "tcp://127.0.0.1:*"
+    with open_link("ipc") as link:
+        assert link.sockets is not None
+        assert link.url("pages") == f"ipc://{link.sockets}/pages"
+        assert link.sockets.is_dir()
+    assert not link.sockets.exists()
+
+
+@needs_namespaces
+def test_a_number_names_a_rate() -> None:
+    with open_link("100") as link:
+        assert link.bits_per_s == 10**8
+        assert link.url("pages") == f"tcp://{TARGET_ADDRESS}:*"
+
+
+@pytest.mark.parametrize("text", ["", "udp", "0", "-1", "1e3", "1000@5", "1000@-5ms", "10000000"])
+def test_a_link_that_there_is_not_is_named(text: str) -> None:
+    with pytest.raises(BenchUsageError, match="there is no link"), open_link(text):
+        pass
+
+
+def test_a_benchmark_at_one_end_has_no_shaped_link() -> None:
+    with local_link("ipc") as link:
+        assert link.name == "ipc"
+    with pytest.raises(BenchUsageError, match="tcp and ipc"), local_link("1000"):
+        pass
