@@ -7,8 +7,6 @@ rounds are `ferry.precopy`'s; the command around it is `ferry.send`.
 import contextlib
 import os
 import secrets
-import socket
-import tempfile
 import time
 from collections.abc import Awaitable, Callable
 from dataclasses import asdict, dataclass
@@ -98,7 +96,6 @@ class Source:
         self._pump_stop = trio.Event()
         self._pump_ended = trio.Event()
         self._pump_ended.set()
-        self._scratch = contextlib.ExitStack()
         self._gateways: list[GatewayClient] = []
         self._downtime = Downtime(0.0, 0.0)
         self._started = trio.current_time()
@@ -129,7 +126,6 @@ class Source:
     # --- prepare: nothing is touched ---
 
     async def _prepare(self) -> Event:
-        await trio.to_thread.run_sync(self._make_scratch)
         for path in self._options.gateway:
             await self._attach(path)
         self._vmm = await Vmm.connect(self._options.qmp)
@@ -168,11 +164,6 @@ class Source:
             return Event.CHECKED
         await self.kernels.ready()
         return Event.PREPARED
-
-    def _make_scratch(self) -> None:
-        self._folder = Path(
-            self._scratch.enter_context(tempfile.TemporaryDirectory(prefix="vfio-ferry-"))
-        )
 
     async def _attach(self, path: str) -> None:
         """Takes the gateway's lease, and chooses how the device's state and pages move."""
@@ -236,12 +227,9 @@ class Source:
         )
         self._pump_ended = trio.Event()
         self._nursery.start_soon(self._pump_registers)
-        socket_path = str(self._folder / "vmm.sock")
-        listening = trio.socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
-        await listening.bind(socket_path)
-        listening.listen(1)
-        listener = trio.SocketListener(listening)
-        self._nursery.start_soon(self._link.carry_vmm_stream, listener, self._judge_vmm_stream)
+        socket_path: str = await self._nursery.start(
+            self._link.carry_vmm_stream, self._judge_vmm_stream
+        )
         # Only now: what a device writes is tracked before the VMM reads the first page.
         self._vmm_begun = True
         await self._vmm.start_outgoing(f"unix:{socket_path}")
@@ -427,7 +415,6 @@ class Source:
             await self._platform.aclose()
         if self._vmm is not None:
             await self._vmm.aclose()
-        self._scratch.close()
 
     def _finish_report(self) -> None:
         downtime = self._downtime

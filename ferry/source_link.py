@@ -5,6 +5,8 @@ is sent when is `ferry.source`'s business.
 """
 
 import contextlib
+import socket
+import tempfile
 from collections.abc import Awaitable, Callable
 from typing import TYPE_CHECKING, Any
 
@@ -140,13 +142,24 @@ class SourceLink:
         return await self.sender.send_round(indices, self._round_no)
 
     async def carry_vmm_stream(
-        self, listener: trio.SocketListener, ended: Callable[[], Awaitable[None]]
+        self,
+        ended: Callable[[], Awaitable[None]],
+        *,
+        task_status: trio.TaskStatus[str] = trio.TASK_STATUS_IGNORED,
     ) -> None:
-        """Takes the VMM's connection and carries its stream across, until `cut_vmm_stream`. `ended`
-        is called when the VMM closes it, before the target hears of it."""
+        """Takes the VMM's connection and carries its stream across, until `cut_vmm_stream`. Has
+        started with the path of the socket that it listens at; `ended` is called when the VMM
+        closes the stream, before the target hears of it."""
         with self._tunnel:
-            async with listener:
-                stream = await listener.accept()
+            # Gone once the VMM has connected, so that nothing is left behind if we are killed.
+            with tempfile.TemporaryDirectory(prefix="vfio-ferry-") as folder:
+                path = f"{folder}/vmm.sock"
+                listening = trio.socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+                await listening.bind(path)
+                listening.listen(1)
+                async with trio.SocketListener(listening) as listener:
+                    task_status.started(path)
+                    stream = await listener.accept()
             await run_tunnel(stream, self.sender, self._runner, ended)
 
     def cut_vmm_stream(self) -> None:

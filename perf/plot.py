@@ -21,6 +21,8 @@ if TYPE_CHECKING:
 MIB = 1 << 20
 PHASE_LABEL_SHARE = 0.04
 """Phases that follow closer than this, of the time that is drawn, have a line and no name."""
+MAX_TICKS = 12
+"""More values of what is swept over than these are not each named."""
 AT_TOP = ("data", "axes fraction")
 Event = dict[str, Any]
 
@@ -88,7 +90,7 @@ def timeline(events: Sequence[Event], out: Path) -> None:
     }
     _mark_phases(pages, phases)
     for axes in (pages, rates):
-        axes.legend(fontsize="small", ncols=2)
+        axes.legend(fontsize="small", loc="upper left", bbox_to_anchor=(1.01, 1.0))
 
     report = next((event for event in events if event["event"] == "report"), {})
     at = 0.0
@@ -154,6 +156,8 @@ def sweep(samples: Sequence[Sample], metric: str, over: str, out: Path) -> None:
             [s.upper - s.median for s in summaries],
         ]
         axes.errorbar(x, middle, spread, fmt="o-", capsize=3, label=label or None)
+    if len(values := sorted({each.dimensions[over] for each in wanted}, key=str)) <= MAX_TICKS:
+        axes.set_xticks(values)
     axes.set_xlabel(over)
     axes.set_ylabel(f"{metric}, {wanted[0].unit}")
     axes.set_title(wanted[0].machine, fontsize="small")

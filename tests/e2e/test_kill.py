@@ -7,6 +7,7 @@ I/O has to go on with every checksum right.
 """
 
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 import pytest
 
@@ -70,6 +71,23 @@ def test_i7_i8_killed(tmp_path: Path, method: Method, phase: str, victim: str) -
         assert Exit.INTERNAL not in codes.values(), (sender.tail(), receiver.tail())
         owner = settle(bed, a, b, victim, codes, sender, receiver)
         check(bed, owner, b if owner is a else a, victim)
+
+
+def test_a_killed_send_leaves_no_files_behind(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    method = Method()
+    # Not below tmp_path: the path of a socket has to be short.
+    with (
+        TemporaryDirectory(prefix="ferry-") as folder,
+        new_bed(tmp_path, small_setup(method)) as bed,
+    ):
+        monkeypatch.setenv("TMPDIR", folder)
+        a, b = start_both(bed)
+        sender, _ = start_migration(bed, a, b, method, "--break-at", "stopping")
+        sender.wait_stopped()
+        sender.kill()
+        assert not [*Path(folder).iterdir()]
 
 
 def settle(
