@@ -89,7 +89,7 @@ class Kernels:
 
     async def load(self) -> None:
         """Where they have to be compiled first, says that it takes a while."""
-        await trio.to_thread.run_sync(warm_up, self._explain)
+        await trio.to_thread.run_sync(warm_up, self._explain, abandon_on_cancel=True)
         self._loaded.set()
 
     async def ready(self) -> None:

@@ -25,7 +25,7 @@ BENCHMARKS: dict[str, Benchmark] = {
     ),
     "kernel-load": Benchmark(
         "perf.benchmarks.kernel_load",
-        "imports of a process of its own, and loading the kernels from their cache",
+        "imports of a process of its own, loading the kernels from their cache, compiling them",
     ),
     "trace": Benchmark(
         "perf.benchmarks.trace",

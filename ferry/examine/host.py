@@ -16,7 +16,8 @@ from ferry.progress import bytes_text
 from ferry.receive import memory_available
 from sync.memory import PAGE_BYTES
 from transport.errors import EndpointError
-from transport.kernels.clib import NativeLibraryError, bind
+from transport.kernels.cache import CompilationFailed
+from transport.kernels.clib import NativeLibraryError, addresses
 from transport.kernels.compiled import warm_up
 from transport.receiver import open_receiver
 
@@ -50,21 +51,22 @@ def _machine() -> Finding:
 
 def _kernels() -> list[Finding]:
     try:
-        bind()
+        addresses()
     except NativeLibraryError as error:
         return [problem("C libraries", str(error))]
     found = [ok("C libraries", "LZ4 and XXH3 can be called")]
     try:
         done = warm_up()
-    # numba raises a plain RuntimeError where it finds no folder that it may write its cache to.
-    except RuntimeError as error:
-        advice = "let NUMBA_CACHE_DIR name a folder that can be written to"
+    except CompilationFailed as error:
+        advice = "install numba again, and look at what it says"
         return [*found, problem("kernels", str(error), advice)]
     if done.cache_hit:
-        text = f"{done.kernels} kernels, loaded from the cache in {done.seconds:.1f} s"
+        text = f"{done.kernels} kernels, loaded from the cache in {done.seconds * 1e3:.0f} ms"
     else:
-        text = f"{done.compiled} of {done.kernels} kernels compiled in {done.seconds:.0f} s; from "
-        text += "now on they come from the cache"
+        text = (
+            f"{done.kernels} kernels compiled in {done.seconds:.0f} s; from now on they come from "
+        )
+        text += "the cache"
     return [*found, ok("kernels", text)]
 
 

@@ -29,6 +29,7 @@ from ferry.qemu import packages
 from ferry.qemu.errors import EnvironmentFailed, QemuMissing
 from ferry.qemu.packages import Progress, Recipe
 from ferry.qemu.probe import Qemu, probe
+from transport.user_cache import default_cache
 
 SUITE = "trixie"
 """Debian 13: its backports hold a QEMU with vfio-user-pci."""
@@ -36,7 +37,6 @@ GUEST_PACKAGES = ("linux-image-amd64", "busybox-static", "e2fsprogs", "kmod")
 QEMU_PACKAGES = ("qemu-system-x86",)
 QEMU_SOURCES = ("qemu", "seabios", "ipxe")
 MIRROR_VARIABLE = "VFIO_FERRY_DEBIAN_MIRROR"
-CACHE_VARIABLE = "VFIO_FERRY_CACHE"
 QEMU_PROGRAM = "qemu-system-x86_64"
 
 _LAYOUT = "1"
@@ -74,14 +74,6 @@ class Environment:
     def libraries(self) -> Path:
         """Where the programs of `root` find their shared libraries."""
         return self.root / _LIBRARIES
-
-
-def default_cache() -> Path:
-    """$VFIO_FERRY_CACHE, or vfio-ferry in $XDG_CACHE_HOME or ~/.cache."""
-    if chosen := os.environ.get(CACHE_VARIABLE):
-        return Path(chosen).absolute()
-    base = os.environ.get("XDG_CACHE_HOME")
-    return (Path(base) if base else Path.home() / ".cache").absolute() / "vfio-ferry"
 
 
 def find_qemu(candidates: Sequence[Path] | None = None) -> Qemu:

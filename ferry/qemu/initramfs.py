@@ -12,9 +12,10 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from ferry.qemu.cpio import CpioArchive
-from ferry.qemu.environment import Environment, default_cache, libraries_of
+from ferry.qemu.environment import Environment, libraries_of
 from ferry.qemu.errors import GuestImageError
 from ferry.qemu.modules import read_module, read_order
+from transport.user_cache import default_cache
 
 MODULES = ("virtio_pci", "virtio_blk", "crc32c_generic", "ext4", "e1000")
 """ext4 asks for crc32c by name, which modules.dep does not know."""

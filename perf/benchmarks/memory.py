@@ -1,7 +1,7 @@
 """What `send` takes of its host's memory beside the guest's, over a thousand rounds.
 
 `private` is what the process costs: memory that is its own and no file's. `resident` adds the pages
-of programs and libraries that are mapped in (LLVM's alone are 69 MiB): all processes share them,
+of programs and libraries that are mapped in: all processes share them,
 and the kernel drops them when it needs room. The bar is held against `private`, less the 16 bytes
 a page and the cache that it allows. `growth` is from a tenth of the rounds to all.
 """

@@ -35,7 +35,7 @@ def run(context: Context) -> Iterator[Measurement]:
         for _ in range(context.repeat):
             yield from _start("warm")
         if context.number("cold"):
-            with _environment(NUMBA_CACHE_DIR=kernels):
+            with _environment(VFIO_FERRY_CACHE=kernels):
                 yield from _start("cold")
 
 

@@ -6,10 +6,11 @@ from pathlib import Path
 import pytest
 
 from ferry.qemu import environment, packages
-from ferry.qemu.environment import cached, default_cache, libraries_of, prepare
+from ferry.qemu.environment import cached, libraries_of, prepare
 from ferry.qemu.errors import EnvironmentFailed, QemuMissing
 from ferry.qemu.packages import Progress, Recipe
 from ferry.qemu.probe import Qemu
+from transport.user_cache import default_cache
 
 
 def test_the_cache_is_where_the_user_wants_it(

@@ -1,7 +1,5 @@
 """Bitmap kernels against sets of plain Python integers."""
 
-from typing import Any
-
 import numpy as np
 import pytest
 from hypothesis import given
@@ -69,17 +67,24 @@ def test_scans_find_what_is_set(case: tuple[int, set[int]], dirt: bool) -> None:
 
 
 @pytest.mark.parametrize(
-    "write",
+    "name",
     [
-        bm._write_by_table,
+        "_write_by_table",
         pytest.param(
-            bm._write_by_compress,
+            "_write_by_compress",
             marks=pytest.mark.skipif(not HAS_COMPRESS, reason="the processor has no AVX-512"),
         ),
     ],
 )
-def test_either_way_to_write_the_numbers_of_a_word_finds_its_bits(write: Any) -> None:
+def test_either_way_to_write_the_numbers_of_a_word_finds_its_bits(name: str) -> None:
     """A machine uses only one of them."""
+    from numba import njit
+
+    from transport.kernels.compiler import use_numba_in
+
+    use_numba_in(vars(bm))
+    inlined = vars(bm)[name]
+    write = njit(lambda *arguments: inlined(*arguments))
     words = np.random.default_rng(5).integers(0, 1 << 64, 200, np.uint64)
     words[::3] &= words[1::3]
     for word in [*words.tolist(), 0, (1 << 64) - 1, 1, 1 << 63]:

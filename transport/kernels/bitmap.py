@@ -9,9 +9,8 @@ from __future__ import annotations
 
 import numpy as np
 import numpy.typing as npt
-from numba import njit, types
 
-from transport.kernels.compiled import kernel, readonly, writable
+from transport.kernels.compiled import inlined, kernel, readonly, writable
 from transport.kernels.intrinsics import (
     HAS_COMPRESS,
     compress_numbers,
@@ -159,12 +158,12 @@ def _set_or_fail(bitmap: Bitmap, indices: Indices, n_pages: int, value: bool) ->
         raise IndexError(f"page {indices[done]} of {n_pages}")
 
 
-_WORDS = readonly(types.uint64)
-_INDICES = readonly(types.uint32)
-_OUT_INDICES = writable(types.uint32)
+_WORDS = readonly(np.uint64)
+_INDICES = readonly(np.uint32)
+_OUT_INDICES = writable(np.uint32)
 
 
-@njit
+@inlined
 def _count_block(words, first, last):  # type: ignore[no-untyped-def]
     total = 0
     for w in range(first, last):
@@ -172,7 +171,7 @@ def _count_block(words, first, last):  # type: ignore[no-untyped-def]
     return total
 
 
-@kernel(_WORDS, types.uint64)
+@kernel(_WORDS, np.uint64)
 def _count(words, tail):  # type: ignore[no-untyped-def]
     if words.size == 0:
         return 0
@@ -182,7 +181,7 @@ def _count(words, tail):  # type: ignore[no-untyped-def]
     return total - count_ones(words[words.size - 1] & ~tail)
 
 
-@njit
+@inlined
 def _write_by_table(word, page, indices, found):  # type: ignore[no-untyped-def]
     """Eight numbers are written whether they count or not, which spares the branches."""
     for byte in range(8):
@@ -193,7 +192,7 @@ def _write_by_table(word, page, indices, found):  # type: ignore[no-untyped-def]
         found += count_ones(bits)
 
 
-@njit
+@inlined
 def _write_by_compress(word, page, indices, found):  # type: ignore[no-untyped-def]
     compress_numbers(np.uint64(indices.ctypes.data + 4 * found), page, word)
 
@@ -201,7 +200,7 @@ def _write_by_compress(word, page, indices, found):  # type: ignore[no-untyped-d
 _write_numbers = _write_by_compress if HAS_COMPRESS else _write_by_table
 
 
-@njit
+@inlined
 def _write_bits(word, page, indices, found, dense):  # type: ignore[no-untyped-def]
     """Write the numbers of the bits set in a word from `found` on; returns how many there are then.
 
@@ -219,7 +218,7 @@ def _write_bits(word, page, indices, found, dense):  # type: ignore[no-untyped-d
     return found
 
 
-@kernel(_WORDS, types.uint64, _OUT_INDICES)
+@kernel(_WORDS, np.uint64, _OUT_INDICES)
 def _to_indices(words, tail, indices):  # type: ignore[no-untyped-def]
     """One pass over the words, in blocks that cost a read only if they are empty."""
     found = 0
@@ -233,7 +232,7 @@ def _to_indices(words, tail, indices):  # type: ignore[no-untyped-def]
             found = _write_bits(word, np.uint32(w * 64), indices, found, n_bits > _DENSE_BITS)
 
 
-@kernel(_WORDS, types.uint64)
+@kernel(_WORDS, np.uint64)
 def _count_runs(words, tail):  # type: ignore[no-untyped-def]
     last = words.size - 1
     if last < 0:
@@ -250,7 +249,7 @@ def _count_runs(words, tail):  # type: ignore[no-untyped-def]
     return runs
 
 
-@kernel(_WORDS, types.uint64, _OUT_INDICES, _OUT_INDICES)
+@kernel(_WORDS, np.uint64, _OUT_INDICES, _OUT_INDICES)
 def _to_runs(words, tail, starts, lengths):  # type: ignore[no-untyped-def]
     """One pass over the words, as `_to_indices`, and one over the runs, block by block, while they
     are in the cache.
@@ -291,7 +290,7 @@ def _fill_runs(starts, lengths, indices):  # type: ignore[no-untyped-def]
         filled += np.int64(lengths[run])
 
 
-@kernel(writable(types.uint64), _INDICES, types.int64, types.boolean)
+@kernel(writable(np.uint64), _INDICES, np.int64, np.bool_)
 def _assign(bitmap, indices, n_pages, value):  # type: ignore[no-untyped-def]
     for position in range(indices.size):
         page = np.int64(indices[position])
@@ -305,7 +304,7 @@ def _assign(bitmap, indices, n_pages, value):  # type: ignore[no-untyped-def]
     return indices.size
 
 
-@kernel(_WORDS, types.uint64, types.int64, types.int64, writable(types.uint64))
+@kernel(_WORDS, np.uint64, np.int64, np.int64, writable(np.uint64))
 def _expand(coarse, tail, pages_per_bit, n_pages, bitmap):  # type: ignore[no-untyped-def]
     for w in range(coarse.size):
         word = coarse[w]

@@ -1,111 +1,154 @@
-"""How a kernel is declared, and when it is compiled.
+"""How a kernel is declared, made ready and called.
 
-Owns the `kernel` decorator and `warm_up`. A kernel has one explicit signature and is loaded from
-numba's cache, or compiled, at its first call or by `warm_up`, never at import: importing this room
-must cost nothing to a command that only prints its help, and whoever starts a migration wants to
-say how long a first compilation takes.
-
-Numba looks at the time stamp of a kernel's own file to tell whether its cache is stale. What a
-kernel takes from other files (`intrinsics`, `clib`, the constants of `frames`) does not count: who
-edits those deletes the cache (`__pycache__/*.nb?`).
+A kernel is a function in the part of Python that numba compiles, with one explicit signature.
+`compiler` compiles all of them at once, in a process of its own, to an image of machine code
+(`image`), which `cache` keeps for the processes to come. Whoever only calls kernels imports neither
+numba nor LLVM, which would take longer and need more memory than all the rest of `send` does, and
+importing this room loads nothing: whoever starts a migration wants to say how long a first
+compilation takes.
 """
 
 from __future__ import annotations
 
-import gc
+import ctypes
+import struct
 import threading
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Final
 
-import llvmlite.binding as llvm
-from numba import njit, types
-from numba.core.runtime import _nrt_python  # type: ignore[attr-defined]  # in C, without types
-from numba.core.types import Type
+import numpy as np
 
-from transport.kernels import clib
+from transport.kernels import cache, clib
+from transport.kernels.image import LoadedImage
+
+Scalar = type[np.generic]
+
+RAISED: Final = -(1 << 63)
+"""What the machine code of a kernel returns if the kernel raised an exception. None should."""
 
 
-def readonly(element: Type) -> Type:
+@dataclass(frozen=True)
+class Array:
+    """A 1-D contiguous array."""
+
+    element: Scalar
+    writable: bool
+
+
+@dataclass(frozen=True)
+class Struct:
+    """A NamedTuple of arrays."""
+
+    fields: tuple[Array, ...]
+    of: type[tuple[Any, ...]]
+
+
+Parameter = Scalar | Array | Struct
+
+
+def readonly(element: Scalar) -> Array:
     """A 1-D contiguous array that the kernel only reads; takes writable arrays, too."""
-    return types.Array(element, 1, "C", readonly=True)
+    return Array(element, writable=False)
 
 
-def writable(element: Type) -> Type:
+def writable(element: Scalar) -> Array:
     """A 1-D contiguous array that the kernel writes."""
-    return types.Array(element, 1, "C")
+    return Array(element, writable=True)
 
 
-def named_tuple(fields: tuple[Type, ...], of: type[tuple[Any, ...]]) -> Type:
+def named_tuple(fields: tuple[Array, ...], of: type[tuple[Any, ...]]) -> Struct:
     """A NamedTuple class with fields of these types."""
-    kind: Type
-    if len(set(fields)) == 1:  # numba tells these apart
-        kind = types.NamedUniTuple(fields[0], len(fields), of)  # type: ignore[no-untyped-call]
-    else:
-        kind = types.NamedTuple(fields, of)  # type: ignore[no-untyped-call]
-    return kind
+    return Struct(fields, of)
+
+
+@dataclass(frozen=True)
+class Inlined:
+    """A function that only kernels call; see `inlined`."""
+
+    function: Callable[..., Any]
+
+
+def inlined(function: Callable[..., Any]) -> Any:
+    """Declare a module-level function for use inside kernels, which have a copy of it each."""
+    return Inlined(function)
 
 
 class Kernel:
-    """A compiled function with one signature, without the GIL; compiled when first needed."""
+    """A compiled function with one signature, without the GIL; compiled when first needed.
 
-    def __init__(self, function: Callable[..., Any], signature: tuple[Type, ...]) -> None:
-        self._function = function
-        self._signature = signature
-        self._compiled: Any = None
-
-    def load(self, compiling: Callable[[], None] | None = None) -> bool:
-        """Make the kernel ready. True if it had to be compiled, False if it was there already.
-
-        `compiling` is called before it is compiled.
-        """
-        with _lock:
-            if self._compiled is not None:
-                return False
-            clib.bind()
-            compiled = njit(nogil=True, cache=True)(self._function)
-            cached = _load_from_cache(compiled, self._signature)
-            if not cached:
-                if compiling is not None:
-                    compiling()
-                compiled.compile(self._signature)
-            compiled.disable_compile()
-            self._compiled = compiled
-            return not cached
-
-    def __call__(self, *arguments: Any) -> Any:
-        if self._compiled is None:
-            self.load()
-        return self._compiled(*arguments)
-
-
-def _load_from_cache(dispatcher: Any, signature: tuple[Type, ...]) -> bool:
-    """What `dispatcher.compile` does first, but for one thing: numba makes all that it can compile
-    known to itself before it looks into its cache. Code that is compiled already needs none of it,
-    and it would take as long as importing numba does, and 15 MiB. Nor is numba's runtime compiled,
-    since kernels neither allocate nor return arrays: its functions in C have to be known, no more.
+    Integers come back as integers, for what returns nothing 0. Raises TypeError for an argument
+    that is not of the signature.
     """
-    try:
-        context, cache = dispatcher.targetctx, dispatcher._cache
-        for name, address in _nrt_python.c_helpers.items():
-            llvm.add_symbol(name if name.startswith("_") else f"NRT_{name}", address)
-        found = cache._load_overload(signature, context)
-        if found is None:
-            return False
-        context.insert_user_function(found.entry_point, found.fndesc, [found.library])
-        dispatcher.add_overload(found)
-    except AttributeError:  # these are internals: a numba without them loads it as it sees fit
-        return False
-    return True
+
+    def __init__(self, function: Callable[..., Any], signature: tuple[Parameter, ...]) -> None:
+        self.function = function
+        self.signature = signature
+        self._entry: Callable[[bytes], int] | None = None
+        flat: list[Scalar | Array] = []
+        for parameter in signature:
+            flat += parameter.fields if isinstance(parameter, Struct) else [parameter]
+        self._n_words = len(flat)
+        self._arrays = [
+            (position, np.dtype(word.element), word.writable)
+            for position, word in enumerate(flat)
+            if isinstance(word, Array)
+        ]
+        # An array is passed as the address of NumPy's object, where the machine code finds data
+        # and length: to ask for these here would take longer than all the rest of the call.
+        formats = ("Q" if isinstance(word, Array) else _FORMAT[word] for word in flat)
+        self._words = struct.Struct("".join(formats))
+
+    @property
+    def name(self) -> str:
+        """Unique among kernels."""
+        return f"{self.function.__module__.rpartition('.')[2]}.{self.function.__name__}"
+
+    def bind(self, address: int) -> None:
+        """The machine code is at `address`: `int64_t entry(const uint64_t *words)`."""
+        self._entry = ctypes.CFUNCTYPE(ctypes.c_int64, ctypes.c_char_p)(address)
+
+    def __call__(self, *arguments: Any) -> int:
+        if self._entry is None:
+            warm_up()
+            assert self._entry is not None
+        words: list[Any] = []
+        for argument in arguments:
+            if isinstance(argument, tuple):
+                words += argument
+            else:
+                words.append(argument)
+        if len(words) != self._n_words:
+            raise TypeError(f"{self.name}: {len(words)} arguments for {self._n_words}")
+        for position, dtype, written in self._arrays:
+            array = words[position]
+            if (
+                not isinstance(array, np.ndarray)
+                or array.dtype != dtype
+                or array.ndim != 1
+                or not (flags := array.flags).c_contiguous
+                or (written and not flags.writeable)
+            ):
+                raise TypeError(f"{self.name}: argument {position} is no array as it was declared")
+            words[position] = id(array)
+        try:
+            packed = self._words.pack(*words)
+        except struct.error as error:
+            raise TypeError(f"{self.name}: {error}") from error
+        result = self._entry(packed)
+        if result == RAISED:
+            raise RuntimeError(f"{self.name} raised an exception")
+        return result
 
 
+_FORMAT: Final[dict[Scalar, str]] = {np.int64: "q", np.uint64: "Q", np.bool_: "Q"}
 _kernels: list[Kernel] = []
 _lock = threading.Lock()
-_frozen = False
+_loaded: LoadedImage | None = None
 
 
-def kernel(*signature: Type) -> Callable[[Callable[..., Any]], Kernel]:
+def kernel(*signature: Parameter) -> Callable[[Callable[..., Any]], Kernel]:
     """Declare a module-level function as a kernel with these argument types."""
 
     def declare(function: Callable[..., Any]) -> Kernel:
@@ -116,39 +159,48 @@ def kernel(*signature: Type) -> Callable[[Callable[..., Any]], Kernel]:
     return declare
 
 
+def all_kernels() -> list[Kernel]:
+    """Every kernel of this room."""
+    # Imported here because these modules declare their kernels by this one.
+    from transport.kernels import bitmap, digests, pages, unpack  # noqa: F401
+
+    return _kernels
+
+
 @dataclass(frozen=True, slots=True)
 class WarmUp:
     """What `warm_up` has done."""
 
     seconds: float
-    """Time it took: well under a second from cache, tens of seconds for a first compilation."""
+    """Time it took: milliseconds from the cache, some seconds for a first compilation."""
     kernels: int
     """Kernels that are ready now."""
-    compiled: int
-    """Those that were compiled because the cache did not hold them."""
-
-    @property
-    def cache_hit(self) -> bool:
-        """Nothing had to be compiled."""
-        return self.compiled == 0
+    cache_hit: bool
+    """Nothing had to be compiled."""
 
 
 def warm_up(compiling: Callable[[], None] | None = None) -> WarmUp:
-    """Load or compile every kernel; may be called again and from any thread.
+    """Load every kernel, or compile them; may be called again and from any thread.
 
-    `compiling` is called once before the first one that has to be compiled, if any has to.
-    Raises `NativeLibraryError` if the C libraries are missing or too old.
+    `compiling` is called once before they are compiled, or before another process is waited for
+    that compiles them already. Raises `NativeLibraryError` if the C libraries are missing or too
+    old, `CompilationFailed` if there is no image in the cache and none can be made.
     """
-    # Imported here because these modules declare their kernels by this one.
-    from transport.kernels import bitmap, digests, pages, unpack  # noqa: F401
-
-    global _frozen
+    global _loaded
     began = time.monotonic()
-    compiled = 0
-    for each in _kernels:
-        compiled += each.load(None if compiled else compiling)
-    if not _frozen:
-        # numba's hundred thousands of objects stay; the collector need not look at them each time.
-        gc.freeze()
-        _frozen = True
-    return WarmUp(time.monotonic() - began, len(_kernels), compiled)
+    hit = True
+
+    def missing() -> None:
+        nonlocal hit
+        hit = False
+        if compiling is not None:
+            compiling()
+
+    with _lock:
+        kernels = all_kernels()
+        if _loaded is None:
+            functions = clib.addresses()
+            _loaded = cache.get_image(missing).load(functions)
+            for each in kernels:
+                each.bind(_loaded.address + _loaded.entries[each.name])
+    return WarmUp(time.monotonic() - began, len(kernels), hit)

@@ -18,12 +18,11 @@ from typing import Any, Final, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
-from numba import njit, types
 
 from transport.extents import Extent, check_extents
 from transport.frames import PAGE_BYTES, STRIPE_PAGES
 from transport.kernels import clib
-from transport.kernels.compiled import named_tuple, writable
+from transport.kernels.compiled import inlined, named_tuple, writable
 
 _SEEK_DATA: Final = os.SEEK_DATA
 _SEEK_HOLE: Final = os.SEEK_HOLE
@@ -45,7 +44,7 @@ class Files(NamedTuple):
     If its owner makes it a hole after that, it is touched, which costs memory and nothing else."""
 
 
-FILES = named_tuple((*(writable(types.int64),) * 5, writable(types.uint64)), Files)
+FILES = named_tuple((*(writable(np.int64),) * 5, writable(np.uint64)), Files)
 
 
 def new_files(extents: Sequence[Extent], n_pages: int) -> Files:
@@ -61,7 +60,7 @@ def new_files(extents: Sequence[Extent], n_pages: int) -> Files:
     return Files(*columns)
 
 
-@njit
+@inlined
 def _extent_of(files, page):  # type: ignore[no-untyped-def]
     for extent in range(files.first_page.size):
         if 0 <= page - files.first_page[extent] < files.n_pages[extent]:
@@ -69,7 +68,7 @@ def _extent_of(files, page):  # type: ignore[no-untyped-def]
     return -1
 
 
-@njit
+@inlined
 def end_of_hole(files, page):  # type: ignore[no-untyped-def]
     """The first page behind the hole that `page` lies in; `page` itself if it is in none."""
     extent = _extent_of(files, page)
@@ -84,14 +83,14 @@ def end_of_hole(files, page):  # type: ignore[no-untyped-def]
     return end if clib.lseek(files.descriptor[extent], at, _SEEK_HOLE) == at else page
 
 
-@njit
+@inlined
 def forget_hole(files):  # type: ignore[no-untyped-def]
     """To be called before each pass over pages: holes have been filled since the last one."""
     for field in range(files.hole.size):
         files.hole[field] = -1
 
 
-@njit
+@inlined
 def in_hole(files, page):  # type: ignore[no-untyped-def]
     """Whether `page` lies in a hole, as far as one look at each stripe, a system call, can tell.
 
@@ -112,7 +111,7 @@ def in_hole(files, page):  # type: ignore[no-untyped-def]
     return False
 
 
-@njit
+@inlined
 def write_pages(files, page, source, count):  # type: ignore[no-untyped-def]
     """Write `count` pages, all of one extent, from address `source`. False if that failed.
 

@@ -30,7 +30,6 @@ from __future__ import annotations
 from typing import Any, Final, NamedTuple
 
 import numpy as np
-from numba import njit, types
 
 from transport.frames import (
     BASE_BYTES,
@@ -42,7 +41,7 @@ from transport.frames import (
     PageKind,
 )
 from transport.kernels import clib
-from transport.kernels.compiled import kernel, named_tuple, readonly, writable
+from transport.kernels.compiled import inlined, kernel, named_tuple, readonly, writable
 from transport.kernels.files import FILES, forget_hole, in_hole
 from transport.kernels.intrinsics import count_ones, prefetch, trailing_zeros
 
@@ -137,18 +136,18 @@ def new_workspace() -> Workspace:
     return Workspace(space, space.view(np.uint8))
 
 
-_BYTES = readonly(types.uint8)
-_OUT_BYTES = writable(types.uint8)
-_OUT_U16 = writable(types.uint16)
-_OUT_U32 = writable(types.uint32)
-_OUT_U64 = writable(types.uint64)
-_OUT_I64 = writable(types.int64)
+_BYTES = readonly(np.uint8)
+_OUT_BYTES = writable(np.uint8)
+_OUT_U16 = writable(np.uint16)
+_OUT_U32 = writable(np.uint32)
+_OUT_U64 = writable(np.uint64)
+_OUT_I64 = writable(np.int64)
 _KNOWLEDGE = named_tuple((_OUT_U64, _OUT_U32, _OUT_U64, _OUT_U32, _OUT_BYTES, _OUT_I64), Knowledge)
 WORKSPACE = named_tuple((_OUT_U64, _OUT_BYTES), Workspace)
 _TABLES = named_tuple((_OUT_U32, _OUT_U16, _OUT_BYTES, _OUT_U64), Tables)
 
 
-@njit
+@inlined
 def _snapshot(memory, page, workspace):  # type: ignore[no-untyped-def]
     """Copy a live page into the workspace, reading each word once. True if it was all zero."""
     start = np.uint64(page) * np.uint64(PAGE_WORDS)
@@ -160,13 +159,13 @@ def _snapshot(memory, page, workspace):  # type: ignore[no-untyped-def]
     return seen == 0
 
 
-@njit
+@inlined
 def _prefetch_page(address):  # type: ignore[no-untyped-def]
     for line in range(0, PAGE_BYTES, _CACHE_LINE_BYTES):
         prefetch(np.uint64(address) + np.uint64(line))
 
 
-@njit
+@inlined
 def _load_base(cache, slot, workspace):  # type: ignore[no-untyped-def]
     """Copy a base from the cache into the workspace. Returns in how many words the page differs."""
     start = np.uint64(slot) * np.uint64(PAGE_WORDS)
@@ -178,7 +177,7 @@ def _load_base(cache, slot, workspace):  # type: ignore[no-untyped-def]
     return changed
 
 
-@njit
+@inlined
 def _mark_changes(workspace):  # type: ignore[no-untyped-def]
     """Set a bit of the mask for each byte in which page and base differ; returns their number."""
     changed = 0
@@ -196,7 +195,7 @@ def _mark_changes(workspace):  # type: ignore[no-untyped-def]
     return changed
 
 
-@njit
+@inlined
 def _next_byte(workspace, start, flip):  # type: ignore[no-untyped-def]
     """First byte from `start` on whose bit in the mask, turned by `flip`, is set; or PAGE_BYTES."""
     if start >= PAGE_BYTES:
@@ -213,7 +212,7 @@ def _next_byte(workspace, start, flip):  # type: ignore[no-untyped-def]
     return m * 64 + trailing_zeros(mask)
 
 
-@njit
+@inlined
 def _put_number(space, at, number):  # type: ignore[no-untyped-def]
     if number < 128:
         space[at] = number
@@ -223,7 +222,7 @@ def _put_number(space, at, number):  # type: ignore[no-untyped-def]
     return at + 2
 
 
-@njit
+@inlined
 def _make_delta(workspace, space, room):  # type: ignore[no-untyped-def]
     """Write the delta runs into the workspace; returns their length, 0 if they need more room."""
     same, differs = np.uint64(0xFFFFFFFFFFFFFFFF), np.uint64(0)
@@ -248,7 +247,7 @@ def _make_delta(workspace, space, room):  # type: ignore[no-untyped-def]
     return at - _DELTA
 
 
-@njit
+@inlined
 def _claim_slot(known, page):  # type: ignore[no-untyped-def]
     """A slot for `page`, taken from its owner if it has one."""
     slot = known.hand[0]
@@ -267,7 +266,7 @@ def _claim_slot(known, page):  # type: ignore[no-untyped-def]
     return slot
 
 
-@njit
+@inlined
 def _release_slot(known, page):  # type: ignore[no-untyped-def]
     slot = np.int64(known.slots[page]) - 1
     if slot >= 0:
@@ -276,7 +275,7 @@ def _release_slot(known, page):  # type: ignore[no-untyped-def]
         known.referenced[slot] = 0
 
 
-@njit
+@inlined
 def _keep_snapshot(known, page, workspace):  # type: ignore[no-untyped-def]
     slot = np.int64(known.slots[page]) - 1
     if slot < 0:
@@ -286,7 +285,7 @@ def _keep_snapshot(known, page, workspace):  # type: ignore[no-untyped-def]
         known.cache[start + np.uint64(word)] = workspace[PAGE_AT // 8 + word]
 
 
-@njit
+@inlined
 def _compress(workspace, lz4_state, address, room):  # type: ignore[no-untyped-def]
     """LZ4 of the snapshot to `address`; returns its length, 0 if it does not fit."""
     page = workspace.ctypes.data + PAGE_AT
@@ -295,7 +294,7 @@ def _compress(workspace, lz4_state, address, room):  # type: ignore[no-untyped-d
     )
 
 
-@njit
+@inlined
 def _compress_with_base(workspace, lz4_state, address, room):  # type: ignore[no-untyped-def]
     """As `_compress`, with the base as dictionary."""
     space = workspace.ctypes.data
@@ -308,7 +307,7 @@ def _compress_with_base(workspace, lz4_state, address, room):  # type: ignore[no
     )
 
 
-@njit
+@inlined
 def _compare_with_base(known, page, effort, workspace, space):  # type: ignore[no-untyped-def]
     """Load the page's base. Returns how many words changed and the length of the delta, if any."""
     most_words, room = _SPARSE_WORDS, _SPARSE_DELTA_BYTES
@@ -323,7 +322,7 @@ def _compare_with_base(known, page, effort, workspace, space):  # type: ignore[n
     return changed_words, delta
 
 
-@njit
+@inlined
 def _write_page(  # type: ignore[no-untyped-def]
     out, at, effort, changed_words, delta, workspace, lz4_state
 ):
@@ -355,15 +354,15 @@ def _write_page(  # type: ignore[no-untyped-def]
 
 
 @kernel(
-    readonly(types.uint64),
-    readonly(types.uint32),
-    types.int64,
-    types.int64,
-    types.int64,
-    types.int64,
-    types.uint64,
-    types.uint64,
-    types.int64,
+    readonly(np.uint64),
+    readonly(np.uint32),
+    np.int64,
+    np.int64,
+    np.int64,
+    np.int64,
+    np.uint64,
+    np.uint64,
+    np.int64,
     FILES,
     _KNOWLEDGE,
     _OUT_BYTES,

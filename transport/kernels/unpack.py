@@ -10,11 +10,10 @@ from __future__ import annotations
 from typing import Final
 
 import numpy as np
-from numba import njit, types
 
 from transport.frames import PAGE_BYTES, PageKind
 from transport.kernels import clib
-from transport.kernels.compiled import kernel, readonly, writable
+from transport.kernels.compiled import inlined, kernel, readonly, writable
 from transport.kernels.files import FILES, forget_hole, in_hole, write_pages
 from transport.kernels.pages import BASE_AT, PAGE_AT, WORKSPACE
 
@@ -24,7 +23,7 @@ _LZ4: Final = int(PageKind.LZ4)
 _DELTA_RUNS: Final = int(PageKind.DELTA)
 
 
-@njit
+@inlined
 def _get_number(payload, at, end):  # type: ignore[no-untyped-def]
     """The number at `at` and where it ends; -1 if it is malformed."""
     if at >= end:
@@ -37,7 +36,7 @@ def _get_number(payload, at, end):  # type: ignore[no-untyped-def]
     return (first & 127) | (np.int64(payload[at + 1]) << 7), at + 2
 
 
-@njit
+@inlined
 def _apply_delta(payload, at, end, space):  # type: ignore[no-untyped-def]
     """Apply delta runs to the page in the workspace. False if they are malformed."""
     byte = 0
@@ -56,7 +55,7 @@ def _apply_delta(payload, at, end, space):  # type: ignore[no-untyped-def]
     return True
 
 
-@njit
+@inlined
 def _run_of_raw(index, kind, start, limit):  # type: ignore[no-untyped-def]
     """How many pages from position `start` on are raw and neighbours, up to page `limit`."""
     end = start + 1
@@ -70,7 +69,7 @@ def _run_of_raw(index, kind, start, limit):  # type: ignore[no-untyped-def]
     return end - start
 
 
-@njit
+@inlined
 def _decode(target, form, source, n_bytes, base, payload, seed, workspace):  # type: ignore[no-untyped-def]
     """Decode a compressed page into the workspace: 1, 0: the base is not there, -1: malformed."""
     work = workspace.words.ctypes.data
@@ -91,17 +90,17 @@ def _decode(target, form, source, n_bytes, base, payload, seed, workspace):  # t
 
 
 @kernel(
-    writable(types.uint8),
+    writable(np.uint8),
     FILES,
-    readonly(types.uint32),
-    readonly(types.uint8),
-    readonly(types.uint16),
-    readonly(types.uint32),
-    readonly(types.uint64),
-    readonly(types.uint8),
-    types.uint64,
+    readonly(np.uint32),
+    readonly(np.uint8),
+    readonly(np.uint16),
+    readonly(np.uint32),
+    readonly(np.uint64),
+    readonly(np.uint8),
+    np.uint64,
     WORKSPACE,
-    writable(types.uint32),
+    writable(np.uint32),
 )
 def apply_pages(  # type: ignore[no-untyped-def]
     memory, files, index, kind, length, offset, base, payload, seed, workspace, rejected
