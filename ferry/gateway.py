@@ -3,10 +3,21 @@
 from dataclasses import dataclass
 from pathlib import Path
 
-from ferry.config import option
+from ferry.config import natural, option
 from ferry.errors import Exit
+from sync.gateway.busy_poll import WINDOW_S
 from sync.gateway.main import GatewayOptions
 from sync.gateway.main import run as run_gateway
+
+MAX_BUSY_POLL_US = 1000
+
+
+def busy_poll(text: str) -> int:
+    """Microseconds."""
+    value = natural(text)
+    if value > MAX_BUSY_POLL_US:
+        raise ValueError(f"at most {MAX_BUSY_POLL_US}")
+    return value
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -14,6 +25,11 @@ class Options:
     listen: str = option("where the VMM's vfio-user device connects")
     device: str = option("where the device listens; it need not be there yet")
     control: str = option("where send and receive connect")
+    busy_poll: int = option(
+        "microseconds that it polls before it sleeps, where the next message is likely; 0: none",
+        round(WINDOW_S * 1e6),
+        parse=busy_poll,
+    )
     json: bool = option("print events as JSON lines", False)
 
 
@@ -24,6 +40,7 @@ def run(options: Options) -> int:
             device_path=Path(options.device),
             control_path=Path(options.control),
             json=options.json,
+            busy_poll_s=options.busy_poll / 1e6,
         )
     )
     return Exit.OK

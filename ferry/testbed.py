@@ -162,9 +162,11 @@ class Process:
 
 @dataclass(frozen=True, kw_only=True)
 class Setup:
-    """What the two hosts are made of. `device` and `guest` are flags of those commands."""
+    """What the two hosts are made of. `device`, `gateway` and `guest` are flags of those
+    commands."""
 
     device: tuple[str, ...] = ()
+    gateway: tuple[str, ...] = ()
     guest: tuple[str, ...] = ()
     image_bytes: int = 64 << 20
 
@@ -282,7 +284,7 @@ class Testbed:
         unit.gateway = self.start(
             f"gateway {unit.name}",
             *("gateway", "--listen", unit.gateway_socket, "--device", unit.device_socket),
-            *("--control", unit.control_socket, "--json"),
+            *("--control", unit.control_socket, "--json", *self.setup.gateway),
         )
         unit.gateway.wait_socket(unit.control_socket)
         return unit.gateway

@@ -116,7 +116,7 @@ BENCHMARKS: dict[str, Benchmark] = {
     "gateway": Benchmark(
         "perf.benchmarks.gateway",
         "register reads and posted writes through the gateway, against none",
-        settings={"reads": 4000, "writes": 64000},
+        settings={"reads": 4000, "writes": 64000, "busy-poll": 100},
         quick={"reads": 200, "writes": 640},
         bars=(
             *(Bar(9, "added_p50", 40, "lower", {"way": way}) for way in ("relayed", "trapped")),

@@ -2,11 +2,15 @@
 
 Three ways alternate, against one trivial device each, every party in a process of its own: `direct`
 (no gateway), `relayed` (passthrough) and `trapped` (captured into the journal). What is added is
-the difference to `direct` of the same repetition, at the same quantile. On an idle machine most of
-it is the kernel's waking up of a second process and of the core that it sleeps on; `gateway_cpu` is
-what the gateway itself needs for a read and its answer.
+the difference to `direct` of the same repetition, at the same quantile.
+
+How long a read takes depends more on which cores have to be woken up for it than on anything else,
+so `cores` says where everybody runs: `apart`: VMM and device have a core each, as a virtual CPU and
+a device's process have, and the gateway is where the kernel puts it; `one`: all on one core, which
+never sleeps; `free`: where the kernel puts them, which differs from run to run.
 """
 
+import os
 import socket
 import tempfile
 import time
@@ -76,28 +80,43 @@ class Vmm:
 
 
 def run(context: Context) -> Iterator[Measurement]:
+    cores = sorted(os.sched_getaffinity(0))
+    places = {"one": (cores[:1],) * 3, "free": (cores,) * 3}
+    if len(cores) > 1:
+        places["apart"] = (cores[:1], cores, cores[1:2])
     with ExitStack() as stack:
+        stack.callback(os.sched_setaffinity, 0, cores)
         folder = Path(stack.enter_context(tempfile.TemporaryDirectory()))
         party = partial(child, "perf.parties.registers", quiet=True)
         names = ("bare", "device", "gateway", "control")
         bare, device, gateway, control = (folder / name for name in names)
-        stack.enter_context(party("device", str(bare)))
-        stack.enter_context(party("device", str(device)))
-        process = stack.enter_context(party("gateway", str(gateway), str(device), str(control)))
+        devices = [stack.enter_context(party("device", str(path))).pid for path in (bare, device)]
+        window_us = str(context.number("busy-poll"))
+        process = party("gateway", str(gateway), str(device), str(control), window_us)
+        gateway_process = stack.enter_context(process).pid
         ways = {"direct": Vmm(bare), "relayed": Vmm(gateway)}
         for vmm in ways.values():
             stack.callback(vmm.close)
         for number in range(context.repeat + 1):
-            found = trio.run(_repetition, context, ways, control, process.pid)
-            if number:
-                yield from found
+            for name, (of_vmm, of_gateway, of_device) in places.items():
+                os.sched_setaffinity(0, of_vmm)
+                os.sched_setaffinity(gateway_process, of_gateway)
+                for process_id in devices:
+                    os.sched_setaffinity(process_id, of_device)
+                found = trio.run(_repetition, context, ways, control, gateway_process)
+                for each in found if number else ():
+                    yield each._replace(dimensions={**each.dimensions, "cores": name})
 
 
 async def _repetition(
     context: Context, ways: dict[str, Vmm], control: Path, gateway_process: int
 ) -> list[Measurement]:
     reads, writes = context.number("reads"), context.number("writes")
-    latencies = {way: vmm.read_latencies_us(reads) for way, vmm in ways.items()}
+    cpu = {}
+    latencies = {"direct": ways["direct"].read_latencies_us(reads)}
+    before = _cpu_us(gateway_process)
+    latencies["relayed"] = ways["relayed"].read_latencies_us(reads)
+    cpu["relayed"] = _cpu_us(gateway_process) - before
     rates = {way: vmm.posted_writes_per_s(writes) for way, vmm in ways.items()}
     async with await GatewayClient.connect(control, role="source") as gateway:
         await gateway.mediate(tracker="none", capture=True)
@@ -105,13 +124,16 @@ async def _repetition(
         # In this thread as the others: nothing else is to be done meanwhile.
         before = _cpu_us(gateway_process)
         latencies["trapped"] = vmm.read_latencies_us(reads)
-        cpu_us = (_cpu_us(gateway_process) - before) / reads
+        cpu["trapped"] = _cpu_us(gateway_process) - before
         rates["trapped"] = vmm.posted_writes_per_s(writes)
         part = await gateway.journal(1)
         await gateway.passthrough()
     if part.overflow:
         raise BenchmarkFailed("the journal overflowed: fewer accesses have to be asked for")
-    found = [Measurement("gateway_cpu", cpu_us, "us/read", "lower", {"way": "trapped"})]
+    found = [
+        Measurement("gateway_cpu", cpu_us / reads, "us/read", "lower", {"way": way})
+        for way, cpu_us in cpu.items()
+    ]
     for way, values in latencies.items():
         where = {"way": way}
         rate_better: Better = "neither" if way == "direct" else "higher"

@@ -1,4 +1,5 @@
-"""A trivial device and a gateway: `python -m perf.parties.registers device|gateway PATH...`.
+"""A trivial device and a gateway: `python -m perf.parties.registers device PATH`, or
+`... gateway VMM DEVICE CONTROL BUSY_POLL_US`.
 
 The device serves one client after the other over vfio-user; its registers read as zeros.
 """
@@ -81,12 +82,12 @@ def _answer(message_id: int, command: int, body: bytes) -> bytes:
 
 
 def main() -> None:
-    kind, *paths = sys.argv[1:]
+    kind, *arguments = sys.argv[1:]
     if kind == "device":
-        serve_device(paths[0])
+        serve_device(arguments[0])
     else:
-        vmm, device, control = (Path(path) for path in paths)
-        run_gateway(GatewayOptions(vmm_path=vmm, device_path=device, control_path=control))
+        vmm, device, control = (Path(path) for path in arguments[:3])
+        run_gateway(GatewayOptions(vmm, device, control, busy_poll_s=int(arguments[3]) / 1e6))
 
 
 if __name__ == "__main__":

@@ -20,6 +20,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from sync.errors import SyncError
+from sync.gateway.busy_poll import WINDOW_S, BusyPoll, usable_window_s
 from sync.gateway.control_peer import ControlPeer
 from sync.gateway.core import Core, Limits
 from sync.gateway.device import MAX_DATA_BYTES
@@ -61,12 +62,14 @@ _MESSAGE_BYTES = message_limit_bytes(MAX_DATA_BYTES)
 
 @dataclass(frozen=True, slots=True)
 class GatewayOptions:
-    """Where the gateway's sockets are. `json`: events as JSON lines on stdout, not as text."""
+    """Where the gateway's sockets are. `json`: events as JSON lines on stdout, not as text.
+    `busy_poll_s`: for how long it polls before it sleeps, at most."""
 
     vmm_path: Path
     device_path: Path
     control_path: Path
     json: bool = False
+    busy_poll_s: float = WINDOW_S
     limits: Limits = field(default_factory=Limits)
 
 
@@ -118,14 +121,15 @@ class Gateway:
             vmm=str(self._options.vmm_path),
             control=str(self._options.control_path),
         )
-        poll = self._epoll.poll
+        wait = BusyPoll(self._epoll.poll, usable_window_s(self._options.busy_poll_s)).wait
         handlers = self._handlers
         clock = self._clock
         next_tick = 0.0
         wait_s = TICK_S
         try:
             while not self._stopping:
-                for number, events in poll(wait_s):
+                link = self._link
+                for number, events in wait(wait_s, link is not None and link.relay.awaiting_device):
                     handler = handlers.get(number)
                     if handler is not None:
                         handler(events)

@@ -175,6 +175,11 @@ class Relay:
             or self._held_bytes > MAX_HELD_BYTES
         )
 
+    @property
+    def awaiting_device(self) -> bool:
+        """Whether a command is under way to the device."""
+        return bool(self._pending)
+
     # --- holding the VMM's commands back ---
 
     @property

@@ -83,3 +83,9 @@ def test_a_gateway_that_is_not_there(tmp_path: Path) -> None:
     assert done.returncode == Exit.DEVICE
     assert "no gateway answers" in done.stdout + done.stderr
     assert "Traceback" not in done.stderr
+
+
+def test_how_long_a_gateway_polls_has_a_bound(capsys: pytest.CaptureFixture[str]) -> None:
+    words = ["gateway", "--listen", "l", "--device", "d", "--control", "c"]
+    assert main([*words, "--busy-poll", "1001"]) == Exit.USAGE
+    assert "at most 1000" in capsys.readouterr().err
