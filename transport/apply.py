@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass
-from queue import SimpleQueue
+from queue import Empty, SimpleQueue
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -20,6 +20,7 @@ from transport.compare import answer_request
 from transport.errors import FrameError
 from transport.frames import MAGIC, PAGE_BYTES
 from transport.link import LinkThread, Shared
+from transport.mapping import IDLE_S, Mapper
 from transport.records import Ack, unpack_request
 
 if TYPE_CHECKING:
@@ -99,6 +100,7 @@ class ApplyLane(LinkThread):
         # Imported here, for it costs up to a second that the greeting need not wait for.
         from transport.decoder import Decoder
 
+        mapper = Mapper(self._memory, self._files if self._lane == 0 else ())
         decoder = Decoder(
             self._memory,
             self.n_pages,
@@ -109,9 +111,18 @@ class ApplyLane(LinkThread):
         )
         self.prepared = True
         self.shared.wakeup.set()
-        while (message := self._queue.get()) is not None and not self.shared.over:
+        while (message := self._next(mapper)) is not None and not self.shared.over:
             self._answers.append(self._handle(message.buffer, decoder))
             self.shared.wakeup.set()
+
+    def _next(self, mapper: Mapper) -> zmq.Frame | None:
+        """The next message; until it comes, memory is mapped by the first lane."""
+        while mapper.useful:
+            try:
+                return self._queue.get(timeout=IDLE_S)
+            except Empty:
+                mapper.step()
+        return self._queue.get()
 
     def _handle(self, message: memoryview, decoder: Decoder) -> bytes:
         self.counters.bytes += len(message)

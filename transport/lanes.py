@@ -153,17 +153,20 @@ class SendLane(LinkThread):
         session: bytes,
         lane: int,
         prepare: Callable[[], None],
+        idle: Callable[[], None],
         bucket: SharedBucket,
         *,
         window_frames: int,
         frame_bytes: int,
         progress_timeout_s: float,
     ) -> None:
-        """`prepare` is called by the lane's thread before its first task: loads what takes long."""
+        """`prepare` is called by the lane's thread before its first task: loads what takes long;
+        `idle` when it has had nothing to do for a while: has to be short."""
         super().__init__(f"ferry-lane-{lane}", shared)
         self.counters = LaneCounters()
         self._url = url
         self._prepare = prepare
+        self._idle = idle
         self._bucket = bucket
         self._window_frames = window_frames
         self._progress_timeout_s = progress_timeout_s
@@ -205,6 +208,8 @@ class SendLane(LinkThread):
             ready = wait(poller, min(again, time.monotonic() + WATCH_S, self._progress_by))
             if self._wakeup.fileno() in ready:
                 self._wakeup.clear()
+            elif not ready and not self._tasks:
+                self._idle()
             self._watch.enforce()
             if self._watch.monitor in ready:
                 self._look_at_connection()

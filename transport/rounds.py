@@ -21,6 +21,7 @@ from transport.codec import Codec
 from transport.errors import RecordError
 from transport.frames import PAGE_BYTES
 from transport.lanes import Outgoing, Task
+from transport.mapping import Mapper
 from transport.records import Ack, LaneAnswer
 
 if TYPE_CHECKING:
@@ -87,10 +88,16 @@ class LaneSource:
         self._lane = lane
         self._frame_bytes = frame_bytes
         self._encoder: Encoder | None = None
+        self._mapper = Mapper(source.memory, source.files)
 
     def prepare(self) -> None:
         """Make the encoder."""
         self._encoder = self.source.encoder(self._lane, self._frame_bytes)
+
+    def idle(self) -> None:
+        """Nothing is to be sent at the moment: memory is mapped meanwhile, by the first lane."""
+        if self._lane == 0:
+            self._mapper.step()
 
     @property
     def files(self) -> Files:

@@ -265,6 +265,7 @@ class Sender(Link):
                 self._hello.session,
                 number,
                 source.prepare,
+                source.idle,
                 self._bucket,
                 window_frames=self._connector.reply.window_frames,
                 frame_bytes=frame_bytes,

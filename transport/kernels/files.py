@@ -94,8 +94,7 @@ def forget_hole(files):  # type: ignore[no-untyped-def]
 def in_hole(files, page):  # type: ignore[no-untyped-def]
     """Whether `page` lies in a hole, as far as one look at each stripe, a system call, can tell.
 
-    Who is told that it does not may touch it. Who writes a page moves the hole's first page,
-    `hole[1]`, behind it.
+    Who is told that it does not may touch it. Who writes a page that does calls `fill_hole`.
     """
     word, bit = page >> 6, np.uint64(1) << np.uint64(page & 63)
     if files.there.size == 0 or files.there[word] & bit:
@@ -109,6 +108,14 @@ def in_hole(files, page):  # type: ignore[no-untyped-def]
         return True
     files.there[word] |= bit
     return False
+
+
+@inlined
+def fill_hole(files, page, count):  # type: ignore[no-untyped-def]
+    """`count` pages of the hole that `in_hole` has just found have been written, from its start."""
+    files.hole[1] = page + count
+    for each in range(page, page + count):
+        files.there[each >> 6] |= np.uint64(1) << np.uint64(each & 63)
 
 
 @inlined

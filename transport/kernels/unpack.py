@@ -14,7 +14,7 @@ import numpy as np
 from transport.frames import PAGE_BYTES, PageKind
 from transport.kernels import clib
 from transport.kernels.compiled import inlined, kernel, readonly, writable
-from transport.kernels.files import FILES, forget_hole, in_hole, write_pages
+from transport.kernels.files import FILES, fill_hole, forget_hole, in_hole, write_pages
 from transport.kernels.pages import BASE_AT, PAGE_AT, WORKSPACE
 
 _ZERO: Final = int(PageKind.ZERO)
@@ -155,6 +155,6 @@ def apply_pages(  # type: ignore[no-untyped-def]
         if not (untouched and write_pages(files, page, source, count)):
             clib.memcpy(target, source, count * PAGE_BYTES)
         if untouched:
-            files.hole[1] = page + count
+            fill_hole(files, page, count)
         position += count
     return n_rejected
