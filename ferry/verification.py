@@ -17,17 +17,19 @@ REPAIR_ROUNDS = 3
 async def prove_equal(
     link: SourceLink, memory: GuestMemory, touched: NDArray[np.uint32], *, everything: bool
 ) -> dict[str, object]:
-    """Compares, repairs and compares again the pages `touched`, and then, if `everything`, every
-    region; the report's section. Raises `NotEqual`."""
-    repaired = await _make_equal(link, touched)
+    """Compares, repairs and compares again the pages `touched`, or, if `everything`, every region;
+    the report's section. Raises `NotEqual`."""
     regions: list[dict[str, object]] = []
     if everything:
+        repaired = 0
         regions, equal = await _compare_regions(link, memory)
         if not equal:
-            repaired += await _make_equal(link, None)
+            repaired = await _make_equal(link, None)
             regions, equal = await _compare_regions(link, memory)
             if not equal:
                 raise NotEqual("a region differs although all of its pages were equal")
+    else:
+        repaired = await _make_equal(link, touched)
     return {
         "scope": "all of the guest's memory" if everything else "all that was touched",
         "checked_pages": memory.n_pages if everything else int(touched.size),
