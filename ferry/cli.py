@@ -137,8 +137,19 @@ _ROOM_CODES: tuple[tuple[frozenset[str], Exit], ...] = (
     (frozenset({"transport.errors.PeerUnreachable"}), Exit.UNREACHABLE),
     (frozenset({"transport.errors.PeerLost"}), Exit.PEER_LOST),
     (
-        frozenset({"transport.errors.EndpointError", "transport.kernels.clib.NativeLibraryError"}),
+        frozenset(
+            {
+                "transport.errors.EndpointError",
+                "transport.kernels.clib.NativeLibraryError",
+                "sync.devices.errors.DeviceError",
+                "sync.gateway.errors.SocketInUse",
+            }
+        ),
         Exit.LOCAL,
+    ),
+    (
+        frozenset({"sync.guest.errors.GuestOptionsError", "sync.registers.errors.ProfileError"}),
+        Exit.USAGE,
     ),
     (
         frozenset(

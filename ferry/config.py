@@ -29,6 +29,14 @@ def size(text: str) -> int:
     return int(match[1]) * _SIZE_UNITS[match[2].upper()]
 
 
+def log_page(text: str) -> int:
+    """A page size that DMA logging can have, in bytes."""
+    found = size(text)
+    if not 4096 <= found <= 2 << 20 or found & (found - 1):
+        raise ValueError("a power of two from 4K to 2M")
+    return found
+
+
 def positive(text: str) -> int:
     """A whole number of at least 1."""
     if not text.isdecimal() or int(text) < 1:
@@ -66,8 +74,9 @@ def share(text: str) -> float:
 
 
 def endpoint(text: str) -> str:
-    """An address for the link: `tcp://HOST:PORT` or `ipc://PATH`."""
-    if not re.fullmatch(r"tcp://[^/\s]+:\d{1,5}|ipc:///?\S+", text):
+    """An address for the link: `tcp://HOST:PORT` or `ipc://` and an absolute path."""
+    match = re.fullmatch(r"tcp://[^/\s]+:(\d{1,5})|ipc:///\S+", text)
+    if not match or (match[1] and int(match[1]) > 65535):
         raise ValueError("an endpoint like tcp://HOST:PORT or ipc:///run/ferry.sock")
     return text
 
@@ -108,7 +117,7 @@ def add_arguments(parser: argparse.ArgumentParser, options: type[Any]) -> None:
             flag_of(field),
             action="append" if meta["repeat"] else "store",
             default=argparse.SUPPRESS,
-            metavar="{" + ",".join(meta["choices"]) + "}"
+            metavar="{" + ",".join(filter(None, meta["choices"])) + "}"
             if meta["choices"]
             else field.name.rsplit("_", 1)[-1].upper(),
             help=text + (" (required)" if required else ""),
@@ -171,7 +180,9 @@ def _single(meta: Any, raw: Any, where: str) -> Any:
         raise ConfigError(f"{where} is {raw!r}; it has to be a string or a number")
     text = str(raw)
     if meta["choices"] and text not in meta["choices"]:
-        raise ConfigError(f"{where} is {text!r}; it has to be one of {', '.join(meta['choices'])}")
+        raise ConfigError(
+            f"{where} is {text!r}; it has to be one of {', '.join(filter(None, meta['choices']))}"
+        )
     try:
         return meta["parse"](text)
     except ValueError as error:

@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 
-from ferry.config import option, positive, size
+from ferry.config import log_page, option, positive
 from ferry.errors import Exit
 from sync.devices.main import DeviceOptions
 from sync.devices.main import run as run_device
@@ -13,7 +13,7 @@ class Options:
     socket: str = option("where its vfio-user client connects: the gateway")
     image: str = option("the disk: a file or block device of whole sectors")
     v2: bool = option("offer VFIO migration v2", False)
-    logging: int | None = option("offer DMA logging with pages of this size", None, parse=size)
+    logging: int | None = option("offer DMA logging with pages of this size", None, parse=log_page)
     express: bool = option("be a PCI Express device, with Advanced Error Reporting", False)
     read_only: bool = option("refuse writes", False)
     workers: int = option("threads, so also requests in flight", 4, parse=positive)

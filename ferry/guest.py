@@ -4,6 +4,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from ferry.config import natural, option, positive, share, size
+from ferry.errors import Exit
 from sync.guest.main import run as run_guest
 from sync.guest.options import GuestOptions, default_content
 
@@ -36,7 +37,7 @@ class Options:
 
 
 def run(options: Options) -> int:
-    return run_guest(
+    run_guest(
         GuestOptions(
             device_path=options.device,
             qmp_path=options.qmp,
@@ -55,3 +56,4 @@ def run(options: Options) -> int:
             seed=options.seed,
         )
     )
+    return Exit.OK

@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 
-from ferry.config import option, size
+from ferry.config import log_page, option
 from ferry.errors import Exit
 from sync.devices.e1000_main import NicOptions
 from sync.devices.e1000_main import run as run_device
@@ -13,7 +13,7 @@ class Options:
     socket: str = option("where its vfio-user client connects: the gateway")
     link: str = option("the other end of its cable: a SOCK_SEQPACKET socket that listens there")
     mac: str = option("its address; the same on both hosts", "52:54:00:12:34:56")
-    logging: int | None = option("offer DMA logging with pages of this size", None, parse=size)
+    logging: int | None = option("offer DMA logging with pages of this size", None, parse=log_page)
 
 
 def run(options: Options) -> int:

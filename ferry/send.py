@@ -5,11 +5,12 @@ from typing import Literal
 
 import trio
 
-from ferry.config import endpoint, natural, option, positive, seconds, size
+from ferry.config import endpoint, log_page, natural, option, positive, seconds, size
 from ferry.errors import ConfigError, Exit
 from ferry.progress import Reporter
 from ferry.side import Shell, break_at_choices, conclude, first_error
 from ferry.source import Source
+from ferry.source_link import sender_options
 from sync.handover import Event
 from sync.handover_states import State
 from transport.codec import Codec
@@ -41,6 +42,13 @@ def codec_name(text: str) -> str:
     return text
 
 
+def bandwidth(text: str) -> int:
+    """Bytes a second, as a size that is not 0."""
+    if not size(text):
+        raise ValueError("a size a second like 100M, more than 0")
+    return size(text)
+
+
 @dataclass(frozen=True, kw_only=True)
 class Options:
     gateway: tuple[str, ...] = option(
@@ -65,7 +73,7 @@ class Options:
     dirty: Literal["auto", "logging", "message", "scan"] = option(
         "how dirty pages are found", "auto", choices=("auto", "logging", "message", "scan")
     )
-    log_page_size: int = option("page size asked of a device that logs", 4096, parse=size)
+    log_page_size: int = option("page size asked of a device that logs", 4096, parse=log_page)
     profile: tuple[str, ...] = option(
         "a device profile, or a folder of them, beside the built-in ones", (), repeat=True
     )
@@ -80,7 +88,9 @@ class Options:
         "how pages are compressed: auto, none, lz4 or zstd:LEVEL", "auto", parse=codec_name
     )
     cache: int = option("bytes kept to compute deltas from", 64 << 20, parse=size)
-    bandwidth: int | None = option("limit in bytes per second, for everything", None, parse=size)
+    bandwidth: int | None = option(
+        "limit in bytes per second, for everything", None, parse=bandwidth
+    )
     connect_timeout: float = option("seconds to find the receiver", 5.0, parse=seconds)
     peer_timeout: float = option("seconds of silence until the peer is lost", 5.0, parse=seconds)
     quit_source: bool = option("end the source's VMM once the target owns the guest", False)
@@ -103,6 +113,7 @@ def run(options: Options) -> int:
 async def _main(options: Options) -> Exit:
     if not options.gateway:
         raise ConfigError("--gateway is missing; see: vfio-ferry send --help")
+    sender_options(options)  # what cannot be is refused before anything is begun
     reporter = Reporter("send", as_json=options.json)
     try:
         async with trio.open_nursery() as nursery:

@@ -67,12 +67,14 @@ def conclude(reporter: Reporter, state: State, runner: Runner, advice: dict[Stat
     reason = describe(error) if error is not None else "no reason is known"
     if runner.cleanup_error not in (None, error):
         reason += f"; then {describe(runner.cleanup_error)}"
+    if not reason.endswith((".", "?")):
+        reason += "."
     code = _EXIT_OF_STATE.get(state)
     if code is None:
         code = exit_code_of(error) if error is not None else Exit.INTERNAL
     reporter.event(
         "error",
-        message=f"{reason}. {advice.get(state, '')}".strip(),
+        message=f"{reason} {advice.get(state, '')}".strip(),
         state=state.value,
         exit_code=int(code),
         exit_name=code.name.lower(),

@@ -14,7 +14,7 @@ import numpy as np
 import trio
 from numpy.typing import NDArray
 
-from ferry.errors import FerryError, Mismatch, PeerAborted
+from ferry.errors import ConfigError, FerryError, Mismatch, PeerAborted
 from ferry.messages import Kind, Notice, pack_state
 from ferry.runner import Runner
 from ferry.side import run_tunnel
@@ -28,6 +28,21 @@ if TYPE_CHECKING:
 
 TELL_S = 1.0
 GOODBYE_S = 3.0
+
+
+def sender_options(options: "Options") -> SenderOptions:
+    """What the user wants of the link. Raises `ConfigError` for what cannot be."""
+    try:
+        return SenderOptions(
+            lanes=options.lanes,
+            frame_bytes=options.frame_size,
+            connect_timeout_s=options.connect_timeout,
+            peer_timeout_s=options.peer_timeout,
+            bandwidth_bytes_per_s=options.bandwidth,
+            codec=None if options.codec == "auto" else Codec.parse(options.codec),
+        )
+    except ValueError as error:
+        raise ConfigError(str(error)) from error
 
 
 class SourceLink:
@@ -71,14 +86,7 @@ class SourceLink:
     async def _keep(self, hello: bytes, task_status: trio.TaskStatus[Sender]) -> None:
         """Holds the link open until the migration has come to its end."""
         options = self._options
-        link_options = SenderOptions(
-            lanes=options.lanes,
-            frame_bytes=options.frame_size,
-            connect_timeout_s=options.connect_timeout,
-            peer_timeout_s=options.peer_timeout,
-            bandwidth_bytes_per_s=options.bandwidth,
-            codec=None if options.codec == "auto" else Codec.parse(options.codec),
-        )
+        link_options = sender_options(options)
         self._closed = trio.Event()
         started = False
         try:

@@ -63,6 +63,8 @@ def run(options: Options) -> int:
     """Measures, or is the other end; returns the exit code."""
     if options.listen is not None and options.to is not None:
         raise ConfigError("--to and --listen are two ends of one link: give one of them")
+    if options.output is not None and not Path(options.output).absolute().parent.is_dir():
+        raise LocalError(f"{options.output} cannot be written: there is no such folder")
     reporter = Reporter("tune", as_json=options.json)
     if options.listen is not None:
         return trio.run(_listen, options.listen, reporter)

@@ -103,7 +103,7 @@ def timeline(events: Sequence[Event], out: Path) -> None:
     if at:
         downtime.legend(fontsize="small", ncols=4, loc="upper center")
         downtime.set_ylim(-0.5, 1.5)
-    figure.savefig(out)
+    figure.savefig(out, format="png")
 
 
 def _plot_known(
@@ -163,7 +163,7 @@ def sweep(samples: Sequence[Sample], metric: str, over: str, out: Path) -> None:
     axes.set_title(wanted[0].machine, fontsize="small")
     if varying:
         axes.legend(fontsize="small")
-    figure.savefig(out)
+    figure.savefig(out, format="png")
 
 
 def _figure(rows: int, size: tuple[float, float]) -> "tuple[Figure, list[Axes]]":

@@ -2,6 +2,7 @@
 
 import importlib
 import itertools
+import math
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 
@@ -10,7 +11,7 @@ from perf.errors import BenchUsageError, NeedMissing
 from perf.needs import missing
 from perf.results import Dimension, Sample, dimensions_text, machine, number_text, revision, series
 from perf.statistics import summarize
-from perf.table import BENCHMARKS
+from perf.table import BENCHMARKS, RANGES
 
 
 def choose(
@@ -51,7 +52,8 @@ def sweep(benchmark: Benchmark, given: Mapping[str, str], *, quick: bool) -> Ite
     """The settings of each run: the defaults, `quick`'s over them, the given ones over both.
 
     A given value may be a list, `1,2,4`: every combination is run. Settings that this benchmark
-    does not know are another's. Raises `BenchUsageError` for a text where a number belongs.
+    does not know are another's. Raises `BenchUsageError` for what is no number, or out of range,
+    where one belongs.
     """
     settings = {**benchmark.settings, **(benchmark.quick if quick else {})}
     wanted: dict[str, list[Dimension]] = {name: [value] for name, value in settings.items()}
@@ -62,10 +64,18 @@ def sweep(benchmark: Benchmark, given: Mapping[str, str], *, quick: bool) -> Ite
 
 
 def _typed(name: str, text: str, like: Dimension) -> Dimension:
+    if isinstance(like, str):
+        return text
+    low, high = RANGES.get(name, (int(isinstance(like, int)), math.inf))
     try:
-        return type(like)(text)
+        value = type(like)(text)
     except ValueError:
-        raise BenchUsageError(f"{name}={text!r} has to be a {type(like).__name__}") from None
+        value = None
+    if value is None or not low <= value <= high:
+        kind = "a whole number" if isinstance(like, int) else "a number"
+        bounds = f"of {low:g} or more" if high == math.inf else f"from {low:g} to {high:g}"
+        raise BenchUsageError(f"{name}={text!r} has to be {kind} {bounds}")
+    return value
 
 
 def samples_of(name: str, benchmark: Benchmark, context: Context) -> Iterator[Sample]:
@@ -95,7 +105,10 @@ def run(
 ) -> None:
     """Runs the benchmarks of these names and prints figures and verdicts, or the samples
     themselves; appends the samples to `out`."""
-    for name, benchmark in choose(names, given).items():
+    chosen = choose(names, given)
+    if out is not None:
+        out.open("a").close()  # what cannot be written is told before hours of measuring
+    for name, benchmark in chosen.items():
         for settings in sweep(benchmark, given, quick=quick):
             if not as_json:
                 print(f"{name}: {benchmark.what} ({dimensions_text(settings)})")

@@ -1,6 +1,24 @@
 """Every benchmark there is, with the bars that it answers."""
 
+from math import inf
+
 from perf.benchmark import Bar, Benchmark
+
+RANGES: dict[str, tuple[float, float]] = {
+    "cache-mib": (0, inf),
+    "changed": (0, 1),
+    "cold": (0, 1),
+    "downtime-ms": (1, 1e6),
+    "floor-level": (0, 22),
+    "lanes": (1, 16),
+    "operations": (4, inf),
+    "pages-per-s": (0, inf),
+    "rounds": (10, inf),
+    "seconds": (0.01, inf),
+    "zero": (0, 1),
+}
+"""Least and greatest value of settings that are numbers, by name. Of the others, whole ones are 1
+or more, and none is negative."""
 
 BENCHMARKS: dict[str, Benchmark] = {
     "bitmap": Benchmark(
@@ -163,7 +181,7 @@ BENCHMARKS: dict[str, Benchmark] = {
             "dirty": 1000,
             "rounds": 200,
         },
-        quick={"mib": 8, "dirty": 100, "rounds": 5},
+        quick={"mib": 8, "dirty": 100, "rounds": 10},
         bars=(
             *(Bar(7, metric, 5, "lower") for metric in ("applied", "proven")),
             *(Bar(7, metric, 15, "lower", at=0.99) for metric in ("applied", "proven")),

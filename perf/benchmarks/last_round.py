@@ -14,7 +14,7 @@ import numpy as np
 import trio
 
 from perf.benchmark import Context, Measurement
-from perf.errors import BenchmarkFailed
+from perf.errors import BenchmarkFailed, BenchUsageError
 from perf.links import local_link
 from perf.processes import child
 from perf.workloads.dirtying import Dirtier
@@ -28,6 +28,8 @@ CHANGED = {"delta": 0.1, "new": 1.0}
 
 def run(context: Context) -> Iterator[Measurement]:
     n_pages = (context.number("mib") << 20) // PAGE_BYTES
+    if context.number("dirty") >= n_pages:
+        raise BenchUsageError(f"dirty={context.number('dirty')}: there are {n_pages} pages")
     for case, changed in CHANGED.items():
         with (
             local_link(context.text("link")) as link,

@@ -27,7 +27,7 @@ def serve(build: Callable[[], PciDevice[Work]], socket_path: str | Path) -> None
             server = Server(socket_path, device)
         except OSError as error:
             device.close()
-            raise DeviceError(f"cannot listen on {socket_path}: {error}") from error
+            raise DeviceError(f"cannot listen on {socket_path}: {error.strerror}") from error
 
         def end(_signal: int, _frame: object) -> None:
             server.close()

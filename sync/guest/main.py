@@ -10,7 +10,7 @@ import sys
 import time
 from types import FrameType
 
-from sync.guest.errors import GuestError
+from sync.guest.errors import DeviceLost, GuestError
 from sync.guest.machine import Machine
 from sync.guest.migration import Migration
 from sync.guest.monitor import commands
@@ -22,17 +22,12 @@ SWITCH_INTERVAL_S = 0.0005
 FLUSH_S = 0.5
 
 
-def run(options: GuestOptions) -> int:
+def run(options: GuestOptions) -> None:
     """Runs a guest until QMP `quit` or SIGTERM; to be called in the main thread.
 
-    Returns the exit status: 0, or 1 after a message on stderr when there is no device or the
-    options do not fit.
+    Raises `GuestError` when there is no device or the options do not fit, and OSError.
     """
-    try:
-        return _Process(options).run()
-    except (GuestError, OSError) as error:
-        print(f"guest: {error}", file=sys.stderr, flush=True)
-        return 1
+    _Process(options).run()
 
 
 class _Process:
@@ -48,7 +43,7 @@ class _Process:
             commands(self._machine, self._migration, lambda: self._end("host-qmp-quit")),
         )
 
-    def run(self) -> int:
+    def run(self) -> None:
         sys.setswitchinterval(SWITCH_INTERVAL_S)
         previous = {
             number: signal.signal(number, self._on_signal)
@@ -62,9 +57,7 @@ class _Process:
             for number, handler in previous.items():
                 signal.signal(number, handler)
         if self._failure is not None:
-            print(f"guest: {self._failure}", file=sys.stderr, flush=True)
-            return 1
-        return 0
+            raise DeviceLost(self._failure)
 
     def _serve(self) -> None:
         interval_s = self._options.report_interval_s
@@ -114,7 +107,12 @@ def main(arguments: list[str]) -> int:
     except GuestError as error:
         print(f"guest: {error}", file=sys.stderr)
         return 2
-    return run(options)
+    try:
+        run(options)
+    except (GuestError, OSError) as error:
+        print(f"guest: {error}", file=sys.stderr)
+        return 1
+    return 0
 
 
 if __name__ == "__main__":

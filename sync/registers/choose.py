@@ -188,7 +188,9 @@ def _from_path(path: Path) -> list[Profile]:
             if each.stat().st_size > MAX_FILE_BYTES:
                 raise ProfileError(f"{each}: larger than {MAX_FILE_BYTES} bytes")
             profiles.append(_parse(str(each), each.read_text("utf-8")))
-    except (OSError, UnicodeDecodeError) as error:
+    except OSError as error:
+        raise ProfileError(f"no profile can be read from {path}: {error.strerror}") from error
+    except UnicodeDecodeError as error:
         raise ProfileError(f"no profile can be read from {path}: {error}") from error
     if not profiles:
         raise ProfileError(f"there is no profile (*.toml) in {path}")

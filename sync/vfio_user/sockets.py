@@ -13,8 +13,8 @@ LISTEN_BACKLOG = 8
 def listen_unix(path: str | Path) -> socket.socket:
     """Return a stream socket that listens at `path`, its file of mode 0600 from the beginning.
 
-    A socket file that no one listens at any more is replaced. Raises OSError (EADDRINUSE when
-    someone does listen, or when the file is no socket).
+    A socket file that no one listens at any more is replaced. Raises OSError with that path
+    (EADDRINUSE when someone does listen, or when the file is no socket).
     """
     listener = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
     try:
@@ -28,9 +28,10 @@ def listen_unix(path: str | Path) -> socket.socket:
             Path(path).unlink()
             listener.bind(str(path))
         listener.listen(LISTEN_BACKLOG)
-    except BaseException:
+    except OSError as error:
         listener.close()
-        raise
+        number, text = error.errno or errno.ENAMETOOLONG, error.strerror or str(error)
+        raise OSError(number, text, str(path)) from error
     return listener
 
 

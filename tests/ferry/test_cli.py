@@ -8,8 +8,10 @@ import pytest
 
 from ferry.cli import COMMANDS, exit_code_of, main
 from ferry.errors import EXIT_MEANING, Exit
+from sync.devices.errors import DeviceError
 from sync.errors import SyncError
-from sync.gateway.errors import VmmLost
+from sync.gateway.errors import SocketInUse, VmmLost
+from sync.registers.errors import ProfileError
 from sync.vmm.errors import VmmGone
 from transport import errors as transport_errors
 
@@ -46,6 +48,9 @@ def test_every_error_of_the_rooms_has_its_own_code() -> None:
     assert exit_code_of(VmmLost("x")) is Exit.VMM
     assert exit_code_of(SyncError("x")) is Exit.DEVICE
     assert exit_code_of(OSError()) is Exit.LOCAL
+    assert exit_code_of(DeviceError("x")) is Exit.LOCAL
+    assert exit_code_of(SocketInUse("x")) is Exit.LOCAL
+    assert exit_code_of(ProfileError("x")) is Exit.USAGE
     assert exit_code_of(RuntimeError()) is Exit.INTERNAL
 
 
@@ -66,6 +71,34 @@ def test_every_error_of_the_rooms_has_its_own_code() -> None:
             Exit.USAGE,
             "at least 1",
         ),
+        (
+            ["send", "--lanes", "99", "--to", "tcp://h:1", "--qmp", "q", "--gateway", "g"],
+            Exit.USAGE,
+            "1 to 16 are possible",
+        ),
+        (["send", "--bandwidth", "0", "--to", "tcp://h:1", "--qmp", "q"], Exit.USAGE, "100M"),
+        (["send", "--to", "tcp://h:65536", "--qmp", "q"], Exit.USAGE, "an endpoint like"),
+        (["send", "--to", "ipc://here", "--qmp", "q"], Exit.USAGE, "an endpoint like"),
+        (
+            ["send", "--to", "tcp://h:1", "--qmp", "q", "--break-at", "x"],
+            Exit.USAGE,
+            "one of idle, ",
+        ),
+        (["device", "--socket", "/none/s", "--image", "/none/i"], Exit.LOCAL, "/none/i"),
+        (["device", "--socket", "s", "--image", "i", "--logging", "5"], Exit.USAGE, "4K to 2M"),
+        (["device", "--socket", "/none/s", "--image", __file__], Exit.LOCAL, "/none/s"),
+        (["guest", "--device", "d", "--qmp", "/none/q"], Exit.LOCAL, "/none/q"),
+        (["guest", "--device", "d", "--qmp", "q", "--low-size", "3"], Exit.USAGE, "whole pages"),
+        (
+            ["gateway", "--listen", "/none/g", "--device", "d", "--control", "c"],
+            Exit.LOCAL,
+            "/none/g",
+        ),
+        (["doctor", "--profile", "/none/p"], Exit.USAGE, "from /none/p"),
+        (["tune", "--output", "/none/t"], Exit.LOCAL, "/none/t"),
+        (["bench", "run", "pages", "--set", "mib=0"], Exit.USAGE, "mib='0'"),
+        (["bench", "run", "link", "--set", "lanes=17"], Exit.USAGE, "from 1 to 16"),
+        (["bench", "run", "pages", "--out", "/none/o"], Exit.LOCAL, "/none/o"),
     ],
 )
 def test_wrong_use_is_told_without_a_traceback(arguments: list[str], code: Exit, says: str) -> None:

@@ -97,7 +97,10 @@ def test_a_list_of_values_is_a_sweep(fake) -> None:
     [
         (["none"], "no benchmark 'none'; there are fake"),
         (["fake", "--set", "speed=1"], "has a setting 'speed'; they have lanes, share, url"),
-        (["fake", "--set", "lanes=many"], "lanes='many' has to be a int"),
+        (["fake", "--set", "lanes=many"], "lanes='many' has to be a whole number from 1 to 16"),
+        (["fake", "--set", "lanes=17"], "lanes='17' has to be a whole number from 1 to 16"),
+        (["fake", "--set", "share=-1"], "share='-1' has to be a number of 0 or more"),
+        (["fake", "--set", "share=nan"], "share='nan' has to be a number of 0 or more"),
         (["fake", "--set", "lanes"], "NAME=VALUE"),
     ],
 )
