@@ -179,7 +179,7 @@ BENCHMARKS: dict[str, Benchmark] = {
             "mib": 256,
             "lanes": 2,
             "dirty": 1000,
-            "rounds": 200,
+            "rounds": 40,
         },
         quick={"mib": 8, "dirty": 100, "rounds": 10},
         bars=(

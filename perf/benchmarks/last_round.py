@@ -2,8 +2,9 @@
 
 `applied`: the dirty bitmap is read, the pages are sent, and the receiver has acknowledged that it
 has applied every one. `proven`: both sides have digested these pages after that, and they are
-equal. Each round counts as one sample. Cases: `delta`, a tenth of each page was changed and the
-receiver's copy is known; `new`, all of each page is new and like a file's.
+equal. A repetition is a session, and each of its `rounds` counts as one sample. Cases: `delta`, a
+tenth of each page was changed and the receiver's copy is known; `new`, all of each page is new and
+like a file's.
 """
 
 import os
@@ -30,7 +31,7 @@ def run(context: Context) -> Iterator[Measurement]:
     n_pages = (context.number("mib") << 20) // PAGE_BYTES
     if context.number("dirty") >= n_pages:
         raise BenchUsageError(f"dirty={context.number('dirty')}: there are {n_pages} pages")
-    for case, changed in CHANGED.items():
+    for case, changed in [*CHANGED.items()] * context.repeat:
         with (
             local_link(context.text("link")) as link,
             child("perf.parties.receivers", "pages", link.url("pages"), str(n_pages)) as party,
