@@ -20,10 +20,11 @@ import numpy as np
 import numpy.typing as npt
 
 from transport.extents import Extent, check_extents
-from transport.frames import PAGE_BYTES, STRIPE_PAGES
+from transport.frames import PAGE_BYTES
 from transport.kernels import clib
 from transport.kernels.compiled import inlined, named_tuple, writable
 
+_LOOK_PAGES: Final = 16  # what Linux maps at a fault, unless told otherwise (fault_around_bytes)
 _SEEK_DATA: Final = os.SEEK_DATA
 _SEEK_HOLE: Final = os.SEEK_HOLE
 
@@ -37,8 +38,8 @@ class Files(NamedTuple):
     descriptor: Any
     offset: Any
     hole: Any
-    """int64 (3), what `in_hole` remembers of a pass: the stripe it looked at last, a hole's first
-    page and end."""
+    """int64 (3), what `in_hole` remembers of a pass: the `_LOOK_PAGES` it looked at last, a hole's
+    first page and end."""
     there: Any
     """uint64 bitmap (pages): found to lie in no hole, so that no system call has to tell it again.
     If its owner makes it a hole after that, it is touched, which costs memory and nothing else."""
@@ -92,7 +93,7 @@ def forget_hole(files):  # type: ignore[no-untyped-def]
 
 @inlined
 def in_hole(files, page):  # type: ignore[no-untyped-def]
-    """Whether `page` lies in a hole, as far as one look at each stripe, a system call, can tell.
+    """Whether `page` lies in a hole, as far as one system call for each `_LOOK_PAGES` can tell.
 
     Who is told that it does not may touch it. Who writes a page that does calls `fill_hole`.
     """
@@ -100,8 +101,8 @@ def in_hole(files, page):  # type: ignore[no-untyped-def]
     if files.there.size == 0 or files.there[word] & bit:
         return False
     hole = files.hole
-    if not hole[1] <= page < hole[2] and hole[0] != page // STRIPE_PAGES:
-        hole[0] = page // STRIPE_PAGES
+    if not hole[1] <= page < hole[2] and hole[0] != page // _LOOK_PAGES:
+        hole[0] = page // _LOOK_PAGES
         hole[1] = page
         hole[2] = end_of_hole(files, page)
     if hole[1] <= page < hole[2]:
