@@ -17,10 +17,7 @@ import numpy.typing as npt
 from transport.codec import LZ4, Method, Packer
 from transport.extents import Extent
 from transport.frames import (
-    BASE_BYTES,
     DEFAULT_FRAME_BYTES,
-    ENTRY_BYTES,
-    FIRST_KIND_WITH_BASE,
     HEADER_BYTES,
     MAX_FRAME_BYTES,
     MAX_FRAME_PAGES,
@@ -36,6 +33,9 @@ from transport.kernels.digests import digest_all, page_count
 from transport.kernels.files import new_files
 from transport.replica import Replica
 
+MAX_COMPRESSED_FRAME_BYTES: Final = 1 << 20
+"""Of a frame by a method that compresses: its pages take so long that what comes once a frame does
+not count, and both sides had better begin soon. Only frames of raw pages gain by being longer."""
 MAX_CALL_PAGES: Final = 65536
 """Indices that one call looks at, at most, so that a caller can be interrupted: some 25 ms."""
 
@@ -89,10 +89,11 @@ class Encoder:
         """Read from `memory` (uint8, replica.n_pages * 4096, 8-byte aligned, may be read-only).
 
         The memory may change at any time. `seed` (64 bits) is the migration's secret, the same on
-        both sides. A frame is never longer than `frame_bytes`. There is one encoder for each lane
-        of the replica. `files` says which pages are shared mappings of which descriptors, which
-        stay the caller's: pages that nobody has touched yet are found, and not touched, there.
-        Makes the kernels ready, which takes long if they were never compiled (see
+        both sides. A frame is never longer than `frame_bytes`, nor, if its pages are compressed,
+        than `MAX_COMPRESSED_FRAME_BYTES`. There is one encoder for each lane of the replica.
+        `files` says which pages are shared mappings of which descriptors, which stay the caller's:
+        pages that nobody has touched yet are found, and not touched, there. Makes the kernels
+        ready, which takes long if they were never compiled (see
         `transport.kernels.compiled.warm_up`). Raises ValueError for arguments that do not suit,
         `NativeLibraryError` if the C libraries are not there.
         """
@@ -142,17 +143,19 @@ class Encoder:
         """Encode pages `indices[start:]` until the frame is full, into the start of `out`.
 
         `indices` uint32, 1-D, contiguous, each below n_pages and of this lane, in any order,
-        repeats allowed. `out` uint8, writable, 1-D, contiguous, at least `frame_bytes` long. The
-        replica takes what is encoded for delivered: a page that is not applied must be forgotten.
-        At most `MAX_CALL_PAGES` indices are looked at, so a call may end without a frame and before
-        the end of the list. Raises IndexError for an index out of range or of another lane (the
-        pages that this call has encoded are forgotten, so nothing is lost), ValueError for an
-        unfit `start` or `out`.
+        repeats allowed. `out` uint8, writable, 1-D, contiguous, 8-byte aligned, at least
+        `frame_bytes` long. The replica takes what is encoded for delivered: a page that is not
+        applied must be forgotten. At most `MAX_CALL_PAGES` indices are looked at, so a call may end
+        without a frame and before the end of the list. Raises IndexError for an index out of range
+        or of another lane (the pages that this call has encoded are forgotten, so nothing is lost),
+        ValueError for an unfit `start` or `out`.
         """
         if not 0 <= start <= indices.size:
             raise ValueError(f"start {start} in a list of {indices.size}")
         if out.size < self._frame_bytes:
             raise ValueError(f"{out.size} bytes of room for a frame of {self._frame_bytes}")
+        if out.ctypes.data % 8:
+            raise ValueError("a frame is made at an address that is a multiple of 8")
         counters = np.zeros(kernels.COUNTERS, np.int64)
         body = self._room_for_body(out)
         stop = kernels.encode_pages(
@@ -167,7 +170,7 @@ class Encoder:
             _EFFORT[self.codec.method],
             self.files,
             self._known,
-            body,
+            kernels.words_and_bytes(body),
             self._tables,
             self._workspace,
             self._lz4_state,
@@ -181,9 +184,7 @@ class Encoder:
         n_pages = sum(by_kind)
         n_bytes = 0
         if n_pages:
-            payload_bytes = int(counters[kernels.COUNT_PAYLOAD_BYTES])
-            n_bases = sum(by_kind[FIRST_KIND_WITH_BASE:])
-            body = body[: self._put_tables(body, payload_bytes, n_pages, n_bases)]
+            body = body[: int(counters[kernels.COUNT_BODY_BYTES])]
             body_bytes, unpacked_bytes = self._put_body(body, out)
             n_bytes = seal_frame(
                 out,
@@ -213,27 +214,14 @@ class Encoder:
 
     def _room_for_body(self, out: npt.NDArray[np.uint8]) -> npt.NDArray[np.uint8]:
         """Where the body is made: in its place, unless it is packed afterwards."""
-        if self.codec.method is not Method.ZSTD:
+        if self.codec.method is Method.NONE:
             return out[HEADER_BYTES : self._frame_bytes]
+        body_bytes = min(self._frame_bytes, MAX_COMPRESSED_FRAME_BYTES) - HEADER_BYTES
+        if self.codec.method is not Method.ZSTD:
+            return out[HEADER_BYTES : HEADER_BYTES + body_bytes]
         if not self._unpacked.size:
-            self._unpacked = np.empty(self._frame_bytes - HEADER_BYTES, np.uint8)
+            self._unpacked = np.empty(body_bytes, np.uint8)
         return self._unpacked
-
-    def _put_tables(
-        self, body: npt.NDArray[np.uint8], payload_bytes: int, n_pages: int, n_bases: int
-    ) -> int:
-        """Copy the tables behind the payload. Returns the length of the body in bytes."""
-        at = payload_bytes
-        for table in (
-            self._tables.base[:n_bases],
-            self._tables.index[:n_pages],
-            self._tables.length[:n_pages],
-            self._tables.kind[:n_pages],
-        ):
-            body[at : at + table.nbytes] = table.view(np.uint8)
-            at += table.nbytes
-        assert at == payload_bytes + n_pages * ENTRY_BYTES + n_bases * BASE_BYTES
-        return at
 
     def _put_body(self, body: npt.NDArray[np.uint8], out: npt.NDArray[np.uint8]) -> tuple[int, int]:
         """The body to its place, packed if that is shorter.

@@ -52,8 +52,9 @@ class SenderOptions:
 
     lanes: int = 2
     """Data lanes, 1 to 16: one thread and one connection each."""
-    frame_bytes: int = 1 << 20
-    """Upper bound of a frame of pages; made smaller when the bandwidth limit is low."""
+    frame_bytes: int = 2 << 20
+    """Upper bound of a frame of pages; made smaller when the bandwidth limit is low, and where
+    pages are compressed."""
     connect_timeout_s: float = 5.0
     """How long to try until somebody answers at the address."""
     greeting_timeout_s: float = 60.0

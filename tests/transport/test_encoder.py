@@ -18,9 +18,9 @@ import zstandard
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from transport.codec import Codec
+from transport.codec import LZ4, NONE, Codec, Method
 from transport.decoder import Applied, Decoder
-from transport.encoder import EncodedFrame, Encoder
+from transport.encoder import MAX_COMPRESSED_FRAME_BYTES, EncodedFrame, Encoder
 from transport.errors import FrameError
 from transport.frames import DEFAULT_FRAME_BYTES, MAX_FRAME_BYTES, lane_of, split_by_lane
 from transport.kernels.digests import digest_all
@@ -352,16 +352,22 @@ def test_i5_the_rest_of_a_frame_with_a_rejected_page_is_applied() -> None:
 
 
 @pytest.mark.parametrize(
-    ("content", "cache_pages", "expected"),
-    [("random", 0, "raw"), ("random", 4, "delta"), ("text", 0, "lz4")],
+    ("content", "cache_pages", "codec", "expected"),
+    [
+        ("random", 0, LZ4, "raw"),
+        ("random", 4, LZ4, "delta"),
+        ("text", 0, LZ4, "lz4"),
+        ("text", 0, NONE, "raw"),
+    ],
 )
 def test_i2_a_frame_agrees_with_itself_while_the_page_is_written(
-    content: str, cache_pages: int, expected: str
+    content: str, cache_pages: int, codec: Codec, expected: str
 ) -> None:
     """Were the digest, the delta or the LZ4 block made from live memory, the receiver would not
     hold what the sender takes it to hold: a delta would be rejected, or a page left out wrongly.
     """
     lane, source, target = pair(4, cache_pages)
+    lane.encoder.codec = codec
     # States of all four pages, of which neighbours differ in a few bytes.
     states = [source.copy()]
     for page in range(4):
@@ -469,6 +475,8 @@ def test_unfit_arguments_are_refused() -> None:
         encoder.encode(indices, 2, out, round_no=0, sequence=0)
     with pytest.raises(ValueError, match="room"):
         encoder.encode(indices, 0, out[1:], round_no=0, sequence=0)
+    with pytest.raises(ValueError, match="multiple of 8"):
+        encoder.encode(indices, 0, np.empty(out.size + 1, np.uint8)[1:], round_no=0, sequence=0)
     with pytest.raises(IndexError, match="page 2"):
         encoder.encode(indices + np.uint32(2), 0, out, round_no=0, sequence=0)
     with pytest.raises(ValueError, match="pages"):
@@ -488,3 +496,15 @@ def test_unfit_arguments_are_refused() -> None:
     for unfit in ((-1, 0, 1), (1 << 32, 0, 1), (1, -1, 1), (1, 0, 0), (1, 0, 256)):
         with pytest.raises(ValueError, match=r"pages|cache|lanes"):
             Replica(*unfit)
+
+
+@pytest.mark.parametrize("codec", [NONE, LZ4, Codec(Method.ZSTD, 1)])
+def test_frames_are_as_long_as_their_codec_wants_them(codec: Codec) -> None:
+    n_pages = 3 * MAX_COMPRESSED_FRAME_BYTES // 4096
+    memory = np.frombuffer(np.random.default_rng(1).bytes(n_pages * 4096), np.uint8)
+    frame_bytes = 2 * MAX_COMPRESSED_FRAME_BYTES
+    lane = LanePair(memory, np.zeros_like(memory), Replica(n_pages, 0), frame_bytes=frame_bytes)
+    lane.encoder.codec = codec
+    lengths = [done.n_bytes for done, _ in lane.frames(np.arange(n_pages, dtype=np.uint32))]
+    limit = MAX_COMPRESSED_FRAME_BYTES * (2 if codec == NONE else 1)
+    assert limit - 2 * 4096 < max(lengths) <= limit

@@ -30,6 +30,7 @@ from __future__ import annotations
 from typing import Any, Final, NamedTuple
 
 import numpy as np
+import numpy.typing as npt
 
 from transport.frames import (
     BASE_BYTES,
@@ -58,8 +59,8 @@ EFFORT_PACKED: Final = 2
 
 # What `encode_pages` counts: the number of pages by kind, then these.
 COUNT_SAME: Final = len(PageKind)
-COUNT_PAYLOAD_BYTES: Final = COUNT_SAME + 1
-COUNTERS: Final = COUNT_PAYLOAD_BYTES + 1
+COUNT_BODY_BYTES: Final = COUNT_SAME + 1
+COUNTERS: Final = COUNT_BODY_BYTES + 1
 
 # The workspace, in bytes. The base stands right in front of the snapshot because LZ4 is faster
 # with a dictionary that its input continues.
@@ -117,7 +118,8 @@ class Tables(NamedTuple):
 
 
 class Workspace(NamedTuple):
-    """Scratch for one encoder or decoder: the same WORKSPACE_BYTES as uint64 and as uint8.
+    """The same memory as uint64 and as uint8: WORKSPACE_BYTES of scratch for one encoder or
+    decoder, or the body of a frame, whose last bytes may be too few for a word.
 
     Numba could look at words as bytes by itself, at the price of a module of its own that takes
     long to import.
@@ -132,8 +134,12 @@ def new_workspace() -> Workspace:
     words, line_words = WORKSPACE_BYTES // 8, _CACHE_LINE_BYTES // 8
     space = np.zeros(words + line_words, np.uint64)
     first = -space.ctypes.data % _CACHE_LINE_BYTES // 8
-    space = space[first : first + words]
-    return Workspace(space, space.view(np.uint8))
+    return words_and_bytes(space[first : first + words].view(np.uint8))
+
+
+def words_and_bytes(memory: npt.NDArray[np.uint8]) -> Workspace:
+    """`memory` (uint8, 1-D, 8-byte aligned) in both ways."""
+    return Workspace(memory[: memory.size // 8 * 8].view(np.uint64), memory)
 
 
 _BYTES = readonly(np.uint8)
@@ -148,13 +154,13 @@ _TABLES = named_tuple((_OUT_U32, _OUT_U16, _OUT_BYTES, _OUT_U64), Tables)
 
 
 @inlined
-def _snapshot(memory, page, workspace):  # type: ignore[no-untyped-def]
-    """Copy a live page into the workspace, reading each word once. True if it was all zero."""
+def _snapshot(memory, page, words, first):  # type: ignore[no-untyped-def]
+    """Copy a live page to `words[first:]`, reading each word once. True if it was all zero."""
     start = np.uint64(page) * np.uint64(PAGE_WORDS)
     seen = np.uint64(0)
     for word in range(PAGE_WORDS):
         value = memory[start + np.uint64(word)]
-        workspace[PAGE_AT // 8 + word] = value
+        words[np.uint64(first) + np.uint64(word)] = value
         seen |= value
     return seen == 0
 
@@ -353,6 +359,18 @@ def _write_page(  # type: ignore[no-untyped-def]
     return kind, length
 
 
+@inlined
+def _put_tables(out, at, tables, pages, bases):  # type: ignore[no-untyped-def]
+    """Copy the tables to `out[at:]`, behind the payload. Returns where they end."""
+    start = out.ctypes.data
+    clib.memcpy(start + at, tables.base.ctypes.data, bases * BASE_BYTES)
+    at += bases * BASE_BYTES
+    clib.memcpy(start + at, tables.index.ctypes.data, pages * 4)
+    clib.memcpy(start + at + pages * 4, tables.length.ctypes.data, pages * 2)
+    clib.memcpy(start + at + pages * 6, tables.kind.ctypes.data, pages)
+    return at + pages * ENTRY_BYTES
+
+
 @kernel(
     readonly(np.uint64),
     readonly(np.uint32),
@@ -365,7 +383,7 @@ def _write_page(  # type: ignore[no-untyped-def]
     np.int64,
     FILES,
     _KNOWLEDGE,
-    _OUT_BYTES,
+    WORKSPACE,
     _TABLES,
     WORKSPACE,
     _OUT_U64,
@@ -383,26 +401,28 @@ def encode_pages(  # type: ignore[no-untyped-def]
     effort,
     files,
     known,
-    out,
+    body,
     tables,
     scratch,
     lz4_state,
     counters,
 ):
-    """Encode pages `indices[start:stop]` into `out` and `tables` until the frame is full.
+    """Encode pages `indices[start:stop]` into `body` until the frame is full.
 
     `memory` uint64 (live), `zero_digest` the digest of a page of zeros, `effort` EFFORT_*, `files`
-    what lies behind `memory`, `known` a `Knowledge`, `out` uint8 (payload and tables must fit into
-    its size), `scratch` a `Workspace`, `lz4_state` uint64 (clib.LZ4_STATE_WORDS), `counters` int64
-    (COUNTERS), zeroed by the caller.
+    what lies behind `memory`, `known` a `Knowledge`, `body` and `scratch` a `Workspace` each,
+    `tables` a `Tables`, `lz4_state` uint64 (clib.LZ4_STATE_WORDS), `counters` int64 (COUNTERS),
+    zeroed by the caller.
     Returns the position of the first index that was not encoded; for an index that is out of range
     or of another lane, -1 minus its position.
 
     Cost of a page, whose 4096 bytes are read from memory once and then stay in the first-level
-    cache: equal, one copy and a digest; raw, one more copy, to `out`; otherwise also the reading of
-    the base, the compression, and a copy into the cache of bases.
+    cache: one copy and a digest, which is all if it is equal, or if it is raw by `EFFORT_RAW`;
+    otherwise also the reading of the base, the compression, a copy to `body`, and one into the
+    cache of bases.
     """
     workspace, space = scratch.words, scratch.bytes
+    out = body.bytes
     n_pages = memory.size // PAGE_WORDS
     pages = 0
     bases = 0
@@ -418,16 +438,17 @@ def encode_pages(  # type: ignore[no-untyped-def]
             break
         position += 1
 
+        # A page that will be raw is copied to its place at once: nothing else is in the payload.
+        words, first = (body.words, at // 8) if effort == EFFORT_RAW else (workspace, PAGE_AT // 8)
         held = known.digests[page]
-        is_zero = held == UNKNOWN and in_hole(files, page)
-        if not is_zero:
-            is_zero = _snapshot(memory, page, workspace)
-        if position < stop and indices[position] < n_pages:
+        untouched = held == UNKNOWN and in_hole(files, page)
+        is_zero = untouched or _snapshot(memory, page, words, first)
+        if not untouched and position < stop and indices[position] < n_pages:
             # Fetches the next page while this one is worked on.
             _prefetch_page(memory.ctypes.data + np.int64(indices[position]) * PAGE_BYTES)
         digest = zero_digest
         if not is_zero:
-            digest = clib.xxh3_64(workspace.ctypes.data + PAGE_AT, PAGE_BYTES, seed)
+            digest = clib.xxh3_64(words.ctypes.data + first * 8, PAGE_BYTES, seed)
         if held == digest and held != UNKNOWN:
             counters[COUNT_SAME] += 1
             continue
@@ -440,7 +461,6 @@ def encode_pages(  # type: ignore[no-untyped-def]
         elif effort == EFFORT_RAW:
             kind = _RAW
             length = PAGE_BYTES
-            clib.memcpy(out.ctypes.data + at, workspace.ctypes.data + PAGE_AT, PAGE_BYTES)
             if known.slots.size:
                 _release_slot(known, page)
         else:
@@ -462,5 +482,5 @@ def encode_pages(  # type: ignore[no-untyped-def]
         at += length
         counters[kind] += 1
         known.digests[page] = digest
-    counters[COUNT_PAYLOAD_BYTES] = at
+    counters[COUNT_BODY_BYTES] = _put_tables(out, at, tables, pages, bases) if pages else 0
     return position
