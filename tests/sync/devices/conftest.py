@@ -33,6 +33,7 @@ from sync.vfio_user.protocol import (
     VfioUserError,
 )
 from sync.vfio_user.server import Server
+from tests.sync.devices import e1000_driver
 
 DEADLINE_MS = 10_000
 MIB = 1 << 20
@@ -567,3 +568,25 @@ def new_host(tmp_path_factory: pytest.TempPathFactory) -> Callable[[], Host]:
 @pytest.fixture(scope="session")
 def make_pattern() -> Callable[[int, int], bytes]:
     return pattern
+
+
+@pytest.fixture
+def machines():
+    """Makes machines with an 8254x NIC; they are closed in the end."""
+    with contextlib.ExitStack() as stack:
+
+        def make(ram=None, **options):
+            machine = e1000_driver.Machine(ram, **options)
+            stack.callback(machine.close)
+            return machine
+
+        yield make
+
+
+@pytest.fixture
+def driver(machines):
+    machine = machines()
+    machine.map()
+    driver = e1000_driver.Driver(machine)
+    driver.begin()
+    return driver
