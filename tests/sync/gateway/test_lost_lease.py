@@ -1,0 +1,255 @@
+"""The controller goes away: who owns the guest then, and who resumes it."""
+
+import os
+
+import pytest
+import trio
+
+import sync.vmm.recover
+from sync.gateway.client import GatewayClient
+from sync.gateway.errors import GatewayError, SessionFenced
+from sync.registers.record import Access, Op, pack_accesses
+from sync.vfio_user.protocol import (
+    DmaMap,
+)
+from tests.sync.gateway.raw_peers import PAGE, new_ram, status_of
+
+
+@pytest.fixture
+def recoveries(monkeypatch) -> list[tuple[str, float]]:
+    """The VMMs that the gateway has resumed."""
+    calls: list[tuple[str, float]] = []
+
+    def recover(path: str, deadline_s: float) -> str:
+        calls.append((path, deadline_s))
+        return "cont from paused"
+
+    monkeypatch.setattr(sync.vmm.recover, "recover_source", recover)
+    return calls
+
+
+async def to_state(gateway: GatewayClient, state: str) -> None:
+    if state in ("mediated", "stopped", "released"):
+        await gateway.mediate(tracker="message", capture=True)
+    if state in ("stopped", "released"):
+        resume = pack_accesses([Access(Op.WRITE, 0, 8, 4, b"kick")])
+        await gateway.stop(fence=True, resume=resume)
+    if state == "released":
+        await gateway.release("s")
+
+
+@pytest.mark.parametrize("state", ["passthrough", "mediated", "stopped"])
+def test_i8_a_lost_source_is_put_back_to_passthrough_and_its_vmm_resumed(
+    make_house, make_device, recoveries, state: str
+) -> None:
+    house, device = make_house(), make_device()
+    house.serve(device)
+    vmm = house.vmm()
+    ram = new_ram(2)
+    vmm.dma_map(DmaMap(3, 0, 0x10000, 2 * PAGE), ram)
+
+    async def main() -> None:
+        async with await GatewayClient.connect(house.control_path, role="source") as gateway:
+            await gateway.arm_recovery("/run/vmm.qmp", 3.5)
+            await to_state(gateway, state)
+        await trio.to_thread.run_sync(house.wait_event, "recovered")
+        async with await GatewayClient.connect(house.control_path, role="source") as gateway:
+            info = gateway.info
+            assert (info.state, info.owner) == ("passthrough", "owned")
+            assert info.last_recovery.ok
+            assert info.last_recovery.message == "cont from paused"
+            await gateway.mediate(tracker="message", capture=True)
+
+    trio.run(main)
+    assert recoveries == [("/run/vmm.qmp", 3.5)]
+    house.wait_event("restored", 2 if state != "passthrough" else 1)
+    assert device.mapped[0x10000][1], "directly"
+    assert vmm.region_read(0, 8, 4) == (b"kick" if state == "stopped" else bytes(4))
+    os.close(ram)
+
+
+def test_i8_a_controller_that_falls_silent_over_a_stopped_guest_is_cut_off(
+    make_house, make_device, recoveries
+) -> None:
+    house, device = make_house(lease_silence_s=0.1), make_device()
+    house.serve(device)
+    house.vmm()
+
+    async def main() -> None:
+        async with await GatewayClient.connect(house.control_path, role="source") as gateway:
+            await gateway.arm_recovery("/run/vmm.qmp", 3.5)
+            await gateway.mediate(tracker="none", capture=True)
+            await gateway.stop(fence=False)
+            await trio.to_thread.run_sync(house.wait_event, "recovered")
+            with pytest.raises(GatewayError):
+                await gateway.status()
+
+    trio.run(main)
+    assert recoveries
+
+
+def test_i8_a_recovery_that_fails_is_told(make_house, make_device, monkeypatch) -> None:
+    def recover(path: str, deadline_s: float) -> str:
+        raise OSError("no such VMM")
+
+    monkeypatch.setattr(sync.vmm.recover, "recover_source", recover)
+    house = make_house()
+    house.serve(make_device())
+    house.vmm()
+
+    async def main() -> None:
+        async with await GatewayClient.connect(house.control_path, role="source") as gateway:
+            await gateway.arm_recovery("/run/vmm.qmp", 1)
+            await gateway.mediate(tracker="none", capture=True)
+        await trio.to_thread.run_sync(house.wait_event, "recovered")
+        async with await GatewayClient.connect(house.control_path) as gateway:
+            assert not gateway.info.last_recovery.ok
+            assert "no such VMM" in gateway.info.last_recovery.message
+
+    trio.run(main)
+
+
+def test_i7_a_released_source_stays_released_and_is_never_resumed(
+    make_house, make_device, recoveries
+) -> None:
+    house, device = make_house(), make_device()
+    house.serve(device)
+    vmm = house.vmm()
+    ram = new_ram(2)
+    vmm.dma_map(DmaMap(3, 0, 0x10000, 2 * PAGE), ram)
+
+    async def main() -> None:
+        async with await GatewayClient.connect(house.control_path, role="source") as gateway:
+            await gateway.arm_recovery("/run/vmm.qmp", 1)
+            await to_state(gateway, "released")
+        await trio.to_thread.run_sync(house.wait_event, "lease-lost")
+        vmm.region_write(0, 8, b"bell")
+        async with await GatewayClient.connect(
+            house.control_path, role="source", session="s"
+        ) as gateway:
+            assert (gateway.info.state, gateway.info.owner) == ("released", "released")
+            assert gateway.info.dropped_writes == 1
+            assert device.mapped == {}
+            await gateway.reclaim("s")
+            await gateway.passthrough()
+        info = await status_of(house)
+        assert (info.state, info.owner) == ("passthrough", "owned")
+
+    trio.run(main)
+    assert recoveries == []
+    assert bytes(device.registers.bar[8:12]) == b"kick"
+    os.close(ram)
+
+
+def test_i7_a_vmm_that_was_released_is_not_resumed_even_if_it_has_come_back(
+    make_house, make_device, recoveries
+) -> None:
+    """The device is lost after the release, so the VMM is disconnected and connects anew: by the
+    record it owns its guest, but the guest may run on the target by now."""
+    house, device = make_house(), make_device()
+    server = house.serve(device)
+    house.vmm()
+
+    async def main() -> None:
+        async with await GatewayClient.connect(house.control_path, role="source") as gateway:
+            await gateway.arm_recovery("/run/vmm.qmp", 1)
+            await gateway.mediate(tracker="none", capture=True)
+            await gateway.stop(fence=True)
+            await gateway.release("s")
+            await trio.to_thread.run_sync(house.end_device, server)
+            await trio.to_thread.run_sync(house.wait_event, "device-lost")
+            house.serve(make_device())
+            await trio.to_thread.run_sync(house.vmm)
+            assert (await gateway.status()).owner == "owned"
+        await trio.to_thread.run_sync(house.wait_event, "lease-lost")
+        async with await GatewayClient.connect(house.control_path, role="source"):
+            pass
+
+    trio.run(main)
+    assert recoveries == []
+
+
+def test_i8_a_vmm_whose_device_died_with_the_controller_is_resumed_all_the_same(
+    make_house, make_device, recoveries
+) -> None:
+    house, device = make_house(), make_device()
+    server = house.serve(device)
+    house.vmm()
+
+    async def main() -> None:
+        async with await GatewayClient.connect(house.control_path, role="source") as gateway:
+            await gateway.arm_recovery("/run/vmm.qmp", 1)
+            await gateway.mediate(tracker="none", capture=True)
+            await gateway.stop(fence=True)
+            await trio.to_thread.run_sync(house.end_device, server)
+            await trio.to_thread.run_sync(house.wait_event, "device-lost")
+        await trio.to_thread.run_sync(house.wait_event, "recovered")
+
+    trio.run(main)
+    assert recoveries == [("/run/vmm.qmp", 1)]
+
+
+def test_i7_a_disarmed_recovery_leaves_the_vmm_alone(make_house, make_device, recoveries) -> None:
+    house = make_house()
+    house.serve(make_device())
+    house.vmm()
+
+    async def main() -> None:
+        async with await GatewayClient.connect(house.control_path, role="source") as gateway:
+            await gateway.arm_recovery("/run/vmm.qmp", 1)
+            await gateway.mediate(tracker="none", capture=True)
+            await gateway.passthrough()
+            await gateway.disarm_recovery()
+        await trio.to_thread.run_sync(house.wait_event, "lease-lost")
+
+    trio.run(main)
+    assert recoveries == []
+
+
+def test_i7_a_lost_target_is_fenced(make_house, make_device) -> None:
+    house, device = make_house(), make_device()
+    house.serve(device)
+    vmm = house.vmm()
+    ram = new_ram(2)
+    vmm.dma_map(DmaMap(3, 0, 0x10000, 2 * PAGE), ram)
+
+    async def main() -> None:
+        async with await GatewayClient.connect(house.control_path, role="target") as gateway:
+            await gateway.standby("s")
+        await trio.to_thread.run_sync(house.wait_event, "abandoned")
+        info = await status_of(house)
+        assert (info.state, info.owner, info.session) == ("passthrough", "fenced", "s")
+        async with await GatewayClient.connect(house.control_path, role="target") as gateway:
+            with pytest.raises(SessionFenced):
+                await gateway.standby("s")
+            await gateway.standby("t")
+
+    trio.run(main)
+    house.wait_event("abandoned", 2)
+    assert device.mapped[0x10000][1]
+    os.close(ram)
+
+
+def test_i7_a_target_that_holds_the_commit_keeps_it_until_it_is_started(
+    make_house, make_device, recoveries
+) -> None:
+    house, device = make_house(), make_device()
+    house.serve(device)
+    house.vmm()
+
+    async def main() -> None:
+        path = house.control_path
+        async with await GatewayClient.connect(path, role="target", session="s") as gateway:
+            await gateway.standby("s")
+            await gateway.own("s", pack_accesses([Access(Op.WRITE, 0, 8, 4, b"held")]))
+        await trio.to_thread.run_sync(house.wait_event, "lease-lost")
+        info = await status_of(house)
+        assert (info.state, info.owner, info.session) == ("standby", "owned", "s")
+        assert device.registers.bar[8:12] == bytes(4)
+        async with await GatewayClient.connect(path, role="target", session="s") as gateway:
+            await gateway.own("s")
+            await gateway.start()
+        assert bytes(device.registers.bar[8:12]) == b"held"
+
+    trio.run(main)
+    assert recoveries == []
