@@ -10,6 +10,8 @@ cause read, a tail moved, interrupts unmasked).
 import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from types import SimpleNamespace
+from typing import cast
 
 import trio
 
@@ -21,6 +23,7 @@ from sync.gateway.journal import Journal
 from sync.registers.capture import CaptureSource
 from sync.registers.choose import find_profile, load_profiles
 from sync.registers.device import CONFIG_REGION, DeviceView
+from sync.registers.interface import GatewayPort
 from sync.registers.layout import Layout
 from sync.registers.payload import Assembler
 from sync.registers.record import RECORD_BYTES, Op
@@ -75,26 +78,13 @@ def _layout(view: DeviceView) -> Layout:
     return Layout(profile, view)
 
 
-class Port:
-    """The part of a gateway's client that hands out the journal."""
+def journal_port(journal: Journal) -> GatewayPort:
+    """A gateway's client of which nothing is there but the journal."""
 
-    def __init__(self, journal: Journal) -> None:
-        self._journal = journal
+    async def take(max_records: int) -> tuple[bytes, bool]:
+        return journal.take(max_records), journal.overflow
 
-    async def journal(self, max_records: int = 65536) -> tuple[bytes, bool]:
-        return self._journal.take(max_records), self._journal.overflow
-
-    async def batch(self, records: bytes) -> bytes:
-        raise NotImplementedError
-
-    async def mig_state(self, state: int) -> None:
-        raise NotImplementedError
-
-    async def mig_read(self, max_bytes: int) -> bytes:
-        raise NotImplementedError
-
-    async def mig_write(self, data: bytes) -> None:
-        raise NotImplementedError
+    return cast(GatewayPort, SimpleNamespace(journal=take))
 
 
 class Pipeline:
@@ -103,7 +93,7 @@ class Pipeline:
     def __init__(self, layout: Layout, steps: list[Step]) -> None:
         self._steps = steps
         self._journal = Journal()
-        self._source = CaptureSource(layout, Port(self._journal), {})
+        self._source = CaptureSource(layout, journal_port(self._journal), {})
         self._assembler = Assembler()
         self._replayer = Replayer(layout, 0)
         self._payloads: list[bytes] = []

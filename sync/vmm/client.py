@@ -6,10 +6,10 @@ after each piece that was read. A connection that ends is therefore noticed by t
 
 from collections import deque
 from collections.abc import Callable, Mapping
-from types import TracebackType
 from typing import Any, TypeVar
 
 import trio
+from trio.abc import AsyncResource
 
 from sync.vmm.errors import QmpProtocolError, VmmBusy, VmmError, VmmGone, VmmNotReady, VmmRefused
 from sync.vmm.qmp import QmpCore, QmpEvent, QmpFailure, QmpReply
@@ -24,7 +24,7 @@ EVENTS_KEPT = 256
 T = TypeVar("T")
 
 
-class QmpClient:
+class QmpClient(AsyncResource):
     """Commands and events of one VMM. Any number of tasks may use it at once."""
 
     def __init__(self, stream: trio.abc.Stream) -> None:
@@ -73,17 +73,6 @@ class QmpClient:
                     raise
                 return client
         raise kind(f"no QMP at {path} after {deadline_s:g} s: {why}")
-
-    async def __aenter__(self) -> "QmpClient":
-        return self
-
-    async def __aexit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
-        await self.aclose()
 
     async def aclose(self) -> None:
         if self._failure is None:

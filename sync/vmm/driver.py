@@ -20,10 +20,10 @@ import math
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from types import TracebackType
 from typing import Any, TypeVar
 
 import trio
+from trio.abc import AsyncResource
 
 from sync.vmm.client import COMMAND_DEADLINE_S, QmpClient
 from sync.vmm.errors import (
@@ -83,7 +83,7 @@ class VmmProgress:
     """The VMM's `error-desc`, or empty."""
 
 
-class Vmm:
+class Vmm(AsyncResource):
     """One VMM under control. Every method may raise `VmmGone` and `QmpProtocolError`.
 
     The wait_* methods have no deadline of their own: `trio.fail_after` is for that. All of them
@@ -98,17 +98,6 @@ class Vmm:
     async def connect(cls, path: str, *, deadline_s: float = 10.0) -> "Vmm":
         """Takes the QMP socket `path`. Raises `VmmGone` when it is not to be had in time."""
         return cls(await QmpClient.connect(path, deadline_s=deadline_s))
-
-    async def __aenter__(self) -> "Vmm":
-        return self
-
-    async def __aexit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
-        await self.aclose()
 
     async def aclose(self) -> None:
         """Gives the QMP socket back. The VMM goes on as it is."""

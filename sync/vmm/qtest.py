@@ -14,10 +14,10 @@ takes malformed ones for bugs in a test and aborts, so only the functions here m
 import os
 import re
 from collections.abc import Sequence
-from types import TracebackType
 from typing import Any
 
 import trio
+from trio.abc import AsyncResource
 
 from sync.vmm.driver import Vmm
 from sync.vmm.errors import QmpProtocolError, VmmError, VmmGone, VmmNotReady, VmmRefused
@@ -113,7 +113,7 @@ class QtestCore:
             raise QtestError(f"QEMU answers {command[:40]!r} by {line[:200]!r}") from error
 
 
-class Qtest:
+class Qtest(AsyncResource):
     """A connection to a QEMU's qtest. One task at a time."""
 
     def __init__(self, stream: trio.abc.Stream) -> None:
@@ -144,17 +144,6 @@ class Qtest:
             return cls(await trio.open_unix_socket(path))
         except OSError as error:
             raise VmmNotReady(f"QEMU's qtest is not to be had at {path}: {error}") from error
-
-    async def __aenter__(self) -> "Qtest":
-        return self
-
-    async def __aexit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
-        await self.aclose()
 
     async def aclose(self) -> None:
         await self._stream.aclose()
