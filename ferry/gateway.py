@@ -3,11 +3,14 @@
 from dataclasses import dataclass
 from pathlib import Path
 
-from ferry.config import natural, option
+from ferry.config import natural, option, size
 from ferry.errors import Exit
 from sync.gateway.busy_poll import WINDOW_S
+from sync.gateway.core import Limits
+from sync.gateway.journal import DEFAULT_RECORDS
 from sync.gateway.main import GatewayOptions
 from sync.gateway.main import run as run_gateway
+from sync.registers.record import RECORD_BYTES
 
 MAX_BUSY_POLL_US = 1000
 
@@ -30,6 +33,12 @@ class Options:
         round(WINDOW_S * 1e6),
         parse=busy_poll,
     )
+    journal_size: int = option(
+        "memory for register accesses that send has not taken; when it is full, the migration"
+        " fails and the guest goes on",
+        DEFAULT_RECORDS * RECORD_BYTES,
+        parse=size,
+    )
     json: bool = option("print events as JSON lines", False)
 
 
@@ -41,6 +50,7 @@ def run(options: Options) -> int:
             control_path=Path(options.control),
             json=options.json,
             busy_poll_s=options.busy_poll / 1e6,
+            limits=Limits(journal_records=options.journal_size // RECORD_BYTES),
         )
     )
     return Exit.OK

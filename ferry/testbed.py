@@ -214,6 +214,13 @@ class Host(Unit):
         self.others.append(unit)
         return unit
 
+    def disk_bytes(self) -> int:
+        """What its first device has moved from and to the disk so far."""
+        assert self.device is not None
+        lines = Path(f"/proc/{self.device.pid}/io").read_text().splitlines()
+        counts = dict(line.split(": ") for line in lines)
+        return int(counts["rchar"]) + int(counts["wchar"])
+
     @property
     def control_flags(self) -> list[object]:
         """How `send` and `receive` are told of the gateways."""
@@ -367,6 +374,16 @@ class Testbed:
 
         self._within(timeout_s, wait, f"guest {host.name} does no {more} operations")
         return report
+
+    def wait_disk(self, host: Host, more: int, timeout_s: float = START_S) -> None:
+        """Until the guest's device has moved `more` bytes than now. Asks no QMP server: `send` may
+        be its one client."""
+        goal = host.disk_bytes() + more
+        deadline = time.monotonic() + timeout_s
+        while host.disk_bytes() < goal:
+            if time.monotonic() > deadline:
+                raise TestbedError(f"guest {host.name} does not move {more} bytes")
+            time.sleep(POLL_S)
 
     def verify(self, host: Host, timeout_s: float = 60.0) -> dict[str, Any]:
         """Reads back every block that the guest ever wrote; its report afterwards."""

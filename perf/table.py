@@ -190,8 +190,8 @@ BENCHMARKS: dict[str, Benchmark] = {
     "slowdown": Benchmark(
         "perf.benchmarks.slowdown",
         "the guest's I/O rate in passthrough, mediated, and with a link that is dead",
-        settings={"milliseconds": 2000},
-        quick={"milliseconds": 200},
+        settings={"depth": 1, "iops": 0, "milliseconds": 400, "intervals": 20},
+        quick={"milliseconds": 100, "intervals": 2},
         bars=(Bar(12, "dead_of_slow", 0.95, "higher"),),
     ),
 }

@@ -1,0 +1,62 @@
+"""I10: the guest goes on while nothing else does: neither `send` nor the link takes anything.
+
+In the state in which its accesses are captured and its pages tracked; how long that lasts makes no
+difference to the guest, only to the migration. The journal is small, so that it is full at once.
+"""
+
+import dataclasses
+import signal
+from pathlib import Path
+
+import pytest
+
+from ferry.errors import Exit
+from tests.e2e.rig import (
+    DIRTY,
+    MIGRATION_S,
+    Method,
+    assert_sound,
+    new_bed,
+    small_setup,
+    start_both,
+    start_migration,
+)
+
+MOVED_BYTES = 16 << 20
+"""Some thousand accesses, and every page of the read area is dirty."""
+SMALL_JOURNAL = ("--journal-size", "4K")
+
+
+@pytest.mark.parametrize("dirty", DIRTY)
+def test_i10_a_sender_that_takes_nothing_costs_the_migration(tmp_path: Path, dirty: str) -> None:
+    method = Method("replay", dirty)
+    setup = dataclasses.replace(small_setup(method), gateway=SMALL_JOURNAL)
+    with new_bed(tmp_path, setup) as bed:
+        a, b = start_both(bed)
+        patient = ("--peer-timeout", "120")
+        sender, receiver = start_migration(
+            bed, a, b, method, "--break-at", "precopy", *patient, receive=patient
+        )
+        sender.wait_stopped()
+        bed.wait_disk(a, MOVED_BYTES)
+        sender.resume()
+        assert sender.wait(MIGRATION_S) == Exit.DEVICE, sender.tail()
+        assert "faster than they could be sent" in sender.wait_event("error")["message"]
+        receiver.wait(MIGRATION_S)
+        assert_sound(bed, a)
+
+
+def test_i10_a_link_that_takes_nothing_costs_the_migration(tmp_path: Path) -> None:
+    method = Method("replay", "logging")
+    with new_bed(tmp_path, small_setup(method)) as bed:
+        a, b = start_both(bed)
+        sender, receiver = start_migration(
+            bed, a, b, method, "--bandwidth", "64K", "--peer-timeout", "120"
+        )
+        sender.wait_event("phase", phase="precopy")
+        receiver.signal(signal.SIGSTOP)
+        bed.wait_disk(a, MOVED_BYTES)
+        assert sender.running, sender.tail()
+        sender.signal(signal.SIGINT)
+        assert sender.wait(MIGRATION_S) == Exit.INTERRUPTED, sender.tail()
+        assert_sound(bed, a)
