@@ -164,7 +164,7 @@ BENCHMARKS: dict[str, Benchmark] = {
     "memory": Benchmark(
         "perf.benchmarks.memory",
         "what send takes of memory beside the guest's, over a thousand rounds",
-        settings={"mib": 256, "cache-mib": 64, "rounds": 1000, "dirty": 500},
+        settings={"mib": 256, "cache-mib": 64, "codec": "auto", "rounds": 1000, "dirty": 500},
         quick={"mib": 16, "rounds": 20},
         bars=(
             Bar(11, "beyond_allowance", 64, "lower", {"memory": "private"}),

@@ -1,9 +1,10 @@
 """What `send` takes of its host's memory beside the guest's, over a thousand rounds.
 
 `private` is what the process costs: memory that is its own and no file's. `resident` adds the pages
-of programs and libraries that are mapped in: all processes share them,
-and the kernel drops them when it needs room. The bar is held against `private`, less the 16 bytes
-a page and the cache that it allows. `growth` is from a tenth of the rounds to all.
+of programs and libraries that are mapped in: all processes share them, and the kernel drops them
+when it needs room. The bar is held against `private`, less the 16 bytes a page and the cache that
+it allows; how much of the cache is used depends on the codec, and on what `auto` has tried.
+`growth` is from a tenth of the rounds to all.
 """
 
 import json
@@ -38,7 +39,10 @@ def run(context: Context) -> Iterator[Measurement]:
 
 def _measure(context: Context, url: str, rounds: int) -> dict[int, dict[str, int]]:
     """What `perf.parties.rounds` says, by the number of rounds."""
-    arguments = (url, *(context.text(name) for name in ("mib", "cache-mib", "rounds", "dirty")))
+    arguments = (
+        url,
+        *(context.text(name) for name in ("mib", "cache-mib", "codec", "rounds", "dirty")),
+    )
     with child("perf.parties.rounds", *arguments, f"{rounds // 10},{rounds}") as sender:
         found = [json.loads(sender.line()) for _ in range(3)]
     return {each["rounds"]: each for each in found}

@@ -1,4 +1,4 @@
-"""What `send` keeps in memory: `... perf.parties.rounds URL MIB CACHE_MIB ROUNDS DIRTY MARKS`.
+"""What `send` keeps in memory: `... rounds URL MIB CACHE_MIB CODEC ROUNDS DIRTY MARKS`.
 
 Imports what `send` imports and nothing else, sends ROUNDS rounds of about DIRTY pages of a guest's
 shared memory, and prints a JSON line with its memory, in bytes, before the session, and after each
@@ -47,6 +47,7 @@ async def send(
     url: str,
     memory: "npt.NDArray[np.uint8]",
     cache_mib: int,
+    codec: str,
     rounds: int,
     marks: frozenset[int],
     guest: socket.socket,
@@ -54,6 +55,7 @@ async def send(
     import numpy as np
 
     import ferry.send
+    from transport.codec import Codec
     from transport.frames import PAGE_BYTES
     from transport.kernels.compiled import warm_up
     from transport.sender import SenderOptions, open_sender
@@ -65,7 +67,9 @@ async def send(
     warm_up()
     dirty_pages()
     print(json.dumps({"rounds": 0, **memory_bytes()}), flush=True)
-    options = SenderOptions(lanes=ferry.send.Options.lanes)
+    options = SenderOptions(
+        lanes=ferry.send.Options.lanes, codec=None if codec == "auto" else Codec.parse(codec)
+    )
     async with open_sender(url, os.urandom(16), b"", options) as sender:
         sender.attach_memory(memory, cache_bytes=cache_mib << 20)
         await sender.send_round(np.arange(memory.size // PAGE_BYTES, dtype=np.uint32), 0)
@@ -77,7 +81,7 @@ async def send(
 
 
 def main() -> None:
-    url, mib, cache_mib, rounds, dirty, marks = sys.argv[1:]
+    url, mib, cache_mib, codec, rounds, dirty, marks = sys.argv[1:]
     descriptor = os.memfd_create("guest")
     os.ftruncate(descriptor, int(mib) << 20)
     shared = mmap.mmap(descriptor, int(mib) << 20)
@@ -94,7 +98,7 @@ def main() -> None:
 
     memory = np.frombuffer(shared, np.uint8)
     wanted = frozenset(map(int, marks.split(",")))
-    trio.run(send, url, memory, int(cache_mib), int(rounds), wanted, ours)
+    trio.run(send, url, memory, int(cache_mib), codec, int(rounds), wanted, ours)
 
 
 if __name__ == "__main__":
