@@ -82,6 +82,12 @@ class Mismatch(FerryError):
     exit_code = Exit.REFUSED
 
 
+class NotOwner(FerryError):
+    """The guest here has been let go of in an earlier migration; nothing was touched."""
+
+    exit_code = Exit.REFUSED
+
+
 class PeerProtocolError(FerryError):
     """The peer sent something that makes no sense."""
 

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import trio
 
 from ferry.cli import describe, exit_code_of
-from ferry.errors import Exit, Interrupted, LocalError
+from ferry.errors import Exit, Interrupted, LocalError, NotOwner
 from ferry.messages import DeviceOffer
 from ferry.progress import Reporter
 from ferry.runner import Runner
@@ -69,12 +69,14 @@ def conclude(reporter: Reporter, state: State, runner: Runner, advice: dict[Stat
         reason += f"; then {describe(runner.cleanup_error)}"
     if not reason.endswith((".", "?")):
         reason += "."
+    # What is said of the guest is not so where it was not this host's to begin with.
+    hint = "" if isinstance(error, NotOwner) else advice.get(state, "")
     code = _EXIT_OF_STATE.get(state)
     if code is None:
         code = exit_code_of(error) if error is not None else Exit.INTERNAL
     reporter.event(
         "error",
-        message=f"{reason} {advice.get(state, '')}".strip(),
+        message=f"{reason} {hint}".strip(),
         state=state.value,
         exit_code=int(code),
         exit_name=code.name.lower(),

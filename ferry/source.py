@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 
 from ferry.check import findings_of
 from ferry.downtime import Downtime
-from ferry.errors import Mismatch
+from ferry.errors import Mismatch, NotOwner
 from ferry.findings import methods_text, ok
 from ferry.memory_layout import MemoryLayout
 from ferry.messages import Hello, Kind
@@ -171,6 +171,11 @@ class Source:
         gateway = await GatewayClient.connect(path, role="source", session=self._session.hex())
         self._gateways.append(gateway)
         info = await check_gateway(path, gateway, vmm=True)
+        if info.state == "released":
+            raise NotOwner(
+                f"the gateway at {path} has let go of its guest in session {info.session}: whose "
+                "it is now, `vfio-ferry resolve` says, on the target first"
+            )
         regions = await gateway.memory()
         try:
             if self._memory is None:

@@ -34,6 +34,8 @@ from sync.memory import MemoryRegion
 Role = Literal["observer", "source", "target"]
 Tracker = Literal["logging", "message", "none"]
 
+HELLO_DEADLINE_S = 5.0
+"""For the first answer: something else than a gateway may listen there and say nothing."""
 _CHUNK_BYTES = 256 << 10
 _TAKING = frozenset({"dirty", "journal", "mig_read"})
 
@@ -114,8 +116,14 @@ class GatewayClient:
             ) from error
         client = cls(sock)
         try:
-            reply = await client._request("hello", role=role, session=session)
-            client.info = GatewayInfo.from_fields(reply.fields)
+            with trio.move_on_after(HELLO_DEADLINE_S) as waiting:
+                reply = await client._request("hello", role=role, session=session)
+                client.info = GatewayInfo.from_fields(reply.fields)
+            if waiting.cancelled_caught:
+                raise GatewayUnreachable(
+                    f"what listens at {os.fspath(path)} does not answer as a gateway does: "
+                    "is it the path of its --control?"
+                )
         except BaseException:
             client._close()
             raise

@@ -13,6 +13,7 @@ from tests.e2e.rig import (
     OPERATIONS,
     Method,
     assert_sound,
+    migrate,
     new_bed,
     small_setup,
     start_both,
@@ -145,6 +146,17 @@ def test_a_guest_that_does_not_converge(tmp_path: Path) -> None:
         assert ended(sender)[0] == Exit.NOT_CONVERGED
         assert ended(receiver)[0] == Exit.PEER_ABORTED
         assert_sound(bed, a)
+
+
+def test_i7_a_guest_that_was_let_go_is_not_sent_again(tmp_path: Path) -> None:
+    with new_bed(tmp_path, small_setup(METHOD)) as bed:
+        a, b = start_both(bed)
+        migrate(bed, a, b, METHOD)
+        code, message = ended(bed.send(a, b))
+        assert code == Exit.REFUSED
+        assert "has let go of its guest" in message
+        assert "continues on this host" not in message
+        assert_sound(bed, b)
 
 
 def test_i10_a_dead_link_costs_the_guest_nothing(tmp_path: Path) -> None:

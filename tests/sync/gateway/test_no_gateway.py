@@ -1,0 +1,22 @@
+"""A control socket behind which there is no gateway."""
+
+import socket
+from pathlib import Path
+
+import pytest
+import trio
+
+from sync.gateway import client
+from sync.gateway.client import GatewayClient
+from sync.gateway.errors import GatewayUnreachable
+
+
+def test_something_else_that_says_nothing_is_not_waited_for(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(client, "HELLO_DEADLINE_S", 0.01)
+    with socket.socket(socket.AF_UNIX) as silent:
+        silent.bind(str(tmp_path / "device"))
+        silent.listen()
+        with pytest.raises(GatewayUnreachable, match="--control"):
+            trio.run(GatewayClient.connect, tmp_path / "device")
