@@ -65,6 +65,13 @@ def file_pages(rng: np.random.Generator, n_pages: int) -> Bytes:
     return pages.reshape(n_pages, PAGE_BYTES)
 
 
+def touch_memory(n_bytes: int) -> None:
+    """Takes so much memory and gives it back. A virtual machine's host may back its memory only
+    when that is first used, which can take longer than what is to be measured."""
+    flags = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | mmap.MAP_POPULATE
+    mmap.mmap(-1, n_bytes, flags=flags).close()
+
+
 class FolderPages:
     """Pages of the files below a folder, in the order of their paths; at the end, from the start.
 

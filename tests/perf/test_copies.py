@@ -1,6 +1,8 @@
 """Full copies: what is sent by the bare stream, what is compared, and the image that is copied."""
 
 import os
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -64,6 +66,16 @@ def test_a_folder_without_content_is_refused(tmp_path: Path) -> None:
     (tmp_path / "empty").write_bytes(bytes(PAGE_BYTES))
     with pytest.raises(BenchUsageError, match="no file"):
         FolderPages(tmp_path)(np.random.default_rng(), 1)
+
+
+def test_memory_is_touched_and_given_back() -> None:
+    script = (
+        "from pathlib import Path; from perf.workloads.images import touch_memory;"
+        "peak = lambda: int(Path('/proc/self/status').read_text().split('VmHWM:')[1].split()[0]);"
+        "before = peak(); touch_memory(256 << 20); print(peak() - before)"
+    )
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, check=True)
+    assert int(done.stdout) > 128 << 10
 
 
 def test_a_copy_that_differs_is_no_result(tmp_path: Path) -> None:
