@@ -5,11 +5,13 @@ from math import inf
 from perf.benchmark import Bar, Benchmark
 
 RANGES: dict[str, tuple[float, float]] = {
+    "busy-poll": (0, 1000),
     "cache-mib": (0, inf),
     "changed": (0, 1),
     "cold": (0, 1),
     "downtime-ms": (1, 1e6),
     "floor-level": (0, 22),
+    "iops": (0, inf),
     "lanes": (1, 16),
     "operations": (4, inf),
     "pages-per-s": (0, inf),
