@@ -12,7 +12,7 @@ bandwidth limit, or a receiver that is slow to apply.
 **What is seen of the link.** After each `EPOCH_FRAMES` frames: if the lane had to wait for it, `l`
 is the time that passed by the bytes that were acknowledged. If it never had to, the link could do
 more; how much more is unknown, so at first it is taken for boundless, and, once it was measured,
-for a little (`_HOPE`) faster each time. A lighter codec is then tried sooner or later, and shows.
+faster by `_HOPE` each time. A lighter codec is then tried soon, and shows.
 
 **Codecs not seen yet**, or not lately, are tried with a single frame, the nearest first: stronger
 ones when the lane waits for the link, lighter ones when it does not. What trials cost is bounded
@@ -36,7 +36,7 @@ _END_PAGES: Final = 512  # so near to the end of a round that nothing overlaps
 _WEIGHT: Final = 0.25  # of the newest frame in an average
 _WAITING_SHARE: Final = 0.15  # of the time
 _GAIN: Final = 0.99  # what is not at least so much cheaper is no reason to change
-_HOPE: Final = 0.99
+_HOPE: Final = 0.75
 _TRIAL_SHARE: Final = 0.02
 _STALE_FRAMES: Final = 64
 
