@@ -57,5 +57,5 @@ class BusyPoll:
 
 
 def usable_window_s(wanted_s: float) -> float:
-    """None where one processor is all there is: nobody could do what is waited for meanwhile."""
+    """0 where one processor is all there is: nobody could do what is waited for meanwhile."""
     return wanted_s if len(os.sched_getaffinity(0)) > 1 else 0.0

@@ -1,5 +1,7 @@
 """Memory that goes and comes back, and clients that do."""
 
+import threading
+
 import pytest
 
 from sync.vfio_user.protocol import DmaUnmap, MigrationState
@@ -154,13 +156,18 @@ def test_a_client_that_dies_in_the_middle_loses_nothing(host, messages, intx):
     assert driver.read(100, len(data)) == data
 
 
-def test_nothing_is_touched_after_the_client_went(host):
+def test_nothing_is_touched_after_the_client_went(host, monkeypatch):
     path, disk = host.serve_slow(n_workers=2)
+    memory = disk.device.memory
+    lose, lost = memory.lose, threading.Event()
+    monkeypatch.setattr(memory, "lose", lambda: (lose(), lost.set()))
     driver = host.boot(path)
     requests = [driver.submit(OUT, n, [bytes(SECTOR)]) for n in range(2)]
     disk.wait_for(2)
     before = bytes(driver.ram.bytes)
     driver.bus.close()
+    # Until the server knows, requests may end as usual.
+    assert lost.wait(10)
     disk.go.set()
     # The server takes the next client only when the device has let go of the last one.
     bus = host.connect(path)
