@@ -138,10 +138,9 @@ def _compile(kernel: Kernel) -> str:
     compiled = njit(**_OPTIONS)(entry)
     signature = (types.voidptr,)
     compiled.compile(signature)
-    found = compiled.overloads[signature]
-    name = found.fndesc.llvm_func_name
+    name = compiled.overloads[signature].fndesc.llvm_func_name
     entry_code = _ENTRY.format(function=name, entry=kernel.name, raised=RAISED)
-    module = llvm.parse_assembly(found.library.get_llvm_str())
+    module = llvm.parse_assembly(compiled.inspect_llvm(signature))
     module.link_in(llvm.parse_assembly(entry_code))
     return str(module)
 
