@@ -16,7 +16,7 @@ from perf.benchmark import Context, Measurement
 from perf.links import open_link
 from perf.peers import Copy, ferry, qemu, tcp
 from perf.results import Better
-from perf.workloads.images import FolderPages, Mix, file_pages, image_file, touch_memory
+from perf.workloads.images import FolderPages, Mix, file_pages, image_file
 
 OURS = "ferry"
 BARE = "bare"
@@ -31,7 +31,6 @@ def run(context: Context) -> Iterator[Measurement]:
     with ExitStack() as stack:
         link = stack.enter_context(open_link(context.text("link")))
         n_bytes = context.number("mib") << 20
-        touch_memory(2 * n_bytes)  # the image's and a target's
         mix = Mix(zero=float(context.settings["zero"]))
         folder = context.text("files")
         pages = FolderPages(Path(folder)) if folder != MADE_UP else file_pages

@@ -14,6 +14,7 @@ from perf.links import TCP, Link
 from perf.parties.sender import READY
 from perf.peers import DEADLINE_S, Copy
 from perf.processes import Stopwatch, child
+from perf.workloads.images import KeptMemory
 from transport.frames import PAGE_BYTES
 
 
@@ -24,11 +25,15 @@ def copy(image: Path, options: Mapping[str, object] | None = None, *, link: Link
     """
     n_bytes = image.stat().st_size
     target_command = ("pages", link.url("pages"), str(n_bytes // PAGE_BYTES))
-    with child("perf.parties.receivers", *target_command, prefix=link.target_prefix) as target:
+    with (
+        KeptMemory(n_bytes) as kept,
+        child("perf.parties.receivers", *target_command, prefix=link.target_prefix) as target,
+    ):
         source_command = (target.line(), str(image), json.dumps(dict(options or {})))
         with child("perf.parties.sender", *source_command, prefix=link.source_prefix) as source:
             if source.line() != READY:
                 raise BenchmarkFailed("the sender did not become ready")
+            kept.give_back()
             watch = Stopwatch(source.pid, target.pid)
             source.go()
             done = json.loads(source.line(DEADLINE_S))

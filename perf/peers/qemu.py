@@ -23,6 +23,7 @@ from perf.errors import BenchmarkFailed, BenchUsageError, NeedMissing
 from perf.links import TCP, Link
 from perf.peers import DEADLINE_S, Copy
 from perf.processes import Stopwatch, process
+from perf.workloads.images import KeptMemory
 from sync.vmm.client import QmpClient
 
 POLL_S = 0.01
@@ -99,6 +100,7 @@ async def _copy(
             prefix=link.source_prefix,
             end=signal.SIGKILL,
         ) as source,
+        KeptMemory(n_bytes) as kept,
         trio.fail_after(DEADLINE_S),
     ):
         async with (
@@ -109,6 +111,7 @@ async def _copy(
                 await _set_up(qmp, setting)
             await target_qmp.execute("migrate-incoming", _to(_listen_address(link, folder)))
             bound = (await target_qmp.execute("query-migrate"))["socket-address"][0]
+            kept.give_back()
             watch = Stopwatch(source.pid, target.pid)
             await source_qmp.execute("migrate", _to(bound))
             found = await _completed(source_qmp)

@@ -8,6 +8,7 @@ from pathlib import Path
 from perf.links import TCP, Link
 from perf.peers import DEADLINE_S, Copy
 from perf.processes import Stopwatch, child
+from perf.workloads.images import KeptMemory
 
 PARTY = "perf.parties.tcp"
 
@@ -17,10 +18,14 @@ def copy(image: Path, connections: int, *, link: Link = TCP) -> Copy:
     n_bytes = image.stat().st_size
     listen = str(link.sockets / "bare") if link.sockets else link.target_address
     target_command = ("receive", listen, str(connections), str(n_bytes))
-    with child(PARTY, *target_command, prefix=link.target_prefix) as target:
+    with (
+        KeptMemory(n_bytes) as kept,
+        child(PARTY, *target_command, prefix=link.target_prefix) as target,
+    ):
         source_command = ("send", target.line(), str(connections), str(image))
         with child(PARTY, *source_command, prefix=link.source_prefix) as source:
             wire_bytes = int(source.line())
+            kept.give_back()
             watch = Stopwatch(source.pid, target.pid)
             source.go()
             source.line(DEADLINE_S)

@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Self
 
 import numpy as np
 import numpy.typing as npt
@@ -65,11 +66,27 @@ def file_pages(rng: np.random.Generator, n_pages: int) -> Bytes:
     return pages.reshape(n_pages, PAGE_BYTES)
 
 
-def touch_memory(n_bytes: int) -> None:
-    """Takes so much memory and gives it back. A virtual machine's host may back its memory only
-    when that is first used, which can take longer than what is to be measured."""
-    flags = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | mmap.MAP_POPULATE
-    mmap.mmap(-1, n_bytes, flags=flags).close()
+class KeptMemory:
+    """So much memory, taken at once and given back by `give_back`, for those who need it then.
+
+    A virtual machine's host backs its memory only when that is first used, and takes back within
+    seconds what is free: whoever touches it then waits for the host, which can take longer than
+    what is to be measured.
+    """
+
+    def __init__(self, n_bytes: int) -> None:
+        flags = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | mmap.MAP_POPULATE
+        self._memory = mmap.mmap(-1, n_bytes, flags=flags)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.give_back()
+
+    def give_back(self) -> None:
+        """To be called right before the clock starts."""
+        self._memory.close()
 
 
 class FolderPages:

@@ -68,14 +68,17 @@ def test_a_folder_without_content_is_refused(tmp_path: Path) -> None:
         FolderPages(tmp_path)(np.random.default_rng(), 1)
 
 
-def test_memory_is_touched_and_given_back() -> None:
+def test_memory_is_kept_until_it_is_given_back() -> None:
     script = (
-        "from pathlib import Path; from perf.workloads.images import touch_memory;"
-        "peak = lambda: int(Path('/proc/self/status').read_text().split('VmHWM:')[1].split()[0]);"
-        "before = peak(); touch_memory(256 << 20); print(peak() - before)"
+        "from pathlib import Path; from perf.workloads.images import KeptMemory;"
+        "now = lambda: int(Path('/proc/self/status').read_text().split('VmRSS:')[1].split()[0]);"
+        "found = [now()]; kept = KeptMemory(256 << 20);"
+        "found.append(now()); kept.give_back(); found.append(now()); print(*found)"
     )
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, check=True)
-    assert int(done.stdout) > 128 << 10
+    before, kept, after = map(int, done.stdout.split())
+    assert kept - before > 255 << 10
+    assert after - before < 1 << 10
 
 
 def test_a_copy_that_differs_is_no_result(tmp_path: Path) -> None:
