@@ -1,7 +1,8 @@
 """Frames into the pages of guest memory.
 
 Owns the receiver's side of one lane: the order of frames, and the write of pages. A frame's layout
-and check are in `frames`, the loop over its pages in `transport.kernels.unpack`. Receives nothing.
+is in `frames`, its check in `parse`, the loop over its pages in `transport.kernels.unpack`.
+Receives nothing.
 """
 
 from __future__ import annotations
@@ -14,12 +15,13 @@ import numpy.typing as npt
 
 from transport.errors import FrameError
 from transport.extents import Extent
-from transport.frames import MAX_LANES, Buffer, parse_frame
+from transport.frames import MAX_LANES
 from transport.kernels.compiled import warm_up
 from transport.kernels.digests import page_count
 from transport.kernels.files import new_files
 from transport.kernels.pages import new_workspace
 from transport.kernels.unpack import apply_pages
+from transport.parse import Buffer, parse_frame
 
 
 @dataclass(frozen=True, slots=True)

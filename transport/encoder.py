@@ -119,6 +119,7 @@ class Encoder:
             length=np.empty(MAX_FRAME_PAGES, np.uint16),
             kind=np.empty(MAX_FRAME_PAGES, np.uint8),
             base=np.empty(MAX_FRAME_PAGES, np.uint64),
+            digest=np.empty(MAX_FRAME_PAGES, np.uint64),
         )
         self._workspace = kernels.new_workspace()
         self._packer = Packer()
@@ -186,6 +187,8 @@ class Encoder:
         if n_pages:
             body = body[: int(counters[kernels.COUNT_BODY_BYTES])]
             body_bytes, unpacked_bytes = self._put_body(body, out)
+            raw = self.codec.method is Method.NONE
+            raw_digests = self._tables.digest[: by_kind[PageKind.RAW]] if raw else None
             n_bytes = seal_frame(
                 out,
                 body_bytes=body_bytes,
@@ -195,6 +198,7 @@ class Encoder:
                 round_no=round_no,
                 lane=self._lane,
                 seed=self._seed,
+                raw_digests=raw_digests,
             )
         return EncodedFrame(
             consumed=stop - start,

@@ -9,13 +9,13 @@ import trio
 from transport.codec import LZ4, NONE, Codec, Method
 from transport.decoder import Decoder
 from transport.encoder import EncodedFrame, Encoder
-from transport.frames import CODEC_NONE, CODEC_ZSTD, DEFAULT_FRAME_BYTES, HEADER_BYTES
+from transport.frames import DEFAULT_FRAME_BYTES, HEADER_BYTES, Coding
 from transport.replica import Replica
 from transport.sender import SenderOptions
 
 SEED = 11
 N_PAGES = 100
-CODEC_OFFSET = 35
+CODING_OFFSET = 35
 EVERYTHING = np.arange(N_PAGES, dtype=np.uint32)
 
 
@@ -39,7 +39,7 @@ class Pages:
         self.decoder = Decoder(self.target, N_PAGES, SEED)
 
     def send(self, codec: Codec) -> tuple[EncodedFrame, int]:
-        """All pages, in one frame; returns how, and the codec in the frame's header."""
+        """All pages, in one frame; returns how, and the coding in the frame's header."""
         self.encoder.codec = codec
         out = np.empty(DEFAULT_FRAME_BYTES, np.uint8)
         sequence = self.decoder.next_sequence
@@ -47,7 +47,7 @@ class Pages:
         assert done.consumed == N_PAGES
         assert self.decoder.apply(out.data[: done.n_bytes]).rejected.size == 0
         assert np.array_equal(self.source, self.target)
-        return done, int(out[CODEC_OFFSET])
+        return done, int(out[CODING_OFFSET])
 
 
 def words(seed: int) -> np.ndarray:
@@ -61,8 +61,8 @@ def test_without_a_codec_pages_go_as_they_are() -> None:
     pages = Pages()
     for seed in range(2):
         pages.source[:] = words(seed)
-        done, codec = pages.send(NONE)
-        assert (done.raw, codec) == (N_PAGES, CODEC_NONE)
+        done, coding = pages.send(NONE)
+        assert (done.raw, coding) == (N_PAGES, Coding.RAW)
 
 
 def test_zstandard_finds_what_pages_have_in_common() -> None:
@@ -75,7 +75,7 @@ def test_zstandard_finds_what_pages_have_in_common() -> None:
         done, in_header = pages.send(codec)
         sizes.append(done.n_bytes)
         assert done.n_pages == N_PAGES
-        assert in_header == (CODEC_ZSTD if codec.method is Method.ZSTD else CODEC_NONE)
+        assert in_header == (Coding.ZSTD if codec.method is Method.ZSTD else Coding.PLAIN)
     assert sizes[0] > N_PAGES * 4000
     assert max(sizes[1:]) < 3 * 4096
 
@@ -87,7 +87,7 @@ def test_a_body_that_does_not_shrink_is_not_packed() -> None:
     one.codec = Codec(Method.ZSTD, 3)
     out = np.empty(DEFAULT_FRAME_BYTES, np.uint8)
     done = one.encode(EVERYTHING[:1], 0, out, round_no=0, sequence=0)
-    assert (done.n_bytes, out[CODEC_OFFSET]) == (HEADER_BYTES + 4096 + 7, CODEC_NONE)
+    assert (done.n_bytes, out[CODING_OFFSET]) == (HEADER_BYTES + 4096 + 7, Coding.PLAIN)
 
 
 def test_a_page_that_changed_much_is_a_delta_where_it_is_packed_afterwards() -> None:

@@ -116,14 +116,20 @@ REWRITES = ["zero", "random", "text", "byte", "scattered", "stretch", "moved", "
 def read_frame(frame: bytes, memory: np.ndarray) -> list[int]:
     """Apply a frame to `memory` (uint8, pages x 4096) by the book; returns its pages."""
     magic, version, checksum = struct.unpack_from("<4sIQ", frame)
-    _, _, body_bytes, n, _, codec, unpacked = struct.unpack_from("<QIIHBBI", frame, 16)
-    assert (magic, version) == (b"vfpg", 1)
-    assert checksum == xxhash.xxh3_64_intdigest(frame[16:], SEED)
+    _, _, body_bytes, n, _, coding, unpacked = struct.unpack_from("<QIIHBBI", frame, 16)
+    assert (magic, version) == (b"vfpg", 2)
     body = frame[40:]
     assert len(body) == body_bytes
-    if codec == 1:
+    covered = frame[16:]
+    if coding == 1:
         body = zstandard.decompress(body)
-    assert (codec, unpacked) in ((0, 0), (1, len(body)))
+    elif coding == 2:
+        raw, tables = body[: -7 * n], body[-7 * n :]
+        pages = (raw[at : at + 4096] for at in range(0, len(raw), 4096))
+        digests = (xxhash.xxh3_64_intdigest(page, SEED) for page in pages)
+        covered = frame[16:40] + b"".join(map(struct.Struct("<Q").pack, digests)) + tables
+    assert checksum == xxhash.xxh3_64_intdigest(covered, SEED)
+    assert (coding, unpacked) in ((0, 0), (1, len(body)), (2, 0))
     kinds = body[len(body) - n :]
     lengths = struct.unpack_from(f"<{n}H", body, len(body) - n * 3)
     indices = struct.unpack_from(f"<{n}I", body, len(body) - n * 7)

@@ -16,7 +16,8 @@ from hypothesis import strategies as st
 
 from transport.decoder import Decoder
 from transport.errors import FrameError
-from transport.frames import MAX_FRAME_BYTES, parse_frame
+from transport.frames import MAX_FRAME_BYTES
+from transport.parse import parse_frame
 
 SEED = 0xA5A5A5A5A5A5A5A5
 N_PAGES = 8
@@ -44,10 +45,10 @@ def make_frame(pages: list[Page], **header: int) -> bytes:
         "body_bytes": len(body),
         "n_pages": len(pages),
         "lane": 0,
-        "codec": 0,
+        "coding": 0,
         "unpacked": 0,
     } | {name: value for name, value in header.items() if name not in ("magic", "version")}
-    start = struct.pack("<II", header.get("magic", 0x67706676), header.get("version", 1))
+    start = struct.pack("<II", header.get("magic", 0x67706676), header.get("version", 2))
     return with_checksum(start + bytes(8) + struct.pack("<QIIHBBI", *fields.values()) + body)
 
 
@@ -62,7 +63,14 @@ def pack(frame: bytes, unpacked: int | None = None, packed: bytes | None = None)
 
 def with_checksum(frame: bytes) -> bytes:
     """The frame with a checksum that fits, so that the checks behind it are reached."""
-    return frame[:8] + struct.pack("<Q", xxhash.xxh3_64_intdigest(frame[16:], SEED)) + frame[16:]
+    covered = frame[16:]
+    n_pages, _lane, coding = struct.unpack_from("<HBB", frame, 32) if len(frame) >= 40 else (0,) * 3
+    payload, tables = frame[40 : len(frame) - 7 * n_pages], frame[len(frame) - 7 * n_pages :]
+    if coding == 2:
+        pages = (payload[at : at + 4096] for at in range(0, len(payload), 4096))
+        digests = (xxhash.xxh3_64_intdigest(page, SEED) for page in pages)
+        covered = frame[16:40] + b"".join(struct.pack("<Q", each) for each in digests) + tables
+    return frame[:8] + struct.pack("<Q", xxhash.xxh3_64_intdigest(covered, SEED)) + frame[16:]
 
 
 GOOD: list[Page] = [
@@ -72,6 +80,14 @@ GOOD: list[Page] = [
     (3, DELTA, b"\x05\x02ab\x83\x01\x01c", HELD_DIGEST),
     (4, LZ4_BASE, BASE_BLOCK, HELD_DIGEST),
     (7, ZERO, b"", 0),
+]
+
+
+GOOD_RAW: list[Page] = [
+    (0, ZERO, b"", 0),
+    (1, RAW, bytes(range(256)) * 16, 0),
+    (2, RAW, HELD[::-1], 0),
+    (5, ZERO, b"", 0),
 ]
 
 
@@ -119,19 +135,48 @@ def test_a_frame_made_by_the_book_is_applied(
     memory.check_guards()
 
 
+def test_a_frame_of_raw_pages_made_by_the_book_is_applied() -> None:
+    memory = GuardedMemory()
+    assert memory.decoder.apply(make_frame(GOOD_RAW, coding=2)).n_pages == len(GOOD_RAW)
+    expected = {index: data or bytes(4096) for index, _, data, _ in GOOD_RAW}
+    for index, page in enumerate(memory.pages.reshape(-1, 4096)):
+        assert page.tobytes() == expected.get(index, HELD)
+    memory.check_guards()
+
+
+@pytest.mark.parametrize(
+    ("pages", "header", "message"),
+    [
+        ([*GOOD_RAW, (6, LZ4, BLOCK, 0)], {}, "zero or as they are"),
+        ([*GOOD_RAW, (6, LZ4, bytes(4095), 0), (7, LZ4, b"x", 0)], {}, "kind 2 in a frame of raw"),
+        ([*GOOD_RAW, (8, RAW, HELD, 0)], {}, "page 8 of 8"),
+        ([*GOOD_RAW, (7, RAW, HELD[1:], 0)], {}, "zero or as they are"),
+        (GOOD_RAW, {"n_pages": 5}, "zero or as they are"),
+        (GOOD_RAW, {"n_pages": 65535}, "zero or as they are"),
+        (GOOD_RAW, {"unpacked": 1}, "claims to be packed"),
+        (GOOD_RAW, {"lane": 1}, "lane 1 on lane 0"),
+        ([], {}, "a frame of 40 bytes"),
+    ],
+)
+def test_i9_a_frame_of_raw_pages_that_is_none_is_refused(
+    pages: list[Page], header: dict[str, int], message: str
+) -> None:
+    refuse(make_frame(pages, coding=2, **header), message)
+
+
 @pytest.mark.parametrize(
     ("header", "message"),
     [
         ({"magic": 0x67706600}, "not a page frame"),
-        ({"version": 2}, "version 2; this side speaks 1"),
+        ({"version": 1}, "version 1; this side speaks 2"),
         ({"version": 0}, "version 0"),
         ({"body_bytes": 7}, "body of 7 bytes"),
         ({"body_bytes": 0xFFFFFFFF}, "body of 4294967295 bytes"),
         ({"n_pages": 0}, "0 pages"),
         ({"n_pages": 65535}, "65535 pages"),
         ({"lane": 1}, "lane 1 on lane 0"),
-        ({"codec": 2}, "unknown codec 2"),
-        ({"codec": 255, "unpacked": 4096}, "unknown codec 255"),
+        ({"coding": 3}, "unknown coding 3"),
+        ({"coding": 255, "unpacked": 4096}, "unknown coding 255"),
         ({"unpacked": 1}, "as it is that claims to be packed from 1 bytes"),
         ({"sequence": 1}, "frame 1 where 0 was due"),
         ({"sequence": 2**64 - 1}, "frame 18446744073709551615"),
@@ -246,9 +291,15 @@ def test_a_frame_cut_short_or_too_long_is_refused() -> None:
     refuse(bytes(MAX_FRAME_BYTES + 1), f"frame of {MAX_FRAME_BYTES + 1} bytes")
 
 
-def test_each_flipped_bit_is_found() -> None:
-    frame = make_frame([(0, DELTA, b"\x05\x02ab", HELD_DIGEST)])
-    for bit in range(len(frame) * 8):
+@pytest.mark.parametrize(
+    ("frame", "stride"),
+    [
+        (make_frame([(0, DELTA, b"\x05\x02ab", HELD_DIGEST)]), 1),
+        (make_frame(GOOD_RAW, coding=2), 11),
+    ],
+)
+def test_each_flipped_bit_is_found(frame: bytes, stride: int) -> None:
+    for bit in range(0, len(frame) * 8, stride):
         flipped = bytearray(frame)
         flipped[bit // 8] ^= 1 << bit % 8
         with pytest.raises(FrameError):
@@ -309,14 +360,15 @@ def test_the_longest_delta_is_applied() -> None:
 @settings(max_examples=400, deadline=None)
 @given(
     st.lists(st.tuples(st.integers(8, 4000), st.integers(0, 255)), min_size=1, max_size=6),
-    st.lists(st.sampled_from(GOOD), min_size=1, max_size=6),
+    st.tuples(st.lists(st.sampled_from(GOOD), min_size=1, max_size=6), st.just(0))
+    | st.tuples(st.lists(st.sampled_from(GOOD_RAW), min_size=1, max_size=6), st.just(2)),
     st.integers(0, 12),
 )
 def test_i9_a_valid_frame_with_changed_bytes_stays_within_bounds(
-    changes: list[tuple[int, int]], pages: list[Page], cut: int
+    changes: list[tuple[int, int]], pages: tuple[list[Page], int], cut: int
 ) -> None:
     """The checksum is made to fit, so everything behind it meets the changed bytes."""
-    frame = bytearray(make_frame(pages))
+    frame = bytearray(make_frame(pages[0], coding=pages[1]))
     for place, value in changes:
         # Counted from the end, where the tables are, or from the start, turn by turn.
         at = -1 - place % (len(frame) - 16) if place % 2 else 16 + place % (len(frame) - 16)
@@ -345,7 +397,7 @@ def test_i9_arbitrary_pages_stay_within_bounds(pages: list[Page]) -> None:
 @given(st.binary(max_size=200))
 def test_i9_arbitrary_bytes_are_refused(data: bytes) -> None:
     refuse(data)
-    refuse(with_checksum(b"vfpg\x01\0\0\0" + data.ljust(8, b"\0")))
+    refuse(with_checksum(b"vfpg\x02\0\0\0" + data.ljust(8, b"\0")))
 
 
 def expect_within_bounds(frame: bytes) -> None:

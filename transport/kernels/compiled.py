@@ -162,7 +162,7 @@ def kernel(*signature: Parameter) -> Callable[[Callable[..., Any]], Kernel]:
 def all_kernels() -> list[Kernel]:
     """Every kernel of this room."""
     # Imported here because these modules declare their kernels by this one.
-    from transport.kernels import bitmap, digests, pages, unpack  # noqa: F401
+    from transport.kernels import bitmap, digests, pages, tables, unpack  # noqa: F401
 
     return _kernels
 

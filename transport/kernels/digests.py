@@ -28,9 +28,14 @@ BLOCK_PAGES = 256  # pages for each digest of the upper level: 1 MiB of memory
 
 def digest_all(memory: npt.NDArray[np.uint8], seed: int) -> Digests:
     """The digest of every page of `memory`."""
-    n_pages = page_count(memory)
-    digests = np.empty(n_pages, np.uint64)
-    _digest_all(memory, np.uint64(seed), digests)
+    page_count(memory)
+    return digest_payload(memory, seed)
+
+
+def digest_payload(payload: npt.NDArray[np.uint8], seed: int) -> Digests:
+    """`digest_all` of pages at any address."""
+    digests = np.empty(payload.size // PAGE_BYTES, np.uint64)
+    _digest_all(payload, np.uint64(seed), digests)
     return digests
 
 

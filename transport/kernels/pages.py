@@ -115,6 +115,8 @@ class Tables(NamedTuple):
     length: Any
     kind: Any
     base: Any
+    digest: Any
+    """Of the pages that `EFFORT_RAW` has put into the payload, in their order."""
 
 
 class Workspace(NamedTuple):
@@ -150,7 +152,7 @@ _OUT_U64 = writable(np.uint64)
 _OUT_I64 = writable(np.int64)
 _KNOWLEDGE = named_tuple((_OUT_U64, _OUT_U32, _OUT_U64, _OUT_U32, _OUT_BYTES, _OUT_I64), Knowledge)
 WORKSPACE = named_tuple((_OUT_U64, _OUT_BYTES), Workspace)
-_TABLES = named_tuple((_OUT_U32, _OUT_U16, _OUT_BYTES, _OUT_U64), Tables)
+_TABLES = named_tuple((_OUT_U32, _OUT_U16, _OUT_BYTES, _OUT_U64, _OUT_U64), Tables)
 
 
 @inlined
@@ -461,6 +463,7 @@ def encode_pages(  # type: ignore[no-untyped-def]
         elif effort == EFFORT_RAW:
             kind = _RAW
             length = PAGE_BYTES
+            tables.digest[counters[_RAW]] = digest
             if known.slots.size:
                 _release_slot(known, page)
         else:

@@ -1,7 +1,7 @@
 """The receiver's loop over pages: from a checked frame into guest memory.
 
 Owns the decoding of a page's form (see `pages`) and how pages get into memory. The kernel trusts
-its arguments, which are checked by `frames.parse_frame` and `Decoder`; what a page's own bytes say
+its arguments, which are checked by `parse.parse_frame` and `Decoder`; what a page's own bytes say
 (LZ4 block, delta runs) is checked here, because only decoding shows it.
 """
 
@@ -107,7 +107,7 @@ def apply_pages(  # type: ignore[no-untyped-def]
 ):
     """Decode the pages of a checked frame one by one and write them.
 
-    The arrays are those of a `frames.Frame`; `files` is what lies behind `memory`. Pages that do
+    The arrays are those of a `parse.Frame`; `files` is what lies behind `memory`. Pages that do
     not hold their base are left alone and listed in `rejected` (uint32, as long as `index`).
     Returns how many these are; for a page whose bytes are malformed, -1 minus its position, the
     pages in front of it being written.

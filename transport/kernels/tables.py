@@ -1,0 +1,121 @@
+"""The receiver's check of a frame's tables: what they say, copied out and found consistent.
+
+Owns the loop; the layout is in `transport.frames`, the words of a refusal in `transport.parse`.
+"""
+
+from __future__ import annotations
+
+from typing import Any, Final, NamedTuple
+
+import numpy as np
+
+from transport.frames import (
+    BASE_BYTES,
+    ENTRY_BYTES,
+    FIRST_KIND_WITH_BASE,
+    PAGE_BYTES,
+    STRIPE_PAGES,
+    PageKind,
+)
+from transport.kernels import clib
+from transport.kernels.compiled import kernel, named_tuple, readonly, writable
+
+# What `read_tables` returns for tables that are not consistent.
+BAD_KIND: Final = -1
+NO_ROOM: Final = -2
+BAD_LENGTH: Final = -3
+BAD_SUM: Final = -4
+BAD_INDEX: Final = -5
+BAD_LANE: Final = -6
+
+_LAST_KIND: Final = int(max(PageKind))
+_ZERO: Final = int(PageKind.ZERO)
+_RAW: Final = int(PageKind.RAW)
+_FIRST_WITH_BASE: Final = int(FIRST_KIND_WITH_BASE)
+
+
+class ReadTables(NamedTuple):
+    """The tables of a frame, each as long as it has pages; see `transport.parse.Frame`."""
+
+    index: Any
+    kind: Any
+    length: Any
+    offset: Any
+    base: Any
+
+
+def new_tables(pages: int) -> ReadTables:
+    """Room for the tables of so many pages."""
+    return ReadTables(
+        index=np.empty(pages, np.uint32),
+        kind=np.empty(pages, np.uint8),
+        length=np.empty(pages, np.uint16),
+        offset=np.empty(pages, np.uint32),
+        base=np.zeros(pages, np.uint64),
+    )
+
+
+_TABLES = named_tuple(
+    (
+        writable(np.uint32),
+        writable(np.uint8),
+        writable(np.uint16),
+        writable(np.uint32),
+        writable(np.uint64),
+    ),
+    ReadTables,
+)
+
+
+@kernel(readonly(np.uint8), np.int64, np.int64, np.int64, _TABLES)
+def read_tables(body, n_pages, lane, lanes, tables):  # type: ignore[no-untyped-def]
+    """Copy the tables at the end of `body` and check them against each other and the limits.
+
+    `tables` is a `ReadTables` for the frame's number of pages, whose entries `body` has room for.
+    Every index must be below `n_pages` and of `lane` of `lanes`, every length suit its kind, and
+    the payload be as long as the lengths say. Returns the length of the payload in bytes, or one of
+    the constants above; `tables` then holds what was copied so far.
+    """
+    pages = tables.index.size
+    start = body.ctypes.data
+    kinds_at = body.size - pages
+    clib.memcpy(tables.kind.ctypes.data, start + kinds_at, pages)
+    bases = 0
+    for position in range(pages):
+        if tables.kind[position] > _LAST_KIND:
+            return BAD_KIND
+        bases += tables.kind[position] >= _FIRST_WITH_BASE
+    payload_bytes = body.size - pages * ENTRY_BYTES - bases * BASE_BYTES
+    if payload_bytes < 0:
+        return NO_ROOM
+    indices_at = payload_bytes + bases * BASE_BYTES
+    clib.memcpy(tables.index.ctypes.data, start + indices_at, pages * 4)
+    clib.memcpy(tables.length.ctypes.data, start + indices_at + pages * 4, pages * 2)
+
+    base_at = start + payload_bytes
+    offset = np.int64(0)
+    for position in range(pages):
+        kind = tables.kind[position]
+        length = np.int64(tables.length[position])
+        if kind == _ZERO:
+            suits = length == 0
+        elif kind == _RAW:
+            suits = length == PAGE_BYTES
+        else:
+            suits = 0 < length < PAGE_BYTES
+        if not suits:
+            return BAD_LENGTH
+        tables.offset[position] = offset
+        offset += length
+        if kind >= _FIRST_WITH_BASE:
+            clib.memcpy(tables.base.ctypes.data + position * BASE_BYTES, base_at, BASE_BYTES)
+            base_at += BASE_BYTES
+    if offset != payload_bytes:
+        return BAD_SUM
+    for position in range(pages):
+        page = np.int64(tables.index[position])
+        if page >= n_pages:
+            return BAD_INDEX
+        if page // STRIPE_PAGES % lanes != lane:
+            return BAD_LANE
+    return payload_bytes
