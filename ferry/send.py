@@ -85,7 +85,7 @@ class Options:
     lanes: int = option("connections for pages", 2, parse=positive)
     frame_size: int = option("bytes of a frame of pages", 2 << 20, parse=size)
     codec: str = option(
-        "how pages are compressed: auto, none, lz4 or zstd:LEVEL", "auto", parse=codec_name
+        "how pages are compressed: auto, none, delta, lz4 or zstd:LEVEL", "auto", parse=codec_name
     )
     cache: int = option("bytes kept to compute deltas from", 64 << 20, parse=size)
     bandwidth: int | None = option(

@@ -62,6 +62,16 @@ BENCHMARKS: dict[str, Benchmark] = {
             Bar(4, "wire_of_xbzrle", 0.5, "lower", {"codec": "zstd:9"}),
         ),
     ),
+    "compression": Benchmark(
+        "perf.benchmarks.compression",
+        "bytes and time of the codecs, one core, against zstandard's levels and QEMU's stream",
+        settings={
+            "mib": 128,
+            "files": "/usr",
+            "codecs": "lz4+zstd:1+zstd:2+zstd:3+zstd:4+zstd:5+zstd:7+zstd:9",
+        },
+        quick={"mib": 2, "codecs": "lz4+zstd:1"},
+    ),
     "link": Benchmark(
         "perf.benchmarks.link",
         "rounds of pages between two processes, against a bare ZeroMQ stream",
@@ -184,8 +194,9 @@ BENCHMARKS: dict[str, Benchmark] = {
             "lanes": 2,
             "dirty": 1000,
             "rounds": 40,
+            "interval-ms": 100,
         },
-        quick={"mib": 8, "dirty": 100, "rounds": 10},
+        quick={"mib": 8, "dirty": 100, "rounds": 10, "interval-ms": 1},
         bars=(
             *(Bar(7, metric, 5, "lower") for metric in ("applied", "proven")),
             *(Bar(7, metric, 15, "lower", at=0.99) for metric in ("applied", "proven")),

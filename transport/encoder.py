@@ -17,7 +17,9 @@ import numpy.typing as npt
 from transport.codec import LZ4, Method, Packer
 from transport.extents import Extent
 from transport.frames import (
+    BASE_BYTES,
     DEFAULT_FRAME_BYTES,
+    ENTRY_BYTES,
     HEADER_BYTES,
     MAX_FRAME_BYTES,
     MAX_FRAME_PAGES,
@@ -41,6 +43,7 @@ MAX_CALL_PAGES: Final = 65536
 
 _EFFORT: Final = {
     Method.NONE: kernels.EFFORT_RAW,
+    Method.DELTA: kernels.EFFORT_DELTA,
     Method.LZ4: kernels.EFFORT_LZ4,
     Method.ZSTD: kernels.EFFORT_PACKED,
 }
@@ -140,6 +143,7 @@ class Encoder:
         *,
         round_no: int,
         sequence: int,
+        max_raw_pages: int = 0,
     ) -> EncodedFrame:
         """Encode pages `indices[start:]` until the frame is full, into the start of `out`.
 
@@ -147,9 +151,10 @@ class Encoder:
         repeats allowed. `out` uint8, writable, 1-D, contiguous, 8-byte aligned, at least
         `frame_bytes` long. The replica takes what is encoded for delivered: a page that is not
         applied must be forgotten. At most `MAX_CALL_PAGES` indices are looked at, so a call may end
-        without a frame and before the end of the list. Raises IndexError for an index out of range
-        or of another lane (the pages that this call has encoded are forgotten, so nothing is lost),
-        ValueError for an unfit `start` or `out`.
+        without a frame and before the end of the list. `max_raw_pages`: a frame has no more room
+        than so many pages take as they are; 0: no more than `frame_bytes`. Raises IndexError for an
+        index out of range or of another lane (the pages that this call has encoded are forgotten,
+        so nothing is lost), ValueError for an unfit `start` or `out`.
         """
         if not 0 <= start <= indices.size:
             raise ValueError(f"start {start} in a list of {indices.size}")
@@ -158,7 +163,7 @@ class Encoder:
         if out.ctypes.data % 8:
             raise ValueError("a frame is made at an address that is a multiple of 8")
         counters = np.zeros(kernels.COUNTERS, np.int64)
-        body = self._room_for_body(out)
+        body = self._room_for_body(out, max_raw_pages)
         stop = kernels.encode_pages(
             self._memory,
             indices,
@@ -216,16 +221,21 @@ class Encoder:
         """The receiver rejected these pages, or they never arrived: send them whole next time."""
         self._replica.forget(indices)
 
-    def _room_for_body(self, out: npt.NDArray[np.uint8]) -> npt.NDArray[np.uint8]:
+    def _room_for_body(
+        self, out: npt.NDArray[np.uint8], max_raw_pages: int
+    ) -> npt.NDArray[np.uint8]:
         """Where the body is made: in its place, unless it is packed afterwards."""
+        body_bytes = self._frame_bytes - HEADER_BYTES
+        if max_raw_pages:
+            body_bytes = min(body_bytes, max_raw_pages * (PAGE_BYTES + ENTRY_BYTES) + BASE_BYTES)
         if self.codec.method is Method.NONE:
-            return out[HEADER_BYTES : self._frame_bytes]
-        body_bytes = min(self._frame_bytes, MAX_COMPRESSED_FRAME_BYTES) - HEADER_BYTES
+            return out[HEADER_BYTES : HEADER_BYTES + body_bytes]
+        body_bytes = min(body_bytes, MAX_COMPRESSED_FRAME_BYTES - HEADER_BYTES)
         if self.codec.method is not Method.ZSTD:
             return out[HEADER_BYTES : HEADER_BYTES + body_bytes]
         if not self._unpacked.size:
-            self._unpacked = np.empty(body_bytes, np.uint8)
-        return self._unpacked
+            self._unpacked = np.empty(MAX_COMPRESSED_FRAME_BYTES, np.uint8)
+        return self._unpacked[:body_bytes]
 
     def _put_body(self, body: npt.NDArray[np.uint8], out: npt.NDArray[np.uint8]) -> tuple[int, int]:
         """The body to its place, packed if that is shorter.

@@ -26,7 +26,8 @@ class Replica:
     """
 
     def __init__(self, n_pages: int, cache_bytes: int, lanes: int = 1) -> None:
-        """Know nothing of `n_pages` pages; a cache of 0 bytes means no deltas.
+        """Know nothing of `n_pages` pages; with a cache of 0 bytes only pages of zeros
+        are bases.
 
         ValueError for numbers out of range.
         """

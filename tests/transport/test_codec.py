@@ -1,12 +1,14 @@
 """The choice of a codec by name, and what it makes of the pages of a frame."""
 
+import itertools
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import trio
 
-from transport.codec import LZ4, NONE, Codec, Method
+from transport.codec import DELTA, LZ4, NONE, Codec, Method, Packer
 from transport.decoder import Decoder
 from transport.encoder import EncodedFrame, Encoder
 from transport.frames import DEFAULT_FRAME_BYTES, HEADER_BYTES, Coding
@@ -19,12 +21,14 @@ CODING_OFFSET = 35
 EVERYTHING = np.arange(N_PAGES, dtype=np.uint32)
 
 
-@pytest.mark.parametrize("name", ["none", "lz4", "zstd:1", "zstd:19", "zstd:-7", "zstd:0"])
+@pytest.mark.parametrize("name", ["none", "delta", "lz4", "zstd:1", "zstd:19", "zstd:-7", "zstd:0"])
 def test_a_codec_has_a_name(name: str) -> None:
     assert str(Codec.parse(name)) == name
 
 
-@pytest.mark.parametrize("name", ["", "zstd", "zstd:", "zstd:20", "zstd:-8", "zstd:1.5", "lz4:1"])
+@pytest.mark.parametrize(
+    "name", ["", "zstd", "zstd:", "zstd:20", "zstd:-8", "zstd:1.5", "lz4:1", "delta:1"]
+)
 def test_other_names_are_refused(name: str) -> None:
     with pytest.raises(ValueError, match=r"lz4|level"):
         Codec.parse(name)
@@ -63,6 +67,39 @@ def test_without_a_codec_pages_go_as_they_are() -> None:
         pages.source[:] = words(seed)
         done, coding = pages.send(NONE)
         assert (done.raw, coding) == (N_PAGES, Coding.RAW)
+
+
+def test_deltas_alone_leave_everything_else_as_it_is() -> None:
+    pages = Pages()
+    pages.source[:] = words(0)
+    assert pages.send(DELTA)[0].raw == N_PAGES
+    pages.source.reshape(N_PAGES, -1)[:50, 100:300] += 1
+    pages.source[50 * 4096 :] = words(1)[50 * 4096 :]
+    done, coding = pages.send(DELTA)
+    assert (done.delta, done.raw, coding) == (50, 50, Coding.PLAIN)
+    assert done.n_bytes < 50 * 4096 + 50 * 250 + 2000
+
+
+@pytest.mark.parametrize("codec", [DELTA, LZ4, Codec(Method.ZSTD, 3)])
+def test_what_is_written_to_a_page_of_zeros_is_a_delta_without_a_cache(codec: Codec) -> None:
+    source, target = np.zeros((2, N_PAGES * 4096), np.uint8)
+    encoder, decoder = Encoder(source, Replica(N_PAGES, 0), SEED), Decoder(target, N_PAGES, SEED)
+    encoder.codec = codec
+    out = np.empty(DEFAULT_FRAME_BYTES, np.uint8)
+    for sequence in range(2):
+        done = encoder.encode(EVERYTHING, 0, out, round_no=0, sequence=sequence)
+        decoder.apply(out.data[: done.n_bytes])
+        assert np.array_equal(source, target)
+        assert (done.zero, done.delta) == ((N_PAGES, 0), (0, N_PAGES))[sequence]
+        source.reshape(N_PAGES, -1)[:, 1000:1100] = 7 + np.arange(100)
+
+
+def test_a_higher_level_makes_pages_smaller() -> None:
+    code = Path(np._core._multiarray_umath.__file__).read_bytes()
+    body = np.frombuffer(code, np.uint8, 255 * 4096)
+    sizes = [len(Packer().pack(body, level)) for level in (-1, 1, 2, 3, 4, 5, 9)]
+    assert sizes == sorted(sizes, reverse=True)
+    assert all(small < 0.999 * large for large, small in itertools.pairwise(sizes))
 
 
 def test_zstandard_finds_what_pages_have_in_common() -> None:
@@ -109,7 +146,7 @@ def test_pages_sent_without_a_codec_are_no_bases_for_later() -> None:
         assert done.raw == N_PAGES
 
 
-@pytest.mark.parametrize("name", ["none", "lz4", "zstd:1", "auto"])
+@pytest.mark.parametrize("name", ["none", "delta", "lz4", "zstd:1", "auto"])
 def test_lanes_use_the_codec_that_they_are_given(name: str, link_pair: Any) -> None:
     async def migrate() -> None:
         codec = None if name == "auto" else Codec.parse(name)

@@ -190,7 +190,9 @@ writes = st.tuples(
     cache_pages=st.sampled_from([0, 1, 2, 3, 7, 64, N_PAGES]),
     lanes=st.integers(1, 4),
     frame_bytes=st.sampled_from([8192, 20000, DEFAULT_FRAME_BYTES]),
-    codecs=st.lists(st.sampled_from(["none", "lz4", "zstd:1", "zstd:6"]), min_size=1, max_size=3),
+    codecs=st.lists(
+        st.sampled_from(["none", "delta", "lz4", "zstd:1", "zstd:6"]), min_size=1, max_size=3
+    ),
     order=st.randoms(use_true_random=False),
 )
 def test_i3_the_target_becomes_equal_whatever_is_written(  # type: ignore[no-untyped-def]

@@ -10,15 +10,16 @@ of the page is kept. A number is coded in 7 bits a byte, lowest first, in at mos
 the idea of XBZRLE (QEMU, docs/xbzrle.txt).
 
 **Choice of form.** Zero pages cost nothing. `EFFORT_RAW`: the others are sent as they are and are
-no bases for later. `EFFORT_PACKED`, for a body that is compressed as a whole: as delta runs if the
-base is cached and they are short, else as they are. `EFFORT_LZ4`: if the base is cached and few
-words changed, delta runs are tried, and taken if short. Otherwise LZ4 is tried, with the base as
-its dictionary if the page still has something of it: that finds content that moved within the page,
-too, and on recorded guests it is never much longer, and often shorter, than LZ4 of the page's XOR
-with the base. The shortest form wins; a page that does not shrink by `_MIN_SAVING_BYTES` is sent
-raw, which is cheaper to apply.
+no bases for later. `EFFORT_DELTA`: if there is a base and few words changed, delta runs are
+tried, and taken if short; else the page is sent as it is. `EFFORT_PACKED`, for a body that is
+compressed as a whole: likewise, with longer deltas. `EFFORT_LZ4`: as `EFFORT_DELTA`, but unless the
+delta is very short LZ4 is tried, with the base as its dictionary if the page still has something of
+it: that finds content that moved within the page, too, and on recorded guests it is never much
+longer, and often shorter, than LZ4 of the page's XOR with the base. The shortest form wins; a page
+that does not shrink by `_MIN_SAVING_BYTES` is sent raw, which is cheaper to apply.
 
-**Cache of bases.** A slot holds the snapshot that was sent last. Slots are reused in clock order
+**Bases.** A page that is known to be zero at the receiver has zeros for its base, others have what
+the cache holds of them: a slot has the snapshot that was sent last. Slots are reused in clock order
 (second chance); the hand gives up after `_CLOCK_STEPS`, so that each page costs a bounded time.
 
 **Holes.** A page of which nothing is known and that lies in a hole of its file is a page of zeros;
@@ -56,6 +57,7 @@ NO_PAGE: Final = 0xFFFFFFFF
 EFFORT_RAW: Final = 0
 EFFORT_LZ4: Final = 1
 EFFORT_PACKED: Final = 2
+EFFORT_DELTA: Final = 3
 
 # What `encode_pages` counts: the number of pages by kind, then these.
 COUNT_SAME: Final = len(PageKind)
@@ -182,6 +184,16 @@ def _load_base(cache, slot, workspace):  # type: ignore[no-untyped-def]
         value = cache[start + np.uint64(word)]
         changed += value != workspace[PAGE_AT // 8 + word]
         workspace[BASE_AT // 8 + word] = value
+    return changed
+
+
+@inlined
+def _load_zero_base(workspace):  # type: ignore[no-untyped-def]
+    """Make a page of zeros the base. Returns in how many words the page differs."""
+    changed = 0
+    for word in range(PAGE_WORDS):
+        changed += workspace[PAGE_AT // 8 + word] != 0
+        workspace[BASE_AT // 8 + word] = 0
     return changed
 
 
@@ -316,18 +328,26 @@ def _compress_with_base(workspace, lz4_state, address, room):  # type: ignore[no
 
 
 @inlined
-def _compare_with_base(known, page, effort, workspace, space):  # type: ignore[no-untyped-def]
-    """Load the page's base. Returns how many words changed and the length of the delta, if any."""
+def _compare_with_base(known, page, held, zero_digest, effort, workspace, space):  # type: ignore[no-untyped-def]
+    """Load what the receiver holds of the page, if that is known byte by byte: from the cache, or
+    zeros. Returns how many words changed, all of them if there is no base, and the length of the
+    delta, 0 if there is none."""
+    slot = np.int64(-1)
+    if known.slots.size and held != UNKNOWN:
+        slot = np.int64(known.slots[page]) - 1
+    if slot >= 0:
+        known.referenced[slot] = 1
+        changed_words = _load_base(known.cache, slot, workspace)
+    elif held == zero_digest:
+        changed_words = _load_zero_base(workspace)
+    else:
+        return PAGE_WORDS, 0
     most_words, room = _SPARSE_WORDS, _SPARSE_DELTA_BYTES
     if effort == EFFORT_PACKED:
         most_words, room = PAGE_WORDS, _DELTA_ROOM
-    slot = np.int64(known.slots[page]) - 1
-    known.referenced[slot] = 1
-    changed_words = _load_base(known.cache, slot, workspace)
-    delta = 0
     if changed_words <= most_words and _mark_changes(workspace) < room:
-        delta = _make_delta(workspace, space, room)
-    return changed_words, delta
+        return changed_words, _make_delta(workspace, space, room)
+    return changed_words, 0
 
 
 @inlined
@@ -467,10 +487,9 @@ def encode_pages(  # type: ignore[no-untyped-def]
             if known.slots.size:
                 _release_slot(known, page)
         else:
-            changed_words = PAGE_WORDS
-            delta = 0
-            if known.slots.size and known.slots[page] != 0 and held != UNKNOWN:
-                changed_words, delta = _compare_with_base(known, page, effort, workspace, space)
+            changed_words, delta = _compare_with_base(
+                known, page, held, zero_digest, effort, workspace, space
+            )
             kind, length = _write_page(out, at, effort, changed_words, delta, workspace, lz4_state)
             if known.slots.size:
                 _keep_snapshot(known, page, workspace)
