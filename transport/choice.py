@@ -5,40 +5,78 @@ reads no clock. Codecs are in `codec`, encoding in `encoder`, the lane in `lanes
 
 **The model.** A page of content (neither zero nor known to the receiver) costs `e` seconds to
 encode and becomes `w` bytes; both are averages of frames that went that way. The link takes `l`
-seconds for a byte. Encoding and sending overlap, so a page takes `max(e, w * l)`, except at the
-end of a round, where it takes `e + w * l`. Whatever else holds frames up counts as the link: a
-bandwidth limit, or a receiver that is slow to apply.
+seconds for a byte. Encoding and sending overlap, so a page takes `max(e, w * l)`; to that a part of
+`e` is added, for a core that encodes is taken from guests, from libzmq, or from a receiver on the
+same machine. Whatever else holds frames up counts as the link: a bandwidth limit, or a receiver
+that is slow to apply. Of a codec that was not used lately, `e` and `w` follow from those of one
+that was, by the proportions of `_TYPICAL`.
 
-**What is seen of the link.** After each `EPOCH_FRAMES` frames: if the lane had to wait for it, `l`
-is the time that passed by the bytes that were acknowledged. If it never had to, the link could do
-more; how much more is unknown, so at first it is taken for boundless, and, once it was measured,
-faster by `_HOPE` each time. A lighter codec is then tried soon, and shows.
+**The start.** A few pages are sent as they are, then more of them, twice, and the answer to each
+frame is waited for: how much longer the larger one takes tells `l`, roughly, before much has been
+put on a slow link.
 
-**Codecs not seen yet**, or not lately, are tried with a single frame, the nearest first: stronger
-ones when the lane waits for the link, lighter ones when it does not. What trials cost is bounded
-by `_TRIAL_SHARE` of the time.
+**What is seen of the link.** After each epoch: if the lane had to wait for it, `l` is the time that
+passed by the bytes that were acknowledged. If it never had to, the link could do more; how much
+more is unknown, so it is taken for faster, by more each time. A lighter codec is then used at some
+time, and shows.
+
+**Single frames** are tried now and then of what the proportions cannot tell: of deltas, which are
+worth it only if pages have bases, where no stronger codec than the next is in use; and of the next
+stronger codec, where the lane waits anyway.
+
+**Doubt.** On a machine that both ends share, or that has no core to spare, a codec that takes more
+time takes it from whatever the lane waits for, and the model is wrong. So every change has to prove
+itself: if fewer pages get through than before, it is taken back, and that codec and those beyond it
+are tried again after `_FIRST_PAUSE_S`, then after four times as long each time.
+
+**Short rounds** have nothing that overlaps: what counts is the time from the start of encoding to
+the answer. It is measured for each codec as it is used there.
 """
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Final
 
-from transport.codec import LZ4, NONE, Codec, Method
+from transport.codec import DELTA, LZ4, NONE, Codec, Method
 
-LADDER: Final = (NONE, LZ4, *(Codec(Method.ZSTD, level) for level in (1, 2, 3, 5, 7, 9)))
+_TYPICAL: Final = {
+    NONE: (1.2, 4104.0),
+    DELTA: (1.9, 4104.0),
+    LZ4: (8.5, 2350),
+    Codec(Method.ZSTD, 1): (11.5, 1730),
+    Codec(Method.ZSTD, 2): (13.0, 1690),
+    Codec(Method.ZSTD, 3): (15.0, 1650),
+    Codec(Method.ZSTD, 4): (17.5, 1610),
+    Codec(Method.ZSTD, 5): (37.0, 1570),
+    Codec(Method.ZSTD, 7): (62.0, 1540),
+    Codec(Method.ZSTD, 9): (78.0, 1530),
+}
+"""Microseconds and bytes of a page, of files: only their proportions count."""
+LADDER: Final = tuple(_TYPICAL)
 """Each takes longer than the one in front of it, as a rule for fewer bytes."""
 
 EPOCH_FRAMES: Final = 4
+EPOCH_S: Final = 0.02  # shorter ones say more about the scheduler than about the link
+PROBES_PAGES: Final = (32, 128, 512)  # 11, 43 and 170 ms at 100 Mbit/s
+_PROBE_S: Final = 0.002  # an answer that came sooner says more about the way than about the link
+_RAW_S: Final = (1e-6, 2e-6)  # to copy and digest a page: what is beyond is the scheduler's
+_PROBE_GAIN: Final = 1.5  # nothing overlaps in a probe, so the link is faster than it seems
 _MIN_PAGES: Final = 32  # of content in a frame, below which what every frame costs would count
-_END_PAGES: Final = 512  # so near to the end of a round that nothing overlaps
-_WEIGHT: Final = 0.25  # of the newest frame in an average
+_SHORT_PAGES: Final = 512  # left of a round, for so few that nothing overlaps
+_WEIGHT: Final = 0.125  # of the newest frame in an average
 _WAITING_SHARE: Final = 0.15  # of the time
-_GAIN: Final = 0.99  # what is not at least so much cheaper is no reason to change
-_HOPE: Final = 0.75
-_TRIAL_SHARE: Final = 0.02
+_GAIN: Final = 0.98  # what is not at least so much cheaper is no reason to change
+_PRICE: Final = 0.25  # of a second of encoding beside sending: others could have used it
+_WORSE: Final = 1.2  # pages of one region compress better than those of another
+_DELTA_COSTS: Final = 1.5  # of the codec in use: what a frame of deltas may take if there are none
+_HOPE: Final = 0.97  # then its square, and so on
 _STALE_FRAMES: Final = 64
+_FIRST_PAUSE_S: Final = 0.1
+_PAUSE_GROWTH: Final = 4
+_LONGEST_PAUSE_S: Final = 4.0
 
 
 @dataclass(slots=True)
@@ -51,32 +89,98 @@ class _Seen:
     """The lane's number of the newest."""
 
 
+@dataclass(slots=True)
+class _Answered:
+    """Of frames of one codec that were alone under way."""
+
+    seconds: float
+    """From encoded to answered, a page."""
+    at: int
+
+
+@dataclass(frozen=True, slots=True)
+class _UnderWay:
+    rung: int
+    began: float
+    encoded: float
+    pages: int
+    n_bytes: int
+    alone: bool
+
+
+@dataclass(frozen=True, slots=True)
+class _Trial:
+    """What was in use before the codec that has to prove itself."""
+
+    rung: int
+    pace_s: float
+    """Seconds a page."""
+
+
+@dataclass(slots=True)
+class _Pause:
+    """Of changes in one direction as far as one that was wrong, or farther."""
+
+    rung: int = 0
+    until: float = 0.0
+    next_s: float = _FIRST_PAUSE_S
+
+    def begin(self, rung: int, now: float) -> None:
+        self.rung = rung
+        self.until = now + self.next_s
+        self.next_s = min(_LONGEST_PAUSE_S, self.next_s * _PAUSE_GROWTH)
+
+    def reset(self) -> None:
+        self.next_s = _FIRST_PAUSE_S
+
+
 class Choice:
     """Chooses for one lane. Not thread-safe. Times are seconds of one steady clock."""
 
     def __init__(self, ladder: Sequence[Codec] = LADDER) -> None:
-        """Start with LZ4, or with the only one there is. A ladder of one is no choice."""
+        """A ladder of one is no choice; more must be of `LADDER`, and begin with `NONE`."""
         self._ladder = tuple(ladder)
-        self._rung = min(1, len(self._ladder) - 1)
-        self._used = self._rung
-        self._trial: int | None = None
-        self._trial_from = 0.0
-        self._step = 0
-        """Of trials: towards stronger codecs (1) or lighter ones (-1)."""
+        self._probes = deque(PROBES_PAGES if len(self._ladder) > 1 else ())
+        self._probed: _UnderWay | None = None
+        self._probed_s = 0.0
+        """The probe before, and how long its answer took."""
+        self._delta = self._ladder.index(DELTA) if DELTA in self._ladder else 0
+        self._rung = 0
+        self._used = 0
+        self._alone = True
         self._seen: dict[int, _Seen] = {}
+        self._answered: dict[int, _Answered] = {}
+        self._under_way: deque[_UnderWay] = deque()
         self._link_s = 0.0  # a byte
+        self._last_per_byte = 0.0
+        """In the last epoch in which the lane waited."""
         self._link_measured = False
+        self._hope = _HOPE
+        self._waiting = False
+        """Whether the lane had to, in the last epoch."""
         self._began = 0.0
         self._number = 0
         self._ended: float | None = None
         self._shortest_gap_s = float("inf")
         """Between two frames: what a lane has to do there without waiting for anybody."""
+        self._pages_left = 0
+        self._unsettled = 1
+        """Answers until an epoch begins: to the frames before a change, or to a round's first."""
+        self._trial: _Trial | None = None
+        self._pauses = {True: _Pause(), False: _Pause()}
+        """Of trials of stronger codecs, and of lighter ones."""
         self._start_epoch()
 
     @property
     def codec(self) -> Codec:
-        """The one in use, apart from trials."""
+        """The one in use, apart from short rounds."""
         return self._ladder[self._rung]
+
+    @property
+    def probe_pages(self) -> int:
+        """How many pages the next frame may hold beside those of zeros, 0: as many as fit. If not
+        0, it is not to be made before everything is answered."""
+        return self._probes[0] if self._probes else 0
 
     def pick(self, now: float, *, pages_left: int, frames_under_way: int) -> Codec:
         """The codec for the frame that is about to be encoded.
@@ -84,18 +188,27 @@ class Choice:
         `pages_left` of the round, this frame's included. Without frames under way the link was
         idle, so the time since the last frame says nothing about it.
         """
+        if pages_left > self._pages_left:  # a new round: the link stood idle, and its window fills
+            self._unsettled = max(1, len(self._under_way))
+        self._pages_left = pages_left
         if self._ended is not None and frames_under_way:
             gap = now - self._ended
             self._shortest_gap_s = min(self._shortest_gap_s, gap)
             self._elapsed_s += gap
             self._waited_s += gap - self._shortest_gap_s
         self._began = now
-        if self._frames >= EPOCH_FRAMES:
-            self._look(now)
-        if pages_left <= _END_PAGES:
-            self._used = self._cheapest(overlapping=False)
-        else:
-            self._used = self._rung if self._trial is None else self._trial
+        self._alone = not frames_under_way
+        if not self._probes and len(self._ladder) > 1:
+            long = self._frames >= EPOCH_FRAMES and self._elapsed_s >= EPOCH_S
+            if long and not self._unsettled:
+                self._look(now)
+            self._used = self._rung
+            if self._delta_is_due():
+                self._used = self._delta
+            elif pages_left <= _SHORT_PAGES:
+                self._used = self._best_alone()
+            elif self._stronger_is_due():
+                self._used = self._next_stronger()
         return self._ladder[self._used]
 
     def encoded(self, now: float, *, pages: int, n_bytes: int) -> None:
@@ -109,16 +222,58 @@ class Choice:
         if pages >= _MIN_PAGES:
             self._content_pages += pages
             self._note(seconds / pages, n_bytes / pages)
-            if self._used == self._trial:
-                lost = seconds - pages * self._cost(self._rung)
-                self._trial_from = now + max(0.0, lost) / _TRIAL_SHARE
-                self._trial = None
-                self._settle()
-                self._plan_trial(now)
+        if n_bytes:
+            frame = _UnderWay(self._used, self._began, now, pages, n_bytes, self._alone)
+            self._under_way.append(frame)
 
-    def acknowledged(self, n_bytes: int) -> None:
-        """The receiver has applied a frame."""
-        self._acknowledged_bytes += n_bytes
+    def acknowledged(self, now: float) -> None:
+        """The receiver has applied the oldest frame that is under way."""
+        frame = self._under_way.popleft()
+        self._acknowledged_bytes += frame.n_bytes
+        self._acknowledged_pages += frame.pages
+        if self._unsettled:
+            self._unsettled -= 1
+            self._start_epoch()
+        if not frame.alone or frame.pages < _MIN_PAGES:
+            return
+        took_s = now - frame.encoded
+        per_page = took_s / frame.pages
+        found = self._answered.get(frame.rung)
+        if found is None or not self._is_fresh(found):
+            self._answered[frame.rung] = _Answered(per_page, self._number)
+        else:
+            found.seconds += (per_page - found.seconds) * _WEIGHT
+            found.at = self._number
+        if self._probes:
+            self._judge_probe(took_s, frame)
+
+    # the start
+
+    def _judge_probe(self, took_s: float, frame: _UnderWay) -> None:
+        """By how much longer it took than the one before: so what each frame costs drops out."""
+        self._probes.popleft()
+        before, before_s = self._probed, self._probed_s
+        self._probed, self._probed_s = frame, took_s
+        if before is None or frame.pages <= before.pages:
+            return
+        more_pages = frame.pages - before.pages
+        more_s = frame.encoded - frame.began - (before.encoded - before.began)
+        n_bytes = frame.n_bytes / frame.pages
+        raw_s = min(max(more_s / more_pages, _RAW_S[0]), _RAW_S[1])
+        self._seen[0] = _Seen(raw_s, n_bytes, self._number)
+        self._link_s = max(0.0, took_s - before_s) / (more_pages * n_bytes)
+        best = min(range(len(self._ladder)), key=self._cost)
+        if took_s >= _PROBE_S and self._cost(0) > _PROBE_GAIN * self._cost(best):
+            self._probes.clear()
+            self._trial = _Trial(0, self._link_s * n_bytes)
+            self._last_per_byte = self._link_s
+            self._rung = best
+            self._link_measured = True
+        else:
+            self._link_s = 0.0
+        self._start_epoch()
+
+    # rounds whose frames overlap
 
     def _start_epoch(self) -> None:
         self._frames = 0
@@ -126,62 +281,124 @@ class Choice:
         self._waited_s = 0.0
         self._sent_bytes = 0
         self._acknowledged_bytes = 0
+        self._acknowledged_pages = 0
         self._content_pages = 0
+
+    def _look(self, now: float) -> None:
+        """Learn from the epoch, unless it is too early, and begin the next."""
+        if self._content_pages >= _MIN_PAGES * EPOCH_FRAMES:
+            if not self._acknowledged_bytes:
+                return
+            self._waiting = self._waited_s > _WAITING_SHARE * self._elapsed_s
+            per_byte = self._elapsed_s / self._acknowledged_bytes
+            if self._waiting:
+                # What disturbs makes a link slower, so the better of two epochs counts.
+                self._link_s = min(per_byte, self._last_per_byte)
+                self._last_per_byte = per_byte
+                self._link_measured = True
+                self._hope = _HOPE
+            elif 2 * self._acknowledged_bytes < self._sent_bytes:
+                return  # the window is being filled
+            elif self._link_measured and now >= self._pauses[False].until:
+                self._link_s = min(self._link_s, per_byte) * self._hope
+                self._hope *= self._hope
+            self._settle(now, self._elapsed_s / max(1, self._acknowledged_pages))
+        self._start_epoch()
+
+    def _settle(self, now: float, pace_s: float) -> None:
+        """Change to the best codec, as far as is known; `pace_s` a page is what this one takes."""
+        trial, self._trial = self._trial, None
+        if trial is not None:
+            pause = self._pauses[trial.rung < self._rung]
+            if pace_s > _WORSE * trial.pace_s:
+                pause.begin(self._rung, now)
+                self._change(trial.rung)
+                return
+            pause.reset()
+        stronger, lighter = self._pauses[True], self._pauses[False]
+        first, last = 0, len(self._ladder)
+        if now < lighter.until:
+            first = min(self._rung, lighter.rung + 1)
+        if now < stronger.until:
+            last = max(self._rung + 1, stronger.rung)
+        if not self._waiting:  # nothing but hope says that the link could do more
+            first = max(first, self._rung - 1)
+        costs = {rung: self._cost(rung) for rung in range(first, last)}
+        best = min(costs, key=costs.__getitem__)
+        if costs[best] < _GAIN * costs[self._rung]:
+            self._trial = _Trial(self._rung, pace_s)
+            self._change(best)
+
+    def _delta_is_due(self) -> bool:
+        if self._rung > self._delta + 1 or self._is_fresh(self._seen.get(self._delta)):
+            return False
+        return self._cost(0) <= _DELTA_COSTS * self._cost(self._rung)
+
+    def _next_stronger(self) -> int:
+        """The rung above the one in use; deltas are no step on the way there."""
+        return max(self._rung, self._delta) + 1
+
+    def _stronger_is_due(self) -> bool:
+        """Whether a frame of the next codec, of which nothing is known, is worth its time, or costs
+        none but that in which the lane waits."""
+        rung = self._next_stronger()
+        if not self._waiting or rung >= len(self._ladder) or self._is_fresh(self._seen.get(rung)):
+            return False
+        return self._rung <= self._delta or self._estimate(rung)[0] < self._cost(self._rung)
+
+    def _change(self, rung: int) -> None:
+        self._rung = rung
+        self._unsettled = len(self._under_way)
 
     def _note(self, seconds: float, n_bytes: float) -> None:
         seen = self._seen.get(self._used)
-        if seen is None or self._number - seen.at > _STALE_FRAMES:
+        if seen is None or not self._is_fresh(seen):
             self._seen[self._used] = _Seen(seconds, n_bytes, self._number)
             return
         seen.seconds += (seconds - seen.seconds) * _WEIGHT
         seen.n_bytes += (n_bytes - seen.n_bytes) * _WEIGHT
         seen.at = self._number
 
-    def _look(self, now: float) -> None:
-        """Learn from the epoch, unless it is too early, and begin the next."""
-        waiting = self._waited_s > _WAITING_SHARE * self._elapsed_s
-        if self._content_pages >= _MIN_PAGES * EPOCH_FRAMES:
-            if not self._acknowledged_bytes:
-                return
-            per_byte = self._elapsed_s / self._acknowledged_bytes
-            if waiting:
-                self._link_s = per_byte
-                self._link_measured = True
-            elif 2 * self._acknowledged_bytes < self._sent_bytes:
-                return  # the window is being filled
-            elif self._link_measured:
-                self._link_s = min(self._link_s, per_byte) * _HOPE
-            self._settle()
-            self._step = 1 if waiting else -1
-            self._plan_trial(now)
-        self._start_epoch()
+    def _is_fresh(self, what: _Seen | _Answered | None) -> bool:
+        return what is not None and self._number - what.at <= _STALE_FRAMES
 
-    def _settle(self) -> None:
-        best = self._cheapest(overlapping=True)
-        if self._rung not in self._seen or self._cost(best) < _GAIN * self._cost(self._rung):
-            self._rung = best
+    def _estimate(self, rung: int) -> tuple[float, float]:
+        """Seconds and bytes of a page: as seen, or in proportion to what was seen nearest to it."""
+        fresh = [each for each, seen in self._seen.items() if self._is_fresh(seen)]
+        if not fresh:
+            seconds, n_bytes = _TYPICAL[self._ladder[rung]]
+            return seconds / 1e6, n_bytes
+        nearest = min(fresh, key=lambda each: abs(each - rung))
+        seen = self._seen[nearest]
+        if nearest == rung:
+            return seen.seconds, seen.n_bytes
+        seconds, n_bytes = _TYPICAL[self._ladder[rung]]
+        seconds_there, bytes_there = _TYPICAL[self._ladder[nearest]]
+        return seen.seconds * seconds / seconds_there, seen.n_bytes * n_bytes / bytes_there
 
-    def _plan_trial(self, now: float) -> None:
-        """Try the nearest codec, in the direction of interest, of which too little is known."""
-        if now < self._trial_from:
-            return
-        rung = self._rung + self._step
-        while 0 <= rung < len(self._ladder):
-            seen = self._seen.get(rung)
-            if seen is None or self._number - seen.at > _STALE_FRAMES:
-                self._trial = rung
-                return
-            if seen.seconds > self._cost(self._rung):
-                return  # what is stronger takes even longer
-            rung += self._step
+    def _cost(self, rung: int) -> float:
+        """Seconds for a page, and the price of encoding it."""
+        seconds, n_bytes = self._estimate(rung)
+        return max(seconds, n_bytes * self._link_s) + _PRICE * seconds
 
-    def _cheapest(self, *, overlapping: bool) -> int:
-        """Of the codecs seen, or the present one if there are none."""
-        costs = {rung: self._cost(rung, overlapping=overlapping) for rung in self._seen}
-        return min(costs, key=costs.__getitem__, default=self._rung)
+    # short rounds
 
-    def _cost(self, rung: int, *, overlapping: bool = True) -> float:
-        """Seconds for a page."""
-        seen = self._seen[rung]
-        link_s = seen.n_bytes * self._link_s
-        return max(seen.seconds, link_s) if overlapping else seen.seconds + link_s
+    def _best_alone(self) -> int:
+        return min(range(len(self._ladder)), key=self._cost_alone)
+
+    def _cost_alone(self, rung: int) -> float:
+        """Seconds for a page from the start of encoding to the answer. Of a codec that was not
+        used there lately, at the best: so it is tried, and shows."""
+        seconds, n_bytes = self._estimate(rung)
+        answered = self._answered.get(rung)
+        if answered is not None and self._is_fresh(answered):
+            return seconds + answered.seconds
+        fastest = min(
+            (
+                each.seconds / self._estimate(other)[1]
+                for other, each in self._answered.items()
+                if self._is_fresh(each)
+            ),
+            default=self._link_s,
+        )
+        return seconds + n_bytes * fastest

@@ -114,7 +114,14 @@ class LaneSource:
         encoder.codec = self.choice.pick(
             time.monotonic(), pages_left=indices.size - start, frames_under_way=frames_under_way
         )
-        frame = encoder.encode(indices, start, out, round_no=round_no, sequence=self.sequence)
+        frame = encoder.encode(
+            indices,
+            start,
+            out,
+            round_no=round_no,
+            sequence=self.sequence,
+            max_raw_pages=self.choice.probe_pages,
+        )
         self.choice.encoded(
             time.monotonic(), pages=frame.n_pages - frame.zero, n_bytes=frame.n_bytes
         )
@@ -173,6 +180,8 @@ class RoundShare(Task):
         self._resending = False
 
     def _has_more(self) -> bool:
+        if self._under_way and self._lane.choice.probe_pages:
+            return False
         return self._start < self._indices.size or bool(self._rejected)
 
     def _produce(self, buffer: Memory) -> Outgoing | None:
@@ -196,7 +205,7 @@ class RoundShare(Task):
     def _on_answer(self, context: _Sent, answer: LaneAnswer) -> None:
         if not isinstance(answer, Ack) or answer.sequence != context.sequence:
             raise RecordError("the receiver acknowledges a frame that it was not sent")
-        self._lane.choice.acknowledged(context.n_bytes)
+        self._lane.choice.acknowledged(time.monotonic())
         self.counters.done += context.indices.size
         if not answer.rejected.size:
             return

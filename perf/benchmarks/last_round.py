@@ -55,6 +55,7 @@ async def _rounds(
         sender.attach_memory(memory, cache_bytes=memory.size)
         await sender.send_round(np.arange(n_pages, dtype=np.uint32), 0)
         for number in range(1, context.number("rounds") + 1):
+            await trio.sleep(context.number("interval-ms") / 1e3)
             bits = np.zeros(n_pages, np.bool_)
             bits[dirtier.write(writes)] = True
             words = np.packbits(bits, bitorder="little").view(np.uint64)
