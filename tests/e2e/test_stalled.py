@@ -6,6 +6,7 @@ difference to the guest, only to the migration. The journal is small, so that it
 
 import dataclasses
 import signal
+import time
 from pathlib import Path
 
 import pytest
@@ -14,6 +15,7 @@ from ferry.errors import Exit
 from tests.e2e.rig import (
     DIRTY,
     MIGRATION_S,
+    PEER_TIMEOUT_S,
     Method,
     assert_sound,
     new_bed,
@@ -60,3 +62,20 @@ def test_i10_a_link_that_takes_nothing_costs_the_migration(tmp_path: Path) -> No
         sender.signal(signal.SIGINT)
         assert sender.wait(MIGRATION_S) == Exit.INTERRUPTED, sender.tail()
         assert_sound(bed, a)
+
+
+def test_a_sender_goes_on_after_it_was_stopped_for_longer_than_a_peer_may_be_silent(
+    tmp_path: Path,
+) -> None:
+    method = Method()
+    with new_bed(tmp_path, small_setup(method)) as bed:
+        a, b = start_both(bed)
+        sender, receiver = start_migration(
+            *(bed, a, b, method, "--break-at", "precopy"), receive=("--peer-timeout", "120")
+        )
+        sender.wait_stopped()
+        time.sleep(PEER_TIMEOUT_S + 1)
+        sender.resume()
+        assert sender.wait(MIGRATION_S) == Exit.OK, sender.tail()
+        assert receiver.wait(MIGRATION_S) == Exit.OK, receiver.tail()
+        assert_sound(bed, b)
