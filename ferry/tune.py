@@ -20,6 +20,7 @@ import trio
 from numpy.typing import NDArray
 
 from ferry.check import scratch
+from ferry.children import start_child
 from ferry.config import endpoint, option
 from ferry.errors import ConfigError, Exit, LocalError
 from ferry.progress import Reporter
@@ -167,7 +168,7 @@ def _other_end(url: str | None) -> Iterator[str]:
         yield url
         return
     command = [sys.executable, "-m", "ferry.cli", "tune", "--listen", "tcp://127.0.0.1:0", "--json"]
-    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
+    with start_child(command, stdout=subprocess.PIPE, text=True) as process:
         assert process.stdout is not None
         try:
             yield _bound(process.stdout.readline())
