@@ -30,7 +30,7 @@ from sync.memory import PAGE_BYTES
 from transport.choice import LADDER
 from transport.codec import NONE
 from transport.encoder import Encoder
-from transport.errors import PeerClosed, TransportError
+from transport.errors import EndpointError, PeerClosed, TransportError
 from transport.frames import DEFAULT_FRAME_BYTES
 from transport.receiver import open_receiver
 from transport.replica import Replica
@@ -99,6 +99,8 @@ async def _listen(url: str, reporter: Reporter) -> Exit:
                     await link.receive_record()
         except PeerClosed:
             continue
+        except EndpointError:
+            raise
         except TransportError as error:
             reporter.event("message", text=f"a sender has failed: {error}")
 
