@@ -1,7 +1,8 @@
 """I10: the guest goes on while nothing else does: neither `send` nor the link takes anything.
 
 In the state in which its accesses are captured and its pages tracked; how long that lasts makes no
-difference to the guest, only to the migration. The journal is small, so that it is full at once.
+difference to the guest, only to the migration. The journal is small, so that it would be full soon,
+and the guest is watched for longer than that.
 """
 
 import dataclasses
@@ -24,9 +25,11 @@ from tests.e2e.rig import (
     start_migration,
 )
 
-MOVED_BYTES = 16 << 20
-"""Some thousand accesses, and every page of the read area is dirty."""
+MOVED_BYTES = 48 << 20
+"""Some 2000 accesses, and every page of the read area is dirty."""
 SMALL_JOURNAL = ("--journal-size", "4K")
+SECONDS_OF_JOURNAL = ("--journal-size", "32K")
+"""1000 accesses: enough for `send` to keep up with, unless it waits for the link."""
 
 
 @pytest.mark.parametrize("dirty", DIRTY)
@@ -50,7 +53,8 @@ def test_i10_a_sender_that_takes_nothing_costs_the_migration(tmp_path: Path, dir
 
 def test_i10_a_link_that_takes_nothing_costs_the_migration(tmp_path: Path) -> None:
     method = Method("replay", "logging")
-    with new_bed(tmp_path, small_setup(method)) as bed:
+    setup = dataclasses.replace(small_setup(method), gateway=SECONDS_OF_JOURNAL)
+    with new_bed(tmp_path, setup) as bed:
         a, b = start_both(bed)
         sender, receiver = start_migration(
             bed, a, b, method, "--bandwidth", "64K", "--peer-timeout", "120"
