@@ -164,15 +164,18 @@ async def check_gateway(path: str, client: GatewayClient, *, vmm: bool) -> Gatew
 
 
 async def tunnel_out(
-    stream: trio.SocketStream, link: Link, ended: Callable[[], Awaitable[None]] | None
+    stream: trio.SocketStream, link: Link, complete: Callable[[], Awaitable[bool]] | None
 ) -> None:
-    """From the VMM on this host to the other one, until the VMM closes or is gone."""
+    """From the VMM on this host to the other one, until the VMM closes or is gone.
+
+    `complete` is asked then. The end of a stream that broke off is not passed on: the other VMM
+    would fail of it, and its host would see that before it hears the reason.
+    """
     with contextlib.suppress(trio.BrokenResourceError):
         while data := await stream.receive_some(TUNNEL_BYTES):
             await link.tunnel_send(data)
-    if ended is not None:
-        await ended()
-    await link.tunnel_send_eof()
+    if complete is None or await complete():
+        await link.tunnel_send_eof()
 
 
 async def tunnel_in(stream: trio.SocketStream, link: Link) -> None:
@@ -196,15 +199,15 @@ async def run_tunnel(
     stream: trio.SocketStream,
     link: Link,
     runner: Runner,
-    ended: Callable[[], Awaitable[None]] | None = None,
+    complete: Callable[[], Awaitable[bool]] | None = None,
 ) -> None:
     """Both directions of the VMM's stream. A link that breaks is the peer's loss.
 
-    `ended` is called when the VMM has closed its end, before the other host hears of it.
+    `complete` says, when the VMM has closed its end, whether the other host may hear of it.
     """
     try:
         async with stream, trio.open_nursery() as nursery:
-            nursery.start_soon(tunnel_out, stream, link, ended)
+            nursery.start_soon(tunnel_out, stream, link, complete)
             nursery.start_soon(tunnel_in, stream, link)
     except* TransportError as group:
         runner.post(Event.PEER_LOST, first_error(group))

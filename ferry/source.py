@@ -233,20 +233,22 @@ class Source:
         self._pump_ended = trio.Event()
         self._nursery.start_soon(self._pump_registers)
         socket_path: str = await self._nursery.start(
-            self._link.carry_vmm_stream, self._judge_vmm_stream
+            self._link.carry_vmm_stream, self._vmm_stream_is_complete
         )
         # Only now: what a device writes is tracked before the VMM reads the first page.
         self._vmm_begun = True
         await self._vmm.start_outgoing(f"unix:{socket_path}")
         return Event.MEDIATED
 
-    async def _judge_vmm_stream(self) -> None:
-        """If it ends before its time, the target's VMM fails, too: the reason is here."""
+    async def _vmm_stream_is_complete(self) -> bool:
+        """If it ends before its time, the target's VMM would fail, too: the reason is here."""
         assert self._vmm is not None
         try:
             await self._vmm.check_migration()
         except VmmError as error:
             self.runner.post(Event.FAILED, error)
+            return False
+        return True
 
     async def _pump_registers(self) -> None:
         """Brings captured register operations and device state across while the guest runs."""

@@ -151,13 +151,13 @@ class SourceLink:
 
     async def carry_vmm_stream(
         self,
-        ended: Callable[[], Awaitable[None]],
+        complete: Callable[[], Awaitable[bool]],
         *,
         task_status: trio.TaskStatus[str] = trio.TASK_STATUS_IGNORED,
     ) -> None:
         """Takes the VMM's connection and carries its stream across, until `cut_vmm_stream`. Has
-        started with the path of the socket that it listens at; `ended` is called when the VMM
-        closes the stream, before the target hears of it."""
+        started with the path of the socket that it listens at; `complete` says, when the VMM
+        closes the stream, whether the target may hear of it."""
         with self._tunnel:
             # Gone once the VMM has connected, so that nothing is left behind if we are killed.
             with tempfile.TemporaryDirectory(prefix="vfio-ferry-") as folder:
@@ -168,7 +168,7 @@ class SourceLink:
                 async with trio.SocketListener(listening) as listener:
                     task_status.started(path)
                     stream = await listener.accept()
-            await run_tunnel(stream, self.sender, self._runner, ended)
+            await run_tunnel(stream, self.sender, self._runner, complete)
 
     def cut_vmm_stream(self) -> None:
         self._tunnel.cancel()

@@ -23,6 +23,7 @@ from typing import Any, Self
 
 import trio
 
+from ferry.children import start_child
 from ferry.errors import FerryError
 from sync.guest.control import guest_report, verify_guest
 from sync.vmm.driver import Vmm
@@ -50,7 +51,7 @@ class Process:
         self._news = threading.Condition()
         self._on_event = on_event
         with log.open("ab") as stderr:
-            self._popen = subprocess.Popen(
+            self._popen = start_child(
                 [sys.executable, "-m", "ferry.cli", *arguments],
                 stdout=subprocess.PIPE,
                 stderr=stderr,

@@ -20,6 +20,7 @@ import trio
 from numpy.typing import NDArray
 
 from ferry.check import scratch
+from ferry.children import start_child
 from ferry.config import endpoint, option
 from ferry.errors import ConfigError, Exit, LocalError
 from ferry.progress import Reporter
@@ -29,7 +30,7 @@ from sync.memory import PAGE_BYTES
 from transport.choice import LADDER
 from transport.codec import NONE
 from transport.encoder import Encoder
-from transport.errors import PeerClosed, TransportError
+from transport.errors import EndpointError, PeerClosed, TransportError
 from transport.frames import DEFAULT_FRAME_BYTES
 from transport.receiver import open_receiver
 from transport.replica import Replica
@@ -98,6 +99,8 @@ async def _listen(url: str, reporter: Reporter) -> Exit:
                     await link.receive_record()
         except PeerClosed:
             continue
+        except EndpointError:
+            raise
         except TransportError as error:
             reporter.event("message", text=f"a sender has failed: {error}")
 
@@ -167,7 +170,7 @@ def _other_end(url: str | None) -> Iterator[str]:
         yield url
         return
     command = [sys.executable, "-m", "ferry.cli", "tune", "--listen", "tcp://127.0.0.1:0", "--json"]
-    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
+    with start_child(command, stdout=subprocess.PIPE, text=True) as process:
         assert process.stdout is not None
         try:
             yield _bound(process.stdout.readline())

@@ -1,7 +1,6 @@
 """Children of a benchmark: parties in processes of their own, and what they consume.
 
-A child ends with the harness, also when that is killed: the kernel sends it SIGKILL then
-(PR_SET_PDEATHSIG of prctl(2), by way of setpriv(1)).
+A child ends with the harness, also when that is killed.
 """
 
 import select
@@ -14,13 +13,13 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
+from ferry.children import start_child
 from perf.errors import BenchmarkFailed
 
 MAX_LINE_BYTES = 4096
 ANSWER_S = 90.0
 """For one line: a first start compiles the kernels."""
 END_S = 10.0
-DIE_WITH_HARNESS = ("setpriv", "--pdeathsig", "KILL", "--")
 
 
 class Child:
@@ -75,10 +74,10 @@ def process(
     end: signal.Signals = signal.SIGTERM,
 ) -> Iterator[Child]:
     """Runs `command` behind `prefix`; asks it to end (signal `end`), then kills it, at the exit.
-    `quiet`: what it says on stderr is dropped. For the main thread: the child dies with the thread
-    that has started it."""
-    with subprocess.Popen(
-        [*prefix, *DIE_WITH_HARNESS, *command],
+    `quiet`: what it says on stderr is dropped."""
+    with start_child(
+        command,
+        prefix=prefix,
         # Unbuffered: `select` has to see what `readline` left.
         bufsize=0,
         stdin=subprocess.PIPE,

@@ -49,6 +49,8 @@ PINGS_PER_TIMEOUT = 5
 """A peer may lose four answers to our scheduling before it counts as gone."""
 GREETING_PING_S = MIN_PEER_TIMEOUT_MS / 1000 / PINGS_PER_TIMEOUT
 """Between two pings as long as the peer's timeout is not known: often enough for any."""
+LISTENING_S = 0.5
+"""A longer time between two looks at the peer's silence is one in which this side did not run."""
 
 MAX_KIND = 0xFFFF
 
@@ -277,6 +279,7 @@ class Conversation:
         self._ping_every_s = GREETING_PING_S
         self._next_ping = now if pings else None
         self._heard = now
+        self._looked = now
         self._urgent: deque[bytes] = deque()
 
     def ping_for(self, peer_timeout_s: float) -> None:
@@ -337,12 +340,20 @@ class Conversation:
         return self.records.next_message()
 
     def deadline(self) -> float:
-        """When to call `check_alive` and `next_control` again if nothing arrives before."""
+        """When to call `check_alive` and `next_control` again if nothing arrives before; the former
+        several times in `LISTENING_S`."""
         lost = self._heard + self._peer_timeout_s
         return lost if self._next_ping is None else min(lost, self._next_ping)
 
     def check_alive(self, now: float) -> None:
-        """Raise PeerLost if the peer has been silent for too long."""
+        """Raise PeerLost if the peer has been silent for too long while this side listened.
+
+        A process that was stopped, or found no processor, has not yet read what the peer said
+        meanwhile: that may well be why it leaves.
+        """
+        if now - self._looked > LISTENING_S:
+            self._heard = min(now, self._heard + now - self._looked)
+        self._looked = now
         if now - self._heard > self._peer_timeout_s:
             raise PeerLost(f"the peer has been silent for {self._peer_timeout_s:g} s")
 

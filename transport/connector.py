@@ -155,6 +155,7 @@ class Connector(LinkThread):
                 if event is ConnectionEvent.READY and zsocket is self._tunnel:
                     self._tunnel_ready = True
                 elif event is ConnectionEvent.READY and self.stage is Stage.CALLING:
+                    # Also if it has greeted: what was sent to a connection that ended may be lost.
                     self._control.send(self._hello.pack(), zmq.NOBLOCK)
                     self._greeted = True
                 elif event is ConnectionEvent.GONE and self.stage is not Stage.CALLING:

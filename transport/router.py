@@ -313,10 +313,18 @@ class Router(LinkThread):
     def _on_control(self, parts: Sequence[zmq.Frame]) -> None:
         if len(parts) != 1:
             raise RecordError(f"a control message of {len(parts)} parts")
+        if self._is_the_greeting(parts[0].buffer):
+            self.dropped += 1
+            return
         message = unpack_control(parts[0].buffer)
         with self.shared.lock:
             self.shared.talk.on_control(message, time.monotonic())
         self.shared.changed.notify()
+
+    def _is_the_greeting(self, message: memoryview) -> bool:
+        """A sender whose connection ended while it greeted does not know whether libzmq still has
+        its greeting for the next one, and greets again."""
+        return message_type(message) == MessageType.HELLO and Hello.unpack(message) == self.hello
 
     def _on_tunnel(self, parts: Sequence[zmq.Frame]) -> None:
         if not 1 <= len(parts) <= 2:

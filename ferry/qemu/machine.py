@@ -12,6 +12,7 @@ migrates the guest. Migrates nothing. The folder of a machine holds:
 """
 
 import json
+import os
 import subprocess
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager, suppress
@@ -20,6 +21,7 @@ from pathlib import Path
 
 import trio
 
+from ferry.children import start_child
 from ferry.qemu.errors import MachineError
 from ferry.qemu.probe import Qemu
 from ferry.qemu.report import GuestReport, ReportReader
@@ -98,7 +100,7 @@ def arguments(spec: MachineSpec) -> list[str]:
 class Machine:
     """A running QEMU."""
 
-    def __init__(self, spec: MachineSpec, process: trio.Process) -> None:
+    def __init__(self, spec: MachineSpec, process: "subprocess.Popen[bytes]") -> None:
         self.spec = spec
         self._process = process
         self._report_read_bytes = 0
@@ -115,7 +117,7 @@ class Machine:
     @property
     def returncode(self) -> int | None:
         """None while QEMU runs."""
-        return self._process.returncode
+        return self._process.poll()
 
     def read_report(self) -> bytes:
         """What the guest has written on its second serial line since the last call."""
@@ -142,7 +144,14 @@ class Machine:
 
     async def wait_ended(self) -> int:
         """QEMU's return code, once it has ended by itself."""
-        return await self._process.wait()
+        if (code := self.returncode) is None:
+            descriptor = os.pidfd_open(self.pid)
+            try:
+                await trio.lowlevel.wait_readable(descriptor)
+            finally:
+                os.close(descriptor)
+            code = self._process.wait()
+        return code
 
     async def quit(self) -> None:
         """Ends QEMU: asked first, then killed. Does nothing when it has ended already."""
@@ -152,10 +161,10 @@ class Machine:
             )
             async with client:
                 await client.execute("quit")
-            await self._process.wait()
-        if self._process.returncode is None:
+            await self.wait_ended()
+        if self.returncode is None:
             self._process.kill()
-            await self._process.wait()
+            await self.wait_ended()
 
     async def wait_qmp(self) -> None:
         """Returns once QEMU answers; the guest runs then, or waits for `migrate-incoming`.
@@ -166,7 +175,7 @@ class Machine:
         async with trio.open_nursery() as nursery:
 
             async def give_up_when_ended() -> None:
-                await self._process.wait()
+                await self.wait_ended()
                 nursery.cancel_scope.cancel()
 
             nursery.start_soon(give_up_when_ended)
@@ -178,8 +187,8 @@ class Machine:
             except VmmError as error:
                 failure = error
             nursery.cancel_scope.cancel()
-        if self._process.returncode is not None:
-            raise MachineError(f"QEMU ended with {self._process.returncode}: {self.tail().strip()}")
+        if self.returncode is not None:
+            raise MachineError(f"QEMU ended with {self.returncode}: {self.tail().strip()}")
         if failure is not None:
             raise MachineError(f"QEMU does not get ready: {failure}; {self.tail()}")
 
@@ -194,7 +203,7 @@ async def running(qemu: Qemu, spec: MachineSpec) -> AsyncIterator[Machine]:
     try:
         spec.folder.mkdir(parents=True, exist_ok=True)
         with (spec.folder / QEMU_LOG).open("wb") as log:
-            process = await trio.lowlevel.open_process(
+            process = start_child(
                 command, stdin=subprocess.DEVNULL, stdout=log, stderr=subprocess.STDOUT
             )
     except OSError as error:

@@ -1,11 +1,13 @@
 """I10: the guest goes on while nothing else does: neither `send` nor the link takes anything.
 
 In the state in which its accesses are captured and its pages tracked; how long that lasts makes no
-difference to the guest, only to the migration. The journal is small, so that it is full at once.
+difference to the guest, only to the migration. The journal is small, so that it would be full soon,
+and the guest is watched for longer than that.
 """
 
 import dataclasses
 import signal
+import time
 from pathlib import Path
 
 import pytest
@@ -14,6 +16,7 @@ from ferry.errors import Exit
 from tests.e2e.rig import (
     DIRTY,
     MIGRATION_S,
+    PEER_TIMEOUT_S,
     Method,
     assert_sound,
     new_bed,
@@ -22,9 +25,11 @@ from tests.e2e.rig import (
     start_migration,
 )
 
-MOVED_BYTES = 16 << 20
-"""Some thousand accesses, and every page of the read area is dirty."""
+MOVED_BYTES = 48 << 20
+"""Some 2000 accesses, and every page of the read area is dirty."""
 SMALL_JOURNAL = ("--journal-size", "4K")
+SECONDS_OF_JOURNAL = ("--journal-size", "32K")
+"""1000 accesses: enough for `send` to keep up with, unless it waits for the link."""
 
 
 @pytest.mark.parametrize("dirty", DIRTY)
@@ -48,7 +53,8 @@ def test_i10_a_sender_that_takes_nothing_costs_the_migration(tmp_path: Path, dir
 
 def test_i10_a_link_that_takes_nothing_costs_the_migration(tmp_path: Path) -> None:
     method = Method("replay", "logging")
-    with new_bed(tmp_path, small_setup(method)) as bed:
+    setup = dataclasses.replace(small_setup(method), gateway=SECONDS_OF_JOURNAL)
+    with new_bed(tmp_path, setup) as bed:
         a, b = start_both(bed)
         sender, receiver = start_migration(
             bed, a, b, method, "--bandwidth", "64K", "--peer-timeout", "120"
@@ -60,3 +66,20 @@ def test_i10_a_link_that_takes_nothing_costs_the_migration(tmp_path: Path) -> No
         sender.signal(signal.SIGINT)
         assert sender.wait(MIGRATION_S) == Exit.INTERRUPTED, sender.tail()
         assert_sound(bed, a)
+
+
+def test_a_sender_goes_on_after_it_was_stopped_for_longer_than_a_peer_may_be_silent(
+    tmp_path: Path,
+) -> None:
+    method = Method()
+    with new_bed(tmp_path, small_setup(method)) as bed:
+        a, b = start_both(bed)
+        sender, receiver = start_migration(
+            *(bed, a, b, method, "--break-at", "precopy"), receive=("--peer-timeout", "120")
+        )
+        sender.wait_stopped()
+        time.sleep(PEER_TIMEOUT_S + 1)
+        sender.resume()
+        assert sender.wait(MIGRATION_S) == Exit.OK, sender.tail()
+        assert receiver.wait(MIGRATION_S) == Exit.OK, receiver.tail()
+        assert_sound(bed, b)

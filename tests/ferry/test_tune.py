@@ -3,6 +3,7 @@
 import argparse
 import json
 import os
+import socket
 import tomllib
 from pathlib import Path
 
@@ -92,6 +93,12 @@ def test_wrong_use_of_tune(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -
     assert main(["tune", "--sample", str(tmp_path / "short")]) == Exit.USAGE
     assert main(["tune", "--sample", str(tmp_path / "none")]) == Exit.LOCAL
     assert "less than a page" in capsys.readouterr().err
+
+
+def test_an_address_that_is_taken(capsys: pytest.CaptureFixture[str]) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        assert main(["tune", "--listen", f"tcp://127.0.0.1:{taken.getsockname()[1]}"]) == Exit.LOCAL
+    assert "cannot bind" in capsys.readouterr().err
 
 
 def test_nobody_at_the_other_end(tmp_path: Path) -> None:

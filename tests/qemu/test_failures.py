@@ -27,7 +27,7 @@ from sync.vmm.driver import Vmm
 from sync.vmm.errors import VmmGone
 from tests.e2e.rig import PEER_TIMEOUT_S, run_resolve
 from tests.qemu.moving import DEADLINE_S, WatchedRig, run
-from tests.qemu.proxy import Proxy
+from tests.qemu.proxy import LinkProxy, Proxy
 
 pytestmark = [pytest.mark.qemu, pytest.mark.timeout(1500)]
 
@@ -49,7 +49,7 @@ class Attempt:
     target: Machine
     sender: Process
     receiver: Process
-    link: Proxy
+    link: LinkProxy
     source_qmp: Proxy
     target_qmp: Proxy
 
@@ -107,6 +107,8 @@ async def sender_killed(attempt: Attempt) -> None:
 
 
 async def cancelled_from_outside(attempt: Attempt) -> None:
+    # The target's QEMU ends as soon as its stream does: that must not be what `receive` sees first.
+    attempt.link.delay_records()
     async with await control_of(attempt.source) as vmm:
         await vmm.cancel_and_resume(MIGRATION_S)
 
@@ -307,7 +309,7 @@ async def start_held(
     a, b = rig.hosts["a"], rig.hosts["b"]
     target = await rig.start(stack, "b", incoming=True)
     proxies = (
-        Proxy(b.folder / "link", b.folder / "link.sock"),
+        LinkProxy(b.folder / "link", b.folder / "link.sock"),
         Proxy(a.folder / "qmp", a.qmp_socket),
         Proxy(b.folder / "qmp", b.qmp_socket),
     )

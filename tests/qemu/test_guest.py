@@ -1,5 +1,7 @@
 """A stock guest in a real QEMU: its own reports are the judge."""
 
+import os
+import select
 import subprocess
 import sys
 from collections.abc import Awaitable, Callable, Iterator
@@ -9,6 +11,7 @@ from pathlib import Path
 import pytest
 import trio
 
+from ferry.children import start_child
 from ferry.qemu.environment import Environment
 from ferry.qemu.machine import Guest, Machine, MachineSpec, VfioUserDevice, running
 from ferry.qemu.report import GuestReport
@@ -30,13 +33,26 @@ from sync.gateway.main import GatewayOptions, run
 run(GatewayOptions(*map(Path, sys.argv[1:])))
 """
 
+HOLDER = """
+import sys, trio
+from pathlib import Path
+from ferry.qemu.machine import MachineSpec, running
+from ferry.qemu.probe import Qemu
+async def main():
+    qemu, *paths = map(Path, sys.argv[1:])
+    async with running(Qemu(qemu, ()), MachineSpec(*paths, incoming=True)) as machine:
+        print(machine.pid, flush=True)
+        await trio.sleep_forever()
+trio.run(main)
+"""
+
 
 @contextmanager
 def serving(code: str, folder: Path, name: str, *arguments: Path) -> Iterator[Path]:
     """`code` in a process that listens at the socket which this yields; it has to end well."""
     path, log = folder / f"{name}.sock", folder / f"{name}.log"
     with log.open("wb") as stderr:
-        process = subprocess.Popen([sys.executable, "-c", code, path, *arguments], stderr=stderr)
+        process = start_child([sys.executable, "-c", code, path, *arguments], stderr=stderr)
     try:
         trio.run(wait_for, path.exists)
         yield path
@@ -89,6 +105,19 @@ def run_guest(
         return guest.report
 
     return trio.run(main)
+
+
+def test_a_machine_ends_with_the_process_that_started_it(
+    environment: Environment, initramfs: Path, short_path: Path
+) -> None:
+    words = (environment.qemu.program, short_path / "m", environment.kernel, initramfs)
+    with start_child([sys.executable, "-c", HOLDER, *words], stdout=subprocess.PIPE) as holder:
+        assert holder.stdout is not None
+        machine = os.pidfd_open(int(holder.stdout.readline()))
+        assert not select.select([machine], [], [], 0)[0]
+        holder.kill()
+    assert select.select([machine], [], [], DEADLINE_S)[0]
+    os.close(machine)
 
 
 @pytest.mark.parametrize(

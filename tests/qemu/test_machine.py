@@ -1,5 +1,6 @@
 import itertools
 import json
+import subprocess
 from pathlib import Path
 
 import pytest
@@ -20,6 +21,12 @@ from ferry.qemu.report import GuestReport
 
 def spec(folder: Path = Path("/run/m"), **changes: object) -> MachineSpec:
     return MachineSpec(folder, Path("/boot/k"), Path("/boot/i"), **changes)  # type: ignore[arg-type]
+
+
+def ended(command: str) -> "subprocess.Popen[bytes]":
+    process = subprocess.Popen([command])
+    process.wait()
+    return process
 
 
 def values_of(argv: list[str], option: str) -> list[str]:
@@ -109,8 +116,7 @@ def test_a_program_that_is_not_there_is_a_machine_error(short_path: Path) -> Non
 
 def test_a_guest_is_followed_from_one_machine_to_the_next(short_path: Path) -> None:
     async def main() -> GuestReport:
-        process = await trio.lowlevel.open_process(["true"])
-        await process.wait()
+        process = ended("true")
         source = Machine(spec(short_path / "source"), process)
         target = Machine(spec(short_path / "target"), process)
         for machine, text in ((source, "FERRY ready\nFERRY be"), (target, "at n=8 reads=1 ")):
@@ -130,8 +136,7 @@ def test_a_guest_is_followed_from_one_machine_to_the_next(short_path: Path) -> N
 
 def test_a_machine_that_ended_before_its_guest_is_an_error(short_path: Path) -> None:
     async def main() -> None:
-        process = await trio.lowlevel.open_process(["false"])
-        await process.wait()
+        process = ended("false")
         with trio.fail_after(20):
             await Guest().wait(Machine(spec(short_path), process), lambda report: report.ended)
 

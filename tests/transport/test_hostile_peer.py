@@ -130,6 +130,27 @@ class HostileSender:
         self._context.destroy(linger=0)
 
 
+def test_a_greeting_that_comes_again_is_the_same_one() -> None:
+    """As a sender does whose connection ended while it greeted."""
+
+    async def scenario() -> None:
+        async with open_receiver("tcp://127.0.0.1:*") as receiver:
+            caller = HostileSender(receiver.url)
+            try:
+                caller.greet()
+                caller.greet()
+                await receiver.wait_hello()
+                await receiver.accept(b"")
+                caller.greet()
+                caller.dealer(CONTROL_LANE).send(Ping(1).pack())
+                await in_thread(caller.wait_for, MessageType.PONG)
+                assert receiver.statistics().dropped_messages == 2
+            finally:
+                caller.close()
+
+    run_trio(scenario)
+
+
 # strangers
 
 

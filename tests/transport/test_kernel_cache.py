@@ -2,9 +2,12 @@
 
 import ast
 import os
+import select
+import signal
 import subprocess
 import sys
 import threading
+import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -21,6 +24,17 @@ from transport.kernels import cache
 with cache._lock(os.open(sys.argv[1], os.O_RDONLY)):
     print("held", flush=True)
     sys.stdin.read()
+"""
+COMPILE = """
+import sys
+from transport.kernels import cache
+sys.path.insert(0, sys.argv[1])
+cache._compile()
+"""
+NEVER_ENDS = """
+import os, pathlib, time
+pathlib.Path(os.environ["TOLD"]).write_text(str(os.getpid()))
+time.sleep(600)
 """
 
 
@@ -202,6 +216,87 @@ def test_the_key_covers_every_file_that_kernels_take_constants_from() -> None:
         "transport.extents",
         "transport.user_cache",
     }
+
+
+MONTHS_S = 90 * 86400.0
+
+
+def age(path: Path) -> None:
+    long_ago = time.time() - MONTHS_S
+    os.utime(path, (long_ago, long_ago), follow_symlinks=False)
+
+
+def test_images_that_nobody_has_used_for_long_go_when_there_is_a_new_one(
+    compiler: Compiler, folder: Path, tmp_path: Path
+) -> None:
+    folder.mkdir(parents=True, mode=0o700)
+    elsewhere = tmp_path / "elsewhere"
+    elsewhere.touch()
+    old, interrupted, recent = (f"{c * 32}.image" for c in "abc")
+    for name in (old, f".{interrupted}.17", "anothers.image", "notes"):
+        (folder / name).touch()
+        age(folder / name)
+    (folder / recent).touch()
+    (folder / f"{'d' * 32}.image").symlink_to(elsewhere)
+    age(folder / f"{'d' * 32}.image")
+    age(elsewhere)
+    compiler.get()
+    left = {path.name for path in folder.iterdir()}
+    assert left == {"anothers.image", "notes", recent, f"{cache._key()}.image"}
+    assert elsewhere.exists()
+
+
+def test_an_image_that_is_used_stays(compiler: Compiler, folder: Path) -> None:
+    compiler.get()
+    [file] = folder.iterdir()
+    age(file)
+    compiler.get()
+    assert compiler.runs == 1
+    assert time.time() - file.stat().st_mtime < cache.MARK_S
+    os.utime(file, (0, time.time() - cache.MARK_S / 2))
+    marked = file.stat().st_mtime
+    compiler.get()
+    assert file.stat().st_mtime == marked  # not written at each start
+
+
+def test_what_cannot_be_removed_stays(
+    compiler: Compiler, folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder.mkdir(parents=True, mode=0o700)
+    for name in (f"{c * 32}.image" for c in "ab"):
+        (folder / name).touch()
+        age(folder / name)
+
+    def refused(*_: object, **__: object) -> None:
+        raise PermissionError
+
+    monkeypatch.setattr(os, "unlink", refused)
+    assert compiler.get() == IMAGE
+    assert len(list(folder.iterdir())) == 3
+
+
+def test_a_compilation_ends_with_the_process_that_it_is_for(tmp_path: Path) -> None:
+    (tmp_path / "llvmlite").mkdir()
+    (tmp_path / "llvmlite/__init__.py").write_text(NEVER_ENDS)
+    told = tmp_path / "told"
+    os.mkfifo(told)
+    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[2]), "TOLD": str(told)}
+    with subprocess.Popen([sys.executable, "-c", COMPILE, str(tmp_path)], env=environment) as it:
+        compiling = os.pidfd_open(int(told.read_text()))
+        assert not select.select([compiling], [], [], 0)[0]
+        it.kill()
+    ended = select.select([compiling], [], [], 20)[0]
+    if not ended:
+        signal.pidfd_send_signal(compiling, signal.SIGKILL)
+    os.close(compiling)
+    assert ended
+
+
+def test_a_compilation_for_a_process_that_has_ended_does_not_begin() -> None:
+    command = [sys.executable, "-m", "transport.kernels", str(os.getppid())]
+    done = subprocess.run(command, cwd=Path(__file__).parents[2], capture_output=True, text=True)
+    assert done.returncode == 1
+    assert "has ended" in done.stderr
 
 
 def test_two_that_start_at_once_compile_once(

@@ -3,6 +3,7 @@
 from collections import deque
 from typing import Any
 
+import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -21,6 +22,7 @@ from transport.records import (
     TunnelEof,
     TunnelHead,
 )
+from transport.sockets import WATCH_S
 
 NOW = 100.0
 
@@ -225,10 +227,27 @@ def test_i9_only_the_receiver_attaches_memory_and_only_once() -> None:
 
 def test_a_silent_peer_is_lost_after_its_timeout_and_not_before() -> None:
     talk = Conversation(now=NOW, peer_timeout_s=5.0, pings=True)
+    listen(talk, NOW, NOW + 3)
     talk.on_control(Pong(0), NOW + 3)
-    talk.check_alive(NOW + 8)
+    listen(talk, NOW + 3, NOW + 8)
     with pytest.raises(PeerLost):
         talk.check_alive(NOW + 8.001)
+
+
+def test_a_time_in_which_this_side_was_stopped_is_not_the_peers_silence() -> None:
+    talk = Conversation(now=NOW, peer_timeout_s=5.0, pings=True)
+    listen(talk, NOW, NOW + 1)
+    talk.check_alive(NOW + 101)
+    listen(talk, NOW + 101, NOW + 105)
+    with pytest.raises(PeerLost):
+        talk.check_alive(NOW + 105.001)
+
+
+def listen(talk: Conversation, begin: float, end: float) -> None:
+    """As the threads do: no moment passes without a look at the peer's silence."""
+    for now in np.arange(begin, end, WATCH_S):
+        talk.check_alive(float(now))
+    talk.check_alive(end)
 
 
 @pytest.mark.parametrize(("mine", "theirs"), [(5.0, 1.0), (1.0, 5.0), (1000.0, 0.5), (5.0, 5.0)])

@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 import trio
 
+from ferry.children import start_child
 from transport.errors import PeerLost
 from transport.receiver import ReceiverOptions, open_receiver
 from transport.sender import SenderOptions, open_sender
@@ -70,7 +71,7 @@ async def until(condition: Callable[[], Any]) -> None:
 
 @contextmanager
 def peer_process(script: str, url: str) -> Iterator[subprocess.Popen[bytes]]:
-    with subprocess.Popen(
+    with start_child(
         [sys.executable, "-c", script, url], stdout=subprocess.PIPE, stderr=subprocess.DEVNULL
     ) as process:
         try:

@@ -7,6 +7,9 @@ damaged one, is as good as none. Where a file cannot be kept, each process compi
 
 One process at a time compiles; the others wait for its result. They wait for a lock that the kernel
 releases when its holder dies, and no longer than a compilation takes.
+
+Who puts an image there removes those that nobody has used for long. A process that finds its image
+gone compiles.
 """
 
 from __future__ import annotations
@@ -15,11 +18,13 @@ import fcntl
 import hashlib
 import importlib.util
 import os
+import re
 import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
+from itertools import islice
 from pathlib import Path
 from typing import Final
 
@@ -31,6 +36,14 @@ from transport.user_cache import default_cache
 
 MAX_IMAGE_BYTES: Final = 16 << 20
 LOCK_WAIT_S: Final = 60.0
+UNUSED_S: Final = 30 * 86400.0
+"""What nobody has taken from the cache for so long may go: a new version has taken its place."""
+MARK_S: Final = 86400.0
+"""A file says by its time of change when it was used, as exactly as this."""
+MAX_LOOKED_AT: Final = 1000
+"""Files, when old ones are removed."""
+_OURS: Final = re.compile(r"[0-9a-f]{32}\.image|\.[0-9a-f]{32}\.image\.[0-9]+")
+"""An image, or one that was being written when its writer died."""
 _LOCK_POLL_S: Final = 0.05
 _HERE = Path(__file__).parent
 SOURCES: Final = (*sorted(_HERE.glob("*.py")), _HERE.parent / "frames.py")
@@ -57,6 +70,7 @@ def get_image(missing: Callable[[], None]) -> Image:
             if image is None:
                 image = _compile()
                 _write(folder, name, image)
+                _remove_unused(folder)
             return image
 
 
@@ -113,9 +127,28 @@ def _read(folder: int | None, name: str) -> Image | None:
         with os.fdopen(os.open(name, os.O_RDONLY | os.O_NOFOLLOW, dir_fd=folder), "rb") as file:
             if not _is_private(file.fileno()):
                 return None
+            _mark_used(file.fileno())
             return Image.from_bytes(file.read(MAX_IMAGE_BYTES))
     except (OSError, ValueError):
         return None
+
+
+def _mark_used(descriptor: int) -> None:
+    with suppress(OSError):
+        if time.time() - os.fstat(descriptor).st_mtime > MARK_S:
+            os.utime(descriptor)
+
+
+def _remove_unused(folder: int | None) -> None:
+    """As far as that is possible: it is no reason not to start."""
+    if folder is None:
+        return
+    with suppress(OSError), os.scandir(folder) as files:
+        for file in islice(files, MAX_LOOKED_AT):
+            with suppress(OSError):
+                age_s = time.time() - file.stat(follow_symlinks=False).st_mtime
+                if _OURS.fullmatch(file.name) and age_s > UNUSED_S:
+                    os.unlink(file.name, dir_fd=folder)
 
 
 def _write(folder: int | None, name: str, image: Image) -> None:
@@ -157,7 +190,7 @@ def _compile() -> Image:
 
     Raises `CompilationFailed`.
     """
-    command = [sys.executable, "-P", "-m", "transport.kernels.compiler"]
+    command = [sys.executable, "-P", "-m", "transport.kernels", str(os.getpid())]
     path = os.pathsep.join(each or str(Path.cwd()) for each in sys.path)
     environment = {**os.environ, "PYTHONPATH": path}
     done = subprocess.run(command, env=environment, stdin=subprocess.DEVNULL, capture_output=True)

@@ -1,15 +1,14 @@
-"""Compiles all kernels to an image: `python -m transport.kernels.compiler >FILE`.
+"""Compiles all kernels to an image.
 
-The one module that imports numba and LLVM, in a process of its own that `cache` starts. What a
-kernel uses of this room (`inlined` functions, C functions, instructions) is found by numba in the
-globals of the kernel's module, as for any function; so they are replaced there by numba's own
-objects before anything is compiled.
+The one module that imports numba and LLVM, in a process of its own (`__main__`) that `cache`
+starts. What a kernel uses of this room (`inlined` functions, C functions, instructions) is found by
+numba in the globals of the kernel's module, as for any function; so they are replaced there by
+numba's own objects before anything is compiled.
 """
 
 from __future__ import annotations
 
 import ctypes
-import gc
 import sys
 from functools import cache
 from typing import Any, Final
@@ -240,8 +239,3 @@ def _check_array_layout() -> None:
     dimensions = ctypes.c_size_t.from_address(id(probe) + _DIMENSIONS).value
     if data != probe.ctypes.data or ctypes.c_ssize_t.from_address(dimensions).value != 3:
         raise RuntimeError("this NumPy has its arrays laid out in another way")
-
-
-if __name__ == "__main__":
-    gc.disable()  # what the compiler makes stays until its end; looking for garbage takes 6 %
-    sys.stdout.buffer.write(compile_image().to_bytes())

@@ -13,6 +13,7 @@ import threading
 
 import pytest
 
+from ferry.children import start_child
 from ferry.cli import add_arguments, load
 from ferry.nic import Options
 from sync.devices.e1000_hub import Hub
@@ -158,7 +159,7 @@ def test_a_peer_that_does_not_read_loses_frames_only(path, link):
 
 def test_the_process_serves_until_it_is_told_to_stop(hub, path, tmp_path):
     socket_path = tmp_path / "nic"
-    process = subprocess.Popen(
+    process = start_child(
         [sys.executable, "-c", NIC, str(socket_path), str(path)],
         stderr=subprocess.PIPE,
         text=True,

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 
+from ferry.children import start_child
 from sync.devices.errors import DeviceError
 from sync.devices.main import DeviceOptions, build, run
 
@@ -29,7 +30,7 @@ def start(tmp_path):
 
     def new(**options):
         fields = {"socket_path": str(tmp_path / "dev.sock"), **options}
-        process = subprocess.Popen(
+        process = start_child(
             [sys.executable, "-c", CODE, json.dumps(fields)],
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,

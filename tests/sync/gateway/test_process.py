@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 
+from ferry.children import start_child
 from sync.gateway.log import Log
 
 START = """
@@ -24,7 +25,7 @@ sys.exit(f"loaded: {heavy}" if heavy else 0)
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_a_signal_ends_it_and_leaves_nothing_behind(tmp_path: Path, number: int) -> None:
-    process = subprocess.Popen(
+    process = start_child(
         [sys.executable, "-c", START, str(tmp_path), "j"], stdout=subprocess.PIPE, text=True
     )
     first = json.loads(process.stdout.readline())
@@ -40,7 +41,7 @@ def test_a_signal_ends_it_and_leaves_nothing_behind(tmp_path: Path, number: int)
 def test_sockets_of_a_killed_gateway_are_replaced(tmp_path: Path) -> None:
     command = [sys.executable, "-c", START, str(tmp_path), "t"]
     for number in (signal.SIGKILL, signal.SIGTERM):
-        process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
+        process = start_child(command, stderr=subprocess.PIPE, text=True)
         assert process.stderr.readline().startswith("gateway: listening")
         process.send_signal(number)
         process.communicate(timeout=20)

@@ -19,6 +19,7 @@ from typing import Any
 
 import pytest
 
+from ferry.children import start_child
 from sync.guest.options import GuestOptions
 from sync.vfio_user.device import Device
 from sync.vfio_user.protocol import (
@@ -340,7 +341,7 @@ class Workbench:
     def start(self, name: str, **changes: Any) -> "subprocess.Popen[bytes]":
         """Starts a guest process."""
         options = self.options(name, **changes)
-        guest = subprocess.Popen(
+        guest = start_child(
             [sys.executable, "-m", "sync.guest.main", options.to_json()],
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
