@@ -65,6 +65,7 @@ _PROBE_S: Final = 0.002  # an answer that came sooner says more about the way th
 _RAW_S: Final = (1e-6, 2e-6)  # to copy and digest a page: what is beyond is the scheduler's
 _PROBE_GAIN: Final = 1.5  # nothing overlaps in a probe, so the link is faster than it seems
 _MIN_PAGES: Final = 32  # of content in a frame, below which what every frame costs would count
+_MIN_ANSWERED_PAGES: Final = 128  # likewise of an answer, with what passing between threads costs
 _SHORT_PAGES: Final = 512  # left of a round, for so few that nothing overlaps
 _WEIGHT: Final = 0.125  # of the newest frame in an average
 _WAITING_SHARE: Final = 0.15  # of the time
@@ -237,15 +238,18 @@ class Choice:
         if not frame.alone or frame.pages < _MIN_PAGES:
             return
         took_s = now - frame.encoded
-        per_page = took_s / frame.pages
-        found = self._answered.get(frame.rung)
-        if found is None or not self._is_fresh(found):
-            self._answered[frame.rung] = _Answered(per_page, self._number)
-        else:
-            found.seconds += (per_page - found.seconds) * _WEIGHT
-            found.at = self._number
         if self._probes:
             self._judge_probe(took_s, frame)
+        elif frame.pages >= _MIN_ANSWERED_PAGES:
+            self._note_answer(frame.rung, took_s / frame.pages)
+
+    def _note_answer(self, rung: int, seconds: float) -> None:
+        found = self._answered.get(rung)
+        if found is None or not self._is_fresh(found):
+            self._answered[rung] = _Answered(seconds, self._number)
+        else:
+            found.seconds += (seconds - found.seconds) * _WEIGHT
+            found.at = self._number
 
     # the start
 
@@ -387,9 +391,10 @@ class Choice:
         return min(range(len(self._ladder)), key=self._cost_alone)
 
     def _cost_alone(self, rung: int) -> float:
-        """Seconds for a page from the start of encoding to the answer. Of a codec that was not
-        used there lately, at the best: so it is tried, and shows."""
+        """Seconds for a page from the start of encoding to the answer, and the price of encoding.
+        Of a codec that was not used there lately, at the best: so it is tried, and shows."""
         seconds, n_bytes = self._estimate(rung)
+        seconds *= 1 + _PRICE
         answered = self._answered.get(rung)
         if answered is not None and self._is_fresh(answered):
             return seconds + answered.seconds
