@@ -29,6 +29,9 @@ time takes it from whatever the lane waits for, and the model is wrong. So every
 itself: if fewer pages get through than before, it is taken back, and that codec and those beyond it
 are tried again after `_FIRST_PAUSE_S`, then after four times as long each time.
 
+**Rounds after the first** send what was written meanwhile, and that is likely to be written once
+more. So their pages are kept as bases even where nothing is compressed.
+
 **Short rounds** have nothing that overlaps: what counts is the time from the start of encoding to
 the answer. It is measured for each codec as it is used there.
 """
@@ -183,11 +186,14 @@ class Choice:
         0, it is not to be made before everything is answered."""
         return self._probes[0] if self._probes else 0
 
-    def pick(self, now: float, *, pages_left: int, frames_under_way: int) -> Codec:
+    def pick(
+        self, now: float, *, pages_left: int, frames_under_way: int, again: bool = False
+    ) -> Codec:
         """The codec for the frame that is about to be encoded.
 
-        `pages_left` of the round, this frame's included. Without frames under way the link was
-        idle, so the time since the last frame says nothing about it.
+        `pages_left` of the round, this frame's included; `again`: of a round that is not the first.
+        Without frames under way the link was idle, so the time since the last frame says nothing
+        about it.
         """
         if pages_left > self._pages_left:  # a new round: the link stood idle, and its window fills
             self._unsettled = max(1, len(self._under_way))
@@ -210,6 +216,8 @@ class Choice:
                 self._used = self._best_alone()
             elif self._stronger_is_due():
                 self._used = self._next_stronger()
+            elif again:
+                self._used = max(self._rung, self._delta)
         return self._ladder[self._used]
 
     def encoded(self, now: float, *, pages: int, n_bytes: int) -> None:

@@ -228,7 +228,7 @@ class Encoder:
         body_bytes = self._frame_bytes - HEADER_BYTES
         if max_raw_pages:
             body_bytes = min(body_bytes, max_raw_pages * (PAGE_BYTES + ENTRY_BYTES) + BASE_BYTES)
-        if self.codec.method is Method.NONE:
+        if self.codec.method in (Method.NONE, Method.DELTA):
             return out[HEADER_BYTES : HEADER_BYTES + body_bytes]
         body_bytes = min(body_bytes, MAX_COMPRESSED_FRAME_BYTES - HEADER_BYTES)
         if self.codec.method is not Method.ZSTD:

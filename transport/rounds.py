@@ -88,6 +88,7 @@ class LaneSource:
         self._lane = lane
         self._frame_bytes = frame_bytes
         self._encoder: Encoder | None = None
+        self._first_round: int | None = None
         self._mapper = Mapper(source.memory, source.files)
 
     def prepare(self) -> None:
@@ -111,8 +112,13 @@ class LaneSource:
         """`Encoder.encode`, with the codec and the sequence taken care of."""
         encoder = self._encoder
         assert encoder is not None
+        if self._first_round is None:
+            self._first_round = round_no
         encoder.codec = self.choice.pick(
-            time.monotonic(), pages_left=indices.size - start, frames_under_way=frames_under_way
+            time.monotonic(),
+            pages_left=indices.size - start,
+            frames_under_way=frames_under_way,
+            again=round_no != self._first_round,
         )
         frame = encoder.encode(
             indices,

@@ -47,6 +47,7 @@ class Lane:
         self.apply_s: dict[str, float] = {}  # of the receiver, a page
         self.applied = 0.0
         self.shared = shared
+        self.again = False
         self.under_way: deque[float] = deque()
         self.used: list[Codec] = []
 
@@ -60,7 +61,10 @@ class Lane:
                 self.now = max(self.now, self.under_way[0])
                 self._receive()
             codec = self.choice.pick(
-                self.now, pages_left=left, frames_under_way=len(self.under_way)
+                self.now,
+                pages_left=left,
+                frames_under_way=len(self.under_way),
+                again=self.again,
             )
             self.used.append(codec)
             seconds, n_bytes = self.costs[str(codec)]
@@ -242,6 +246,16 @@ def test_short_rounds_take_deltas_only_where_pages_have_bases(
         lane.send(256)
         lane.now += 0.1
     assert lane.used.count(expected) >= 0.9 * len(lane.used)
+
+
+def test_what_is_sent_again_is_kept_as_a_base() -> None:
+    lane = Lane(Choice(), FILES, 1e11)
+    lane.send(20_000)
+    assert lane.used.count(NONE) > 0.8 * len(lane.used)
+    lane.used.clear()
+    lane.again = True
+    lane.send(20_000)
+    assert lane.used.count(DELTA) > 0.8 * len(lane.used)
 
 
 def test_rounds_without_content_teach_nothing() -> None:
