@@ -130,11 +130,13 @@ class _Pause:
     next_s: float = _FIRST_PAUSE_S
 
     def begin(self, rung: int, now: float) -> None:
+        """`rung` was wrong."""
         self.rung = rung
         self.until = now + self.next_s
         self.next_s = min(_LONGEST_PAUSE_S, self.next_s * _PAUSE_GROWTH)
 
     def reset(self) -> None:
+        """A change in this direction was right."""
         self.next_s = _FIRST_PAUSE_S
 
 
@@ -195,7 +197,7 @@ class Choice:
         Without frames under way the link was idle, so the time since the last frame says nothing
         about it.
         """
-        if pages_left > self._pages_left:  # a new round: the link stood idle, and its window fills
+        if pages_left >= self._pages_left:  # a new round: the link stood idle, its window fills
             self._unsettled = max(1, len(self._under_way))
         self._pages_left = pages_left
         if self._ended is not None and frames_under_way:

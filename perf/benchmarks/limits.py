@@ -14,14 +14,16 @@ import numpy as np
 import xxhash
 
 from perf.benchmark import Context, Measurement, cpu_seconds
-from perf.benchmarks.link import BareStream
 from perf.links import TCP
 from perf.parties.receivers import fresh_memory
 from perf.peers import tcp
+from perf.peers.zeromq import BareStream
 from perf.workloads.images import Mix, image_file
 from transport.frames import PAGE_BYTES
 
 CONNECTIONS = 2
+WRITTEN_BYTES = 256 << 10
+"""At once, where the target's memory is written by pwrite(2)."""
 GIB = 1 << 30
 
 
@@ -44,10 +46,17 @@ def run(context: Context) -> Iterator[Measurement]:
             memory[:] = image
             os.close(descriptor)
 
+        def first_write() -> None:
+            _, descriptor = fresh_memory(n_bytes)
+            for at in range(0, n_bytes, WRITTEN_BYTES):
+                os.pwrite(descriptor, image.data[at : at + WRITTEN_BYTES], at)
+            os.close(descriptor)
+
         for seconds in context.alternate(
             read=cpu(lambda: np.bitwise_or.reduce(words)),
             memcpy=cpu(lambda: np.copyto(copy, image)),
             first_touch=cpu(first_touch),
+            first_write=cpu(first_write),
             xxh3=cpu(lambda: [xxhash.xxh3_64_intdigest(page.data) for page in pages]),
             lz4_compress=cpu(
                 lambda: [lz4.block.compress(page.data, store_size=False) for page in pages]

@@ -13,49 +13,17 @@ from contextlib import ExitStack
 import numpy as np
 import numpy.typing as npt
 import trio
-import zmq
 
 from perf.benchmark import Context, Measurement
 from perf.links import local_link
+from perf.peers.zeromq import BareStream
 from perf.processes import Cost, Stopwatch, child
 from perf.results import Better
 from perf.workloads.images import file_pages, random_pages
 from transport.frames import PAGE_BYTES
 from transport.sender import SenderOptions, open_sender
 
-MESSAGE_BYTES = 1 << 20
 GIB = 1 << 30
-
-
-class BareStream:
-    """ZeroMQ connections to a process that drops what it gets."""
-
-    def __init__(self, stack: ExitStack, url: str, n_bytes: int, lanes: int) -> None:
-        self._messages = n_bytes // MESSAGE_BYTES
-        self._data = os.urandom(MESSAGE_BYTES)
-        party = stack.enter_context(
-            child("perf.parties.receivers", "bare", url, str(self._messages))
-        )
-        self._process = party.pid
-        context = stack.enter_context(zmq.Context())
-        self._poller = zmq.Poller()
-        self._dealers = [context.socket(zmq.DEALER) for _ in range(lanes)]
-        bound = party.line()
-        for dealer in self._dealers:
-            stack.callback(dealer.close, linger=0)
-            dealer.set(zmq.SNDHWM, 8)
-            dealer.connect(bound)
-            self._poller.register(dealer, zmq.POLLIN)
-
-    def round(self) -> Cost:
-        """From the first message to the answer to the last."""
-        watch = Stopwatch(os.getpid(), self._process)
-        for number in range(self._messages):
-            dealer = self._dealers[number % len(self._dealers)]
-            dealer.send(self._data, copy=False, track=True)
-        [(answered, _)] = self._poller.poll()
-        answered.recv()
-        return watch.stop()
 
 
 def run(context: Context) -> Iterator[Measurement]:
