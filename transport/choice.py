@@ -33,7 +33,8 @@ are tried again after `_FIRST_PAUSE_S`, then after four times as long each time.
 more. So their pages are kept as bases even where nothing is compressed.
 
 **Short rounds** have nothing that overlaps: what counts is the time from the start of encoding to
-the answer. It is measured for each codec as it is used there.
+the answer. It is measured for each codec as it is used there. Deltas are tried for two of them in a
+row: the first makes the bases of the second.
 """
 
 from __future__ import annotations
@@ -69,13 +70,14 @@ _RAW_S: Final = (1e-6, 2e-6)  # to copy and digest a page: what is beyond is the
 _PROBE_GAIN: Final = 1.5  # nothing overlaps in a probe, so the link is faster than it seems
 _MIN_PAGES: Final = 32  # of content in a frame, below which what every frame costs would count
 _MIN_ANSWERED_PAGES: Final = 128  # likewise of an answer, with what passing between threads costs
-_SHORT_PAGES: Final = 512  # left of a round, for so few that nothing overlaps
+_SHORT_PAGES: Final = 1024  # of a round, so few that hardly anything overlaps
 _WEIGHT: Final = 0.125  # of the newest frame in an average
 _WAITING_SHARE: Final = 0.15  # of the time
 _GAIN: Final = 0.98  # what is not at least so much cheaper is no reason to change
 _PRICE: Final = 0.25  # of a second of encoding beside sending: others could have used it
 _WORSE: Final = 1.2  # pages of one region compress better than those of another
 _DELTA_COSTS: Final = 1.5  # of the codec in use: what a frame of deltas may take if there are none
+_DELTA_ROUNDS: Final = 2
 _HOPE: Final = 0.97  # then its square, and so on
 _STALE_FRAMES: Final = 64
 _FIRST_PAUSE_S: Final = 0.1
@@ -170,6 +172,10 @@ class Choice:
         self._shortest_gap_s = float("inf")
         """Between two frames: what a lane has to do there without waiting for anybody."""
         self._pages_left = 0
+        self._short = False
+        """Whether the round is."""
+        self._delta_rounds = 0
+        """Short ones in which deltas are tried, this one included."""
         self._unsettled = 1
         """Answers until an epoch begins: to the frames before a change, or to a round's first."""
         self._trial: _Trial | None = None
@@ -197,8 +203,8 @@ class Choice:
         Without frames under way the link was idle, so the time since the last frame says nothing
         about it.
         """
-        if pages_left >= self._pages_left:  # a new round: the link stood idle, its window fills
-            self._unsettled = max(1, len(self._under_way))
+        if pages_left >= self._pages_left:
+            self._begin_round(pages_left)
         self._pages_left = pages_left
         if self._ended is not None and frames_under_way:
             gap = now - self._ended
@@ -211,15 +217,7 @@ class Choice:
             long = self._frames >= EPOCH_FRAMES and self._elapsed_s >= EPOCH_S
             if long and not self._unsettled:
                 self._look(now)
-            self._used = self._rung
-            if self._delta_is_due():
-                self._used = self._delta
-            elif pages_left <= _SHORT_PAGES:
-                self._used = self._best_alone()
-            elif self._stronger_is_due():
-                self._used = self._next_stronger()
-            elif again:
-                self._used = max(self._rung, self._delta)
+            self._used = self._in_short_round() if self._short else self._in_long_round(again)
         return self._ladder[self._used]
 
     def encoded(self, now: float, *, pages: int, n_bytes: int) -> None:
@@ -260,6 +258,21 @@ class Choice:
         else:
             found.seconds += (seconds - found.seconds) * _WEIGHT
             found.at = self._number
+
+    def _begin_round(self, pages: int) -> None:
+        # The link stood idle, and its window has to be filled.
+        self._unsettled = max(1, len(self._under_way))
+        self._short = pages <= _SHORT_PAGES
+        if not self._short or self._probes or not self._delta:
+            return
+        if self._delta_rounds:
+            self._delta_rounds -= 1
+            if self._delta_rounds:
+                # What the one before has cost says nothing: it had no bases.
+                self._seen.pop(self._delta, None)
+                self._answered.pop(self._delta, None)
+        elif self._delta_is_due():
+            self._delta_rounds = _DELTA_ROUNDS
 
     # the start
 
@@ -343,6 +356,13 @@ class Choice:
             self._trial = _Trial(self._rung, pace_s)
             self._change(best)
 
+    def _in_long_round(self, again: bool) -> int:
+        if self._delta_is_due():
+            return self._delta
+        if self._stronger_is_due():
+            return self._next_stronger()
+        return max(self._rung, self._delta) if again else self._rung
+
     def _delta_is_due(self) -> bool:
         if self._rung > self._delta + 1 or self._is_fresh(self._seen.get(self._delta)):
             return False
@@ -397,7 +417,9 @@ class Choice:
 
     # short rounds
 
-    def _best_alone(self) -> int:
+    def _in_short_round(self) -> int:
+        if self._delta_rounds:
+            return self._delta
         return min(range(len(self._ladder)), key=self._cost_alone)
 
     def _cost_alone(self, rung: int) -> float:

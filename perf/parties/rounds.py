@@ -1,8 +1,9 @@
 """What `send` keeps in memory: `... rounds URL MIB CACHE_MIB CODEC ROUNDS DIRTY MARKS`.
 
-Imports what `send` imports and nothing else, sends ROUNDS rounds of about DIRTY pages of a guest's
-shared memory, and prints a JSON line with its memory, in bytes, before the session, and after each
-of the rounds in MARKS (`1,100,1000`). The guest is a process of its own.
+Imports what `send` imports and nothing else, sends all pages of a guest's shared memory twice and
+then ROUNDS rounds of about DIRTY pages, and prints a JSON line with its memory, in bytes, before
+the session, and after each of the rounds in MARKS (`1,100,1000`). The guest is a process of its
+own.
 """
 
 import json
@@ -18,6 +19,7 @@ if TYPE_CHECKING:
     import numpy.typing as npt
 
 MAX_INDICES_BYTES = 1 << 20
+EVERY_PAGE = b"*"
 
 
 def memory_bytes() -> dict[str, int]:
@@ -30,17 +32,21 @@ def memory_bytes() -> dict[str, int]:
 
 
 def run_guest(shared: mmap.mmap, dirty: int, control: socket.socket) -> None:
-    """Fills the memory; then, at each byte, writes to pages of it and tells which, as uint32."""
+    """Fills the memory; then, at each byte, writes to pages of it and tells which, as uint32; at
+    `EVERY_PAGE`, writes to all and tells none."""
     import numpy as np
 
     from perf.workloads.dirtying import Dirtier
     from perf.workloads.images import Mix, fill
+    from transport.frames import PAGE_BYTES
 
     memory = np.frombuffer(shared, np.uint8)
     fill(memory, Mix())
     dirtier = Dirtier(memory, "hot", changed=0.1)
-    while control.recv(1):
-        control.send(dirtier.write(dirty).tobytes())
+    while asked := control.recv(1):
+        if asked == EVERY_PAGE:
+            memory[::PAGE_BYTES] += 1
+        control.send(dirtier.write(dirty).tobytes() if asked != EVERY_PAGE else b"done")
 
 
 async def send(
@@ -72,9 +78,14 @@ async def send(
     )
     async with open_sender(url, os.urandom(16), b"", options) as sender:
         sender.attach_memory(memory, cache_bytes=cache_mib << 20)
-        await sender.send_round(np.arange(memory.size // PAGE_BYTES, dtype=np.uint32), 0)
+        every_page = np.arange(memory.size // PAGE_BYTES, dtype=np.uint32)
+        await sender.send_round(every_page, 0)
+        # Pages that are sent again are kept in the cache, which is full from here on.
+        guest.send(EVERY_PAGE)
+        guest.recv(MAX_INDICES_BYTES)
+        await sender.send_round(every_page, 1)
         for number in range(1, rounds + 1):
-            await sender.send_round(dirty_pages(), number)
+            await sender.send_round(dirty_pages(), number + 1)
             if number in marks:
                 print(json.dumps({"rounds": number, **memory_bytes()}), flush=True)
         await sender.send_record(0, b"", flush=True)

@@ -248,6 +248,19 @@ def test_short_rounds_take_deltas_only_where_pages_have_bases(
     assert lane.used.count(expected) >= 0.9 * len(lane.used)
 
 
+def test_deltas_are_found_to_be_short_although_the_first_ones_have_no_bases() -> None:
+    """As in a guest that writes the same few pages again and again."""
+    lane = Lane(Choice(), dict(FILES), 1e9)
+    lane.apply_s = {"none": 1e-6, "delta": 1.3e-6, "lz4": 2e-6}
+    lane.again = True
+    for _ in range(100):
+        kept = bool(lane.used) and lane.used[-1] is DELTA
+        lane.costs["delta"] = (2e-6, 400 if kept else 4104)
+        lane.send(256)
+        lane.now += 0.1
+    assert lane.used[-50:].count(DELTA) >= 45
+
+
 def test_what_is_sent_again_is_kept_as_a_base() -> None:
     lane = Lane(Choice(), FILES, 1e11)
     lane.send(20_000)
