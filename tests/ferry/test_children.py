@@ -1,6 +1,7 @@
 """Children end with the process that has started them, however it ends, and not before."""
 
 import os
+import select
 import subprocess
 import sys
 import threading
@@ -15,27 +16,38 @@ from ferry.children import start_child
 DEADLINE_S = 60.0
 ROOM = Path(__file__).parents[2]
 STARTER = """
-import threading, time
+import os, threading, time
+from pathlib import Path
 from ferry.children import start_child
+asker = []
 def start():
+    asker.append(threading.get_native_id())
     child = start_child(["sleep", "600"])
-    # Not before the child is under way would it hear of the end of this thread.
-    time.sleep(0.5)
+    # Not before the child is what it is to be would it hear of the end of a thread.
+    while Path(f"/proc/{child.pid}/comm").read_text() != "sleep\\n":
+        time.sleep(0.01)
     print(child.pid, flush=True)
 thread = threading.Thread(target=start)
 thread.start()
 thread.join()
+while Path(f"/proc/self/task/{asker[0]}").exists():
+    time.sleep(0.01)
+print("gone", flush=True)
 input()
 """
+DYING_S = 0.2
+"""Time for a child to die that was sent SIGKILL: more is not needed, less would only see less."""
 
 
 def test_a_child_outlives_the_thread_that_asked_for_it_and_dies_with_the_process() -> None:
     with start_python("-c", STARTER) as starter:
         assert starter.stdout is not None
         child = int(starter.stdout.readline())
-        # The death of a thread would have told it by now.
-        time.sleep(0.2)
-        assert runs(child)
+        assert starter.stdout.readline() == b"gone\n"
+        # Whoever is told by the death of a thread was told before that is gone.
+        descriptor = os.pidfd_open(child)
+        assert select.select([descriptor], [], [], DYING_S)[0] == []
+        os.close(descriptor)
         starter.kill()
     wait_until(lambda: not runs(child), "the child goes on")
 
