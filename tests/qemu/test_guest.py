@@ -16,6 +16,7 @@ from ferry.qemu.environment import Environment
 from ferry.qemu.machine import Guest, Machine, MachineSpec, VfioUserDevice, running
 from ferry.qemu.report import GuestReport
 from sync.vmm.client import QmpClient
+from tests.listening import wait_until_listening
 
 pytestmark = [pytest.mark.qemu, pytest.mark.timeout(400)]
 
@@ -54,7 +55,7 @@ def serving(code: str, folder: Path, name: str, *arguments: Path) -> Iterator[Pa
     with log.open("wb") as stderr:
         process = start_child([sys.executable, "-c", code, path, *arguments], stderr=stderr)
     try:
-        trio.run(wait_for, path.exists)
+        wait_until_listening(path, process)
         yield path
     finally:
         process.terminate()
@@ -77,14 +78,6 @@ def gateway(folder: Path, device_path: Path) -> Iterator[Path]:
     """A gateway before the device; yields the VMM's socket."""
     with serving(GATEWAY, folder, "gateway", device_path, folder / "control.sock") as path:
         yield path
-
-
-async def wait_for(condition: Callable[[], object]) -> None:
-    with trio.fail_after(DEADLINE_S):
-        while True:
-            if condition():
-                return
-            await trio.sleep(0.02)
 
 
 def run_guest(

@@ -123,10 +123,11 @@ load() {
 # 4: do not tell dmesg of each time that the caches are dropped.
 echo 4 > /proc/sys/vm/drop_caches
 # The kernel's own measurement: from a request's issue to its completion, the longest for each
-# sector (Documentation/trace/histogram.rst).
-echo 'hist:keys=dev,sector:since=common_timestamp.usecs:size=16384' \
+# sector (Documentation/trace/histogram.rst). By the clock that the kernel keeps from going back,
+# which an emulated processor's counter does when that moves to another one of the host's.
+echo 'hist:keys=dev,sector:since=common_timestamp.usecs:clock=mono:size=16384' \
     > $trace/block_rq_issue/trigger
-echo 'hist:keys=dev,sector:took=common_timestamp.usecs-$since:onmax($took).save(nr_sector):size=16384' \
+echo 'hist:keys=dev,sector:took=common_timestamp.usecs-$since:onmax($took).save(nr_sector):clock=mono:size=16384' \
     > $trace/block_rq_complete/trigger
 
 for disk in $(option disk vda | tr , ' '); do

@@ -21,6 +21,7 @@ from sync.devices.e1000_link import MAX_FRAME_BYTES, SocketLink
 from sync.devices.e1000_main import NicOptions, build
 from sync.devices.errors import DeviceError
 from sync.vfio_user.client import Client
+from tests.listening import wait_until_listening
 
 DEADLINE_S = 20
 NIC = """
@@ -165,8 +166,7 @@ def test_the_process_serves_until_it_is_told_to_stop(hub, path, tmp_path):
         text=True,
     )
     try:
-        while not socket_path.exists() and process.poll() is None:
-            os.sched_yield()
+        wait_until_listening(socket_path, process)
         assert stat.S_IMODE(socket_path.stat().st_mode) == 0o600
         client = Client(socket_path)
         assert client.region_read(7, 0, 4) == bytes.fromhex("86800e10")

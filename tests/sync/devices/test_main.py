@@ -3,7 +3,6 @@
 import dataclasses
 import json
 import signal
-import socket
 import stat
 import subprocess
 import sys
@@ -14,6 +13,7 @@ import pytest
 from ferry.children import start_child
 from sync.devices.errors import DeviceError
 from sync.devices.main import DeviceOptions, build, run
+from tests.listening import wait_until_listening
 
 DEADLINE_S = 20
 CODE = """
@@ -50,24 +50,12 @@ def count_files():
     return sum(1 for _ in Path("/proc/self/fd").iterdir())
 
 
-def wait_for(path, process):
-    """Wait until the device takes a client."""
-    while process.poll() is None:
-        with socket.socket(socket.AF_UNIX) as client:
-            try:
-                client.connect(str(path))
-            except (FileNotFoundError, ConnectionRefusedError):
-                continue
-            return
-    pytest.fail(process.communicate()[1])
-
-
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 @pytest.mark.parametrize("busy", [False, True], ids=["idle", "busy"])
 def test_a_device_process_serves_until_it_is_told_to_stop(host, tmp_path, start, number, busy):
     process = start(image_path=str(host.image()), serial="process", queues=2, v2=True)
     path = tmp_path / "dev.sock"
-    wait_for(path, process)
+    wait_until_listening(path, process)
     assert stat.S_IMODE(path.stat().st_mode) == 0o600
     if busy:
         driver = host.boot(path)
