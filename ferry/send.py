@@ -83,7 +83,7 @@ class Options:
         choices=("touched", "all"),
     )
     lanes: int = option("connections for pages", 2, parse=positive)
-    frame_size: int = option("bytes of a frame of pages", 2 << 20, parse=size)
+    frame_size: int = option("bytes of a frame of pages", 5 << 19, parse=size)
     codec: str = option(
         "how pages are compressed: auto, none, delta, lz4 or zstd:LEVEL", "auto", parse=codec_name
     )

@@ -72,6 +72,7 @@ _MIN_PAGES: Final = 32  # of content in a frame, below which what every frame co
 _MIN_ANSWERED_PAGES: Final = 128  # likewise of an answer, with what passing between threads costs
 _SHORT_PAGES: Final = 1024  # of a round, so few that hardly anything overlaps
 _WEIGHT: Final = 0.125  # of the newest frame in an average
+_LATE: Final = 2.0  # times the average: an answer that is later does not count for more
 _WAITING_SHARE: Final = 0.15  # of the time
 _GAIN: Final = 0.98  # what is not at least so much cheaper is no reason to change
 _PRICE: Final = 0.25  # of a second of encoding beside sending: others could have used it
@@ -256,6 +257,8 @@ class Choice:
         if found is None or not self._is_fresh(found):
             self._answered[rung] = _Answered(seconds, self._number)
         else:
+            # What disturbs makes an answer late, never early.
+            seconds = min(seconds, _LATE * found.seconds)
             found.seconds += (seconds - found.seconds) * _WEIGHT
             found.at = self._number
 

@@ -231,8 +231,7 @@ class SendLane(LinkThread):
             self._tasks.popleft().done = True
             self.shared.changed.notify()
         if self._held is None:
-            full = len(self._under_way) >= self._window_frames
-            if full or not self._tasks or not self._tasks[0].ready:
+            if not self._may_produce():
                 return float("inf")
             buffer = self._buffers.take()
             if buffer is None:
@@ -248,7 +247,11 @@ class SendLane(LinkThread):
             return self._held.due
         self._send(self._held)
         self._held = None
-        return 0.0
+        return 0.0 if self._may_produce() else float("inf")
+
+    def _may_produce(self) -> bool:
+        room = len(self._under_way) < self._window_frames
+        return room and bool(self._tasks) and self._tasks[0].ready
 
     def _send(self, message: _UnderWay) -> None:
         # The window is far below the high-water mark, so there is always room in libzmq's queue.

@@ -43,6 +43,7 @@ from transport.kernels.tables import (
 
 Buffer = bytes | bytearray | memoryview
 
+_LAST_CODING = max(Coding)
 _MAX_PAGE_BYTES = PAGE_BYTES + ENTRY_BYTES + BASE_BYTES  # more than any page needs
 
 
@@ -84,7 +85,7 @@ def parse_frame(frame: Buffer, *, seed: int, n_pages: int, lane: int = 0, lanes:
         raise FrameError(f"page frames of version {version}; this side speaks {VERSION}")
     if body_bytes != len(view) - HEADER_BYTES:
         raise FrameError(f"a body of {body_bytes} bytes in a frame of {len(view)}")
-    if coding > max(Coding):
+    if coding > _LAST_CODING:
         raise FrameError(f"unknown coding {coding}")
     body = view[HEADER_BYTES:]
     if coding == Coding.RAW:

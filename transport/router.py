@@ -172,8 +172,10 @@ class Router(LinkThread):
             return float("inf")
         if self._verdict is not None:
             return now if self._send_verdict(self._verdict) else now + BLOCKED_S
-        sent = self._send_control(now) and self._send_tunnel() and self._send_answers()
-        return float("inf") if sent else now + BLOCKED_S
+        # Answers first: a round waits for them.
+        answered = self._send_answers()
+        sent = self._send_control(now) and self._send_tunnel()
+        return float("inf") if answered and sent else now + BLOCKED_S
 
     def _send_verdict(self, verdict: HelloReply) -> bool:
         if not self._try_send(CONTROL_LANE, verdict.pack()):

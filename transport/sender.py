@@ -52,9 +52,10 @@ class SenderOptions:
 
     lanes: int = 2
     """Data lanes, 1 to 16: one thread and one connection each."""
-    frame_bytes: int = 2 << 20
+    frame_bytes: int = 5 << 19
     """Upper bound of a frame of pages; made smaller when the bandwidth limit is low, and where
-    pages are compressed."""
+    pages are compressed. A thousand pages of a last round go into one frame of each of two lanes,
+    however they are dealt: a second one would cost as much as two hundred pages."""
     connect_timeout_s: float = 5.0
     """How long to try until somebody answers at the address."""
     greeting_timeout_s: float = 60.0
@@ -217,6 +218,8 @@ class Sender(Link):
             greeting_timeout_s=options.greeting_timeout_s,
         )
         self._source: Source | None = None
+        self._attached = False
+        """Whether the receiver has attached as much memory as there is here."""
         self._lanes: list[SendLane] = []
         self._lane_sources: list[LaneSource] = []
         self._turn = trio.Lock()
@@ -380,12 +383,15 @@ class Sender(Link):
         """Wait until both sides have attached their memories; returns the number of pages."""
         if self._source is None:
             raise RuntimeError("no memory has been attached")
-        pages = await self._when(lambda: self._shared.talk.peer_pages)
-        if pages != self._source.n_pages:
-            raise LayoutMismatch(
-                f"this side has {self._source.n_pages} pages of guest memory, the receiver {pages}"
-            )
-        return pages
+        if not self._attached:
+            pages = await self._when(lambda: self._shared.talk.peer_pages)
+            if pages != self._source.n_pages:
+                raise LayoutMismatch(
+                    f"this side has {self._source.n_pages} pages of guest memory, "
+                    f"the receiver {pages}"
+                )
+            self._attached = True
+        return self._source.n_pages
 
     async def _checked(self, indices: npt.NDArray[np.uint32] | None) -> npt.NDArray[np.uint32]:
         n_pages = await self._ready()

@@ -261,6 +261,25 @@ def test_deltas_are_found_to_be_short_although_the_first_ones_have_no_bases() ->
     assert lane.used[-50:].count(DELTA) >= 45
 
 
+def test_an_answer_that_was_held_up_does_not_keep_the_best_codec_away_for_long() -> None:
+    """A scheduler's whim in one short round must not decide about the next fifty."""
+    lane = Lane(Choice(), FILES, 1e9)
+    lane.apply_s = apply_s = {"none": 1e-6, "delta": 2e-6}
+    for _ in range(40):
+        lane.send(256)
+        lane.now += 0.1
+    lane.apply_s = apply_s | {"none": 1e-4}
+    lane.used.clear()
+    while NONE not in lane.used:
+        lane.send(256)
+    lane.apply_s = apply_s
+    lane.used.clear()
+    for _ in range(50):
+        lane.send(256)
+        lane.now += 0.1
+    assert lane.used.count(NONE) >= 0.8 * len(lane.used)
+
+
 def test_what_is_sent_again_is_kept_as_a_base() -> None:
     lane = Lane(Choice(), FILES, 1e11)
     lane.send(20_000)
