@@ -48,8 +48,7 @@ def _apply_delta(payload, at, end, space):  # type: ignore[no-untyped-def]
         byte += keep
         if byte + replace > PAGE_BYTES or at + replace > end:
             return False
-        for k in range(replace):
-            space[PAGE_AT + byte + k] = payload[at + k]
+        clib.memcpy(space.ctypes.data + PAGE_AT + byte, payload.ctypes.data + at, replace)
         byte += replace
         at += replace
     return True
