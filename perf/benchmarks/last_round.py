@@ -2,10 +2,13 @@
 
 `applied`: the dirty bitmap is read, the pages are sent, and the receiver has acknowledged that it
 has applied every one. `proven`: both sides have digested these pages after that, and they are
-equal. `cpu` is what both processes have used until `applied`. `bare` is a limit: the same bytes as
-they are over bare ZeroMQ connections, until the answer. A repetition is a session, and each of its
-`rounds` counts as one sample. Cases: `delta`, a tenth of each page was changed and the receiver's
-copy is known; `new`, all of each page is new and like a file's.
+equal. `cpu` is what both processes have used until `applied`. A repetition is a session, and each
+of its `rounds` counts as one sample. Cases: `hot`, nine of ten pages are of a tenth of the memory,
+and a tenth of each was changed; `new`, pages of all memory, all of each new and like a file's.
+
+Two limits, both without digests, order and checks: `bare`, the same bytes over bare ZeroMQ
+connections, until the answer; `moved`, the pages read from memory, over the same connections, and
+written to a memory, which is all that nobody can do without.
 """
 
 import os
@@ -27,33 +30,36 @@ from transport.frames import PAGE_BYTES
 from transport.kernels.bitmap import bitmap_to_indices
 from transport.sender import SenderOptions, open_sender
 
-CHANGED = {"delta": 0.1, "new": 1.0}
+CASES = {"hot": ("hot", 0.1), "new": ("uniform", 1.0)}
+"""The pattern of writes, and the share of a page that each changes."""
 
 
 def run(context: Context) -> Iterator[Measurement]:
     n_pages = (context.number("mib") << 20) // PAGE_BYTES
     if context.number("dirty") >= n_pages:
         raise BenchUsageError(f"dirty={context.number('dirty')}: there are {n_pages} pages")
-    for case, changed in [*CHANGED.items()] * context.repeat:
+    for case in [*CASES] * context.repeat:
         with ExitStack() as stack:
             link = stack.enter_context(local_link(context.text("link")))
             n_bytes = context.number("dirty") * PAGE_BYTES
             lanes = context.number("lanes")
             bare = BareStream(stack, link.url("bare"), n_bytes, lanes, n_bytes // lanes)
+            mover = BareStream(
+                stack, link.url("mover"), n_bytes, lanes, n_bytes // lanes, memory_pages=n_pages
+            )
             receiver = ("pages", link.url("pages"), str(n_pages))
             party = stack.enter_context(child("perf.parties.receivers", *receiver))
-            yield from trio.run(_rounds, context, bare, party, case, changed, n_pages)
+            yield from trio.run(_rounds, context, bare, mover, party, case, n_pages)
 
 
 async def _rounds(
-    context: Context, bare: BareStream, party: Child, case: str, changed: float, n_pages: int
+    context: Context, bare: BareStream, mover: BareStream, party: Child, case: str, n_pages: int
 ) -> list[Measurement]:
     memory = np.zeros(n_pages * PAGE_BYTES, np.uint8)
     fill(memory, Mix())
-    dirtier = Dirtier(memory, changed=changed, content=file_pages)
-    # Numbers of writes that leave about so many different pages.
+    pattern, changed = CASES[case]
+    dirtier = Dirtier(memory, pattern, changed=changed, content=file_pages)
     dirty = context.number("dirty")
-    writes = round(-n_pages * np.log1p(-dirty / n_pages))
     found: list[Measurement] = []
     where = {"case": case}
     options = SenderOptions(lanes=context.number("lanes"))
@@ -63,7 +69,8 @@ async def _rounds(
         for number in range(1, context.number("rounds") + 1):
             await trio.sleep(context.number("interval-ms") / 1e3)
             bits = np.zeros(n_pages, np.bool_)
-            bits[dirtier.write(writes)] = True
+            while missing := dirty - int(np.count_nonzero(bits)):
+                bits[dirtier.write(missing)] = True
             words = np.packbits(bits, bitorder="little").view(np.uint64)
             watch = Stopwatch(os.getpid(), party.pid)
             paused = time.perf_counter()
@@ -77,10 +84,13 @@ async def _rounds(
                 raise BenchmarkFailed(f"{differing.size} pages are not equal after a round")
             # Not before: what ran just now finds the cores awake.
             limit = await trio.to_thread.run_sync(bare.round)
+            moved = await trio.to_thread.run_sync(mover.move, memory, indices)
             found.append(Measurement("applied", (applied - paused) * 1e3, "ms", "lower", where))
             found.append(Measurement("proven", (proven - paused) * 1e3, "ms", "lower", where))
             found.append(Measurement("cpu", cost.cpu_s * 1e3, "ms", "lower", where))
             found.append(Measurement("bare", limit.wall_s * 1e3, "ms", "neither", where))
             found.append(Measurement("bare_cpu", limit.cpu_s * 1e3, "ms", "neither", where))
+            found.append(Measurement("moved", moved.wall_s * 1e3, "ms", "neither", where))
+            found.append(Measurement("moved_cpu", moved.cpu_s * 1e3, "ms", "neither", where))
         await sender.send_record(0, b"", flush=True)
     return found

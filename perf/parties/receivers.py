@@ -1,7 +1,8 @@
-"""Ends of the wire: `python -m perf.parties.receivers pages|bare URL NUMBER`.
+"""Ends of the wire: `python -m perf.parties.receivers pages|bare URL NUMBER [PAGES]`.
 
 `pages` is this project's receiver for a guest of NUMBER pages. `bare` takes NUMBER ZeroMQ messages,
-drops them, answers, and starts over. Both print the URL that they have bound.
+drops them, or writes them to a memory of PAGES pages, answers, and starts over. Both print the URL
+that they have bound.
 """
 
 import mmap
@@ -35,23 +36,28 @@ async def receive_pages(url: str, n_pages: int) -> None:
         await receiver.receive_record()
 
 
-def receive_bare(url: str, messages: int) -> None:
+def receive_bare(url: str, messages: int, memory_pages: int) -> None:
+    memory = np.ones((memory_pages, PAGE_BYTES), np.uint8)
+    random = np.random.default_rng(1)
     with zmq.Context() as context, context.socket(zmq.ROUTER) as router:
         router.set(zmq.RCVHWM, 8)
         router.bind(url)
         print(bytes(router.get(zmq.LAST_ENDPOINT)).rstrip(b"\0").decode(), flush=True)
         while True:
             for _ in range(messages):
-                identity, _data = router.recv_multipart(copy=False)
+                identity, data = router.recv_multipart(copy=False)
+                if memory_pages:
+                    pages = np.frombuffer(data.buffer, np.uint8).reshape(-1, PAGE_BYTES)
+                    memory[random.integers(0, memory_pages, len(pages))] = pages
             router.send_multipart((identity.bytes, b"done"))
 
 
 def main() -> None:
-    kind, url, number = sys.argv[1:]
+    kind, url, number, *pages = sys.argv[1:]
     if kind == "pages":
         trio.run(receive_pages, url, int(number))
     else:
-        receive_bare(url, int(number))
+        receive_bare(url, int(number), int(*pages))
 
 
 if __name__ == "__main__":

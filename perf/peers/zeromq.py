@@ -1,11 +1,15 @@
-"""Bare ZeroMQ connections: bytes to a process that drops them and answers. A limit, not a peer."""
+"""Bare ZeroMQ connections: bytes to a process that drops them, or writes them to memory as pages,
+and answers. A limit, not a peer."""
 
 import os
 from contextlib import ExitStack
 
+import numpy as np
+import numpy.typing as npt
 import zmq
 
 from perf.processes import Cost, Stopwatch, child
+from transport.frames import PAGE_BYTES
 
 MESSAGE_BYTES = 1 << 20
 
@@ -20,13 +24,15 @@ class BareStream:
         n_bytes: int,
         lanes: int,
         message_bytes: int = MESSAGE_BYTES,
+        *,
+        memory_pages: int = 0,
     ) -> None:
-        """Starts the process, which binds `url` and ends with `stack`. `n_bytes`: of each round."""
+        """Starts the process, which binds `url` and ends with `stack`. `n_bytes`: of each round.
+        `memory_pages`: of the memory that it writes to, a page here and a page there; 0: none."""
         self._messages = n_bytes // message_bytes
         self._data = os.urandom(message_bytes)
-        party = stack.enter_context(
-            child("perf.parties.receivers", "bare", url, str(self._messages))
-        )
+        words = (str(self._messages), *([str(memory_pages)] if memory_pages else []))
+        party = stack.enter_context(child("perf.parties.receivers", "bare", url, *words))
         self._process = party.pid
         context = stack.enter_context(zmq.Context())
         self._poller = zmq.Poller()
@@ -44,6 +50,19 @@ class BareStream:
         for number in range(self._messages):
             dealer = self._dealers[number % len(self._dealers)]
             dealer.send(self._data, copy=False, track=True)
+        self._wait()
+        return watch.stop()
+
+    def move(self, memory: npt.NDArray[np.uint8], indices: npt.NDArray[np.uint32]) -> Cost:
+        """A round of these pages of `memory`: from reading the first to the answer to the last."""
+        pages = memory.reshape(-1, PAGE_BYTES)
+        watch = Stopwatch(os.getpid(), self._process)
+        for number, part in enumerate(np.array_split(indices, self._messages)):
+            dealer = self._dealers[number % len(self._dealers)]
+            dealer.send(pages[part].data, copy=False, track=True)
+        self._wait()
+        return watch.stop()
+
+    def _wait(self) -> None:
         [(answered, _)] = self._poller.poll()
         answered.recv()
-        return watch.stop()
