@@ -35,7 +35,7 @@ class Applied:
     n_pages: int
     """Pages in the frame, rejected ones included."""
     rejected: npt.NDArray[np.uint32]
-    """Pages left as they were because they do not hold their base; to be forgotten and resent."""
+    """Pages left as they were because their base is not there; to be forgotten and resent."""
 
 
 class Decoder:

@@ -31,9 +31,11 @@ the sender has made already, so it reads raw pages once less. `coding` says how 
 a whole, see `Coding`; `unpacked` is the length of a packed body before, no more than a frame could
 hold as it is, and 0 for others.
 
-A page that does not shrink is sent raw, so no compressed form is as long as a page.
-Pages of a frame are applied in their order. Each one decodes to exactly one page, so a frame can
-cost its receiver at most `MAX_FRAME_PAGES` page writes and no allocation beyond the frame.
+A page that does not shrink is sent raw, so no compressed form is as long as a page. A copy names
+its original, a page of the same lane: what that holds when the copy's turn comes follows from the
+lane's order, and the base digest proves it. Pages of a frame are applied in their order. Each one
+decodes to exactly one page, so a frame can cost its receiver at most `MAX_FRAME_PAGES` page writes
+and no allocation beyond the frame.
 
 A lane sees its frames numbered 0, 1, 2, ... without a gap. Pages are dealt to lanes in stripes of
 `STRIPE_PAGES`, so that all versions of a page pass through one lane, in order (invariant I3).
@@ -50,7 +52,7 @@ import numpy.typing as npt
 import xxhash
 
 PAGE_BYTES: Final = 4096
-VERSION: Final = 2
+VERSION: Final = 3
 MAGIC: Final = b"vfpg"
 HEADER_BYTES: Final = 40
 MAX_FRAME_PAGES: Final = 65535  # the header's counter has 16 bits
@@ -61,6 +63,7 @@ STRIPE_PAGES: Final = 64  # one word of a bitmap belongs to one lane
 MAX_LANES: Final = 255
 ENTRY_BYTES: Final = 7  # of a page in the tables: index, length, kind
 BASE_BYTES: Final = 8  # what a page that needs a base adds to that
+ORIGINAL_BYTES: Final = 4  # the payload of a copy
 HEADER: Final = struct.Struct("<4sIQQIIHBBI")
 _CHECKSUM = struct.Struct("<Q")
 _CHECKSUM_OFFSET = 8
@@ -92,6 +95,8 @@ class PageKind(IntEnum):
     """Runs of bytes that differ from the base, see `transport.kernels.pages`."""
     LZ4_BASE = 4
     """An LZ4 block with the base as its dictionary."""
+    COPY = 5
+    """The number, u32, of another page: the base, whose bytes this one has."""
 
 
 FIRST_KIND_WITH_BASE: Final = PageKind.DELTA

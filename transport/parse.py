@@ -34,6 +34,7 @@ from transport.kernels.tables import (
     BAD_KIND,
     BAD_LANE,
     BAD_LENGTH,
+    BAD_ORIGINAL,
     BAD_SUM,
     NO_ROOM,
     ReadTables,
@@ -135,4 +136,5 @@ def _what_is_wrong(found: int, tables: ReadTables, body_bytes: int, n_pages: int
         BAD_LENGTH: "a page's length does not suit its kind",
         BAD_INDEX: f"page {tables.index.max()} of {n_pages}",
         BAD_LANE: f"a page of another lane on lane {lane}",
+        BAD_ORIGINAL: f"a copy of a page that is none of lane {lane}",
     }[found]

@@ -56,7 +56,7 @@ import numpy.typing as npt
 from transport.errors import RecordError, VersionMismatch
 from transport.frames import MAX_FRAME_PAGES
 
-PROTOCOL_VERSION = 3
+PROTOCOL_VERSION = 4
 SESSION_BYTES = 16
 NONCE_BYTES = 16
 REGION_DIGEST_BYTES = 32

@@ -117,7 +117,7 @@ def read_frame(frame: bytes, memory: np.ndarray) -> list[int]:
     """Apply a frame to `memory` (uint8, pages x 4096) by the book; returns its pages."""
     magic, version, checksum = struct.unpack_from("<4sIQ", frame)
     _, _, body_bytes, n, _, coding, unpacked = struct.unpack_from("<QIIHBBI", frame, 16)
-    assert (magic, version) == (b"vfpg", 2)
+    assert (magic, version) == (b"vfpg", 3)
     body = frame[40:]
     assert len(body) == body_bytes
     covered = frame[16:]
@@ -133,13 +133,14 @@ def read_frame(frame: bytes, memory: np.ndarray) -> list[int]:
     kinds = body[len(body) - n :]
     lengths = struct.unpack_from(f"<{n}H", body, len(body) - n * 3)
     indices = struct.unpack_from(f"<{n}I", body, len(body) - n * 7)
-    n_bases = sum(kind in (3, 4) for kind in kinds)
+    n_bases = sum(kind in (3, 4, 5) for kind in kinds)
     bases = list(struct.unpack_from(f"<{n_bases}Q", body, len(body) - n * 7 - n_bases * 8))
     at = 0
     for index, kind, length in zip(indices, kinds, lengths, strict=True):
         data, at = body[at : at + length], at + length
-        held = memory[index].tobytes()
-        if kind in (3, 4):
+        base = struct.unpack("<I", data)[0] if kind == 5 else index
+        held = memory[base].tobytes()
+        if kind in (3, 4, 5):
             assert bases.pop(0) == xxhash.xxh3_64_intdigest(held, SEED)
         if kind == 0:
             assert length == 0
@@ -150,8 +151,10 @@ def read_frame(frame: bytes, memory: np.ndarray) -> list[int]:
             page = lz4.block.decompress(data, uncompressed_size=4096)
         elif kind == 3:
             page = read_delta(data, held)
-        else:
+        elif kind == 4:
             page = lz4.block.decompress(data, uncompressed_size=4096, dict=held)
+        else:
+            page = held
         assert len(page) == 4096
         memory[index] = np.frombuffer(page, np.uint8)
     assert at == len(body) - n * 7 - n_bases * 8

@@ -150,6 +150,56 @@ def test_a_page_written_within_a_hole_is_in_it_no_longer() -> None:
         assert not target.content().any()
 
 
+def apply_copies(
+    target: FileMemory, pages: list[tuple[int, PageKind, int]], base: int
+) -> tuple[int, np.ndarray]:
+    """Applies zero pages and copies: page, kind, original. `base` is the digest of each original.
+
+    Returns how many were rejected, and a list that begins with these.
+    """
+    index, kind, original = (np.array(column) for column in zip(*pages, strict=True))
+    length = np.where(kind == PageKind.COPY, 4, 0)
+    rejected = np.empty(index.size, np.uint32)
+    done = apply_pages(
+        target.array,
+        new_files(target.extents, N_PAGES),
+        index.astype(np.uint32),
+        kind.astype(np.uint8),
+        length.astype(np.uint16),
+        (np.cumsum(length) - length).astype(np.uint32),
+        np.full(index.size, base, np.uint64),
+        original[kind == PageKind.COPY].astype("<u4").view(np.uint8),
+        np.uint64(SEED),
+        new_workspace(),
+        rejected,
+    )
+    return done, rejected
+
+
+def test_a_hole_is_no_original_and_stays_a_hole() -> None:
+    zeros = digest_all(np.zeros(PAGE, np.uint8), SEED)[0]
+    with file_memory() as target:
+        done, rejected = apply_copies(target, [(9, PageKind.COPY, 40)], zeros)
+        assert (done, rejected[0]) == (1, 9)
+        assert target.touched() == 0
+
+
+def test_a_copy_into_a_hole_is_found_there_and_what_lies_behind_it_is_in_none() -> None:
+    """To look at the original must not change what is known of the page's own hole."""
+    with file_memory() as target:
+        for page in (20, 40):
+            target.write(page, page_of(1))
+        base = digest_all(np.frombuffer(page_of(1), np.uint8), SEED)[0]
+        zero, copy = PageKind.ZERO, PageKind.COPY
+        pages = [(0, copy, 40), (20, zero, 0), (60, zero, 0), (50, copy, 0), (61, copy, 40)]
+        assert apply_copies(target, pages, base)[0] == 0
+        filled = np.flatnonzero(target.content().any(axis=1))
+        assert filled.tolist() == [0, 40, 50, 61]
+        for page in filled:
+            assert target.content()[page].tobytes() == page_of(1)
+        assert target.touched() <= 6
+
+
 def test_digests_of_what_nobody_has_touched_touch_nothing() -> None:
     with file_memory() as memory:
         memory.write(STRIPE_PAGES - 1, page_of(1))

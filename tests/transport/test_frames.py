@@ -23,11 +23,13 @@ SEED = 0xA5A5A5A5A5A5A5A5
 N_PAGES = 8
 GUARD_PAGES = 32
 
-ZERO, RAW, LZ4, DELTA, LZ4_BASE = range(5)
+ZERO, RAW, LZ4, DELTA, LZ4_BASE, COPY = range(6)
 HELD = np.random.default_rng(5).bytes(4096)  # what every page holds at first
 HELD_DIGEST = xxhash.xxh3_64_intdigest(HELD, SEED)
 BLOCK = lz4.block.compress(b"page " * 819 + b"!", store_size=False)
 BASE_BLOCK = lz4.block.compress(HELD[:4000] + b"x" * 96, store_size=False, dict=HELD)
+OTHER = bytes(range(256)) * 16
+OTHER_DIGEST = xxhash.xxh3_64_intdigest(OTHER, SEED)
 
 Page = tuple[int, int, bytes, int]  # index, kind, data, base digest
 
@@ -35,7 +37,7 @@ Page = tuple[int, int, bytes, int]  # index, kind, data, base digest
 def make_frame(pages: list[Page], **header: int) -> bytes:
     """A frame with these pages; fields of the header can be given wrong values."""
     body = b"".join(data for _, _, data, _ in pages)
-    body += b"".join(struct.pack("<Q", base) for _, kind, _, base in pages if kind in (3, 4))
+    body += b"".join(struct.pack("<Q", base) for _, kind, _, base in pages if kind in (3, 4, 5))
     body += b"".join(struct.pack("<I", index) for index, _, _, _ in pages)
     body += b"".join(struct.pack("<H", len(data)) for _, _, data, _ in pages)
     body += bytes(kind for _, kind, _, _ in pages)
@@ -48,7 +50,7 @@ def make_frame(pages: list[Page], **header: int) -> bytes:
         "coding": 0,
         "unpacked": 0,
     } | {name: value for name, value in header.items() if name not in ("magic", "version")}
-    start = struct.pack("<II", header.get("magic", 0x67706676), header.get("version", 2))
+    start = struct.pack("<II", header.get("magic", 0x67706676), header.get("version", 3))
     return with_checksum(start + bytes(8) + struct.pack("<QIIHBBI", *fields.values()) + body)
 
 
@@ -75,17 +77,18 @@ def with_checksum(frame: bytes) -> bytes:
 
 GOOD: list[Page] = [
     (0, ZERO, b"", 0),
-    (1, RAW, bytes(range(256)) * 16, 0),
+    (1, RAW, OTHER, 0),
     (2, LZ4, BLOCK, 0),
     (3, DELTA, b"\x05\x02ab\x83\x01\x01c", HELD_DIGEST),
     (4, LZ4_BASE, BASE_BLOCK, HELD_DIGEST),
+    (5, COPY, b"\1\0\0\0", OTHER_DIGEST),
     (7, ZERO, b"", 0),
 ]
 
 
 GOOD_RAW: list[Page] = [
     (0, ZERO, b"", 0),
-    (1, RAW, bytes(range(256)) * 16, 0),
+    (1, RAW, OTHER, 0),
     (2, RAW, HELD[::-1], 0),
     (5, ZERO, b"", 0),
 ]
@@ -123,15 +126,15 @@ def test_a_frame_made_by_the_book_is_applied(
 ) -> None:
     memory = GuardedMemory()
     applied = memory.decoder.apply(container(coding(make_frame(GOOD, sequence=0, round_no=9))))
-    assert (applied.round_no, applied.sequence, applied.n_pages) == (9, 0, 6)
+    assert (applied.round_no, applied.sequence, applied.n_pages) == (9, 0, 7)
     assert applied.rejected.tolist() == []
     pages = [page.tobytes() for page in memory.pages.reshape(-1, 4096)]
     assert pages[0] == pages[7] == bytes(4096)
-    assert pages[1] == bytes(range(256)) * 16
+    assert pages[1] == pages[5] == OTHER
     assert pages[2] == b"page " * 819 + b"!"
     assert pages[3] == HELD[:5] + b"ab" + HELD[7:138] + b"c" + HELD[139:]
     assert pages[4] == HELD[:4000] + b"x" * 96
-    assert pages[5] == pages[6] == HELD
+    assert pages[6] == HELD
     memory.check_guards()
 
 
@@ -149,6 +152,11 @@ def test_a_frame_of_raw_pages_made_by_the_book_is_applied() -> None:
     [
         ([*GOOD_RAW, (6, LZ4, BLOCK, 0)], {}, "zero or as they are"),
         ([*GOOD_RAW, (6, LZ4, bytes(4095), 0), (7, LZ4, b"x", 0)], {}, "kind 2 in a frame of raw"),
+        (
+            [*GOOD_RAW, (6, LZ4, bytes(4084), 0), (7, COPY, b"\1\0\0\0", OTHER_DIGEST)],
+            {},
+            "kind 5 in a frame of raw",
+        ),
         ([*GOOD_RAW, (8, RAW, HELD, 0)], {}, "page 8 of 8"),
         ([*GOOD_RAW, (7, RAW, HELD[1:], 0)], {}, "zero or as they are"),
         (GOOD_RAW, {"n_pages": 5}, "zero or as they are"),
@@ -168,7 +176,7 @@ def test_i9_a_frame_of_raw_pages_that_is_none_is_refused(
     ("header", "message"),
     [
         ({"magic": 0x67706600}, "not a page frame"),
-        ({"version": 1}, "version 1; this side speaks 2"),
+        ({"version": 2}, "version 2; this side speaks 3"),
         ({"version": 0}, "version 0"),
         ({"body_bytes": 7}, "body of 7 bytes"),
         ({"body_bytes": 0xFFFFFFFF}, "body of 4294967295 bytes"),
@@ -192,8 +200,8 @@ def test_i9_a_packed_body_of_another_length_than_announced_is_refused() -> None:
     for unpacked in (length - 1, length + 1):
         refuse(pack(frame, unpacked), f"of {length} bytes where {unpacked} are announced")
     refuse(pack(frame, 0), "body of 0 bytes when unpacked")
-    refuse(pack(frame, 6 * (4096 + 7 + 8) + 1), "6 pages in a body")
-    refuse(pack(frame, 0xFFFFFFFF), "6 pages in a body")
+    refuse(pack(frame, 7 * (4096 + 7 + 8) + 1), "7 pages in a body")
+    refuse(pack(frame, 0xFFFFFFFF), "7 pages in a body")
     many = make_frame([(0, ZERO, b"", 0)] * 65535)
     refuse(pack(many, MAX_FRAME_BYTES), f"65535 pages in a body of {MAX_FRAME_BYTES} bytes")
 
@@ -250,7 +258,7 @@ def test_i9_a_packed_body_with_changed_bytes_stays_within_bounds(
     [
         ((N_PAGES, ZERO, b"", 0), "page 8 of 8"),
         ((0xFFFFFFFF, RAW, bytes(4096), 0), "page 4294967295 of 8"),
-        ((0, 5, b"x", 0), "unknown page kind 5"),
+        ((0, 6, b"x", 0), "unknown page kind 6"),
         ((0, 255, b"", 0), "unknown page kind 255"),
         ((0, ZERO, b"x", 0), "length"),
         ((0, RAW, bytes(4095), 0), "length"),
@@ -260,11 +268,18 @@ def test_i9_a_packed_body_with_changed_bytes_stays_within_bounds(
         ((0, DELTA, b"", HELD_DIGEST), "length"),
         ((0, LZ4_BASE, b"", HELD_DIGEST), "length"),
         ((0, DELTA, bytes(65535), HELD_DIGEST), "length"),
+        ((0, COPY, b"", HELD_DIGEST), "length"),
+        ((0, COPY, b"\6\0\0", HELD_DIGEST), "length"),
+        ((0, COPY, b"\6\0\0\0\0", HELD_DIGEST), "length"),
+        ((0, COPY, b"\6".ljust(4096, b"\0"), HELD_DIGEST), "length"),
+        ((0, COPY, b"\x08\0\0\0", HELD_DIGEST), "copy of a page that is none of lane 0"),
+        ((0, COPY, b"\6\0\0\x80", HELD_DIGEST), "copy of a page that is none of lane 0"),
+        ((0, COPY, b"\xff\xff\xff\xff", HELD_DIGEST), "copy of a page that is none of lane 0"),
     ],
 )
 def test_i9_a_wrong_page_is_refused_before_anything_is_written(page: Page, message: str) -> None:
     refuse(make_frame([*GOOD, page]), message)
-    refuse(pack(make_frame([*GOOD, page])), f"{message}|7 pages in a body")
+    refuse(pack(make_frame([*GOOD, page])), f"{message}|8 pages in a body")
 
 
 def test_tables_that_do_not_fit_into_the_body_are_refused() -> None:
@@ -272,11 +287,20 @@ def test_tables_that_do_not_fit_into_the_body_are_refused() -> None:
     del frame[40:46]
     frame[28:32] = struct.pack("<I", len(frame) - 40)
     refuse(with_checksum(bytes(frame)), "cannot hold the tables")
+    frame = bytearray(make_frame([(0, COPY, b"\1\0\0\0", HELD_DIGEST)]))
+    del frame[40:45]
+    frame[28:32] = struct.pack("<I", len(frame) - 40)
+    refuse(with_checksum(bytes(frame)), "cannot hold the tables")
 
 
 def test_lengths_that_do_not_add_up_are_refused() -> None:
     frame = make_frame([(0, LZ4, BLOCK, 0)])
     refuse(with_checksum(frame[:-3] + struct.pack("<H", len(BLOCK) - 1) + frame[-1:]), "payload of")
+    # A copy of which only a part of the number is there.
+    copy = bytearray(make_frame([(0, COPY, b"\1\0\0\0", HELD_DIGEST)]))
+    del copy[42]
+    copy[28:32] = struct.pack("<I", len(copy) - 40)
+    refuse(with_checksum(bytes(copy)), "payload of")
     # 70 pages of 4095 bytes, of which the payload holds one.
     frame = make_frame([(0, LZ4, bytes(4095), 0)] + [(0, ZERO, b"", 0)] * 69)
     frame = frame[: -70 * 3] + struct.pack("<H", 4095) * 70 + bytes([LZ4]) * 70
@@ -315,6 +339,51 @@ def test_i3_a_page_of_another_lane_is_refused() -> None:
     frame = make_frame([(127, ZERO, b"", 0), (128, ZERO, b"", 0)], lane=1)
     with pytest.raises(FrameError, match="page of another lane"):
         parse_frame(frame, seed=SEED, n_pages=256, lane=1, lanes=2)
+
+
+@pytest.mark.parametrize(
+    ("original", "good"), [(63, False), (64, True), (127, True), (128, False), (192, True)]
+)
+def test_i3_the_original_of_a_copy_is_of_the_same_lane(original: int, good: bool) -> None:
+    memory = np.frombuffer(HELD * 256, np.uint8).copy()
+    decoder = Decoder(memory, 256, SEED, lane=1, lanes=2)
+    pages: list[Page] = [
+        (66, ZERO, b"", 0),
+        (65, COPY, struct.pack("<I", original), HELD_DIGEST),
+    ]
+    frame = make_frame(pages, lane=1)
+    if good:
+        assert decoder.apply(frame).rejected.size == 0
+    else:
+        with pytest.raises(FrameError, match="copy of a page that is none of lane 1"):
+            decoder.apply(frame)
+        assert memory.tobytes() == HELD * 256
+
+
+@pytest.mark.parametrize("shift", range(1, 9))
+def test_a_copy_names_its_original_at_any_alignment(shift: int) -> None:
+    memory = np.frombuffer(HELD * 0x12345, np.uint8).copy()
+    memory[0x12344 * 4096 :] = np.frombuffer(OTHER, np.uint8)
+    pages: list[Page] = [
+        (0, DELTA, b"\0" + bytes([shift]) + bytes(shift), HELD_DIGEST),
+        (1, COPY, b"\x44\x23\1\0", OTHER_DIGEST),
+    ]
+    assert Decoder(memory, 0x12345, SEED).apply(make_frame(pages)).rejected.size == 0
+    assert memory[4096:8192].tobytes() == OTHER
+
+
+def test_i5_a_copy_of_what_the_original_does_not_hold_is_rejected_and_the_rest_applied() -> None:
+    memory = GuardedMemory()
+    pages: list[Page] = [
+        (3, COPY, b"\1\0\0\0", HELD_DIGEST),
+        (1, RAW, OTHER, 0),
+        (0, COPY, b"\1\0\0\0", HELD_DIGEST),
+        (2, COPY, b"\1\0\0\0", OTHER_DIGEST),
+        (4, COPY, b"\4\0\0\0", HELD_DIGEST),
+    ]
+    assert memory.decoder.apply(make_frame(pages)).rejected.tolist() == [0]
+    assert memory.pages.tobytes() == HELD + OTHER * 2 + HELD * 5
+    memory.check_guards()
 
 
 @pytest.mark.parametrize(
@@ -381,10 +450,16 @@ def test_i9_a_valid_frame_with_changed_bytes_stays_within_bounds(
 
 arbitrary_pages = st.tuples(
     st.integers(0, N_PAGES),
-    st.sampled_from([ZERO, LZ4, DELTA, LZ4_BASE, LZ4, DELTA, LZ4_BASE]),
+    st.sampled_from([ZERO, LZ4, DELTA, LZ4_BASE, LZ4, DELTA, LZ4_BASE, COPY]),
     st.binary(min_size=1, max_size=60),
     st.sampled_from([HELD_DIGEST, HELD_DIGEST, HELD_DIGEST, 0]),
-).map(lambda page: (page[0], page[1], b"" if page[1] == ZERO else page[2], page[3]))
+).map(lambda page: (*page[:2], _of_kind(*page[1:3]), page[3]))
+
+
+def _of_kind(kind: int, data: bytes) -> bytes:
+    if kind == COPY:
+        return bytes([data[0] % (N_PAGES + 1), 0, 0, 0])
+    return b"" if kind == ZERO else data
 
 
 @settings(max_examples=400, deadline=None)
@@ -397,7 +472,7 @@ def test_i9_arbitrary_pages_stay_within_bounds(pages: list[Page]) -> None:
 @given(st.binary(max_size=200))
 def test_i9_arbitrary_bytes_are_refused(data: bytes) -> None:
     refuse(data)
-    refuse(with_checksum(b"vfpg\x02\0\0\0" + data.ljust(8, b"\0")))
+    refuse(with_checksum(b"vfpg\x03\0\0\0" + data.ljust(8, b"\0")))
 
 
 def expect_within_bounds(frame: bytes) -> None:

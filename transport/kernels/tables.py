@@ -13,12 +13,13 @@ from transport.frames import (
     BASE_BYTES,
     ENTRY_BYTES,
     FIRST_KIND_WITH_BASE,
+    ORIGINAL_BYTES,
     PAGE_BYTES,
     STRIPE_PAGES,
     PageKind,
 )
 from transport.kernels import clib
-from transport.kernels.compiled import kernel, named_tuple, readonly, writable
+from transport.kernels.compiled import inlined, kernel, named_tuple, readonly, writable
 
 # What `read_tables` returns for tables that are not consistent.
 BAD_KIND: Final = -1
@@ -27,10 +28,12 @@ BAD_LENGTH: Final = -3
 BAD_SUM: Final = -4
 BAD_INDEX: Final = -5
 BAD_LANE: Final = -6
+BAD_ORIGINAL: Final = -7
 
 _LAST_KIND: Final = int(max(PageKind))
 _ZERO: Final = int(PageKind.ZERO)
 _RAW: Final = int(PageKind.RAW)
+_COPY: Final = int(PageKind.COPY)
 _FIRST_WITH_BASE: Final = int(FIRST_KIND_WITH_BASE)
 
 
@@ -67,14 +70,23 @@ _TABLES = named_tuple(
 )
 
 
+@inlined
+def original_of_copy(payload, at):  # type: ignore[no-untyped-def]
+    """The page that the copy at `payload[at:]` names; at any alignment."""
+    page = np.int64(0)
+    for byte in range(ORIGINAL_BYTES):
+        page |= np.int64(payload[at + byte]) << (8 * byte)
+    return page
+
+
 @kernel(readonly(np.uint8), np.int64, np.int64, np.int64, _TABLES)
 def read_tables(body, n_pages, lane, lanes, tables):  # type: ignore[no-untyped-def]
     """Copy the tables at the end of `body` and check them against each other and the limits.
 
     `tables` is a `ReadTables` for the frame's number of pages, whose entries `body` has room for.
-    Every index must be below `n_pages` and of `lane` of `lanes`, every length suit its kind, and
-    the payload be as long as the lengths say. Returns the length of the payload in bytes, or one of
-    the constants above; `tables` then holds what was copied so far.
+    Every index, and every original of a copy, must be below `n_pages` and of `lane` of `lanes`,
+    every length suit its kind, and the payload be as long as the lengths say. Returns the length of
+    the payload in bytes, or one of the constants above; `tables` then holds what was copied so far.
     """
     pages = tables.index.size
     start = body.ctypes.data
@@ -101,6 +113,8 @@ def read_tables(body, n_pages, lane, lanes, tables):  # type: ignore[no-untyped-
             suits = length == 0
         elif kind == _RAW:
             suits = length == PAGE_BYTES
+        elif kind == _COPY:
+            suits = length == ORIGINAL_BYTES
         else:
             suits = 0 < length < PAGE_BYTES
         if not suits:
@@ -118,4 +132,8 @@ def read_tables(body, n_pages, lane, lanes, tables):  # type: ignore[no-untyped-
             return BAD_INDEX
         if page // STRIPE_PAGES % lanes != lane:
             return BAD_LANE
+        if tables.kind[position] == _COPY:
+            original = original_of_copy(body, np.int64(tables.offset[position]))
+            if original >= n_pages or original // STRIPE_PAGES % lanes != lane:
+                return BAD_ORIGINAL
     return payload_bytes

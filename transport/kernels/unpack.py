@@ -16,11 +16,14 @@ from transport.kernels import clib
 from transport.kernels.compiled import inlined, kernel, readonly, writable
 from transport.kernels.files import FILES, fill_hole, forget_hole, in_hole, write_pages
 from transport.kernels.pages import BASE_AT, PAGE_AT, WORKSPACE
+from transport.kernels.tables import original_of_copy
 
 _ZERO: Final = int(PageKind.ZERO)
 _RAW: Final = int(PageKind.RAW)
 _LZ4: Final = int(PageKind.LZ4)
+_LZ4_BASE: Final = int(PageKind.LZ4_BASE)
 _DELTA_RUNS: Final = int(PageKind.DELTA)
+_COPY: Final = int(PageKind.COPY)
 
 
 @inlined
@@ -69,16 +72,19 @@ def _run_of_raw(index, kind, start, limit):  # type: ignore[no-untyped-def]
 
 
 @inlined
-def _decode(target, form, source, n_bytes, base, payload, seed, workspace):  # type: ignore[no-untyped-def]
-    """Decode a compressed page into the workspace: 1, 0: the base is not there, -1: malformed."""
+def _decode(held_at, form, source, n_bytes, base, payload, seed, workspace):  # type: ignore[no-untyped-def]
+    """Decode a page that is not as it is into the workspace: 1, 0: the base is not there, -1:
+    malformed. `held_at` is the address of what has to be the base."""
     work = workspace.words.ctypes.data
     if form == _LZ4:
         n_decoded = clib.lz4_decompress(source, work + PAGE_AT, n_bytes, PAGE_BYTES, 0, 0)
         return 1 if n_decoded == PAGE_BYTES else -1
-    held = PAGE_AT if form == _DELTA_RUNS else BASE_AT
-    clib.memcpy(work + held, target, PAGE_BYTES)
+    held = BASE_AT if form == _LZ4_BASE else PAGE_AT
+    clib.memcpy(work + held, held_at, PAGE_BYTES)
     if clib.xxh3_64(work + held, PAGE_BYTES, seed) != base:
         return 0
+    if form == _COPY:
+        return 1
     if form == _DELTA_RUNS:
         at = np.int64(source - payload.ctypes.data)
         return 1 if _apply_delta(payload, at, at + n_bytes, workspace.bytes) else -1
@@ -107,12 +113,14 @@ def apply_pages(  # type: ignore[no-untyped-def]
     """Decode the pages of a checked frame one by one and write them.
 
     The arrays are those of a `parse.Frame`; `files` is what lies behind `memory`. Pages that do
-    not hold their base are left alone and listed in `rejected` (uint32, as long as `index`).
+    not hold their base, or whose original does not, are left alone and listed in `rejected`
+    (uint32, as long as `index`). An original in a hole is none, and is not touched.
     Returns how many these are; for a page whose bytes are malformed, -1 minus its position, the
     pages in front of it being written.
 
     Cost of a page: zero, nothing in a hole, else 4096 bytes cleared; raw, one copy; compressed, one
-    copy more, within the first-level cache; with a base, also the reading and digest of that.
+    copy more, within the first-level cache; with a base, also the reading and digest of that, which
+    is all that precedes the write of a copy.
     """
     work = workspace.words.ctypes.data
     n_rejected = 0
@@ -123,6 +131,12 @@ def apply_pages(  # type: ignore[no-untyped-def]
         target = memory.ctypes.data + page * PAGE_BYTES
         source = payload.ctypes.data + np.int64(offset[position])
         form = kind[position]
+        base_page = page
+        held = True
+        if form == _COPY:
+            # Asked first: what `in_hole` remembers has to be of the page that is written.
+            base_page = original_of_copy(payload, np.int64(offset[position]))
+            held = not in_hole(files, base_page)
         untouched = in_hole(files, page)
         if form == _ZERO:
             if not untouched:
@@ -133,16 +147,18 @@ def apply_pages(  # type: ignore[no-untyped-def]
         if form == _RAW:
             count = _run_of_raw(index, kind, position, files.hole[2] if untouched else page + 1)
         else:
-            found = _decode(
-                target,
-                form,
-                source,
-                np.int64(length[position]),
-                base[position],
-                payload,
-                seed,
-                workspace,
-            )
+            found = 0
+            if held:
+                found = _decode(
+                    memory.ctypes.data + base_page * PAGE_BYTES,
+                    form,
+                    source,
+                    np.int64(length[position]),
+                    base[position],
+                    payload,
+                    seed,
+                    workspace,
+                )
             if found < 0:
                 return -1 - position
             if found == 0:
