@@ -46,9 +46,9 @@ class Method(Enum):
     DELTA = "delta"
     """As what changed, where that is short; else as they are."""
     LZ4 = "lz4"
-    """Each in its shortest form by itself: delta, LZ4, LZ4 with its base."""
+    """Each in its shortest form by itself: copy of another, delta, LZ4, LZ4 with its base."""
     ZSTD = "zstd"
-    """Raw or as delta, and zstandard over the whole body."""
+    """Raw, as copy or as delta, and zstandard over the whole body."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -96,7 +96,7 @@ class _BothDigest(Task):
 
 
 class CompareShare(_BothDigest):
-    """Compare these pages; those that differ are to be sent in full next time."""
+    """Compare these pages; those that differ are to be sent again."""
 
     def __init__(self, lane: LaneSource, indices: Indices) -> None:
         """`indices` uint32, strictly ascending, each of this lane."""

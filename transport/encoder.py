@@ -53,7 +53,7 @@ _EFFORT: Final = {
 class EncodedFrame:
     """What one call of `Encoder.encode` has done.
 
-    `consumed == same + n_pages` and `n_pages == zero + raw + lz4 + delta + lz4_base`.
+    `consumed == same + n_pages`; `n_pages` is the sum of all that follow `same`.
     """
 
     consumed: int
@@ -74,6 +74,8 @@ class EncodedFrame:
     """Pages as the bytes that changed."""
     lz4_base: int
     """Pages as an LZ4 block with the base as dictionary."""
+    copy: int
+    """Pages as the number of another page that has the same bytes."""
 
 
 class Encoder:
@@ -144,6 +146,7 @@ class Encoder:
         round_no: int,
         sequence: int,
         max_raw_pages: int = 0,
+        full: bool = False,
     ) -> EncodedFrame:
         """Encode pages `indices[start:]` until the frame is full, into the start of `out`.
 
@@ -152,9 +155,10 @@ class Encoder:
         `frame_bytes` long. The replica takes what is encoded for delivered: a page that is not
         applied must be forgotten. At most `MAX_CALL_PAGES` indices are looked at, so a call may end
         without a frame and before the end of the list. `max_raw_pages`: a frame has no more room
-        than so many pages take as they are; 0: no more than `frame_bytes`. Raises IndexError for an
-        index out of range or of another lane (the pages that this call has encoded are forgotten,
-        so nothing is lost), ValueError for an unfit `start` or `out`.
+        than so many pages take as they are; 0: no more than `frame_bytes`. `full`: no page is sent
+        as a copy of another, so that pages which were forgotten before cannot be rejected. Raises
+        IndexError for an index out of range or of another lane (the pages that this call has
+        encoded are forgotten, so nothing is lost), ValueError for an unfit `start` or `out`.
         """
         if not 0 <= start <= indices.size:
             raise ValueError(f"start {start} in a list of {indices.size}")
@@ -174,6 +178,7 @@ class Encoder:
             np.uint64(self._seed),
             self._zero_digest,
             _EFFORT[self.codec.method],
+            full,
             self.files,
             self._known,
             kernels.words_and_bytes(body),
@@ -215,10 +220,11 @@ class Encoder:
             lz4=by_kind[PageKind.LZ4],
             delta=by_kind[PageKind.DELTA],
             lz4_base=by_kind[PageKind.LZ4_BASE],
+            copy=by_kind[PageKind.COPY],
         )
 
     def forget(self, indices: npt.NDArray[np.uint32]) -> None:
-        """The receiver rejected these pages, or they never arrived: send them whole next time."""
+        """The receiver rejected these pages, or they never arrived: see `Replica.forget`."""
         self._replica.forget(indices)
 
     def _room_for_body(

@@ -76,7 +76,7 @@ class ReceiverStatistics:
     frames: int
     pages_applied: int
     pages_rejected: int
-    """Deltas whose base did not match; the sender sends these pages again in full."""
+    """Deltas and copies whose base did not match; the sender sends these pages again in full."""
     lane_bytes: int
     """On the data lanes: frames and comparisons."""
     records_sent: int

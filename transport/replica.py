@@ -1,11 +1,15 @@
-"""What the sender knows of the receiver's memory: a digest for each page, and a cache of bases.
+"""What the sender knows of the receiver's memory: a digest for each page, pages by their digests,
+and a cache of bases.
 
 Owns the arrays and their size; the loop that reads and updates them page by page is in
 `transport.kernels.pages`. A digest is known only for a page that this sender has sent or that was
 proven equal. The cache holds exact snapshots that were sent, which is what the receiver holds once
-it has applied them in order; a slot is valid as long as its page's digest is known.
+it has applied them in order; a slot is valid as long as its page's digest is known. Pages are found
+by their digest as far as an entry for each suffices, which the next page with the same last bits
+overwrites.
 
-Memory: 12 bytes a page and 4101 bytes a slot, nearly all of it touched only when first used.
+Memory: at most 16 bytes a page, and 4101 bytes a slot, nearly all of it touched only when first
+used.
 """
 
 from __future__ import annotations
@@ -47,6 +51,8 @@ class Replica:
         self._cache = np.empty((lanes, self._lane_slots * PAGE_WORDS), np.uint64)
         self._owners = np.full((lanes, self._lane_slots), NO_PAGE, np.uint32)
         self._referenced = np.zeros((lanes, self._lane_slots), np.uint8)
+        entries = 1 << max(0, (n_pages // lanes).bit_length() - 1)
+        self._originals = np.zeros((lanes, entries), np.uint32)
 
     @property
     def n_pages(self) -> int:
@@ -77,8 +83,10 @@ class Replica:
             owners=self._owners[lane],
             referenced=self._referenced[lane],
             hand=np.zeros(1, np.int64),
+            originals=self._originals[lane],
         )
 
     def forget(self, indices: npt.NDArray[np.uint32]) -> None:
-        """Make these pages (uint32, 1-D) unknown: the next encode sends them whole."""
+        """Make these pages (uint32, 1-D) unknown: the next encode sends them, and not as a change;
+        until then nothing is sent as a copy of them."""
         self._digests[indices] = UNKNOWN

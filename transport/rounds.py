@@ -107,7 +107,13 @@ class LaneSource:
         return self._encoder.files
 
     def encode(
-        self, indices: Indices, start: int, out: Memory, round_no: int, frames_under_way: int
+        self,
+        indices: Indices,
+        start: int,
+        out: Memory,
+        round_no: int,
+        frames_under_way: int,
+        full: bool,
     ) -> EncodedFrame:
         """`Encoder.encode`, with the codec and the sequence taken care of."""
         encoder = self._encoder
@@ -127,6 +133,7 @@ class LaneSource:
             round_no=round_no,
             sequence=self.sequence,
             max_raw_pages=self.choice.probe_pages,
+            full=full,
         )
         self.choice.encoded(
             time.monotonic(), pages=frame.n_pages - frame.zero, n_bytes=frame.n_bytes
@@ -135,7 +142,7 @@ class LaneSource:
         return frame
 
     def forget(self, indices: Indices) -> None:
-        """These pages are to be sent in full when they are next encoded."""
+        """What the receiver holds of these pages is not known any more."""
         assert self._encoder is not None
         self._encoder.forget(indices)
 
@@ -148,6 +155,7 @@ class RoundCounters:
     zero: int = 0
     same: int = 0
     delta: int = 0
+    copy: int = 0
     lz4: int = 0
     raw: int = 0
     resent: int = 0
@@ -168,7 +176,7 @@ class _Sent:
     indices: Indices
     """Pages it was made of, those left out as equal included."""
     full: bool
-    """Whether its pages are resent ones, which need no base and so cannot be rejected."""
+    """Whether its pages are resent ones, encoded so that they cannot be rejected."""
 
 
 class RoundShare(Task):
@@ -197,7 +205,12 @@ class RoundShare(Task):
             self._resending = True
             self._rejected.clear()
         frame = self._lane.encode(
-            self._indices, self._start, buffer, self._round_no, self._under_way
+            self._indices,
+            self._start,
+            buffer,
+            self._round_no,
+            self._under_way,
+            self._resending,
         )
         pages = self._indices[self._start : self._start + frame.consumed]
         self._start += frame.consumed
@@ -228,6 +241,7 @@ class RoundShare(Task):
         counters.zero += frame.zero
         counters.same += frame.same
         counters.delta += frame.delta + frame.lz4_base
+        counters.copy += frame.copy
         counters.lz4 += frame.lz4
         counters.raw += frame.raw
         counters.wire_bytes += frame.n_bytes

@@ -100,10 +100,12 @@ class RoundStatistics:
     """Pages not sent since the receiver holds the same."""
     delta: int
     """Pages sent as difference to what the receiver holds."""
+    copy: int
+    """Pages sent as the number of another page that has the same bytes."""
     lz4: int
     raw: int
     resent: int
-    """Pages whose delta the receiver rejected, sent again in full."""
+    """Pages whose delta or copy the receiver rejected, sent again in full."""
     wire_bytes: int
     """Bytes of frames handed to the network."""
     duration_ns: int
@@ -171,10 +173,11 @@ class _Round:
             round_no=self._round_no,
             pages=self._pages,
             done_pages=sums.done,
-            sent_pages=sums.zero + sums.delta + sums.lz4 + sums.raw,
+            sent_pages=sums.zero + sums.delta + sums.copy + sums.lz4 + sums.raw,
             zero=sums.zero,
             same=sums.same,
             delta=sums.delta,
+            copy=sums.copy,
             lz4=sums.lz4,
             raw=sums.raw,
             resent=sums.resent,
@@ -284,7 +287,7 @@ class Sender(Link):
 
         `indices`: uint32[n], strictly ascending, below n_pages. Waits until the receiver has
         attached its memory. Pages are read after the call, so clear their dirty bits before it
-        (I1). Rejected deltas are resent in full within the round. Cancelled: some of the pages
+        (I1). Rejected pages are resent in full within the round. Cancelled: some of the pages
         were sent, which ones is not known; the session goes on.
 
         Raises LayoutMismatch if the receiver attached another number of pages, ValueError for
@@ -313,7 +316,7 @@ class Sender(Link):
         """Compare pages by digest, all or `indices` (ascending): those that differ, ascending.
 
         Both memories must be quiet. Pages found different are forgotten by the replica, so that a
-        following `send_round` sends them in full. Errors as of `send_round`.
+        following `send_round` sends them again. Errors as of `send_round`.
         """
         async with self._turn:
             indices = await self._checked(indices)

@@ -52,10 +52,10 @@ class FakeLink:
 
     async def send_pages(self, indices: NDArray[np.uint32]) -> RoundStatistics:
         pages = len(indices)
-        self._now = RoundStatistics(1, pages, pages // 2, 0, 0, 0, 0, 0, 0, 0, 0, 1)
+        self._now = RoundStatistics(1, pages, pages // 2, 0, 0, 0, 0, 0, 0, 0, 0, 0, 1)
         await self._busy()
         self.sent.append({int(page) for page in indices})
-        return RoundStatistics(1, pages, pages, pages, 0, 0, 0, 0, pages, 0, 0, 1)
+        return RoundStatistics(1, pages, pages, pages, 0, 0, 0, 0, 0, pages, 0, 0, 1)
 
     def wire_bytes(self) -> dict[str, int]:
         return {"pages": int(trio.current_time()) * 1000, "VMM stream": 0}

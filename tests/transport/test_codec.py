@@ -91,7 +91,8 @@ def test_what_is_written_to_a_page_of_zeros_is_a_delta_without_a_cache(codec: Co
         decoder.apply(out.data[: done.n_bytes])
         assert np.array_equal(source, target)
         assert (done.zero, done.delta) == ((N_PAGES, 0), (0, N_PAGES))[sequence]
-        source.reshape(N_PAGES, -1)[:, 1000:1100] = 7 + np.arange(100)
+        written = np.random.default_rng(5).integers(1, 256, (N_PAGES, 100), np.uint8)
+        source.reshape(N_PAGES, -1)[:, 1000:1100] = written
 
 
 def test_a_higher_level_makes_pages_smaller() -> None:

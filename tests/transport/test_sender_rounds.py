@@ -14,7 +14,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from transport import apply, rounds
-from transport.codec import LZ4
+from transport.codec import LZ4, Codec, Method
 from transport.errors import LayoutMismatch, PeerClosed, PeerLost, RecordError
 from transport.receiver import ReceiverOptions
 from transport.records import Ack
@@ -81,7 +81,8 @@ def test_a_round_brings_every_page_over(bind_url: str, link_pair: Any) -> None:
                 assert np.array_equal(pair.source, pair.target)
                 assert done.pages == done.done_pages == 1000
                 assert done.sent_pages + done.same == 1000
-                assert done.zero + done.delta + done.lz4 + done.raw == done.sent_pages
+                sent = done.zero + done.delta + done.copy + done.lz4 + done.raw
+                assert sent == done.sent_pages
                 assert done.resent == 0
                 assert done.round_no == round_no
             assert pair.receiver.statistics().pages_applied > 1000
@@ -258,6 +259,35 @@ def test_i5_a_delta_on_another_base_is_resent_in_full_within_the_round(link_pair
             assert done.done_pages == 600
             assert np.array_equal(pair.source, pair.target)
             assert pair.receiver.statistics().pages_rejected == 4
+
+    run_trio(scenario)
+
+
+@pytest.mark.parametrize("codec", [LZ4, Codec(Method.ZSTD, 1)])
+def test_i5_copies_of_a_page_that_is_another_there_are_resent_in_full_within_the_round(
+    codec: Codec, link_pair: Any
+) -> None:
+    async def scenario() -> None:
+        options = SenderOptions(lanes=2, frame_bytes=16 << 10, codec=codec)
+        async with link_pair(n_pages=640, sending=options) as pair:
+            pages = pair.source.reshape(-1, PAGE)
+            # One for each lane, so that their digests share no entry of a table.
+            contents = np.random.default_rng(1).integers(0, 256, (2, PAGE), np.uint8)
+            pages[[0, 64]] = contents
+            await pair.sender.send_round(page_list(0, 64), 1)
+            pair.target[:PAGE] ^= 1  # as the VMM's own stream does it
+            pages[128:] = contents[np.arange(128, 640) // 64 % 2]
+            done = await pair.sender.send_round(every_page(pair.source)[128:], 2)
+            assert done.copy == done.done_pages == 512
+            assert done.resent == 256
+            assert done.sent_pages == 512 + 256
+            assert np.array_equal(pair.source[128 * PAGE :], pair.target[128 * PAGE :])
+            assert pair.receiver.statistics().pages_rejected == 256
+            # The session goes on, and so do copies.
+            pages[2:50] = contents[0]
+            done = await pair.sender.send_round(every_page(pair.source)[1:128], 3)
+            assert (done.resent, done.copy) == (0, 48)
+            assert (await pair.sender.verify()).tolist() == [0]
 
     run_trio(scenario)
 

@@ -1,8 +1,8 @@
 """The sender's loop over pages: from live memory into a frame.
 
 Owns what happens to one page: snapshot, zero test, digest, comparison with what the receiver holds,
-choice of form, cache of bases; the way back is `unpack`. Kernels trust their arguments: sizes and
-ranges are checked by `Encoder`.
+choice of form, table of originals, cache of bases; the way back is `unpack`. Kernels trust their
+arguments: sizes and ranges are checked by `Encoder`.
 
 **Delta runs.** A page is written as its difference from a base that the receiver holds: pairs of
 numbers (bytes to keep, bytes to replace), each pair followed by the replacing bytes; what is left
@@ -17,6 +17,15 @@ delta is very short LZ4 is tried, with the base as its dictionary if the page st
 it: that finds content that moved within the page, too, and on recorded guests it is never much
 longer, and often shorter, than LZ4 of the page's XOR with the base. The shortest form wins; a page
 that does not shrink by `_MIN_SAVING_BYTES` is sent raw, which is cheaper to apply.
+
+**Copies.** Where pages are compressed, one whose bytes another page has is sent as that page's
+number, if the lane has sent that page before, and with these bytes. A table of the lane says which
+page was encoded last of those whose digests end in the same bits; what else shared the entry is not
+found any more. An entry may be out of date: it counts only if the page's digest is the same, and if
+it has the same bytes now, for of a TiB's 2^28 pages two that differ have one digest with a
+probability of 1/512. That is live memory, but only to refuse by: what is sent is the snapshot. A
+page with a very short delta is neither looked up nor entered: that would cost cache misses, and
+gain nothing.
 
 **Bases.** A page that is known to be zero at the receiver has zeros for its base, others have what
 the cache holds of them: a slot has the snapshot that was sent last. Slots are reused in clock order
@@ -38,6 +47,7 @@ from transport.frames import (
     ENTRY_BYTES,
     FIRST_KIND_WITH_BASE,
     MAX_FRAME_PAGES,
+    ORIGINAL_BYTES,
     PAGE_BYTES,
     STRIPE_PAGES,
     PageKind,
@@ -81,7 +91,7 @@ _SPARSE_WORDS: Final = 128  # with more words changed, LZ4 is nearly always shor
 _SPARSE_DELTA_BYTES: Final = 1024  # likewise
 _RELATED_WORDS: Final = 480  # with more words changed, a dictionary costs more time than it saves
 _ACCELERATION: Final = 1  # LZ4's default
-_SHORT_DELTA_BYTES: Final = 128  # so short that LZ4 is not worth its time
+_SHORT_DELTA_BYTES: Final = 128  # so short that neither LZ4 nor an original is worth its time
 _JOINED_GAP_BYTES: Final = 2  # a new run costs as much as bytes that did not change
 _LONGEST_RUN_CODE_BYTES: Final = 4
 
@@ -90,11 +100,12 @@ _RAW: Final = int(PageKind.RAW)
 _LZ4: Final = int(PageKind.LZ4)
 _DELTA_RUNS: Final = int(PageKind.DELTA)
 _LZ4_BASE: Final = int(PageKind.LZ4_BASE)
+_COPY: Final = int(PageKind.COPY)
 _FIRST_WITH_BASE: Final = int(FIRST_KIND_WITH_BASE)
 
 
 class Knowledge(NamedTuple):
-    """What is known of the receiver's pages; the last four are the part of one lane."""
+    """What is known of the receiver's pages; the last five are the part of one lane."""
 
     digests: Any
     """uint64 (pages), or `UNKNOWN`."""
@@ -108,6 +119,8 @@ class Knowledge(NamedTuple):
     """uint8 (slots): used since the clock's hand came by."""
     hand: Any
     """int64 (1): the slot at which the clock's hand stands."""
+    originals: Any
+    """uint32 (a power of two): by the last bits of a digest, 1 + a page that had it, or 0."""
 
 
 class Tables(NamedTuple):
@@ -152,7 +165,9 @@ _OUT_U16 = writable(np.uint16)
 _OUT_U32 = writable(np.uint32)
 _OUT_U64 = writable(np.uint64)
 _OUT_I64 = writable(np.int64)
-_KNOWLEDGE = named_tuple((_OUT_U64, _OUT_U32, _OUT_U64, _OUT_U32, _OUT_BYTES, _OUT_I64), Knowledge)
+_KNOWLEDGE = named_tuple(
+    (_OUT_U64, _OUT_U32, _OUT_U64, _OUT_U32, _OUT_BYTES, _OUT_I64, _OUT_U32), Knowledge
+)
 WORKSPACE = named_tuple((_OUT_U64, _OUT_BYTES), Workspace)
 _TABLES = named_tuple((_OUT_U32, _OUT_U16, _OUT_BYTES, _OUT_U64, _OUT_U64), Tables)
 
@@ -311,6 +326,31 @@ def _keep_snapshot(known, page, workspace):  # type: ignore[no-untyped-def]
 
 
 @inlined
+def _entry_of(known, digest):  # type: ignore[no-untyped-def]
+    return digest & np.uint64(known.originals.size - 1)
+
+
+@inlined
+def _find_original(memory, known, digest, workspace):  # type: ignore[no-untyped-def]
+    """A page whose bytes at the receiver are those of the snapshot, or -1. Not the page itself,
+    which had then been left out as equal."""
+    original = np.int64(known.originals[_entry_of(known, digest)]) - 1
+    if original < 0 or known.digests[original] != digest:
+        return np.int64(-1)
+    start = np.uint64(original) * np.uint64(PAGE_WORDS)
+    differs = np.uint64(0)
+    for word in range(PAGE_WORDS):
+        differs |= memory[start + np.uint64(word)] ^ workspace[PAGE_AT // 8 + word]
+    return original if differs == 0 else np.int64(-1)
+
+
+@inlined
+def _put_original(out, at, original):  # type: ignore[no-untyped-def]
+    for byte in range(ORIGINAL_BYTES):
+        out[at + byte] = (original >> (8 * byte)) & 0xFF
+
+
+@inlined
 def _compress(workspace, lz4_state, address, room):  # type: ignore[no-untyped-def]
     """LZ4 of the snapshot to `address`; returns its length, 0 if it does not fit."""
     page = workspace.ctypes.data + PAGE_AT
@@ -408,6 +448,7 @@ def _put_tables(out, at, tables, pages, bases):  # type: ignore[no-untyped-def]
     np.uint64,
     np.uint64,
     np.int64,
+    np.bool_,
     FILES,
     _KNOWLEDGE,
     WORKSPACE,
@@ -426,6 +467,7 @@ def encode_pages(  # type: ignore[no-untyped-def]
     seed,
     zero_digest,
     effort,
+    full,
     files,
     known,
     body,
@@ -436,21 +478,23 @@ def encode_pages(  # type: ignore[no-untyped-def]
 ):
     """Encode pages `indices[start:stop]` into `body` until the frame is full.
 
-    `memory` uint64 (live), `zero_digest` the digest of a page of zeros, `effort` EFFORT_*, `files`
-    what lies behind `memory`, `known` a `Knowledge`, `body` and `scratch` a `Workspace` each,
-    `tables` a `Tables`, `lz4_state` uint64 (clib.LZ4_STATE_WORDS), `counters` int64 (COUNTERS),
-    zeroed by the caller.
+    `memory` uint64 (live), `zero_digest` the digest of a page of zeros, `effort` EFFORT_*, `full`
+    whether to make no copies, `files` what lies behind `memory`, `known` a `Knowledge`, `body` and
+    `scratch` a `Workspace` each, `tables` a `Tables`, `lz4_state` uint64 (clib.LZ4_STATE_WORDS),
+    `counters` int64 (COUNTERS), zeroed by the caller.
     Returns the position of the first index that was not encoded; for an index that is out of range
     or of another lane, -1 minus its position.
 
     Cost of a page, whose 4096 bytes are read from memory once and then stay in the first-level
     cache: one copy and a digest, which is all if it is equal, or if it is raw by `EFFORT_RAW`;
-    otherwise also the reading of the base, the compression, a copy to `body`, and one into the
-    cache of bases.
+    otherwise also one into the cache of bases, the reading of the base, and either that of the
+    original, or the compression and a copy to `body`. To look for an original costs up to two cache
+    misses.
     """
     workspace, space = scratch.words, scratch.bytes
     out = body.bytes
     n_pages = memory.size // PAGE_WORDS
+    compresses = effort in (EFFORT_LZ4, EFFORT_PACKED)
     pages = 0
     bases = 0
     at = 0
@@ -482,6 +526,7 @@ def encode_pages(  # type: ignore[no-untyped-def]
 
         kind = _ZERO
         length = 0
+        base = held
         if is_zero:
             if known.slots.size:
                 _release_slot(known, page)
@@ -495,12 +540,25 @@ def encode_pages(  # type: ignore[no-untyped-def]
             changed_words, delta = _compare_with_base(
                 known, page, held, zero_digest, effort, workspace, space
             )
-            kind, length = _write_page(out, at, effort, changed_words, delta, workspace, lz4_state)
+            original = np.int64(-1)
+            if compresses and not 0 < delta <= _SHORT_DELTA_BYTES:
+                if not full:
+                    original = _find_original(memory, known, digest, workspace)
+                known.originals[_entry_of(known, digest)] = page + 1
+            if original >= 0:
+                kind = _COPY
+                length = ORIGINAL_BYTES
+                base = digest
+                _put_original(out, at, original)
+            else:
+                kind, length = _write_page(
+                    out, at, effort, changed_words, delta, workspace, lz4_state
+                )
             if known.slots.size:
                 _keep_snapshot(known, page, workspace)
 
         if kind >= _FIRST_WITH_BASE:
-            tables.base[bases] = held
+            tables.base[bases] = base
             bases += 1
         tables.index[pages] = page
         tables.length[pages] = length
