@@ -31,6 +31,7 @@ def round_values(
         "zero": round_.zero,
         "same": round_.same,
         "delta": round_.delta,
+        "copy": round_.copy,
         "lz4": round_.lz4,
         "raw": round_.raw,
         "wire_bytes": round_.wire_bytes,
@@ -71,12 +72,13 @@ class Report:
         for number, method in enumerate(self.methods):
             lines.append(f"device {number}: {methods_text(**method)}")
         lines.append(
-            "round   dirty    sent    zero    same   delta     lz4     raw        wire      rate"
+            "round   dirty    sent    zero    same   delta    copy     lz4     raw "
+            "       wire      rate"
         )
         for r in self.rounds:
             lines.append(
                 f"{r['round']:>5} {r['dirty_pages']:>7} {r['sent_pages']:>7} {r['zero']:>7} "
-                f"{r['same']:>7} {r['delta']:>7} {r['lz4']:>7} {r['raw']:>7} "
+                f"{r['same']:>7} {r['delta']:>7} {r['copy']:>7} {r['lz4']:>7} {r['raw']:>7} "
                 f"{bytes_text(r['wire_bytes']):>11} "
                 f"{bytes_text(r['throughput_bytes_per_s']):>8}/s"
             )

@@ -69,7 +69,7 @@ def timeline(events: Sequence[Event], out: Path) -> None:
     from matplotlib import colormaps
 
     bottom = [0.0] * len(rounds)
-    for kind in ("zero", "same", "delta", "lz4", "raw"):
+    for kind in ("zero", "same", "delta", "copy", "lz4", "raw"):
         counts = [float(event[kind]) for event in rounds]
         pages.bar(starts, counts, widths, bottom, align="edge", label=kind)
         bottom = [low + count for low, count in zip(bottom, counts, strict=True)]

@@ -10,7 +10,7 @@ from ferry.errors import Exit
 from perf import plot
 
 PNG = b"\x89PNG\r\n\x1a\n"
-KINDS = ("zero", "same", "delta", "lz4", "raw")
+KINDS = ("zero", "same", "delta", "copy", "lz4", "raw")
 
 
 def recorded_events() -> list[dict[str, object]]:
