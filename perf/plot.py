@@ -70,7 +70,7 @@ def timeline(events: Sequence[Event], out: Path) -> None:
 
     bottom = [0.0] * len(rounds)
     for kind in ("zero", "same", "delta", "copy", "lz4", "raw"):
-        counts = [float(event[kind]) for event in rounds]
+        counts = [float(event.get(kind, 0)) for event in rounds]
         pages.bar(starts, counts, widths, bottom, align="edge", label=kind)
         bottom = [low + count for low, count in zip(bottom, counts, strict=True)]
     _plot_known(pages, ends, rounds, "remaining_pages", 1, "dirty after the round")
