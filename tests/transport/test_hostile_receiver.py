@@ -136,8 +136,12 @@ async def attack_sender(
     expected: type[TransportError],
 ) -> None:
     """A sender of ours meets `script` and does `act`; it must end in `expected`, and not hang."""
+    lost = expected is PeerLost
     options = SenderOptions(
-        lanes=1, connect_timeout_s=1.0, peer_timeout_s=1.0, progress_timeout_s=0.5
+        lanes=1,
+        connect_timeout_s=1.0 if expected is PeerUnreachable else DEADLINE_S,
+        peer_timeout_s=1.0 if lost else DEADLINE_S,
+        progress_timeout_s=0.5 if lost else DEADLINE_S,
     )
     with HostileReceiver(script).running() as url, pytest.raises(expected) as caught:
         async with open_sender(url, os.urandom(16), b"", options) as sender:

@@ -90,7 +90,7 @@ def test_i8_a_receiver_that_dies_or_hangs_in_a_round_is_lost(bind_url: str, blow
     async def scenario() -> None:
         with peer_process(RECEIVER, bind_url) as process:
             url = await trio.to_thread.run_sync(bound_url_of, process)
-            options = SenderOptions(bandwidth_bytes_per_s=2_000_000, peer_timeout_s=1.0)
+            options = SenderOptions(bandwidth_bytes_per_s=2_000_000, peer_timeout_s=3.0)
             memory = np.frombuffer(random.Random(1).randbytes(N_PAGES * PAGE), np.uint8)
             async with open_sender(url, os.urandom(16), b"", options) as sender:
                 sender.attach_memory(memory)
@@ -120,7 +120,7 @@ def test_i8_a_receiver_that_dies_or_hangs_in_a_round_is_lost(bind_url: str, blow
 @pytest.mark.parametrize("blow", [signal.SIGKILL, signal.SIGSTOP])
 def test_i8_a_sender_that_dies_or_hangs_in_a_round_is_lost(bind_url: str, blow: int) -> None:
     async def scenario() -> None:
-        async with open_receiver(bind_url, ReceiverOptions(peer_timeout_s=1.0)) as receiver:
+        async with open_receiver(bind_url, ReceiverOptions(peer_timeout_s=3.0)) as receiver:
             with peer_process(SENDER, receiver.url) as process:
                 await receiver.wait_hello()
                 await receiver.accept(b"")
