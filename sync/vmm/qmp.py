@@ -6,8 +6,11 @@ is not the message that the state allows ends the connection with `QmpProtocolEr
     state        server's message            client's command
     GREETING     greeting -> NEGOTIATING     none
     NEGOTIATING  reply to it -> READY        qmp_capabilities
-    READY        reply, error, event         all
+    READY        reply, error                all
     BROKEN       none                        none
+
+Events come at any time, in front of the greeting, too: QEMU sends one that happens between the
+client's connection and its own notice of it.
 """
 
 import json
@@ -132,14 +135,14 @@ class QmpCore:
             raise
 
     def _interpret(self, message: JsonObject) -> QmpMessage:
+        if "event" in message:
+            return _event(message)
         if self.state is State.GREETING:
             greeting = message.get("QMP")
             if not isinstance(greeting, dict) or not isinstance(greeting.get("version"), dict):
                 raise QmpProtocolError("the first message is no greeting")
             self.state = State.NEGOTIATING
             return QmpGreeting(greeting["version"])
-        if "event" in message:
-            return _event(message)
         if "return" in message or "error" in message:
             return self._reply(message)
         raise QmpProtocolError(f"no greeting, event, return or error: {sorted(message)[:8]}")

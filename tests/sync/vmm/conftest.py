@@ -59,7 +59,7 @@ class FakeQemu:
         self._turn = trio.Semaphore(1)
 
     def event(self, name: str, seconds: int = 1700000000, **data: Any) -> None:
-        """Says that something happened, before the next answer."""
+        """Says that something happened, before the next answer or greeting."""
         message: dict[str, Any] = {
             "timestamp": {"seconds": seconds, "microseconds": 250000},
             "event": name,
@@ -100,7 +100,7 @@ class FakeQemu:
         async with self._turn:
             self._streams = [stream]
             try:
-                await stream.send_all(GREETING)
+                await stream.send_all(self._events() + GREETING)
                 await self._answer(stream)
             except (trio.BrokenResourceError, trio.ClosedResourceError):
                 return
@@ -125,8 +125,11 @@ class FakeQemu:
                     if name in self.on:
                         self.on[name]()
                     reply["return"] = self.query(name)
-                out, self._out = b"".join(self._out), []
-                await stream.send_all(out + json.dumps(reply).encode() + b"\r\n")
+                await stream.send_all(self._events() + json.dumps(reply).encode() + b"\r\n")
+
+    def _events(self) -> bytes:
+        out, self._out = b"".join(self._out), []
+        return out
 
 
 @pytest.fixture

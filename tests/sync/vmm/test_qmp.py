@@ -76,6 +76,11 @@ def test_a_recorded_conversation() -> None:
     assert converse([GREETING + CONVERSATION]) == EXPECTED
 
 
+def test_an_event_may_come_in_front_of_the_greeting() -> None:
+    event = b'{"timestamp": {"seconds": 1, "microseconds": 0}, "event": "RESUME"}\r\n'
+    assert converse([event + GREETING + CONVERSATION]) == [QmpEvent("RESUME", {}, 1.0), *EXPECTED]
+
+
 def test_byte_by_byte_is_the_same_as_whole() -> None:
     data = GREETING + CONVERSATION
     assert converse([data[at : at + 1] for at in range(len(data))]) == EXPECTED

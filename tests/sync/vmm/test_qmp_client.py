@@ -25,6 +25,16 @@ def test_execute_returns_what_the_vmm_returns(with_qemu: Any) -> None:
     with_qemu(body)
 
 
+def test_an_event_in_front_of_the_greeting_is_an_event(with_qemu: Any) -> None:
+    async def body(qemu: Any) -> None:
+        qemu.event("RESUME")
+        async with await QmpClient.connect(qemu.path) as client:
+            assert client.last_event("RESUME") is not None
+            assert (await client.execute("query-status"))["running"]
+
+    with_qemu(body)
+
+
 def test_many_tasks_may_use_it_at_once(with_qemu: Any) -> None:
     async def body(qemu: Any) -> None:
         async with await QmpClient.connect(qemu.path) as client:
