@@ -27,7 +27,11 @@ stronger codec, where the lane waits anyway.
 **Doubt.** On a machine that both ends share, or that has no core to spare, a codec that takes more
 time takes it from whatever the lane waits for, and the model is wrong. So every change has to prove
 itself: if fewer pages get through than before, it is taken back, and that codec and those beyond it
-are tried again after `_FIRST_PAUSE_S`, then after four times as long each time.
+are tried again after `_FIRST_PAUSE_S`, then after four times as long each time. Levels of one
+compressor differ by less than what pages hold, so they are compared by the bytes that get through
+and the proportions of their lengths. And where the lane waits, the next lighter level is tried now
+and then although the model says that it is worse, and kept if it is not: what is waited for may be
+a receiver, which gets less of a core the more the sender takes.
 
 **Rounds after the first** send what was written meanwhile, and that is likely to be written once
 more. So their pages are kept as bases even where nothing is compressed.
@@ -77,6 +81,7 @@ _WAITING_SHARE: Final = 0.15  # of the time
 _GAIN: Final = 0.98  # what is not at least so much cheaper is no reason to change
 _PRICE: Final = 0.25  # of a second of encoding beside sending: others could have used it
 _WORSE: Final = 1.2  # pages of one region compress better than those of another
+_LEVEL_WORSE: Final = 1.04  # what the bytes tell, whose number on a link does not depend on that
 _DELTA_COSTS: Final = 1.5  # of the codec in use: what a frame of deltas may take if there are none
 _DELTA_ROUNDS: Final = 2
 _HOPE: Final = 0.97  # then its square, and so on
@@ -122,6 +127,10 @@ class _Trial:
     rung: int
     pace_s: float
     """Seconds a page."""
+    per_byte_s: float
+    """Seconds a byte that was acknowledged."""
+    doubted: bool = False
+    """Whether the new one has to be better, since the model says that it is not."""
 
 
 @dataclass(slots=True)
@@ -295,7 +304,7 @@ class Choice:
         best = min(range(len(self._ladder)), key=self._cost)
         if took_s >= _PROBE_S and self._cost(0) > _PROBE_GAIN * self._cost(best):
             self._probes.clear()
-            self._trial = _Trial(0, self._link_s * n_bytes)
+            self._trial = _Trial(0, self._link_s * n_bytes, self._link_s)
             self._last_per_byte = self._link_s
             self._rung = best
             self._link_measured = True
@@ -332,19 +341,22 @@ class Choice:
             elif self._link_measured and now >= self._pauses[False].until:
                 self._link_s = min(self._link_s, per_byte) * self._hope
                 self._hope *= self._hope
-            self._settle(now, self._elapsed_s / max(1, self._acknowledged_pages))
+            self._settle(now, self._elapsed_s / max(1, self._acknowledged_pages), per_byte)
         self._start_epoch()
 
-    def _settle(self, now: float, pace_s: float) -> None:
-        """Change to the best codec, as far as is known; `pace_s` a page is what this one takes."""
+    def _settle(self, now: float, pace_s: float, per_byte_s: float) -> None:
+        """Change to the best codec, as far as is known; `pace_s` a page, or `per_byte_s`, is what
+        this one takes."""
         trial, self._trial = self._trial, None
         if trial is not None:
             pause = self._pauses[trial.rung < self._rung]
-            if pace_s > _WORSE * trial.pace_s:
+            if self._is_worse(trial, pace_s, per_byte_s):
                 pause.begin(self._rung, now)
                 self._change(trial.rung)
                 return
             pause.reset()
+            if trial.doubted:
+                self._pauses[True].begin(trial.rung, now)
         stronger, lighter = self._pauses[True], self._pauses[False]
         first, last = 0, len(self._ladder)
         if now < lighter.until:
@@ -356,8 +368,23 @@ class Choice:
         costs = {rung: self._cost(rung) for rung in range(first, last)}
         best = min(costs, key=costs.__getitem__)
         if costs[best] < _GAIN * costs[self._rung]:
-            self._trial = _Trial(self._rung, pace_s)
+            self._trial = _Trial(self._rung, pace_s, per_byte_s)
             self._change(best)
+        elif self._waiting and first < self._rung and self._is_level(self._rung - 1):
+            self._trial = _Trial(self._rung, pace_s, per_byte_s, doubted=True)
+            self._change(self._rung - 1)
+
+    def _is_level(self, rung: int) -> bool:
+        return self._ladder[rung].method is Method.ZSTD
+
+    def _is_worse(self, trial: _Trial, pace_s: float, per_byte_s: float) -> bool:
+        """Whether the codec in use is, by more than pages differ from each other."""
+        if not (self._is_level(trial.rung) and self._is_level(self._rung)):
+            return pace_s > _WORSE * trial.pace_s
+        before, now = self._ladder[trial.rung], self._ladder[self._rung]
+        fewer = _TYPICAL[now][1] / _TYPICAL[before][1]
+        most = _GAIN if trial.doubted else _LEVEL_WORSE
+        return per_byte_s * fewer > most * trial.per_byte_s
 
     def _in_long_round(self, again: bool) -> int:
         if self._delta_is_due():
