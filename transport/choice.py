@@ -21,8 +21,8 @@ more is unknown, so it is taken for faster, by more each time. A lighter codec i
 time, and shows.
 
 **Single frames** are tried now and then of what the proportions cannot tell: of deltas, which are
-worth it only if pages have bases, where no stronger codec than the next is in use; and of the next
-stronger codec, where the lane waits anyway.
+worth it only if pages have bases, after the first round and where no stronger codec than the next
+is in use; and of the next stronger codec, where the lane waits anyway.
 
 **Doubt.** On a machine that both ends share, or that has no core to spare, a codec that takes more
 time takes it from whatever the lane waits for, and the model is wrong. So every change has to prove
@@ -65,6 +65,8 @@ _TYPICAL: Final = {
 """Microseconds and bytes of a page, of files: only their proportions count."""
 LADDER: Final = tuple(_TYPICAL)
 """Each takes longer than the one in front of it, as a rule for fewer bytes."""
+
+_TRIAL_PAGES: Final = 128  # 8 ms at 1 Gbit/s that two lanes share
 
 EPOCH_FRAMES: Final = 4
 EPOCH_S: Final = 0.02  # shorter ones say more about the scheduler than about the link
@@ -203,6 +205,13 @@ class Choice:
         """How many pages the next frame may hold beside those of zeros, 0: as many as fit. If not
         0, it is not to be made before everything is answered."""
         return self._probes[0] if self._probes else 0
+
+    @property
+    def frame_pages(self) -> int:
+        """How many pages the frame that was picked may hold beside those of zeros, 0: as many as
+        fit. Few go as they are where that may turn out to be wrong."""
+        doubtful = self._trial is not None or self._rung > self._delta
+        return _TRIAL_PAGES if doubtful and self._used <= self._delta else self.probe_pages
 
     def pick(
         self, now: float, *, pages_left: int, frames_under_way: int, again: bool = False
@@ -387,7 +396,7 @@ class Choice:
         return per_byte_s * fewer > most * trial.per_byte_s
 
     def _in_long_round(self, again: bool) -> int:
-        if self._delta_is_due():
+        if again and self._delta_is_due():
             return self._delta
         if self._stronger_is_due():
             return self._next_stronger()

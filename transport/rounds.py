@@ -132,7 +132,7 @@ class LaneSource:
             out,
             round_no=round_no,
             sequence=self.sequence,
-            max_raw_pages=self.choice.probe_pages,
+            max_raw_pages=self.choice.frame_pages,
             full=full,
         )
         self.choice.encoded(

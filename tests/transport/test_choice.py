@@ -8,7 +8,7 @@ import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from transport.choice import LADDER, Choice
+from transport.choice import EPOCH_FRAMES, LADDER, Choice
 from transport.codec import DELTA, NONE, Codec
 
 FRAME_PAGES = 256
@@ -51,6 +51,7 @@ class Lane:
         self.again = False
         self.under_way: deque[float] = deque()
         self.used: list[Codec] = []
+        self.sent: list[int] = []
 
     def send(self, pages: int) -> float:
         """A round of `pages`; returns how long it took."""
@@ -69,7 +70,8 @@ class Lane:
             )
             self.used.append(codec)
             seconds, n_bytes = self.costs[str(codec)]
-            sent = min(left, FRAME_PAGES, self.choice.probe_pages or FRAME_PAGES)
+            sent = min(left, FRAME_PAGES, self.choice.frame_pages or FRAME_PAGES)
+            self.sent.append(sent)
             left -= sent
             self.now += seconds * sent
             frame_bytes = int(n_bytes * sent)
@@ -167,6 +169,19 @@ def test_it_follows_a_link_that_changes() -> None:
     lane.bytes_per_s = 100 * MBIT
     lane.send(100_000)
     assert lane.choice.codec.level >= 5
+
+
+def test_few_pages_go_as_they_are_until_that_has_proven_right() -> None:
+    lane = Lane(Choice(), FILES, 100 * MBIT)
+    lane.send(50_000)
+    lane.used.clear()
+    lane.sent.clear()
+    lane.bytes_per_s = 1e11
+    lane.send(400_000)
+    first = next(n for n, codec in enumerate(lane.used) if codec in (NONE, DELTA))
+    assert set(lane.sent[:first]) == {FRAME_PAGES}
+    assert max(lane.sent[first : first + EPOCH_FRAMES]) < FRAME_PAGES
+    assert lane.sent[-2] == FRAME_PAGES
 
 
 def test_it_follows_content_that_changes() -> None:
