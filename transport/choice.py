@@ -209,9 +209,11 @@ class Choice:
     @property
     def frame_pages(self) -> int:
         """How many pages the frame that was picked may hold beside those of zeros, 0: as many as
-        fit. Few go as they are where that may turn out to be wrong."""
+        fit. Few go as they are where that may turn out to be wrong, for long."""
         doubtful = self._trial is not None or self._rung > self._delta
-        return _TRIAL_PAGES if doubtful and self._used <= self._delta else self.probe_pages
+        if doubtful and not self._short and self._used <= self._delta:
+            return _TRIAL_PAGES
+        return self.probe_pages
 
     def pick(
         self, now: float, *, pages_left: int, frames_under_way: int, again: bool = False

@@ -55,7 +55,7 @@ class SenderOptions:
     frame_bytes: int = 5 << 19
     """Upper bound of a frame of pages; made smaller when the bandwidth limit is low, and where
     pages are compressed. A thousand pages of a last round go into one frame of each of two lanes,
-    however they are dealt: a second one would cost as much as two hundred pages."""
+    unless one gets many more than the other: a second frame costs more than its pages."""
     connect_timeout_s: float = 5.0
     """How long to try until somebody answers at the address."""
     greeting_timeout_s: float = 60.0

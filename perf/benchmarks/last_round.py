@@ -8,7 +8,7 @@ and a tenth of each was changed; `new`, pages of all memory, all of each new and
 
 Two limits, both without digests, order and checks: `bare`, the same bytes over bare ZeroMQ
 connections, until the answer; `moved`, the pages read from memory, over the same connections, and
-written to a memory, which is all that nobody can do without.
+written to a memory, which no design over ZeroMQ can do without.
 """
 
 import os

@@ -1,8 +1,8 @@
-"""Ends of the wire: `python -m perf.parties.receivers pages|bare URL NUMBER [PAGES]`.
+"""Ends of the wire: `python -m perf.parties.receivers pages|bare URL NUMBER...`.
 
-`pages` is this project's receiver for a guest of NUMBER pages. `bare` takes NUMBER ZeroMQ messages,
-drops them, or writes them to a memory of PAGES pages, answers, and starts over. Both print the URL
-that they have bound.
+`pages URL PAGES` is this project's receiver for a guest of so many pages. `bare URL NUMBER PAGES`
+takes NUMBER ZeroMQ messages, writes them to a memory of so many pages, or drops them if there are
+none, answers, and starts over. Both print the URL that they have bound.
 """
 
 import mmap
@@ -53,11 +53,11 @@ def receive_bare(url: str, messages: int, memory_pages: int) -> None:
 
 
 def main() -> None:
-    kind, url, number, *pages = sys.argv[1:]
+    kind, url, *numbers = sys.argv[1:]
     if kind == "pages":
-        trio.run(receive_pages, url, int(number))
+        trio.run(receive_pages, url, int(*numbers))
     else:
-        receive_bare(url, int(number), int(*pages))
+        receive_bare(url, *map(int, numbers))
 
 
 if __name__ == "__main__":

@@ -31,8 +31,8 @@ class BareStream:
         `memory_pages`: of the memory that it writes to, a page here and a page there; 0: none."""
         self._messages = n_bytes // message_bytes
         self._data = os.urandom(message_bytes)
-        words = (str(self._messages), *([str(memory_pages)] if memory_pages else []))
-        party = stack.enter_context(child("perf.parties.receivers", "bare", url, *words))
+        words = ("bare", url, str(self._messages), str(memory_pages))
+        party = stack.enter_context(child("perf.parties.receivers", *words))
         self._process = party.pid
         context = stack.enter_context(zmq.Context())
         self._poller = zmq.Poller()

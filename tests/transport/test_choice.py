@@ -184,6 +184,17 @@ def test_few_pages_go_as_they_are_until_that_has_proven_right() -> None:
     assert lane.sent[-2] == FRAME_PAGES
 
 
+def test_a_short_round_is_not_cut_up_for_a_doubt_about_long_ones() -> None:
+    lane = Lane(Choice(), FILES, 100 * MBIT)
+    lane.send(50_000)
+    lane.bytes_per_s = 1e11
+    lane.used.clear()
+    while NONE not in lane.used:
+        lane.send(FRAME_PAGES)
+    assert lane.choice.codec.level >= 5
+    assert lane.sent[-1] == FRAME_PAGES
+
+
 def test_it_follows_content_that_changes() -> None:
     """From data that nothing makes shorter to data that everything does."""
     noise = {name: (seconds, 4104.0) for name, (seconds, _) in FILES.items()}
