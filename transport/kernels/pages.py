@@ -512,6 +512,11 @@ def encode_pages(  # type: ignore[no-untyped-def]
         # A page that will be raw is copied to its place at once: nothing else is in the payload.
         words, first = (body.words, at // 8) if effort == EFFORT_RAW else (workspace, PAGE_AT // 8)
         held = known.digests[page]
+        if effort != EFFORT_RAW and known.slots.size and held != UNKNOWN:
+            slot = np.int64(known.slots[page]) - 1
+            if slot >= 0:
+                # Fetches the base while the page is copied and digested.
+                _prefetch_page(known.cache.ctypes.data + slot * PAGE_BYTES)
         untouched = held == UNKNOWN and in_hole(files, page)
         is_zero = untouched or _snapshot(memory, page, words, first)
         if not untouched and position < stop and indices[position] < n_pages:
