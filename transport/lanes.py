@@ -51,7 +51,10 @@ class Task(ABC):
 
     def __init__(self) -> None:
         self.done = False
-        """Set by the lane when it has put the task away; `Shared.changed` is notified then."""
+        """Set by the lane when it has put the task away."""
+        self.waited_for: list[None] = [None]
+        """An entry for each task that is not done of those that are waited for together, which
+        share this list; `Shared.changed` is notified when it is empty."""
         self._under_way = 0
         self._cancelled = False
 
@@ -228,8 +231,11 @@ class SendLane(LinkThread):
     def _advance(self) -> float:
         """Produce and send at most one message; returns when to come back (0: at once)."""
         while self._tasks and self._tasks[0].finished:
-            self._tasks.popleft().done = True
-            self.shared.changed.notify()
+            task = self._tasks.popleft()
+            task.done = True
+            task.waited_for.pop()
+            if not task.waited_for:
+                self.shared.changed.notify()
         if self._held is None:
             if not self._may_produce():
                 return float("inf")

@@ -186,6 +186,23 @@ class _Round:
         )
 
 
+class _Turn:
+    """What rounds and comparisons take turns by. Who finds it free goes on at once: other tasks of
+    trio would run first, while the guest may be paused."""
+
+    def __init__(self) -> None:
+        self._lock = trio.Lock()
+
+    async def __aenter__(self) -> None:
+        try:
+            self._lock.acquire_nowait()
+        except trio.WouldBlock:
+            await self._lock.acquire()
+
+    async def __aexit__(self, *_: object) -> None:
+        self._lock.release()
+
+
 class Sender(Link):
     """The source's end of one session; made by `open_sender`. Rounds and comparisons take turns;
     records and the tunnel go on beside them."""
@@ -225,7 +242,7 @@ class Sender(Link):
         """Whether the receiver has attached as much memory as there is here."""
         self._lanes: list[SendLane] = []
         self._lane_sources: list[LaneSource] = []
-        self._turn = trio.Lock()
+        self._turn = _Turn()
         self._round: _Round | None = None
         self._connector.start()
 
@@ -409,7 +426,9 @@ class Sender(Link):
     async def _perform(self, shares: Iterable[Task]) -> None:
         """Let each lane do its share; cancelled, the lanes put theirs away by themselves."""
         tasks = list(shares)
+        waited_for = [None] * len(tasks)
         for lane, task in zip(self._lanes, tasks, strict=True):
+            task.waited_for = waited_for
             lane.submit(task)
         try:
             await self._when(lambda: all(task.done for task in tasks) or None, look_first=True)
