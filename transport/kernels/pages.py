@@ -499,6 +499,7 @@ def encode_pages(  # type: ignore[no-untyped-def]
     bases = 0
     at = 0
     forget_hole(files)
+    changes = False  # a page is likely to have changed if the one in front of it had
     position = start
     while position < stop:
         page = np.int64(indices[position])
@@ -512,7 +513,7 @@ def encode_pages(  # type: ignore[no-untyped-def]
         # A page that will be raw is copied to its place at once: nothing else is in the payload.
         words, first = (body.words, at // 8) if effort == EFFORT_RAW else (workspace, PAGE_AT // 8)
         held = known.digests[page]
-        if effort != EFFORT_RAW and known.slots.size and held != UNKNOWN:
+        if changes and effort != EFFORT_RAW and known.slots.size and held != UNKNOWN:
             slot = np.int64(known.slots[page]) - 1
             if slot >= 0:
                 # Fetches the base while the page is copied and digested.
@@ -525,7 +526,8 @@ def encode_pages(  # type: ignore[no-untyped-def]
         digest = zero_digest
         if not is_zero:
             digest = clib.xxh3_64(words.ctypes.data + first * 8, PAGE_BYTES, seed)
-        if held == digest and held != UNKNOWN:
+        changes = held != digest or held == UNKNOWN
+        if not changes:
             counters[COUNT_SAME] += 1
             continue
 
