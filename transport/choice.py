@@ -15,10 +15,10 @@ that was, by the proportions of `_TYPICAL`.
 frame is waited for: how much longer the larger one takes tells `l`, roughly, before much has been
 put on a slow link.
 
-**What is seen of the link.** After each epoch: if the lane had to wait for it, `l` is the time that
-passed by the bytes that were acknowledged. If it never had to, the link could do more; how much
-more is unknown, so it is taken for faster, by more each time. A lighter codec is then used at some
-time, and shows.
+**What is seen of the link.** After each epoch, which lasts from one answer to another: if the lane
+had to wait for the link, `l` is the time that passed by the bytes that were acknowledged. If it
+never had to, the link could do more; how much more is unknown, so it is taken for faster, by more
+each time. A lighter codec is then used at some time, and shows.
 
 **Single frames** are tried now and then of what the proportions cannot tell: of deltas, which are
 worth it only if pages have bases, after the first round and where no stronger codec than the next
@@ -27,22 +27,29 @@ is in use; and of the next stronger codec, where the lane waits anyway.
 **Doubt.** On a machine that both ends share, or that has no core to spare, a codec that takes more
 time takes it from whatever the lane waits for, and the model is wrong. So every change has to prove
 itself: if fewer pages get through than before, it is taken back, and that codec and those beyond it
-are tried again after `_FIRST_PAUSE_S`, then after four times as long each time. Levels of one
-compressor differ by less than what pages hold, so they are compared by the bytes that get through
-and the proportions of their lengths. And where the lane waits, the next lighter level is tried now
-and then although the model says that it is worse, and kept if it is not: what is waited for may be
-a receiver, which gets less of a core the more the sender takes.
+are tried again after `_FIRST_PAUSE_S`, then after four times as long each time, until it has been
+in use for `_PROVEN_S`. A codec that is left sooner, for a stronger one, was wrong as well. Levels
+of one compressor differ by less than what pages hold, so they are compared by the bytes that get
+through and the proportions of their lengths. And where the lane waits, the next lighter level is
+tried now and then although the model says that it is worse, and kept if it is not: what is waited
+for may be a receiver, which gets less of a core the more the sender takes.
 
 **Rounds after the first** send what was written meanwhile, and that is likely to be written once
 more. So their pages are kept as bases even where nothing is compressed.
 
 **Short rounds** have nothing that overlaps: what counts is the time from the start of encoding to
-the answer. It is measured for each codec as it is used there. Deltas are tried for two of them in a
-row: the first makes the bases of the second.
+the answer. It is measured for each codec as it is used there, and what disturbs makes an answer
+late, never early, so the better of the newest two counts. A codec that was not used yet is taken
+for as good as it can be: more bytes take no longer than fewer, but none go faster than the link,
+and that is no slower than any answer. So it is tried where it may be the best, and shows; if it is
+not, it is tried again after one answer to another codec, then after four times as many each time,
+`_LONGEST_PAUSE_ANSWERS` at most. Deltas are tried for two rounds in a row: the first makes the
+bases of the second.
 """
 
 from __future__ import annotations
 
+import math
 from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -68,17 +75,16 @@ LADDER: Final = tuple(_TYPICAL)
 
 _TRIAL_PAGES: Final = 128  # 8 ms at 1 Gbit/s that two lanes share
 
-EPOCH_FRAMES: Final = 4
+EPOCH_FRAMES: Final = 8  # twice a window's, so that how answers fall does not decide
 EPOCH_S: Final = 0.02  # shorter ones say more about the scheduler than about the link
 PROBES_PAGES: Final = (32, 128, 512)  # 11, 43 and 170 ms at 100 Mbit/s
 _PROBE_S: Final = 0.002  # an answer that came sooner says more about the way than about the link
 _RAW_S: Final = (1e-6, 2e-6)  # to copy and digest a page: what is beyond is the scheduler's
 _PROBE_GAIN: Final = 1.5  # nothing overlaps in a probe, so the link is faster than it seems
-_MIN_PAGES: Final = 32  # of content in a frame, below which what every frame costs would count
+_MIN_PAGES: Final = 16  # of content in a frame: half of a probe, whose room zeros take, too
 _MIN_ANSWERED_PAGES: Final = 128  # likewise of an answer, with what passing between threads costs
 _SHORT_PAGES: Final = 1024  # of a round, so few that hardly anything overlaps
 _WEIGHT: Final = 0.125  # of the newest frame in an average
-_LATE: Final = 2.0  # times the average: an answer that is later does not count for more
 _WAITING_SHARE: Final = 0.15  # of the time
 _GAIN: Final = 0.98  # what is not at least so much cheaper is no reason to change
 _PRICE: Final = 0.25  # of a second of encoding beside sending: others could have used it
@@ -87,10 +93,13 @@ _LEVEL_WORSE: Final = 1.04  # what the bytes tell, whose number on a link does n
 _DELTA_COSTS: Final = 1.5  # of the codec in use: what a frame of deltas may take if there are none
 _DELTA_ROUNDS: Final = 2
 _HOPE: Final = 0.97  # then its square, and so on
-_STALE_FRAMES: Final = 64
+_STALE_FRAMES: Final = 32
+_UNTRIED_FRAMES: Final = 128  # then a single one: where nothing is compressed, it is long
 _FIRST_PAUSE_S: Final = 0.1
 _PAUSE_GROWTH: Final = 4
 _LONGEST_PAUSE_S: Final = 4.0
+_LONGEST_PAUSE_ANSWERS: Final = 32  # how late a short round may find that something got better
+_PROVEN_S: Final = 1.0  # a codec in use for so long was no mistake
 
 
 @dataclass(slots=True)
@@ -105,11 +114,15 @@ class _Seen:
 
 @dataclass(slots=True)
 class _Answered:
-    """Of frames of one codec that were alone under way."""
+    """Of frames of one codec that were alone under way, from encoded to answered, a page."""
 
+    newest_s: float
     seconds: float
-    """From encoded to answered, a page."""
+    """The shorter of the newest two: what disturbs makes an answer late, never early."""
     at: int
+    """The lane's number of the newest."""
+    pause: int = 1
+    """Answers to other codecs until this one is tried again."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -137,21 +150,15 @@ class _Trial:
 
 @dataclass(slots=True)
 class _Pause:
-    """Of changes in one direction as far as one that was wrong, or farther."""
+    """Of changes to a codec that was wrong, and to those beyond it."""
 
-    rung: int = 0
     until: float = 0.0
     next_s: float = _FIRST_PAUSE_S
 
-    def begin(self, rung: int, now: float) -> None:
-        """`rung` was wrong."""
-        self.rung = rung
+    def begin(self, now: float) -> None:
+        """It was wrong."""
         self.until = now + self.next_s
         self.next_s = min(_LONGEST_PAUSE_S, self.next_s * _PAUSE_GROWTH)
-
-    def reset(self) -> None:
-        """A change in this direction was right."""
-        self.next_s = _FIRST_PAUSE_S
 
 
 class Choice:
@@ -170,6 +177,8 @@ class Choice:
         self._alone = True
         self._seen: dict[int, _Seen] = {}
         self._answered: dict[int, _Answered] = {}
+        self._answers = 0
+        """In short rounds, or to a long round's first frame."""
         self._under_way: deque[_UnderWay] = deque()
         self._link_s = 0.0  # a byte
         self._last_per_byte = 0.0
@@ -179,9 +188,11 @@ class Choice:
         self._waiting = False
         """Whether the lane had to, in the last epoch."""
         self._began = 0.0
+        self._answered_at = 0.0
+        """When the newest answer came: an epoch lasts from one to another."""
         self._number = 0
         self._ended: float | None = None
-        self._shortest_gap_s = float("inf")
+        self._shortest_gap_s = math.inf
         """Between two frames: what a lane has to do there without waiting for anybody."""
         self._pages_left = 0
         self._short = False
@@ -191,8 +202,9 @@ class Choice:
         self._unsettled = 1
         """Answers until an epoch begins: to the frames before a change, or to a round's first."""
         self._trial: _Trial | None = None
-        self._pauses = {True: _Pause(), False: _Pause()}
-        """Of trials of stronger codecs, and of lighter ones."""
+        self._pauses = [_Pause() for _ in self._ladder]
+        self._since = 0.0
+        """When the codec in use was taken."""
         self._start_epoch()
 
     @property
@@ -259,28 +271,34 @@ class Choice:
     def acknowledged(self, now: float) -> None:
         """The receiver has applied the oldest frame that is under way."""
         frame = self._under_way.popleft()
-        self._acknowledged_bytes += frame.n_bytes
-        self._acknowledged_pages += frame.pages
+        self._answered_at = now
         if self._unsettled:
             self._unsettled -= 1
             self._start_epoch()
+        else:
+            self._acknowledged_bytes += frame.n_bytes
+            self._acknowledged_pages += frame.pages
         if not frame.alone or frame.pages < _MIN_PAGES:
             return
         took_s = now - frame.encoded
         if self._probes:
             self._judge_probe(took_s, frame)
-        elif frame.pages >= _MIN_ANSWERED_PAGES:
+        elif frame.pages >= _MIN_ANSWERED_PAGES and self._delta_rounds != _DELTA_ROUNDS:
             self._note_answer(frame.rung, took_s / frame.pages)
 
     def _note_answer(self, rung: int, seconds: float) -> None:
-        found = self._answered.get(rung)
-        if found is None or not self._is_fresh(found):
-            self._answered[rung] = _Answered(seconds, self._number)
+        self._answers += 1
+        before = self._answered.get(rung)
+        if before is None:
+            self._answered[rung] = _Answered(seconds, seconds, self._answers)
+            return
+        before.seconds = min(seconds, before.newest_s)
+        before.newest_s = seconds
+        before.at = self._answers
+        if self._cost_answered(rung) > min(map(self._cost_answered, self._answered)):
+            before.pause = min(_LONGEST_PAUSE_ANSWERS, before.pause * _PAUSE_GROWTH)
         else:
-            # What disturbs makes an answer late, never early.
-            seconds = min(seconds, _LATE * found.seconds)
-            found.seconds += (seconds - found.seconds) * _WEIGHT
-            found.at = self._number
+            before.pause = 1
 
     def _begin_round(self, pages: int) -> None:
         # The link stood idle, and its window has to be filled.
@@ -293,8 +311,7 @@ class Choice:
             if self._delta_rounds:
                 # What the one before has cost says nothing: it had no bases.
                 self._seen.pop(self._delta, None)
-                self._answered.pop(self._delta, None)
-        elif self._delta_is_due():
+        elif self._is_due(self._delta) and self._may_go_raw():
             self._delta_rounds = _DELTA_ROUNDS
 
     # the start
@@ -326,6 +343,7 @@ class Choice:
     # rounds whose frames overlap
 
     def _start_epoch(self) -> None:
+        self._epoch_began = self._answered_at
         self._frames = 0
         self._elapsed_s = 0.0
         self._waited_s = 0.0
@@ -340,7 +358,8 @@ class Choice:
             if not self._acknowledged_bytes:
                 return
             self._waiting = self._waited_s > _WAITING_SHARE * self._elapsed_s
-            per_byte = self._elapsed_s / self._acknowledged_bytes
+            lasted_s = self._answered_at - self._epoch_began
+            per_byte = lasted_s / self._acknowledged_bytes
             if self._waiting:
                 # What disturbs makes a link slower, so the better of two epochs counts.
                 self._link_s = min(per_byte, self._last_per_byte)
@@ -349,41 +368,39 @@ class Choice:
                 self._hope = _HOPE
             elif 2 * self._acknowledged_bytes < self._sent_bytes:
                 return  # the window is being filled
-            elif self._link_measured and now >= self._pauses[False].until:
+            elif self._link_measured and now >= self._lighter_until():
                 self._link_s = min(self._link_s, per_byte) * self._hope
                 self._hope *= self._hope
-            self._settle(now, self._elapsed_s / max(1, self._acknowledged_pages), per_byte)
+            self._settle(now, lasted_s / max(1, self._acknowledged_pages), per_byte)
         self._start_epoch()
 
     def _settle(self, now: float, pace_s: float, per_byte_s: float) -> None:
         """Change to the best codec, as far as is known; `pace_s` a page, or `per_byte_s`, is what
         this one takes."""
         trial, self._trial = self._trial, None
-        if trial is not None:
-            pause = self._pauses[trial.rung < self._rung]
-            if self._is_worse(trial, pace_s, per_byte_s):
-                pause.begin(self._rung, now)
-                self._change(trial.rung)
-                return
-            pause.reset()
-            if trial.doubted:
-                self._pauses[True].begin(trial.rung, now)
-        stronger, lighter = self._pauses[True], self._pauses[False]
-        first, last = 0, len(self._ladder)
-        if now < lighter.until:
-            first = min(self._rung, lighter.rung + 1)
-        if now < stronger.until:
-            last = max(self._rung + 1, stronger.rung)
+        if trial is not None and self._is_worse(trial, pace_s, per_byte_s):
+            self._pauses[self._rung].begin(now)
+            self._change(trial.rung, now)
+            return
+        if trial is not None and trial.doubted:
+            self._pauses[trial.rung].begin(now)
+        if now - self._since > _PROVEN_S:
+            self._pauses[self._rung] = _Pause()
+        paused = [rung for rung, pause in enumerate(self._pauses) if now < pause.until]
+        first = max((rung + 1 for rung in paused if rung < self._rung), default=0)
+        last = min((rung for rung in paused if rung > self._rung), default=len(self._ladder))
         if not self._waiting:  # nothing but hope says that the link could do more
             first = max(first, self._rung - 1)
         costs = {rung: self._cost(rung) for rung in range(first, last)}
         best = min(costs, key=costs.__getitem__)
         if costs[best] < _GAIN * costs[self._rung]:
             self._trial = _Trial(self._rung, pace_s, per_byte_s)
-            self._change(best)
+            if self._waiting and now - self._since <= _PROVEN_S:
+                self._pauses[self._rung].begin(now)
+            self._change(best, now)
         elif self._waiting and first < self._rung and self._is_level(self._rung - 1):
             self._trial = _Trial(self._rung, pace_s, per_byte_s, doubted=True)
-            self._change(self._rung - 1)
+            self._change(self._rung - 1, now)
 
     def _is_level(self, rung: int) -> bool:
         return self._ladder[rung].method is Method.ZSTD
@@ -405,7 +422,7 @@ class Choice:
         return max(self._rung, self._delta) if again else self._rung
 
     def _delta_is_due(self) -> bool:
-        if self._rung > self._delta + 1 or self._is_fresh(self._seen.get(self._delta)):
+        if self._rung > self._delta + 1 or self._was_tried(self._delta):
             return False
         return self._cost(0) <= _DELTA_COSTS * self._cost(self._rung)
 
@@ -417,12 +434,16 @@ class Choice:
         """Whether a frame of the next codec, of which nothing is known, is worth its time, or costs
         none but that in which the lane waits."""
         rung = self._next_stronger()
-        if not self._waiting or rung >= len(self._ladder) or self._is_fresh(self._seen.get(rung)):
+        if not self._waiting or rung >= len(self._ladder) or self._was_tried(rung):
             return False
         return self._rung <= self._delta or self._estimate(rung)[0] < self._cost(self._rung)
 
-    def _change(self, rung: int) -> None:
+    def _lighter_until(self) -> float:
+        return max((pause.until for pause in self._pauses[: self._rung]), default=0.0)
+
+    def _change(self, rung: int, now: float) -> None:
         self._rung = rung
+        self._since = now
         self._unsettled = len(self._under_way)
 
     def _note(self, seconds: float, n_bytes: float) -> None:
@@ -434,8 +455,12 @@ class Choice:
         seen.n_bytes += (n_bytes - seen.n_bytes) * _WEIGHT
         seen.at = self._number
 
-    def _is_fresh(self, what: _Seen | _Answered | None) -> bool:
+    def _is_fresh(self, what: _Seen | None) -> bool:
         return what is not None and self._number - what.at <= _STALE_FRAMES
+
+    def _was_tried(self, rung: int) -> bool:
+        seen = self._seen.get(rung)
+        return seen is not None and self._number - seen.at <= _UNTRIED_FRAMES
 
     def _estimate(self, rung: int) -> tuple[float, float]:
         """Seconds and bytes of a page: as seen, or in proportion to what was seen nearest to it."""
@@ -463,20 +488,38 @@ class Choice:
             return self._delta
         return min(range(len(self._ladder)), key=self._cost_alone)
 
-    def _cost_alone(self, rung: int) -> float:
-        """Seconds for a page from the start of encoding to the answer, and the price of encoding.
-        Of a codec that was not used there lately, at the best: so it is tried, and shows."""
-        seconds, n_bytes = self._estimate(rung)
-        seconds *= 1 + _PRICE
+    def _may_go_raw(self) -> bool:
+        """Whether a round of deltas that have no bases would not cost much."""
+        return self._cost_alone(0) <= _DELTA_COSTS * self._cost_alone(self._in_short_round())
+
+    def _is_due(self, rung: int) -> bool:
+        """Whether the codec is to be tried, or tried again."""
         answered = self._answered.get(rung)
-        if answered is not None and self._is_fresh(answered):
-            return seconds + answered.seconds
-        fastest = min(
-            (
-                each.seconds / self._estimate(other)[1]
-                for other, each in self._answered.items()
-                if self._is_fresh(each)
-            ),
-            default=self._link_s,
+        return answered is None or self._answers - answered.at >= answered.pause
+
+    def _cost_alone(self, rung: int) -> float:
+        """Seconds for a page from the start of encoding to the answer, and the price of encoding;
+        of a codec that is to be tried at the best."""
+        if self._is_due(rung) and rung != self._delta:
+            return (1 + _PRICE) * self._estimate(rung)[0] + self._least_answer_s(rung)
+        return self._cost_answered(rung)
+
+    def _cost_answered(self, rung: int) -> float:
+        if rung not in self._answered:
+            return math.inf
+        return (1 + _PRICE) * self._estimate(rung)[0] + self._answered[rung].seconds
+
+    def _least_answer_s(self, rung: int) -> float:
+        """How soon a page may be answered at the best: more bytes take no longer than fewer, fewer
+        take less in proportion, and none go faster than the link."""
+        n_bytes = self._estimate(rung)[1]
+        known = [
+            (each.seconds, self._estimate(other)[1])
+            for other, each in self._answered.items()
+            if other != rung
+        ]
+        link_s = min((seconds / there for seconds, there in known), default=self._link_s)
+        least_s = min(
+            (seconds * min(1.0, n_bytes / there) for seconds, there in known), default=0.0
         )
-        return seconds + n_bytes * fastest
+        return max(least_s, n_bytes * min(link_s, self._link_s))
