@@ -167,6 +167,8 @@ class Choice:
     def __init__(self, ladder: Sequence[Codec] = LADDER) -> None:
         """A ladder of one is no choice; more must be of `LADDER`, and begin with `NONE`."""
         self._ladder = tuple(ladder)
+        # By number: to look a codec up takes a microsecond, and short rounds wait for the choice.
+        self._typical = [_TYPICAL[codec] for codec in ladder] if len(ladder) > 1 else []
         self._probes = deque(PROBES_PAGES if len(self._ladder) > 1 else ())
         self._probed: _UnderWay | None = None
         self._probed_s = 0.0
@@ -409,8 +411,7 @@ class Choice:
         """Whether the codec in use is, by more than pages differ from each other."""
         if not (self._is_level(trial.rung) and self._is_level(self._rung)):
             return pace_s > _WORSE * trial.pace_s
-        before, now = self._ladder[trial.rung], self._ladder[self._rung]
-        fewer = _TYPICAL[now][1] / _TYPICAL[before][1]
+        fewer = self._typical[self._rung][1] / self._typical[trial.rung][1]
         most = _GAIN if trial.doubted else _LEVEL_WORSE
         return per_byte_s * fewer > most * trial.per_byte_s
 
@@ -464,17 +465,17 @@ class Choice:
 
     def _estimate(self, rung: int) -> tuple[float, float]:
         """Seconds and bytes of a page: as seen, or in proportion to what was seen nearest to it."""
-        fresh = [each for each, seen in self._seen.items() if self._is_fresh(seen)]
-        if not fresh:
-            seconds, n_bytes = _TYPICAL[self._ladder[rung]]
+        oldest = self._number - _STALE_FRAMES
+        nearest, distance = -1, len(self._ladder)
+        for each, seen in self._seen.items():
+            if seen.at >= oldest and abs(each - rung) < distance:
+                nearest, distance = each, abs(each - rung)
+        seconds, n_bytes = self._typical[rung]
+        if nearest < 0:
             return seconds / 1e6, n_bytes
-        nearest = min(fresh, key=lambda each: abs(each - rung))
         seen = self._seen[nearest]
-        if nearest == rung:
-            return seen.seconds, seen.n_bytes
-        seconds, n_bytes = _TYPICAL[self._ladder[rung]]
-        seconds_there, bytes_there = _TYPICAL[self._ladder[nearest]]
-        return seen.seconds * seconds / seconds_there, seen.n_bytes * n_bytes / bytes_there
+        seconds_there, bytes_there = self._typical[nearest]
+        return seen.seconds * (seconds / seconds_there), seen.n_bytes * (n_bytes / bytes_there)
 
     def _cost(self, rung: int) -> float:
         """Seconds for a page, and the price of encoding it."""
@@ -486,7 +487,12 @@ class Choice:
     def _in_short_round(self) -> int:
         if self._delta_rounds:
             return self._delta
-        return min(range(len(self._ladder)), key=self._cost_alone)
+        best, best_s = 0, self._cost_alone(0)
+        for rung in range(1, len(self._ladder)):
+            # Most are out of the question by their encoding alone, and the round waits for this.
+            if self._cost_encoding(rung) < best_s and (cost_s := self._cost_alone(rung)) < best_s:
+                best, best_s = rung, cost_s
+        return best
 
     def _may_go_raw(self) -> bool:
         """Whether a round of deltas that have no bases would not cost much."""
@@ -501,13 +507,16 @@ class Choice:
         """Seconds for a page from the start of encoding to the answer, and the price of encoding;
         of a codec that is to be tried at the best."""
         if self._is_due(rung) and rung != self._delta:
-            return (1 + _PRICE) * self._estimate(rung)[0] + self._least_answer_s(rung)
+            return self._cost_encoding(rung) + self._least_answer_s(rung)
         return self._cost_answered(rung)
 
     def _cost_answered(self, rung: int) -> float:
         if rung not in self._answered:
             return math.inf
-        return (1 + _PRICE) * self._estimate(rung)[0] + self._answered[rung].seconds
+        return self._cost_encoding(rung) + self._answered[rung].seconds
+
+    def _cost_encoding(self, rung: int) -> float:
+        return (1 + _PRICE) * self._estimate(rung)[0]
 
     def _least_answer_s(self, rung: int) -> float:
         """How soon a page may be answered at the best: more bytes take no longer than fewer, fewer
