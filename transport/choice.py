@@ -280,7 +280,7 @@ class Choice:
         else:
             self._acknowledged_bytes += frame.n_bytes
             self._acknowledged_pages += frame.pages
-        if not frame.alone or frame.pages < _MIN_PAGES:
+        if not frame.alone or frame.pages < _MIN_PAGES or len(self._ladder) == 1:
             return
         took_s = now - frame.encoded
         if self._probes:

@@ -472,7 +472,9 @@ def test_rounds_without_content_teach_nothing() -> None:
     assert choice.probe_pages
 
 
-def test_one_codec_is_no_choice() -> None:
-    lane = Lane(Choice([NONE]), FILES, 10 * MBIT)
+@pytest.mark.parametrize("codec", [NONE, Codec(Method.ZSTD, 6)])
+def test_one_codec_is_no_choice(codec: Codec) -> None:
+    lane = Lane(Choice([codec]), {str(codec): (1e-6, 4104)}, 10 * MBIT)
     lane.send(5_000)
-    assert set(lane.used) == {NONE}
+    lane.send_short(5)
+    assert set(lane.used) == {codec}
