@@ -9,16 +9,23 @@ by their digest as far as an entry for each suffices, which the next page with t
 overwrites.
 
 Memory: at most 16 bytes a page, and 4101 bytes a slot, nearly all of it touched only when first
-used.
+used, or shortly before.
 """
 
 from __future__ import annotations
+
+from typing import Final
 
 import numpy as np
 import numpy.typing as npt
 
 from transport.frames import MAX_LANES, PAGE_BYTES, STRIPE_PAGES
 from transport.kernels.pages import NO_PAGE, PAGE_WORDS, UNKNOWN, Knowledge
+
+AHEAD_SLOTS: Final = 1024
+"""Of a lane, that are touched before they are needed: what a round with little left may take."""
+STEP_SLOTS: Final = 512
+"""That are touched at once: a page of 2 MiB where the kernel has such, else 512 page faults."""
 
 
 class Replica:
@@ -51,6 +58,8 @@ class Replica:
         self._cache = np.empty((lanes, self._lane_slots * PAGE_WORDS), np.uint64)
         self._owners = np.full((lanes, self._lane_slots), NO_PAGE, np.uint32)
         self._referenced = np.zeros((lanes, self._lane_slots), np.uint8)
+        self._hands = np.zeros((lanes, 1), np.int64)
+        self._touched = [0] * lanes
         entries = 1 << max(0, (n_pages // lanes).bit_length() - 1)
         self._originals = np.zeros((lanes, entries), np.uint32)
 
@@ -82,9 +91,24 @@ class Replica:
             cache=self._cache[lane],
             owners=self._owners[lane],
             referenced=self._referenced[lane],
-            hand=np.zeros(1, np.int64),
+            hand=self._hands[lane],
             originals=self._originals[lane],
         )
+
+    def touch_ahead(self, lane: int) -> None:
+        """Touch some of the slots that `lane` takes next, unless enough of them have been.
+
+        The first use of memory is a page fault, which costs more than to encode a page, and a
+        machine that is virtual itself pays several times that. For a time when nothing is to be
+        sent.
+        """
+        # Slots are taken from the first to the last before any is taken again.
+        first = max(self._touched[lane], int(self._hands[lane, 0]))
+        last = min(self._lane_slots, int(self._hands[lane, 0]) + AHEAD_SLOTS, first + STEP_SLOTS)
+        if first < last:
+            free = np.flatnonzero(self._owners[lane, first:last] == NO_PAGE) + first
+            self._cache[lane, free * PAGE_WORDS] = 0
+            self._touched[lane] = last
 
     def forget(self, indices: npt.NDArray[np.uint32]) -> None:
         """Make these pages (uint32, 1-D) unknown: the next encode sends them, and not as a change;

@@ -96,9 +96,12 @@ class LaneSource:
         self._encoder = self.source.encoder(self._lane, self._frame_bytes)
 
     def idle(self) -> None:
-        """Nothing is to be sent at the moment: memory is mapped meanwhile, by the first lane."""
+        """Nothing is to be sent at the moment: memory is mapped meanwhile, by the first lane, and
+        the cache made ready."""
         if self._lane == 0:
             self._mapper.step()
+        if self._encoder is not None:
+            self._encoder.replica.touch_ahead(self._lane)
 
     @property
     def files(self) -> Files:

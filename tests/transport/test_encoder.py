@@ -215,8 +215,9 @@ def test_i3_the_target_becomes_equal_whatever_is_written(  # type: ignore[no-unt
     for round_no, batch in enumerate(rounds):
         for page, how, number in batch:
             rewrite(source[page], how, number)
-        for each in pairs:
+        for lane, each in enumerate(pairs):
             each.encoder.codec = Codec.parse(codecs[round_no % len(codecs)])
+            replica.touch_ahead(lane)
         # A page that was written twice is sent twice.
         pages = np.array([page for page, _, _ in batch], np.uint32)
         arriving = [
