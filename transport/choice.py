@@ -456,8 +456,8 @@ class Choice:
         seen.n_bytes += (n_bytes - seen.n_bytes) * _WEIGHT
         seen.at = self._number
 
-    def _is_fresh(self, what: _Seen | None) -> bool:
-        return what is not None and self._number - what.at <= _STALE_FRAMES
+    def _is_fresh(self, seen: _Seen) -> bool:
+        return self._number - seen.at <= _STALE_FRAMES
 
     def _was_tried(self, rung: int) -> bool:
         seen = self._seen.get(rung)
@@ -465,10 +465,9 @@ class Choice:
 
     def _estimate(self, rung: int) -> tuple[float, float]:
         """Seconds and bytes of a page: as seen, or in proportion to what was seen nearest to it."""
-        oldest = self._number - _STALE_FRAMES
         nearest, distance = -1, len(self._ladder)
         for each, seen in self._seen.items():
-            if seen.at >= oldest and abs(each - rung) < distance:
+            if abs(each - rung) < distance and self._is_fresh(seen):
                 nearest, distance = each, abs(each - rung)
         seconds, n_bytes = self._typical[rung]
         if nearest < 0:

@@ -50,11 +50,9 @@ class Task(ABC):
     """Work for one lane. All methods but `cancel` are called by the lane's thread."""
 
     def __init__(self) -> None:
-        self.done = False
-        """Set by the lane when it has put the task away."""
         self.waited_for: list[None] = [None]
-        """An entry for each task that is not done of those that are waited for together, which
-        share this list; `Shared.changed` is notified when it is empty."""
+        """An entry for each task that no lane has put away yet of those that are waited for
+        together, which share this list; `Shared.changed` is notified when it is empty."""
         self._under_way = 0
         self._cancelled = False
 
@@ -231,10 +229,9 @@ class SendLane(LinkThread):
     def _advance(self) -> float:
         """Produce and send at most one message; returns when to come back (0: at once)."""
         while self._tasks and self._tasks[0].finished:
-            task = self._tasks.popleft()
-            task.done = True
-            task.waited_for.pop()
-            if not task.waited_for:
+            waited_for = self._tasks.popleft().waited_for
+            waited_for.pop()
+            if not waited_for:
                 self.shared.changed.notify()
         if self._held is None:
             if not self._may_produce():

@@ -431,7 +431,7 @@ class Sender(Link):
             task.waited_for = waited_for
             lane.submit(task)
         try:
-            await self._when(lambda: all(task.done for task in tasks) or None, look_first=True)
+            await self._when(lambda: not waited_for or None, look_first=True)
         except BaseException:
             for lane, task in zip(self._lanes, tasks, strict=True):
                 task.cancel()

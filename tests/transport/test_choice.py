@@ -365,18 +365,26 @@ LATE = st.dictionaries(
 ANSWER_S = st.floats(0.0, 3e-3)
 
 
+def used_in_short_rounds(
+    rate: float, long_pages: int, late_s: dict[str, list[float]], answer_s: float
+) -> list[Codec]:
+    """The codecs of sixty short rounds behind a long one."""
+    lane = Lane(Choice(), FILES, rate)
+    lane.send(long_pages)
+    lane.late_s = {codec: [*late] for codec, late in late_s.items()}
+    lane.answer_s = answer_s
+    lane.used.clear()
+    lane.send_short(60)
+    return lane.used
+
+
 @given(late_s=LATE, answer_s=ANSWER_S, rate=st.sampled_from([2e9, 1e10]))
 @example(late_s={"none": [0.02], "delta": [0.02, 0.02]}, answer_s=1e-3, rate=1e10)
 def test_on_a_fast_link_no_late_answer_keeps_short_rounds_from_going_as_they_are(
     late_s: dict[str, list[float]], answer_s: float, rate: float
 ) -> None:
-    lane = Lane(Choice(), FILES, rate)
-    lane.send(20_000)
-    lane.late_s = {codec: [*late] for codec, late in late_s.items()}
-    lane.answer_s = answer_s
-    lane.used.clear()
-    lane.send_short(60)
-    assert sum(codec not in RAW for codec in lane.used) <= len(LADDER)
+    used = used_in_short_rounds(rate, 20_000, late_s, answer_s)
+    assert sum(codec not in RAW for codec in used) <= len(LADDER)
 
 
 def test_one_late_answer_of_each_does_not_count() -> None:
@@ -392,13 +400,7 @@ def test_one_late_answer_of_each_does_not_count() -> None:
 def test_on_a_slow_link_that_is_known_short_rounds_never_go_as_they_are(
     late_s: dict[str, list[float]], answer_s: float, rate: float
 ) -> None:
-    lane = Lane(Choice(), FILES, rate)
-    lane.send(5_000)
-    lane.late_s = {codec: [*late] for codec, late in late_s.items()}
-    lane.answer_s = answer_s
-    lane.used.clear()
-    lane.send_short(60)
-    assert not set(RAW) & set(lane.used)
+    assert not set(RAW) & set(used_in_short_rounds(rate, 5_000, late_s, answer_s))
 
 
 RATES = st.sampled_from([10 * MBIT, 100 * MBIT, 1000 * MBIT, 10_000 * MBIT, 1e11])
