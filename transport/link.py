@@ -279,9 +279,11 @@ class Link(ABC):
         await trio.lowlevel.checkpoint()
         shared = self._shared
         while True:
+            if shared.closing is not Closing.NO:  # which only trio's side sets
+                # Who is cancelled as the link closes may have been woken for another reason.
+                await trio.lowlevel.checkpoint_if_cancelled()
+                raise trio.ClosedResourceError("the link has been closed")
             with shared.lock:
-                if shared.closing is not Closing.NO:
-                    raise trio.ClosedResourceError("the link has been closed")
                 if not greeting and not shared.established and shared.failure is None:
                     raise RuntimeError("there is no session yet")
                 result = attempt() if look_first or shared.failure is None else None

@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 import trio
+import trio.testing
 
 from transport.channels import RECORD_WINDOW_BYTES, TUNNEL_WINDOW_BYTES, Record
 from transport.errors import LinkFailed, PeerClosed, PeerLost
@@ -316,5 +317,26 @@ def test_both_sides_outlive_their_timeouts_while_they_ping(link_pair: Any) -> No
             await trio.sleep(3.2)
             await pair.sender.send_record(1, b"", flush=True)
             assert pair.sender.statistics().round_trip_ns > 0
+
+    run_trio(scenario)
+
+
+def test_who_is_cancelled_as_the_link_closes_is_cancelled_and_fails_not(link_pair: Any) -> None:
+    """Even if it was just woken for another reason, so that it looks once more before it hears of
+    the cancellation."""
+
+    async def scenario() -> None:
+        async with link_pair() as pair:
+            shared = pair.sender._shared
+            with trio.CancelScope() as scope:
+                async with trio.open_nursery() as nursery:
+                    nursery.start_soon(pair.sender.receive_record)
+                    await trio.testing.wait_all_tasks_blocked()
+                    shared.changed._fire()
+                    scope.cancel()
+                    shared.start_closing(Closing.DRAIN)
+            assert scope.cancelled_caught
+            with pytest.raises(trio.ClosedResourceError):
+                await pair.sender.receive_record()
 
     run_trio(scenario)
