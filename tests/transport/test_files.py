@@ -128,19 +128,22 @@ def test_what_nobody_has_touched_is_touched_on_neither_side(codec: Codec) -> Non
         assert target.touched() <= 3 + len(NO_FILE)
 
 
-def test_a_page_written_within_a_hole_is_in_it_no_longer() -> None:
+@pytest.mark.parametrize(
+    ("form", "data"), [(PageKind.RAW, page_of(9)), (PageKind.DELTA, b"\x05\x02xy")]
+)
+def test_a_page_written_within_a_hole_is_in_it_no_longer(form: PageKind, data: bytes) -> None:
     """A frame may bring a page twice; what is known of holes must follow."""
     with file_memory() as target:
-        kind = np.array([PageKind.ZERO, PageKind.RAW, PageKind.ZERO], np.uint8)
+        kind = np.array([PageKind.ZERO, form, PageKind.ZERO], np.uint8)
         done = apply_pages(
             target.array,
             new_files(target.extents, N_PAGES),
             np.array([4, 9, 9], np.uint32),
             kind,
-            np.array([0, PAGE, 0], np.uint16),
-            np.array([0, 0, PAGE], np.uint32),
-            np.zeros(3, np.uint64),
-            np.frombuffer(page_of(9), np.uint8),
+            np.array([0, len(data), 0], np.uint16),
+            np.array([0, 0, len(data)], np.uint32),
+            np.full(3, digest_all(np.zeros(PAGE, np.uint8), SEED)[0]),
+            np.frombuffer(data, np.uint8),
             np.uint64(SEED),
             new_workspace(),
             np.empty(3, np.uint32),

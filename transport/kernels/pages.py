@@ -185,7 +185,8 @@ def _snapshot(memory, page, words, first):  # type: ignore[no-untyped-def]
 
 
 @inlined
-def _prefetch_page(address):  # type: ignore[no-untyped-def]
+def prefetch_page(address):  # type: ignore[no-untyped-def]
+    """Have a page fetched towards the first-level cache, without waiting for it."""
     for line in range(0, PAGE_BYTES, _CACHE_LINE_BYTES):
         prefetch(np.uint64(address) + np.uint64(line))
 
@@ -323,6 +324,17 @@ def _keep_snapshot(known, page, workspace):  # type: ignore[no-untyped-def]
     start = np.uint64(slot) * np.uint64(PAGE_WORDS)
     for word in range(PAGE_WORDS):
         known.cache[start + np.uint64(word)] = workspace[PAGE_AT // 8 + word]
+
+
+@inlined
+def _keep_changes(known, page, workspace):  # type: ignore[no-untyped-def]
+    """As `_keep_snapshot`, for a page whose slot holds its base and whose changes are marked."""
+    slot = np.int64(known.slots[page]) - 1
+    start = np.uint64(slot) * np.uint64(PAGE_WORDS)
+    for m in range(_MASK_WORDS):
+        if workspace[_MASK // 8 + m] != 0:
+            for word in range(m * 8, m * 8 + 8):
+                known.cache[start + np.uint64(word)] = workspace[PAGE_AT // 8 + word]
 
 
 @inlined
@@ -487,9 +499,9 @@ def encode_pages(  # type: ignore[no-untyped-def]
 
     Cost of a page, whose 4096 bytes are read from memory once and then stay in the first-level
     cache: one copy and a digest, which is all if it is equal, or if it is raw by `EFFORT_RAW`;
-    otherwise also one into the cache of bases, the reading of the base, and either that of the
-    original, or the compression and a copy to `body`. To look for an original costs up to two cache
-    misses.
+    otherwise also one into the cache of bases (with a delta, of the lines that changed), the
+    reading of the base, and either that of the original, or the compression and a copy to `body`.
+    To look for an original costs up to two cache misses.
     """
     workspace, space = scratch.words, scratch.bytes
     out = body.bytes
@@ -517,12 +529,12 @@ def encode_pages(  # type: ignore[no-untyped-def]
             slot = np.int64(known.slots[page]) - 1
             if slot >= 0:
                 # Fetches the base while the page is copied and digested.
-                _prefetch_page(known.cache.ctypes.data + slot * PAGE_BYTES)
+                prefetch_page(known.cache.ctypes.data + slot * PAGE_BYTES)
         untouched = held == UNKNOWN and in_hole(files, page)
         is_zero = untouched or _snapshot(memory, page, words, first)
         if not untouched and position < stop and indices[position] < n_pages:
             # Fetches the next page while this one is worked on.
-            _prefetch_page(memory.ctypes.data + np.int64(indices[position]) * PAGE_BYTES)
+            prefetch_page(memory.ctypes.data + np.int64(indices[position]) * PAGE_BYTES)
         digest = zero_digest
         if not is_zero:
             digest = clib.xxh3_64(words.ctypes.data + first * 8, PAGE_BYTES, seed)
@@ -561,7 +573,9 @@ def encode_pages(  # type: ignore[no-untyped-def]
                 kind, length = _write_page(
                     out, at, effort, changed_words, delta, workspace, lz4_state
                 )
-            if known.slots.size:
+            if delta > 0 and known.slots.size and known.slots[page] > 0:
+                _keep_changes(known, page, workspace)
+            elif known.slots.size:
                 _keep_snapshot(known, page, workspace)
 
         if kind >= _FIRST_WITH_BASE:

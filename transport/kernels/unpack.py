@@ -15,7 +15,7 @@ from transport.frames import PAGE_BYTES, PageKind
 from transport.kernels import clib
 from transport.kernels.compiled import inlined, kernel, readonly, writable
 from transport.kernels.files import FILES, fill_hole, forget_hole, in_hole, write_pages
-from transport.kernels.pages import BASE_AT, PAGE_AT, WORKSPACE
+from transport.kernels.pages import BASE_AT, PAGE_AT, WORKSPACE, prefetch_page
 from transport.kernels.tables import original_of_copy
 
 _ZERO: Final = int(PageKind.ZERO)
@@ -40,21 +40,31 @@ def _get_number(payload, at, end):  # type: ignore[no-untyped-def]
 
 
 @inlined
-def _apply_delta(payload, at, end, space):  # type: ignore[no-untyped-def]
-    """Apply delta runs to the page in the workspace. False if they are malformed."""
+def _is_delta(payload, at, end):  # type: ignore[no-untyped-def]
+    """Whether these bytes are delta runs that stay within a page."""
     byte = 0
     while at < end:
         keep, at = _get_number(payload, at, end)
         replace, at = _get_number(payload, at, end)
         if keep < 0 or replace <= 0:
             return False
-        byte += keep
-        if byte + replace > PAGE_BYTES or at + replace > end:
-            return False
-        clib.memcpy(space.ctypes.data + PAGE_AT + byte, payload.ctypes.data + at, replace)
-        byte += replace
+        byte += keep + replace
         at += replace
+        if byte > PAGE_BYTES or at > end:
+            return False
     return True
+
+
+@inlined
+def _apply_delta(payload, at, end, page):  # type: ignore[no-untyped-def]
+    """Apply delta runs that `_is_delta` has passed to the page at the address `page`."""
+    while at < end:
+        keep, at = _get_number(payload, at, end)
+        replace, at = _get_number(payload, at, end)
+        page += keep
+        clib.memcpy(page, payload.ctypes.data + at, replace)
+        page += replace
+        at += replace
 
 
 @inlined
@@ -72,22 +82,28 @@ def _run_of_raw(index, kind, start, limit):  # type: ignore[no-untyped-def]
 
 
 @inlined
-def _decode(held_at, form, source, n_bytes, base, payload, seed, workspace):  # type: ignore[no-untyped-def]
+def _decode(held_at, in_place, form, source, n_bytes, base, payload, seed, workspace):  # type: ignore[no-untyped-def]
     """Decode a page that is not as it is into the workspace: 1, 0: the base is not there, -1:
-    malformed. `held_at` is the address of what has to be the base."""
+    malformed. `held_at` is the address of what has to be the base; `in_place`, for a delta: it is
+    changed there."""
     work = workspace.words.ctypes.data
     if form == _LZ4:
         n_decoded = clib.lz4_decompress(source, work + PAGE_AT, n_bytes, PAGE_BYTES, 0, 0)
         return 1 if n_decoded == PAGE_BYTES else -1
-    held = BASE_AT if form == _LZ4_BASE else PAGE_AT
-    clib.memcpy(work + held, held_at, PAGE_BYTES)
-    if clib.xxh3_64(work + held, PAGE_BYTES, seed) != base:
+    held = held_at
+    if not in_place:
+        held = work + (BASE_AT if form == _LZ4_BASE else PAGE_AT)
+        clib.memcpy(held, held_at, PAGE_BYTES)
+    if clib.xxh3_64(held, PAGE_BYTES, seed) != base:
         return 0
     if form == _COPY:
         return 1
     if form == _DELTA_RUNS:
         at = np.int64(source - payload.ctypes.data)
-        return 1 if _apply_delta(payload, at, at + n_bytes, workspace.bytes) else -1
+        if not _is_delta(payload, at, at + n_bytes):
+            return -1
+        _apply_delta(payload, at, at + n_bytes, held)
+        return 1
     n_decoded = clib.lz4_decompress(
         source, work + PAGE_AT, n_bytes, PAGE_BYTES, work + BASE_AT, PAGE_BYTES
     )
@@ -118,9 +134,14 @@ def apply_pages(  # type: ignore[no-untyped-def]
     Returns how many these are; for a page whose bytes are malformed, -1 minus its position, the
     pages in front of it being written.
 
-    Cost of a page: zero, nothing in a hole, else 4096 bytes cleared; raw, one copy; compressed, one
-    copy more, within the first-level cache; with a base, also the reading and digest of that, which
-    is all that precedes the write of a copy.
+    A delta changes the page where it is. If somebody else, a VMM that loads its stream, writes to
+    that page at the same time, it may be neither's afterwards, as any page that is written from two
+    sides: its digest tells.
+
+    Cost of a page: zero, nothing in a hole, else 4096 bytes cleared; raw, one copy; a delta, the
+    digest of the page and a copy of what changed; by LZ4, two copies, one of them within the
+    first-level cache, and with a base also the reading and digest of that, which is all that
+    precedes the write of a copy. The next page is fetched meanwhile, unless it is raw.
     """
     work = workspace.words.ctypes.data
     n_rejected = 0
@@ -138,6 +159,8 @@ def apply_pages(  # type: ignore[no-untyped-def]
             base_page = original_of_copy(payload, np.int64(offset[position]))
             held = not in_hole(files, base_page)
         untouched = in_hole(files, page)
+        if position + 1 < index.size and kind[position + 1] != _RAW:
+            prefetch_page(memory.ctypes.data + np.int64(index[position + 1]) * PAGE_BYTES)
         if form == _ZERO:
             if not untouched:
                 memory[page * PAGE_BYTES : (page + 1) * PAGE_BYTES] = 0
@@ -148,9 +171,11 @@ def apply_pages(  # type: ignore[no-untyped-def]
             count = _run_of_raw(index, kind, position, files.hole[2] if untouched else page + 1)
         else:
             found = 0
+            in_place = form == _DELTA_RUNS and not untouched
             if held:
                 found = _decode(
                     memory.ctypes.data + base_page * PAGE_BYTES,
+                    in_place,
                     form,
                     source,
                     np.int64(length[position]),
@@ -164,6 +189,7 @@ def apply_pages(  # type: ignore[no-untyped-def]
             if found == 0:
                 rejected[n_rejected] = page
                 n_rejected += 1
+            if found == 0 or in_place:
                 position += 1
                 continue
             source = work + PAGE_AT
