@@ -21,6 +21,7 @@ from transport.errors import FrameError
 from transport.frames import MAGIC, PAGE_BYTES
 from transport.link import LinkThread, Shared
 from transport.mapping import IDLE_S, Mapper
+from transport.processors import Processors
 from transport.records import Ack, unpack_request
 
 if TYPE_CHECKING:
@@ -69,6 +70,7 @@ class ApplyLane(LinkThread):
         self._lanes = lanes
         self._window_frames = window_frames
         self._frame_bytes = frame_bytes
+        self._processors = Processors(lane, lanes)
         self._unanswered = 0
         self._queue: SimpleQueue[zmq.Frame | None] = SimpleQueue()
         self._answers: deque[bytes] = deque()
@@ -112,15 +114,19 @@ class ApplyLane(LinkThread):
         self.prepared = True
         self.shared.wakeup.set()
         while (message := self._next(mapper)) is not None and not self.shared.over:
+            self._processors.work()
             self._answers.append(self._handle(message.buffer, decoder))
             self.shared.wakeup.set()
 
     def _next(self, mapper: Mapper) -> zmq.Frame | None:
         """The next message; until it comes, memory is mapped by the first lane."""
-        while mapper.useful:
+        rests = False
+        while mapper.useful or not rests:
             try:
                 return self._queue.get(timeout=IDLE_S)
             except Empty:
+                self._processors.rest()
+                rests = True
                 mapper.step()
         return self._queue.get()
 

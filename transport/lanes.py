@@ -29,6 +29,7 @@ from transport.connector import wait
 from transport.errors import PeerLost, RecordError
 from transport.link import LinkThread, Shared
 from transport.pacing import SharedBucket
+from transport.processors import Processors
 from transport.records import FIRST_DATA_LANE, LaneAnswer, routing_id, unpack_answer
 from transport.sockets import WATCH_S, ConnectionEvent, Watch, connect, open_dealer, receive
 
@@ -153,6 +154,7 @@ class SendLane(LinkThread):
         url: str,
         session: bytes,
         lane: int,
+        lanes: int,
         prepare: Callable[[], None],
         idle: Callable[[], None],
         bucket: SharedBucket,
@@ -177,6 +179,7 @@ class SendLane(LinkThread):
         self._held: _UnderWay | None = None
         self._under_way: deque[_UnderWay] = deque()
         self._buffers = BufferPool(window_frames + 1, frame_bytes)
+        self._processors = Processors(lane, lanes)
         self._socket = open_dealer(context, routing_id(FIRST_DATA_LANE + lane, session))
         self._watch = Watch(self._socket)
 
@@ -206,6 +209,8 @@ class SendLane(LinkThread):
         poller.register(self._watch.monitor, zmq.POLLIN)
         while not self.shared.over:
             again = self._advance()
+            if not self._tasks:
+                self._processors.rest()
             ready = wait(poller, min(again, time.monotonic() + WATCH_S, self._progress_by))
             if self._wakeup.fileno() in ready:
                 self._wakeup.clear()
@@ -264,6 +269,7 @@ class SendLane(LinkThread):
         if not self._under_way:
             self._progress_by = time.monotonic() + self._progress_timeout_s
         self._under_way.append(message)
+        self._processors.work()
         self.counters.messages += 1
         self.counters.bytes += len(message.outgoing.data)
 

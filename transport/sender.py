@@ -288,6 +288,7 @@ class Sender(Link):
                 self._url,
                 self._hello.session,
                 number,
+                lanes,
                 source.prepare,
                 source.idle,
                 self._bucket,
