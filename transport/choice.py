@@ -204,6 +204,8 @@ class Choice:
         self._unsettled = 1
         """Answers until an epoch begins: to the frames before a change, or to a round's first."""
         self._trial: _Trial | None = None
+        self._taken_back = False
+        """Whether the codec in use is again what it was, which may be as wrong."""
         self._pauses = [_Pause() for _ in self._ladder]
         self._since = 0.0
         """When the codec in use was taken."""
@@ -224,7 +226,7 @@ class Choice:
     def frame_pages(self) -> int:
         """How many pages the frame that was picked may hold beside those of zeros, 0: as many as
         fit. Few go as they are where that may turn out to be wrong, for long."""
-        doubtful = self._trial is not None or self._rung > self._delta
+        doubtful = self._trial is not None or self._taken_back or self._rung > self._delta
         if doubtful and not self._short and self._used <= self._delta:
             return _TRIAL_PAGES
         return self.probe_pages
@@ -380,7 +382,8 @@ class Choice:
         """Change to the best codec, as far as is known; `pace_s` a page, or `per_byte_s`, is what
         this one takes."""
         trial, self._trial = self._trial, None
-        if trial is not None and self._is_worse(trial, pace_s, per_byte_s):
+        self._taken_back = trial is not None and self._is_worse(trial, pace_s, per_byte_s)
+        if trial is not None and self._taken_back:
             self._pauses[self._rung].begin(now)
             self._change(trial.rung, now)
             return

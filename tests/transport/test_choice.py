@@ -196,6 +196,27 @@ def test_few_pages_go_as_they_are_until_that_has_proven_right() -> None:
     assert lane.sent[-2] == FRAME_PAGES
 
 
+class SlowAtFirst(dict[str, tuple[float, float]]):
+    """Behind two probes a dozen frames take far longer than later ones."""
+
+    frames = 0
+
+    def __getitem__(self, codec: str) -> tuple[float, float]:
+        seconds, n_bytes = super().__getitem__(codec)
+        self.frames += 1
+        return seconds * (16 if 2 < self.frames <= 14 else 1), n_bytes
+
+
+def test_few_pages_go_as_they_are_where_a_change_was_taken_back() -> None:
+    """A moment in which compression is slow does not tell that the link is fast."""
+    lane = Lane(Choice(), SlowAtFirst(FILES), 300 * MBIT)
+    lane.send(20_000)
+    after_probes = list(zip(lane.used, lane.sent, strict=True))[2:]
+    raw = [pages for codec, pages in after_probes if codec is NONE]
+    assert len(raw) >= EPOCH_FRAMES
+    assert max(raw) < FRAME_PAGES
+
+
 def test_a_short_round_is_not_cut_up_for_a_doubt_about_long_ones() -> None:
     lane = Lane(Choice(), FILES, 100 * MBIT)
     lane.send(50_000)
