@@ -44,7 +44,8 @@ for as good as it can be: more bytes take no longer than fewer, but none go fast
 and that is no slower than any answer. So it is tried where it may be the best, and shows; if it is
 not, it is tried again after one answer to another codec, then after four times as many each time,
 `_LONGEST_PAUSE_ANSWERS` at most. Deltas are tried for two rounds in a row: the first makes the
-bases of the second.
+bases of the second. If they save nothing all the same, their answer says as much about pages as
+they are, which take less encoding.
 """
 
 from __future__ import annotations
@@ -196,7 +197,6 @@ class Choice:
         self._ended: float | None = None
         self._shortest_gap_s = math.inf
         """Between two frames: what a lane has to do there without waiting for anybody."""
-        self._pages_left = 0
         self._short = False
         """Whether the round is."""
         self._delta_rounds = 0
@@ -231,18 +231,15 @@ class Choice:
             return _TRIAL_PAGES
         return self.probe_pages
 
-    def pick(
-        self, now: float, *, pages_left: int, frames_under_way: int, again: bool = False
-    ) -> Codec:
+    def pick(self, now: float, *, begins: int, frames_under_way: int, again: bool = False) -> Codec:
         """The codec for the frame that is about to be encoded.
 
-        `pages_left` of the round, this frame's included; `again`: of a round that is not the first.
-        Without frames under way the link was idle, so the time since the last frame says nothing
-        about it.
+        `begins`: the pages of the round that begins with this frame, 0 if none does; `again`: it is
+        not the first round. Without frames under way the link was idle, so the time since the last
+        frame says nothing about it.
         """
-        if pages_left >= self._pages_left:
-            self._begin_round(pages_left)
-        self._pages_left = pages_left
+        if begins:
+            self._begin_round(begins)
         if self._ended is not None and frames_under_way:
             gap = now - self._ended
             self._shortest_gap_s = min(self._shortest_gap_s, gap)
@@ -515,7 +512,20 @@ class Choice:
     def _cost_answered(self, rung: int) -> float:
         if rung not in self._answered:
             return math.inf
-        return self._cost_encoding(rung) + self._answered[rung].seconds
+        answered = self._answered[rung]
+        seconds = answered.seconds
+        if not rung and self._deltas_went_raw():
+            deltas = self._answered[self._delta]
+            if deltas.at > answered.at:
+                seconds = min(deltas.newest_s, answered.newest_s)
+        return self._cost_encoding(rung) + seconds
+
+    def _deltas_went_raw(self) -> bool:
+        """Whether the newest had as many bytes as pages as they are."""
+        seen = self._seen.get(self._delta)
+        if seen is None or not self._is_fresh(seen) or self._delta not in self._answered:
+            return False
+        return seen.n_bytes >= _GAIN * self._estimate(0)[1]
 
     def _cost_encoding(self, rung: int) -> float:
         return (1 + _PRICE) * self._estimate(rung)[0]

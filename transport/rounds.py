@@ -125,7 +125,7 @@ class LaneSource:
             self._first_round = round_no
         encoder.codec = self.choice.pick(
             time.monotonic(),
-            pages_left=indices.size - start,
+            begins=indices.size if start == 0 else 0,
             frames_under_way=frames_under_way,
             again=round_no != self._first_round,
         )

@@ -14,8 +14,10 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from transport import apply, rounds
+from transport.choice import Choice
 from transport.codec import LZ4, Codec, Method
 from transport.errors import LayoutMismatch, PeerClosed, PeerLost, RecordError
+from transport.frames import split_by_lane
 from transport.receiver import ReceiverOptions
 from transport.records import Ack
 from transport.sender import RoundStatistics, SenderOptions
@@ -86,6 +88,33 @@ def test_a_round_brings_every_page_over(bind_url: str, link_pair: Any) -> None:
                 assert done.resent == 0
                 assert done.round_no == round_no
             assert pair.receiver.statistics().pages_applied > 1000
+
+    run_trio(scenario)
+
+
+def test_the_choice_of_a_codec_hears_of_each_round_once(
+    link_pair: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """However many pages and frames it has; a round may be shorter than the one in front of it."""
+    begun = []
+    pick = Choice.pick
+
+    def spy(self: Choice, now: float, **arguments: Any) -> Codec:
+        begun.append(arguments["begins"])
+        return pick(self, now, **arguments)
+
+    monkeypatch.setattr(Choice, "pick", spy)
+
+    async def scenario() -> None:
+        async with link_pair(n_pages=1000, sending=SMALL_FRAMES) as pair:
+            for round_no, n_pages in enumerate((1000, 900, 300)):
+                scribble(pair.source, every_page(pair.source), random.Random(round_no))
+                begun.clear()
+                pages = np.arange(n_pages, dtype=np.uint32)
+                await pair.sender.send_round(pages, round_no)
+                expected = [part.size for part in split_by_lane(pages, SMALL_FRAMES.lanes)]
+                assert sorted(filter(None, begun)) == sorted(expected)
+                assert 0 in begun
 
     run_trio(scenario)
 
