@@ -186,7 +186,7 @@ def _snapshot(memory, page, words, first):  # type: ignore[no-untyped-def]
 
 @inlined
 def prefetch_page(address):  # type: ignore[no-untyped-def]
-    """Have a page fetched towards the first-level cache, without waiting for it."""
+    """Have a page fetched into the caches, without waiting for it."""
     for line in range(0, PAGE_BYTES, _CACHE_LINE_BYTES):
         prefetch(np.uint64(address) + np.uint64(line))
 
