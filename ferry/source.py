@@ -92,6 +92,7 @@ class Source:
         self._vmm: Vmm | None = None
         self._vmm_begun = False
         self._platform: PciPlatform | None = None
+        self._begun: list[tuple[int, Device]] = []
         self._pump = trio.CancelScope()
         self._pump_stop = trio.Event()
         self._pump_ended = trio.Event()
@@ -101,7 +102,11 @@ class Source:
         self._started = trio.current_time()
         self.kernels = Kernels(reporter)
         self.report = Report(session=self._session.hex())
-        machine = Handover(Role.SOURCE, Deadlines(precopy_s=options.timeout + 60.0, pausing_s=30.0))
+        # A scan reads all of the guest's memory before the rounds.
+        limits = Deadlines(
+            starting_s=options.timeout + 10.0, precopy_s=options.timeout + 60.0, pausing_s=30.0
+        )
+        machine = Handover(Role.SOURCE, limits)
         self.runner = Runner(
             machine,
             {
@@ -215,6 +220,8 @@ class Source:
         self._link.sender.attach_memory(
             self._memory.array, cache_bytes=self._options.cache, files=self._memory.files
         )
+        self._pump_ended = trio.Event()
+        self._nursery.start_soon(self._pump_registers)
         for number, device in enumerate(self._devices):
             await device.gateway.arm_recovery(self._options.qmp, RECOVERY_DEADLINE_S)
             mediation = await device.gateway.mediate(
@@ -223,15 +230,15 @@ class Source:
                 capture=device.registers.capture,
                 snapshot=await device.registers.snapshot(),
             )
-            await device.tracker.start(mediation)
             async for payload in device.registers.begin(mediation.values, mediation.journal_seq):
                 await self._link.send_state(number, payload)
+            # Before the tracker starts, which may take long: the journal is of limited size.
+            self._begun.append((number, device))
+            await device.tracker.start(mediation)
         self._dirty = MergedTrackers([device.tracker for device in self._devices])
         self._precopy = Precopy(
             self._options, self._link, self._vmm, self._dirty, self.report, self._reporter
         )
-        self._pump_ended = trio.Event()
-        self._nursery.start_soon(self._pump_registers)
         socket_path: str = await self._nursery.start(
             self._link.carry_vmm_stream, self._vmm_stream_is_complete
         )
@@ -256,7 +263,7 @@ class Source:
             with self._pump:
                 # Ends between two turns: what was taken from a gateway has to be sent.
                 while not self._pump_stop.is_set():
-                    for number, device in enumerate(self._devices):
+                    for number, device in self._begun:
                         async for payload in device.registers.precopy():
                             await self._link.send_state(number, payload)
                     with trio.move_on_after(PUMP_INTERVAL_S):

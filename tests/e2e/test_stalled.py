@@ -10,8 +10,11 @@ import signal
 import time
 from pathlib import Path
 
+import numpy as np
 import pytest
+from numpy.typing import NDArray
 
+from ferry.cli import main
 from ferry.errors import Exit
 from tests.e2e.rig import (
     DIRTY,
@@ -24,18 +27,20 @@ from tests.e2e.rig import (
     start_both,
     start_migration,
 )
+from transport.kernels.digests import scan_changed
 
 MOVED_BYTES = 48 << 20
 """Some 2000 accesses, and every page of the read area is dirty."""
-SMALL_JOURNAL = ("--journal-size", "4K")
-SECONDS_OF_JOURNAL = ("--journal-size", "32K")
-"""1000 accesses: enough for `send` to keep up with, unless it waits for the link."""
+JOURNAL = ("--journal-size", "32K")
+"""1000 accesses: enough for `send` to keep up with, unless it waits for something."""
+LONG_SCAN_S = 11.0
+"""Tens of thousands of accesses, and what a scan of some 60 GiB takes."""
 
 
 @pytest.mark.parametrize("dirty", DIRTY)
 def test_i10_a_sender_that_takes_nothing_costs_the_migration(tmp_path: Path, dirty: str) -> None:
     method = Method("replay", dirty)
-    setup = dataclasses.replace(small_setup(method), gateway=SMALL_JOURNAL)
+    setup = dataclasses.replace(small_setup(method), gateway=JOURNAL)
     with new_bed(tmp_path, setup) as bed:
         a, b = start_both(bed)
         patient = ("--peer-timeout", "120")
@@ -53,7 +58,7 @@ def test_i10_a_sender_that_takes_nothing_costs_the_migration(tmp_path: Path, dir
 
 def test_i10_a_link_that_takes_nothing_costs_the_migration(tmp_path: Path) -> None:
     method = Method("replay", "logging")
-    setup = dataclasses.replace(small_setup(method), gateway=SECONDS_OF_JOURNAL)
+    setup = dataclasses.replace(small_setup(method), gateway=JOURNAL)
     with new_bed(tmp_path, setup) as bed:
         a, b = start_both(bed)
         sender, receiver = start_migration(
@@ -66,6 +71,26 @@ def test_i10_a_link_that_takes_nothing_costs_the_migration(tmp_path: Path) -> No
         sender.signal(signal.SIGINT)
         assert sender.wait(MIGRATION_S) == Exit.INTERRUPTED, sender.tail()
         assert_sound(bed, a)
+
+
+def test_a_first_scan_may_take_longer_than_the_journal_lasts(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def scan(memory: NDArray[np.uint8], seen: NDArray[np.uint64], seed: int) -> NDArray[np.uint64]:
+        if not seen.any():
+            time.sleep(LONG_SCAN_S)
+        return scan_changed(memory, seen, seed)
+
+    monkeypatch.setattr("ferry.source.scan_changed", scan)
+    method = Method("replay", "scan")
+    setup = dataclasses.replace(small_setup(method), gateway=JOURNAL)
+    with new_bed(tmp_path, setup) as bed:
+        a, b = start_both(bed)
+        receiver = bed.receive(b)
+        to = ("--to", f"ipc://{b.folder}/link.sock", "--qmp", str(a.qmp_socket))
+        assert main(["send", *to, *map(str, a.control_flags), *method.flags]) == Exit.OK
+        assert receiver.wait(MIGRATION_S) == Exit.OK, receiver.tail()
+        assert_sound(bed, b)
 
 
 def test_a_sender_goes_on_after_it_was_stopped_for_longer_than_a_peer_may_be_silent(
