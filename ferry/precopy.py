@@ -77,7 +77,9 @@ class Precopy:
             round_ = await self._send()
             await trio.sleep(max(0.0, ROUND_INTERVAL_S - (trio.current_time() - began)))
             progress = await self._vmm.check_migration()
+            collect_began = trio.current_time()
             await self._collect()
+            collected = trio.current_time()
             left = self._owed_pages()
             if progress.rounds <= 1:
                 # The VMM is in its first pass over all of memory: nothing converges before that
@@ -89,9 +91,10 @@ class Precopy:
                     sent_pages=round_.sent_pages,
                     wire_bytes=round_.wire_bytes,
                     duration_ns=round_.duration_ns,
-                    interval_ns=int((trio.current_time() - began) * 1e9),
+                    interval_ns=int((collected - began) * 1e9),
                     dirty_pages=left,
                     vmm_remaining_bytes=progress.remaining_bytes,
+                    collect_ns=int((collected - collect_began) * 1e9),
                 )
             )
             self._predicted_ms = decision.predicted_downtime_ms

@@ -3,10 +3,12 @@
 Owns the decision, and the prediction of the downtime that it rests on. It is fed with what each
 round did; it copies nothing, knows no clock and no link.
 
-The guest stands still while the last dirty pages cross the link, the VMM's own remainder does the
-same, and everything happens whose cost does not depend on the amount (`Limits.fixed_cost_ms`):
+The guest stands still while the dirty bitmap is read for the last time, the last dirty pages cross
+the link, the VMM's own remainder does the same, and everything happens whose cost does not depend
+on the amount (`Limits.fixed_cost_ms`):
 
-    predicted downtime = dirty pages / sent pages per second
+    predicted downtime = reading the dirty bitmap
+                         + dirty pages / sent pages per second
                          + VMM's remaining bytes / wire bytes per second
                          + fixed cost
 
@@ -95,6 +97,8 @@ class Round:
     """Pages dirtied in the interval: what is left to send."""
     vmm_remaining_bytes: int = 0
     """What the VMM says that it still has to send by itself."""
+    collect_ns: int = 0
+    """What reading the dirty bitmap took: nothing much, unless all of memory is read for it."""
 
     def __post_init__(self) -> None:
         for field in fields(self):
@@ -167,7 +171,7 @@ class Convergence:
         seconds = _duration(latest.dirty_pages, self.rates.sent_pages_per_s) + _duration(
             latest.vmm_remaining_bytes, self._peak_bytes_per_s
         )
-        return seconds * 1e3 + self._limits.fixed_cost_ms
+        return seconds * 1e3 + latest.collect_ns / 1e6 + self._limits.fixed_cost_ms
 
     def _judge(self, latest: Round) -> tuple[Verdict, Reason]:
         limits = self._limits

@@ -1,5 +1,6 @@
 """Rounds that are given up lose no page, and progress goes on while a round takes long."""
 
+import dataclasses
 import io
 import json
 from collections.abc import Callable
@@ -16,6 +17,7 @@ from ferry.precopy import Precopy
 from ferry.progress import Reporter
 from ferry.report import Report
 from ferry.send import Options
+from sync.convergence import Limits
 from sync.dirty.tracker import Bitmap
 from sync.vmm.driver import VmmProgress
 from sync.vmm.errors import VmmError, VmmGone
@@ -31,11 +33,12 @@ class FakeDirty:
 
     n_pages = N_PAGES
 
-    def __init__(self, *found: set[int]) -> None:
+    def __init__(self, *found: set[int], takes_s: float = 0.0) -> None:
         self._found = list(found)
+        self._takes_s = takes_s
 
     async def collect(self) -> Bitmap:
-        await trio.lowlevel.checkpoint()
+        await trio.sleep(self._takes_s)
         bits = np.zeros(N_PAGES, np.uint8)
         bits[sorted(self._found.pop(0) if self._found else set())] = 1
         return np.packbits(bits, bitorder="little").view(np.uint64)
@@ -130,6 +133,19 @@ def test_progress_unites_both_streams_in_the_middle_of_a_round() -> None:
     assert "left 300.0 MiB (device 16.0 KiB, VMM 300.0 MiB)" in line.getvalue()
     assert "downtime not known yet" in line.getvalue()
     assert "%" not in line.getvalue()
+
+
+def test_what_a_scan_takes_is_part_of_the_downtime_that_is_predicted() -> None:
+    said = io.StringIO()
+    later = dataclasses.replace(FIRST_PASS, rounds=2, remaining_bytes=0)
+
+    async def body() -> None:
+        await precopy(FakeLink(), FakeDirty(takes_s=1.5), FakeVmm(later), said).converge()
+
+    trio.run(body, clock=trio.testing.MockClock(autojump_threshold=0))
+    events = [json.loads(line) for line in said.getvalue().splitlines()]
+    predicted = [e["predicted_downtime_ms"] for e in events if e["event"] == "round"]
+    assert predicted[0] == pytest.approx(1500 + Limits().fixed_cost_ms)
 
 
 @pytest.mark.parametrize("error", [VmmGone("gone"), VmmError("refused")])

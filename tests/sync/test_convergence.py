@@ -5,6 +5,7 @@ speed; the policy sees only what a round reports, and its predictions are held a
 model says the downtime would be.
 """
 
+import dataclasses
 import math
 
 import pytest
@@ -157,6 +158,16 @@ def test_the_fixed_cost_and_the_vmm_count() -> None:
     assert policy.observe(fast).verdict is Verdict.CONTINUE
     less = moved(100_000, 100_000_000, 1_000_000_000, 0, vmm_remaining_bytes=3_900_000)
     assert policy.observe(less).verdict is Verdict.SWITCH
+
+
+def test_reading_the_bitmap_once_more_counts() -> None:
+    policy = Convergence(Limits(downtime_ms=100, fixed_cost_ms=50))
+    quiet = moved(1000, 1_000_000, 1_000_000_000, 0)
+    slow = policy.observe(dataclasses.replace(quiet, collect_ns=51_000_000))
+    assert (slow.verdict, slow.predicted_downtime_ms) == (Verdict.CONTINUE, pytest.approx(101))
+    assert policy.observe(dataclasses.replace(quiet, collect_ns=49_000_000)).verdict is (
+        Verdict.SWITCH
+    )
 
 
 def test_cheap_pages_do_not_make_the_vmm_look_slow() -> None:
