@@ -211,12 +211,12 @@ class SendLane(LinkThread):
             again = self._advance()
             if not self._tasks:
                 self._processors.rest()
+            self._watch.enforce()
             ready = wait(poller, min(again, time.monotonic() + WATCH_S, self._progress_by))
             if self._wakeup.fileno() in ready:
                 self._wakeup.clear()
             elif not ready and not self._tasks:
                 self._idle()
-            self._watch.enforce()
             if self._watch.monitor in ready:
                 self._look_at_connection()
             if self._socket in ready:

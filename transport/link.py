@@ -276,8 +276,9 @@ class Link(ABC):
         reached or had arrived before the error counts.
         RuntimeError unless there is a session, or `greeting` says that it is just being made.
         """
-        await trio.lowlevel.checkpoint()
+        await trio.lowlevel.checkpoint_if_cancelled()
         shared = self._shared
+        waited = False
         while True:
             if shared.closing is not Closing.NO:  # which only trio's side sets
                 # Who is cancelled as the link closes may have been woken for another reason.
@@ -288,11 +289,14 @@ class Link(ABC):
                     raise RuntimeError("there is no session yet")
                 result = attempt() if look_first or shared.failure is None else None
                 failure = shared.failure
+            if (result is not None or failure is not None) and not waited:
+                await trio.lowlevel.cancel_shielded_checkpoint()
             if result is not None:
                 return result
             if failure is not None:
                 raise failure
             await shared.changed.wait()
+            waited = True
 
 
 def check_memory(memory: npt.NDArray[np.uint8], files: Sequence[Extent]) -> None:

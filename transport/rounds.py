@@ -10,7 +10,7 @@ import threading
 import time
 from collections import deque
 from collections.abc import Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -166,8 +166,15 @@ class RoundCounters:
 
     def add(self, other: RoundCounters) -> None:
         """Sum up."""
-        for field in fields(self):
-            setattr(self, field.name, getattr(self, field.name) + getattr(other, field.name))
+        self.done += other.done
+        self.zero += other.zero
+        self.same += other.same
+        self.delta += other.delta
+        self.copy += other.copy
+        self.lz4 += other.lz4
+        self.raw += other.raw
+        self.resent += other.resent
+        self.wire_bytes += other.wire_bytes
 
 
 @dataclass(frozen=True, slots=True, eq=False)

@@ -137,10 +137,10 @@ class Router(LinkThread):
             again = min(self._check_deadlines(now), self._send(now), now + WATCH_S)
             if self.shared.closing is Closing.DRAIN and self._drained(now):
                 return max(1, int((self.shared.drain_until - now) * 1000))
+            self._watch.enforce()
             ready = wait(poller, again)
             if self.shared.wakeup.fileno() in ready:
                 self.shared.wakeup.clear()
-            self._watch.enforce()
             if self._watch.monitor in ready:
                 self._look_at_connections()
             if self._router in ready:
