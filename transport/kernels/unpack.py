@@ -15,6 +15,7 @@ from transport.frames import PAGE_BYTES, PageKind
 from transport.kernels import clib
 from transport.kernels.compiled import inlined, kernel, readonly, writable
 from transport.kernels.files import FILES, fill_hole, forget_hole, in_hole, write_pages
+from transport.kernels.intrinsics import prefetch
 from transport.kernels.pages import BASE_AT, PAGE_AT, WORKSPACE, prefetch_page
 from transport.kernels.tables import original_of_copy
 
@@ -141,7 +142,8 @@ def apply_pages(  # type: ignore[no-untyped-def]
     Cost of a page: zero, nothing in a hole, else 4096 bytes cleared; raw, one copy; a delta, the
     digest of the page and a copy of what changed; by LZ4, two copies, one of them within the
     first-level cache, and with a base also the reading and digest of that, which is all that
-    precedes the write of a copy. The next page is fetched meanwhile, unless it is raw.
+    precedes the write of a copy. The next page is fetched meanwhile; of a raw one a line, because
+    all of it is written without being read, but not before its address is translated.
     """
     work = workspace.words.ctypes.data
     n_rejected = 0
@@ -159,8 +161,12 @@ def apply_pages(  # type: ignore[no-untyped-def]
             base_page = original_of_copy(payload, np.int64(offset[position]))
             held = not in_hole(files, base_page)
         untouched = in_hole(files, page)
-        if position + 1 < index.size and kind[position + 1] != _RAW:
-            prefetch_page(memory.ctypes.data + np.int64(index[position + 1]) * PAGE_BYTES)
+        if position + 1 < index.size:
+            following = memory.ctypes.data + np.int64(index[position + 1]) * PAGE_BYTES
+            if kind[position + 1] != _RAW:
+                prefetch_page(following)
+            else:
+                prefetch(np.uint64(following))
         if form == _ZERO:
             if not untouched:
                 memory[page * PAGE_BYTES : (page + 1) * PAGE_BYTES] = 0
