@@ -29,10 +29,10 @@ from tests.e2e.rig import (
 )
 from transport.kernels.digests import scan_changed
 
-MOVED_BYTES = 48 << 20
-"""Some 2000 accesses, and every page of the read area is dirty."""
-JOURNAL = ("--journal-size", "32K")
-"""1000 accesses: enough for `send` to keep up with, unless it waits for something."""
+MOVED_BYTES = 96 << 20
+"""Some 4000 accesses, and every page of the read area is dirty."""
+JOURNAL = ("--journal-size", "64K")
+"""2000 accesses: enough for `send` to keep up with, unless it waits for something."""
 LONG_SCAN_S = 11.0
 """Tens of thousands of accesses, and what a scan of some 60 GiB takes."""
 
