@@ -55,7 +55,7 @@ from sync.registers.errors import (
 )
 from sync.registers.interface import TargetRegisters
 from sync.vmm.driver import Vmm
-from sync.vmm.errors import VmmError
+from sync.vmm.errors import VmmError, VmmGone
 from sync.vmm.identity import VmmIdentity, identify
 from sync.vmm.pci import PciPlatform
 from transport.errors import TransportError
@@ -371,8 +371,11 @@ class Target:
                 await gateway.fence(self._hello.session)
                 if info.state == "standby":
                     await gateway.abandon()
-            except (GatewayLost, DeviceLost, VmmLost):
+            except (GatewayLost, DeviceLost, VmmLost) as error:
                 # What is gone, or starts anew, holds no standby that could be owned.
+                if not isinstance(error, VmmLost) and isinstance(self.runner.first_error, VmmGone):
+                    # A VMM does not always outlive its device: that was lost first.
+                    self.runner.first_error = error
                 continue
             except WrongState:
                 # Owned, but not the first: it stays in standby, and nobody will start it.

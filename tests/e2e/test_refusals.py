@@ -136,6 +136,24 @@ def test_i8_interrupted(tmp_path: Path, who: str, number: signal.Signals) -> Non
         assert bed.status(b) != "running"
 
 
+def test_a_vmm_that_ends_as_its_device_is_lost_is_not_blamed(tmp_path: Path) -> None:
+    with new_bed(tmp_path, small_setup(METHOD)) as bed:
+        a, b = start_both(bed)
+        sender, receiver = start_migration(bed, a, b, METHOD, "--break-at", "finalizing")
+        sender.wait_stopped()
+        for victim in (b.device, b.guest):
+            assert victim is not None
+            victim.kill()
+        code, message = ended(receiver)
+        assert code == Exit.DEVICE
+        assert "the device is gone" in message
+        sender.resume()
+        code, message = ended(sender)
+        assert code == Exit.PEER_ABORTED
+        assert "the device is gone" in message
+        assert_sound(bed, a)
+
+
 def test_a_guest_that_does_not_converge(tmp_path: Path) -> None:
     with new_bed(tmp_path, small_setup(METHOD)) as bed:
         a, b = start_both(bed)
