@@ -374,7 +374,7 @@ class Target:
             except (GatewayLost, DeviceLost, VmmLost) as error:
                 # What is gone, or starts anew, holds no standby that could be owned.
                 if not isinstance(error, VmmLost) and isinstance(self.runner.first_error, VmmGone):
-                    # A VMM does not always outlive its device: that was lost first.
+                    # Its device is gone, too, and a VMM does not always outlive that.
                     self.runner.first_error = error
                 continue
             except WrongState:

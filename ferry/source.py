@@ -93,6 +93,7 @@ class Source:
         self._vmm_begun = False
         self._platform: PciPlatform | None = None
         self._begun: list[tuple[int, Device]] = []
+        """Devices whose operations are to be fetched, with their numbers."""
         self._pump = trio.CancelScope()
         self._pump_stop = trio.Event()
         self._pump_ended = trio.Event()

@@ -289,6 +289,7 @@ class Link(ABC):
                     raise RuntimeError("there is no session yet")
                 result = attempt() if look_first or shared.failure is None else None
                 failure = shared.failure
+            # Only now: a round waits for its lanes, which would wait for this turn of the loop.
             if (result is not None or failure is not None) and not waited:
                 await trio.lowlevel.cancel_shielded_checkpoint()
             if result is not None:

@@ -216,13 +216,10 @@ def receive(zsocket: zmq.Socket[bytes]) -> list[zmq.Frame] | None:
     """
     if not int(zsocket.get(zmq.EVENTS)) & _POLLIN:
         return None
-    parts: list[zmq.Frame] = []
     try:
-        while not parts or parts[-1].more:
-            parts.append(zsocket.recv(zmq.NOBLOCK, copy=False))
+        return zsocket.recv_multipart(zmq.NOBLOCK, copy=False)
     except zmq.Again:
         return None
-    return parts
 
 
 def _set_options(zsocket: zmq.Socket[bytes]) -> None:
