@@ -9,7 +9,7 @@ import os
 import socket
 import struct
 import threading
-from collections.abc import Awaitable, Callable, Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -20,6 +20,7 @@ import pytest
 import trio
 import zmq
 
+from tests.transport.running import run_trio
 from transport.channels import RECORD_WINDOW_BYTES, TUNNEL_WINDOW_BYTES
 from transport.encoder import Encoder
 from transport.errors import (
@@ -60,16 +61,6 @@ PAGE = 4096
 N_PAGES = 64
 DEADLINE_S = 20
 NO_PAGES = np.empty(0, np.uint32)
-
-
-def run_trio(function: Callable[[], Awaitable[None]]) -> None:
-    """Run with a deadline: a test that hangs fails."""
-
-    async def bounded() -> None:
-        with trio.fail_after(DEADLINE_S):
-            await function()
-
-    trio.run(bounded)
 
 
 def private_mib() -> int:

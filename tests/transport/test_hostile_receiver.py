@@ -16,6 +16,7 @@ import pytest
 import trio
 import zmq
 
+from tests.transport.running import run_trio
 from transport.errors import PeerClosed, PeerLost, PeerUnreachable, RecordError, TransportError
 from transport.records import (
     FIRST_DATA_LANE,
@@ -43,16 +44,6 @@ PAGE = 4096
 N_PAGES = 64
 DEADLINE_S = 20
 NO_PAGES = np.empty(0, np.uint32)
-
-
-def run_trio(function: Callable[[], Awaitable[None]]) -> None:
-    """Run with a deadline: a test that hangs fails."""
-
-    async def bounded() -> None:
-        with trio.fail_after(DEADLINE_S):
-            await function()
-
-    trio.run(bounded)
 
 
 class HostileReceiver(threading.Thread):

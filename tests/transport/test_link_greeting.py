@@ -5,13 +5,14 @@ import socket
 import stat
 import struct
 import threading
-from collections.abc import Awaitable, Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pytest
 import trio
 
+from tests.transport import running
 from transport.errors import (
     EndpointError,
     PeerClosed,
@@ -25,16 +26,7 @@ from transport.records import MAX_RECORD_BYTES
 from transport.sender import SenderOptions, open_sender
 
 DEADLINE_S = 10
-
-
-def run_trio(function: Callable[[], Awaitable[None]]) -> None:
-    """Run with a deadline: a test that hangs fails."""
-
-    async def bounded() -> None:
-        with trio.fail_after(DEADLINE_S):
-            await function()
-
-    trio.run(bounded)
+run_trio = partial(running.run_trio, deadline_s=DEADLINE_S)
 
 
 def ferry_threads() -> set[str]:

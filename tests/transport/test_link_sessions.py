@@ -2,7 +2,7 @@
 
 import os
 import threading
-from collections.abc import Awaitable, Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +11,7 @@ import pytest
 import trio
 import trio.testing
 
+from tests.transport import running
 from transport.channels import RECORD_WINDOW_BYTES, TUNNEL_WINDOW_BYTES, Record
 from transport.errors import LinkFailed, PeerClosed, PeerLost
 from transport.link import Closing
@@ -19,16 +20,7 @@ from transport.records import MAX_RECORD_BYTES
 from transport.sender import SenderOptions, open_sender
 
 DEADLINE_S = 10
-
-
-def run_trio(function: Callable[[], Awaitable[None]]) -> None:
-    """Run with a deadline: a test that hangs fails."""
-
-    async def bounded() -> None:
-        with trio.fail_after(DEADLINE_S):
-            await function()
-
-    trio.run(bounded)
+run_trio = partial(running.run_trio, deadline_s=DEADLINE_S)
 
 
 def open_descriptors() -> int:

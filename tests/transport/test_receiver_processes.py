@@ -7,6 +7,7 @@ import subprocess
 import sys
 from collections.abc import Awaitable, Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -14,6 +15,7 @@ import pytest
 import trio
 
 from ferry.children import start_child
+from tests.transport import running
 from transport.errors import PeerLost
 from transport.receiver import ReceiverOptions, open_receiver
 from transport.sender import SenderOptions, open_sender
@@ -21,6 +23,7 @@ from transport.sender import SenderOptions, open_sender
 PAGE = 4096
 N_PAGES = 2048
 DEADLINE_S = 40
+run_trio = partial(running.run_trio, deadline_s=DEADLINE_S)
 
 RECEIVER = f"""
 import sys, numpy, trio
@@ -51,16 +54,6 @@ async def main():
 
 trio.run(main)
 """
-
-
-def run_trio(function: Callable[[], Awaitable[None]]) -> None:
-    """Run with a deadline: a test that hangs fails."""
-
-    async def bounded() -> None:
-        with trio.fail_after(DEADLINE_S):
-            await function()
-
-    trio.run(bounded)
 
 
 async def until(condition: Callable[[], Any]) -> None:
