@@ -111,6 +111,17 @@ class FakeDisk(Device):
                 if pages is True or pages(address):
                     self._put(address, source._get(address, PAGE))
 
+    def caught_up(self) -> bool:
+        """Whether everything that the driver published is served."""
+        with self.lock:
+            (driver,) = struct.unpack_from("<Q", self.common, 40)
+            return self.next == struct.unpack("<H", self._get(driver + 2, 2))[0]
+
+    def kick(self) -> None:
+        """As if the driver had notified it."""
+        with self.lock:
+            self.work()
+
     def fire(self) -> None:
         """Every vector once."""
         with self.lock:

@@ -59,6 +59,8 @@ async def switch(source: Vmm, target: Vmm, old: Any, new: Any, pages: Any = True
     await target.wait_loaded()
     assert await target.run_state() == "paused"
     new.take_over(old, pages=pages)
+    # A notification that was still on its way when the old device was held served nothing.
+    new.kick()
     new.fire()
     await target.resume()
 
