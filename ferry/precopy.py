@@ -110,9 +110,7 @@ class Precopy:
         """Goes on with rounds until it is cancelled, which takes effect at once."""
         async with alongside(self._tell_progress):
             while True:
-                # What a tracker was asked for and did not get to say would be lost (I1).
-                with trio.CancelScope(shield=True):
-                    await self._collect()
+                await self._collect()
                 self._note_round(await self._send())
                 await trio.sleep(ROUND_INTERVAL_S)
 

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from sync.dirty.tracker import Bitmap, DirtyError, Tracker
+from sync.dirty.tracker import Bitmap, DirtyError, Tracker, n_words
 
 
 class MergedTrackers:
@@ -20,6 +20,8 @@ class MergedTrackers:
             )
         self._trackers = tuple(trackers)
         self.n_pages = trackers[0].n_pages
+        self._found: Bitmap = np.zeros(n_words(self.n_pages), np.uint64)
+        """What some trackers told in a call that was cancelled at another one."""
 
     @property
     def page_size(self) -> int:
@@ -32,17 +34,17 @@ class MergedTrackers:
 
     @property
     def touched(self) -> Bitmap:
-        return _union([tracker.touched for tracker in self._trackers])
+        touched: Bitmap = np.bitwise_or.reduce([tracker.touched for tracker in self._trackers])
+        return touched
 
     async def collect(self) -> Bitmap:
         """See `Tracker.collect`."""
-        return _union([await tracker.collect() for tracker in self._trackers])
+        for tracker in self._trackers:
+            self._found |= await tracker.collect()
+        found = self._found
+        self._found = np.zeros_like(found)
+        return found
 
     async def stop(self) -> None:
         for tracker in self._trackers:
             await tracker.stop()
-
-
-def _union(bitmaps: Sequence[Bitmap]) -> Bitmap:
-    union: Bitmap = np.bitwise_or.reduce(bitmaps)
-    return union

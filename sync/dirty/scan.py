@@ -12,6 +12,9 @@ from numpy.typing import NDArray
 
 from sync.dirty.tracker import PAGE_BYTES, Bitmap, DirtyError, Mediation, Tracker, n_words
 
+PIECE_PAGES = 1 << 15
+"""Pages that are read without a chance to give up, some 10 ms; a multiple of 64."""
+
 Scan = Callable[[NDArray[np.uint8], NDArray[np.uint64]], Bitmap]
 """(memory, digests) -> bitmap of the pages whose digest differs, and puts the new digests in."""
 
@@ -27,6 +30,8 @@ class ScanTracker(Tracker):
         self._memory = memory
         self._scan = scan
         self._digests: NDArray[np.uint64] | None = None
+        self._found: Bitmap = np.zeros(n_words(self.n_pages), np.uint64)
+        """What a reading that was given up had found."""
 
     async def start(self, mediation: Mediation) -> None:
         """Takes the digests that the first `collect` compares with."""
@@ -41,10 +46,16 @@ class ScanTracker(Tracker):
             raise DirtyError("the scan has not been started")
         # The digest is taken of what is there now: a page written from here on differs from it
         # the next time, whatever the caller copies in between (I1).
-        bitmap = await trio.to_thread.run_sync(self._scan, self._memory, digests)
-        if len(bitmap) != n_words(self.n_pages):
-            raise DirtyError("the scan does not cover the guest's memory")
-        return bitmap
+        for first in range(0, self.n_pages, PIECE_PAGES):
+            piece = digests[first : first + PIECE_PAGES]
+            memory = self._memory[first * PAGE_BYTES : (first + len(piece)) * PAGE_BYTES]
+            bitmap = await trio.to_thread.run_sync(self._scan, memory, piece)
+            if len(bitmap) != n_words(len(piece)):
+                raise DirtyError("the scan does not cover the guest's memory")
+            self._found[first // 64 : first // 64 + len(bitmap)] |= bitmap
+        found = self._found
+        self._found = np.zeros_like(found)
+        return found
 
     async def stop(self) -> None:
         self._digests = None

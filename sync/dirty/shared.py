@@ -8,6 +8,7 @@ import mmap
 import os
 
 import numpy as np
+import trio
 
 from sync.dirty.tracker import Bitmap, DirtyError, DirtyPort, Mediation, Tracker, n_words
 
@@ -33,7 +34,9 @@ class SharedBitmapTracker(Tracker):
         self._generation = mediation.layout_generation
 
     async def _read_and_clear(self) -> Bitmap:
-        half, generation, complete = await self._port.dirty()
+        # Once the gateway is asked, the bits are in the half that it names, and nowhere else.
+        with trio.CancelScope(shield=True):
+            half, generation, complete = await self._port.dirty()
         if generation != self._generation:
             raise DirtyError(
                 "the guest's memory map changed during the migration: try again, "

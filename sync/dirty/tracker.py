@@ -86,7 +86,8 @@ class Tracker(ABC):
         """The pages written since the last call, and forget them.
 
         They are read and cleared here, before the caller reads the pages (I1): a page that is
-        written while the caller copies it is in the next bitmap. Raises `DirtyError`.
+        written while the caller copies it is in the next bitmap. Cancelled, it loses nothing: what
+        it has read by then is in the next bitmap, too. Raises `DirtyError`.
         """
         bitmap = await self._read_and_clear()
         self.touched |= bitmap

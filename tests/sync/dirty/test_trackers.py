@@ -68,6 +68,7 @@ class FakeGateway:
     async def dirty(self) -> tuple[int, int, bool]:
         quiet, self.active = self.active, 1 - self.active
         self.after_swap()
+        await trio.lowlevel.checkpoint()
         return quiet, self.generation, self.complete
 
     def close(self) -> None:
@@ -177,6 +178,95 @@ def test_i1_a_page_written_while_it_is_collected_or_copied_is_sent_again(
         machine.gateway.close()
 
     trio.run(main)
+
+
+@pytest.mark.parametrize("kind", ["logging", "message", "scan"])
+@settings(max_examples=50)
+@given(
+    rounds=st.lists(
+        st.tuples(
+            st.sets(st.integers(0, N_PAGES - 1), max_size=6),
+            st.sets(st.integers(0, N_PAGES - 1), max_size=6),
+            st.integers(1, 6),
+        ),
+        min_size=1,
+        max_size=6,
+    )
+)
+def test_i1_a_collection_that_is_given_up_loses_nothing(
+    kind: str, rounds: list[tuple[set[int], set[int], int]]
+) -> None:
+    """Two devices write; a collection is cancelled at the n-th time that something was read."""
+
+    async def main() -> None:
+        machine, other = Machine(N_PAGES), FakeGateway()
+        scopes = [trio.CancelScope()]
+        left = 0
+
+        def read_something() -> None:
+            nonlocal left
+            left -= 1
+            if not left:
+                scopes[-1].cancel()
+
+        def scan_piece(memory: Any, digests: Any) -> Any:
+            trio.from_thread.run_sync(read_something)
+            return scan(memory, digests)
+
+        machine.gateway.after_swap = other.after_swap = read_something
+        tracker: Tracker
+        if kind == "scan":
+            tracker = ScanTracker(machine.memory, scan_piece)
+        else:
+            shared = LoggingTracker if kind == "logging" else MessageTracker
+            tracker = shared(machine.gateway, N_PAGES)
+        second = LoggingTracker(other, N_PAGES)
+        await tracker.start(machine.gateway.mediation())
+        await second.start(other.mediation())
+        # The scan last: the other one has told by then.
+        merged = MergedTrackers([second, tracker])
+        owed: set[int] = set()
+        for first_writes, second_writes, given_up_at in [*rounds, (set(), set(), 0)]:
+            left = given_up_at
+            for page in first_writes:
+                machine.write(page)
+            for page in second_writes:
+                other.mark(page)
+            owed |= first_writes | second_writes
+            scopes.append(trio.CancelScope())
+            with scopes[-1]:
+                assert pages_in(await merged.collect()) == owed
+                owed = set()
+        assert not owed
+        everything = set().union(*(first | second for first, second, _ in rounds))
+        assert pages_in(merged.touched) == everything
+        await merged.stop()
+        machine.gateway.close()
+        other.close()
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("sync.dirty.scan.PIECE_PAGES", 64)
+        trio.run(main)
+
+
+@trio_test
+async def test_a_scan_is_given_up_after_the_piece_at_hand(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("sync.dirty.scan.PIECE_PAGES", 64)
+    pieces = []
+    scope = trio.CancelScope()
+
+    def scan_piece(memory: Any, digests: Any) -> Any:
+        pieces.append(len(digests))
+        if len(pieces) > 3:
+            trio.from_thread.run_sync(scope.cancel)
+        return scan(memory, digests)
+
+    tracker = ScanTracker(np.zeros(N_PAGES * PAGE_BYTES, np.uint8), scan_piece)
+    await tracker.start(FakeMediation(None, N_PAGES, 0))
+    assert pieces == [64, 64, 22]
+    with scope:
+        await tracker.collect()
+    assert pieces == [64, 64, 22, 64]
 
 
 @trio_test
