@@ -101,8 +101,7 @@ def test_stopped_it_makes_no_access(bench: Any, new_disk: Any) -> None:
         stop = vmm.client.last_event("STOP")
         assert stop is not None and stop.timestamp > 0
         # A notification of before the stop may still be on its way.
-        while not disk.caught_up():
-            await trio.sleep(0.005)
+        await until(vmm, lambda _: disk.caught_up())
         served = disk.served
         operations = (await guest_report(vmm))["operations"]
         with disk.lock:
