@@ -29,7 +29,7 @@ _MADV_POPULATE_READ = 22  # madvise(2), Linux 5.14
 
 
 class Mapper:
-    """Walks over memory again and again, a step at a time. For one thread."""
+    """Walks over memory, a step at a time, and anew when its files hold more. For one thread."""
 
     def __init__(self, memory: npt.NDArray[np.uint8], extents: Sequence[Extent]) -> None:
         """Only pages of `extents` (see `check_extents`) are mapped; holes of their files stay."""
@@ -37,6 +37,8 @@ class Mapper:
         self._extents = [extent for extent in extents if extent[1]]
         self._at = (0, 0)
         """Where the next step begins: extent, and page of it."""
+        self._held_blocks: int | None = None
+        """What the files held when the latest walk began."""
         self._madvise = getattr(ctypes.CDLL(None, use_errno=True), "madvise", None)
 
     @property
@@ -49,6 +51,11 @@ class Mapper:
         if not self.useful:
             return
         number, start = self._at
+        if (number, start) == (0, 0):
+            held = self._count_blocks()
+            if held is not None and held == self._held_blocks:
+                return
+            self._held_blocks = held
         first, n_pages, descriptor, offset = self._extents[number]
         end = min(n_pages, start + STEP_PAGES)
         for _ in range(STEP_RANGES):
@@ -61,6 +68,13 @@ class Mapper:
             self._map(first + start, max(1, stop - start))
             start = max(start + 1, stop)
         self._at = (number, start) if start < n_pages else ((number + 1) % len(self._extents), 0)
+
+    def _count_blocks(self) -> int | None:
+        """Of all that is in the files; None: they do not tell."""
+        try:
+            return sum(os.fstat(each).st_blocks for each in {extent[2] for extent in self._extents})
+        except OSError:
+            return None
 
     def _map(self, page: int, count: int) -> None:
         assert self._madvise is not None

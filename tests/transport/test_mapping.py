@@ -76,6 +76,34 @@ def test_what_is_there_is_mapped_and_holes_stay(before: set[int], later: set[int
     os.close(guest.descriptor)
 
 
+@pytest.mark.usefixtures("small_steps")
+def test_a_walk_that_would_find_nothing_new_is_not_begun(monkeypatch: pytest.MonkeyPatch) -> None:
+    guest = Guest(set(range(0, N_PAGES, 7)))
+    looked_at = []
+    seek = os.lseek
+
+    def count(descriptor: int, at: int, what: int) -> int:
+        looked_at.append(at)
+        return seek(descriptor, at, what)
+
+    monkeypatch.setattr(mapping.os, "lseek", count)
+    mapper = Mapper(guest.array, guest.extents)
+    for _ in range(N_PAGES):
+        mapper.step()
+    looked_at.clear()
+    mapper.step()
+    assert not looked_at
+    # Written when a walk is past it: that walk is not the last.
+    os.pwrite(guest.descriptor, b"x", 2 * PAGE)
+    mapper.step()
+    assert looked_at
+    os.pwrite(guest.descriptor, b"x", (N_PAGES // 2 + 2) * PAGE)
+    for _ in range(N_PAGES):
+        mapper.step()
+    assert guest.mapped() == guest.allocated()
+    os.close(guest.descriptor)
+
+
 def test_memory_that_cannot_be_mapped_is_left_alone() -> None:
     array = np.frombuffer(mmap.mmap(-1, PAGE), np.uint8)
     closed = os.memfd_create("guest")
