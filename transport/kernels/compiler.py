@@ -9,7 +9,10 @@ numba's own objects before anything is compiled.
 from __future__ import annotations
 
 import ctypes
+import os
+import pickle
 import sys
+import traceback
 from functools import cache
 from typing import Any, Final
 
@@ -35,6 +38,7 @@ from transport.kernels.compiled import (
 from transport.kernels.image import Image
 from transport.kernels.intrinsics import Instruction
 from transport.kernels.linker import LinkError, link
+from transport.kernels.processes import end_with
 
 # Divisions are not checked, arrays belong to the caller, and nobody calls these functions from
 # Python.
@@ -79,10 +83,10 @@ def compile_image() -> Image:
     for name in [name for name in sys.modules if name.startswith(f"{__package__}.")]:
         use_numba_in(vars(sys.modules[name]))
     module = llvm.parse_assembly("")
-    for each in kernels:
-        module.link_in(llvm.parse_assembly(_compile(each)), preserve=False)
+    for text in _compile_all(kernels):
+        module.link_in(llvm.parse_assembly(text), preserve=False)
     names = {each.name for each in kernels}
-    image = link(_emit(module, names), names)
+    image = link(_emit(module), names)
     if unknown := image.imports.keys() - functions.keys():
         raise LinkError(f"kernels call {', '.join(sorted(unknown))}, which `clib` does not know")
     return image
@@ -126,6 +130,51 @@ def _instruction(declared: Instruction) -> Any:
     return intrinsic(scope["instruction"])
 
 
+def _compile_all(kernels: list[Kernel]) -> list[str]:
+    """LLVM's language for each of them, which two processes make: somebody waits for it.
+
+    Each takes the next one as it is done with one, from the largest to the smallest.
+    """
+    queue = sorted(kernels, key=_size, reverse=True)
+    take, put = os.pipe()
+    os.write(put, bytes(range(len(queue))))
+    os.close(put)
+    results, send = os.pipe()
+    parent, helper = os.getpid(), os.fork()
+    if helper == 0:
+        status = 1
+        try:
+            end_with(parent)
+            os.close(results)
+            with os.fdopen(send, "wb") as pipe:
+                pickle.dump(_compile_from(queue, take), pipe)
+            status = 0
+        except Exception:
+            traceback.print_exc()
+        finally:
+            os._exit(status)
+    os.close(send)
+    texts = _compile_from(queue, take)
+    os.close(take)
+    with os.fdopen(results, "rb") as pipe:
+        others = pipe.read()
+    if os.waitpid(helper, 0)[1]:
+        sys.exit(1)  # it has said why
+    return [*texts, *pickle.loads(others)]
+
+
+def _size(kernel: Kernel) -> int:
+    return len(kernel.function.__code__.co_code)
+
+
+def _compile_from(queue: list[Kernel], take: int) -> list[str]:
+    """Of as many as this process gets; `take`: a pipe with the numbers of those that are left."""
+    texts = []
+    while number := os.read(take, 1):
+        texts.append(_compile(queue[number[0]]))
+    return texts
+
+
 def _compile(kernel: Kernel) -> str:
     """LLVM's language for one kernel and all that it uses."""
     function = _inlined(Inlined(kernel.function))
@@ -141,6 +190,10 @@ def _compile(kernel: Kernel) -> str:
     entry_code = _ENTRY.format(function=name, entry=kernel.name, raised=RAISED)
     module = llvm.parse_assembly(compiled.inspect_llvm(signature))
     module.link_in(llvm.parse_assembly(entry_code))
+    # Numbers in numba's names tell apart what one process compiles, and here are two.
+    for each in (*module.functions, *module.global_variables):
+        if not each.is_declaration and each.name != kernel.name:
+            each.linkage = "internal"
     return str(module)
 
 
@@ -214,11 +267,8 @@ def _scalar(kind: Scalar) -> Any:
     return from_dtype(np.dtype(kind))
 
 
-def _emit(module: llvm.ModuleRef, entries: set[str]) -> bytes:
+def _emit(module: llvm.ModuleRef) -> bytes:
     """The object file of a module, without the functions that its entries do not use."""
-    for each in (*module.functions, *module.global_variables):
-        if not each.is_declaration and each.name not in entries:
-            each.linkage = "internal"
     machine = llvm.Target.from_default_triple().create_target_machine(
         cpu=llvm.get_host_cpu_name(),
         features=llvm.get_host_cpu_features().flatten(),
