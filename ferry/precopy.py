@@ -5,6 +5,7 @@ of the report. When to switch over is decided by `sync.convergence`; `ferry.sour
 """
 
 import time
+from collections.abc import Awaitable, Callable
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -40,13 +41,16 @@ class Precopy:
         link: SourceLink,
         vmm: Vmm,
         dirty: MergedTrackers,
+        proof_ns: Callable[[], Awaitable[int]],
         report: Report,
         reporter: Reporter,
     ) -> None:
+        """`proof_ns`: how long it would take to prove what was touched up to now."""
         self._options = options
         self._link = link
         self._vmm = vmm
         self._dirty = dirty
+        self._proof_ns = proof_ns
         self._report = report
         self._reporter = reporter
         self._owed: Bitmap = np.zeros(n_words(dirty.n_pages), np.uint64)
@@ -95,6 +99,7 @@ class Precopy:
                     dirty_pages=left,
                     vmm_remaining_bytes=progress.remaining_bytes,
                     collect_ns=int((collected - collect_began) * 1e9),
+                    proof_ns=await self._proof_ns(),
                 )
             )
             self._predicted_ms = decision.predicted_downtime_ms

@@ -36,7 +36,7 @@ from ferry.side import (
     ungrouped,
 )
 from ferry.source_link import SourceLink
-from ferry.verification import prove_equal
+from ferry.verification import ProofTime, prove_equal
 from sync.dirty.merge import MergedTrackers
 from sync.dirty.scan import ScanTracker
 from sync.dirty.shared import LoggingTracker, MessageTracker
@@ -88,6 +88,7 @@ class Source:
         self._memory: GuestMemory | None = None
         self._layout = MemoryLayout([], [])
         self._dirty: MergedTrackers | None = None
+        self._proof_time: ProofTime | None = None
         self._precopy: Precopy | None = None
         self._vmm: Vmm | None = None
         self._vmm_begun = False
@@ -237,8 +238,15 @@ class Source:
             self._begun.append((number, device))
             await device.tracker.start(mediation)
         self._dirty = MergedTrackers([device.tracker for device in self._devices])
+        self._proof_time = ProofTime(self._memory, self._options.lanes)
         self._precopy = Precopy(
-            self._options, self._link, self._vmm, self._dirty, self.report, self._reporter
+            self._options,
+            self._link,
+            self._vmm,
+            self._dirty,
+            self._predict_proof_ns,
+            self.report,
+            self._reporter,
         )
         socket_path: str = await self._nursery.start(
             self._link.carry_vmm_stream, self._vmm_stream_is_complete
@@ -247,6 +255,17 @@ class Source:
         self._vmm_begun = True
         await self._vmm.start_outgoing(f"unix:{socket_path}")
         return Event.MEDIATED
+
+    @property
+    def _proves_everything(self) -> bool:
+        assert self._dirty is not None
+        return self._options.verify == "all" or not self._dirty.complete
+
+    async def _predict_proof_ns(self) -> int:
+        assert self._dirty is not None and self._proof_time is not None
+        return await self._proof_time.predict_ns(
+            self._dirty.touched, everything=self._proves_everything
+        )
 
     async def _vmm_stream_is_complete(self) -> bool:
         """If it ends before its time, the target's VMM would fail, too: the reason is here."""
@@ -355,7 +374,7 @@ class Source:
             self._link,
             self._memory,
             bitmap_to_indices(self._dirty.touched),
-            everything=self._options.verify == "all" or not self._dirty.complete,
+            everything=self._proves_everything,
         )
         self._downtime.lap("verify")
         return Event.VERIFIED

@@ -4,12 +4,13 @@ Owns the decision, and the prediction of the downtime that it rests on. It is fe
 round did; it copies nothing, knows no clock and no link.
 
 The guest stands still while the dirty bitmap is read for the last time, the last dirty pages cross
-the link, the VMM's own remainder does the same, and everything happens whose cost does not depend
-on the amount (`Limits.fixed_cost_ms`):
+the link, the VMM's own remainder does the same, all pages that were ever touched are compared, and
+everything happens whose cost does not depend on the amount (`Limits.fixed_cost_ms`):
 
     predicted downtime = reading the dirty bitmap
                          + dirty pages / sent pages per second
                          + VMM's remaining bytes / wire bytes per second
+                         + comparing the touched pages
                          + fixed cost
 
 This is the rule of pre-copy migration (C. Clark et al., Live Migration of Virtual Machines,
@@ -99,6 +100,8 @@ class Round:
     """What the VMM says that it still has to send by itself."""
     collect_ns: int = 0
     """What reading the dirty bitmap took: nothing much, unless all of memory is read for it."""
+    proof_ns: int = 0
+    """What it would take to compare the pages that were touched up to now."""
 
     def __post_init__(self) -> None:
         for field in fields(self):
@@ -171,7 +174,8 @@ class Convergence:
         seconds = _duration(latest.dirty_pages, self.rates.sent_pages_per_s) + _duration(
             latest.vmm_remaining_bytes, self._peak_bytes_per_s
         )
-        return seconds * 1e3 + latest.collect_ns / 1e6 + self._limits.fixed_cost_ms
+        reading_ns = latest.collect_ns + latest.proof_ns
+        return seconds * 1e3 + reading_ns / 1e6 + self._limits.fixed_cost_ms
 
     def _judge(self, latest: Round) -> tuple[Verdict, Reason]:
         limits = self._limits

@@ -77,8 +77,13 @@ class FakeVmm:
     check_migration = progress
 
 
-def precopy(link: FakeLink, dirty: FakeDirty, vmm: FakeVmm, said: io.StringIO) -> Precopy:
-    parts: Any = (link, vmm, dirty)
+def precopy(
+    link: FakeLink, dirty: FakeDirty, vmm: FakeVmm, said: io.StringIO, proof_ms: float = 0.0
+) -> Precopy:
+    async def proof_ns() -> int:
+        return int(proof_ms * 1e6)
+
+    parts: Any = (link, vmm, dirty, proof_ns)
     return Precopy(OPTIONS, *parts, Report(session=""), Reporter("send", as_json=True, stream=said))
 
 
@@ -135,17 +140,18 @@ def test_progress_unites_both_streams_in_the_middle_of_a_round() -> None:
     assert "%" not in line.getvalue()
 
 
-def test_what_a_scan_takes_is_part_of_the_downtime_that_is_predicted() -> None:
+def test_a_scan_and_the_proof_are_part_of_the_downtime_that_is_predicted() -> None:
     said = io.StringIO()
     later = dataclasses.replace(FIRST_PASS, rounds=2, remaining_bytes=0)
 
     async def body() -> None:
-        await precopy(FakeLink(), FakeDirty(takes_s=1.5), FakeVmm(later), said).converge()
+        dirty = FakeDirty(takes_s=1.5)
+        await precopy(FakeLink(), dirty, FakeVmm(later), said, proof_ms=200.0).converge()
 
     trio.run(body, clock=trio.testing.MockClock(autojump_threshold=0))
     events = [json.loads(line) for line in said.getvalue().splitlines()]
     predicted = [e["predicted_downtime_ms"] for e in events if e["event"] == "round"]
-    assert predicted[0] == pytest.approx(1500 + Limits().fixed_cost_ms)
+    assert predicted[0] == pytest.approx(1500 + 200 + Limits().fixed_cost_ms)
 
 
 @pytest.mark.parametrize("error", [VmmGone("gone"), VmmError("refused")])

@@ -1,5 +1,7 @@
 """The proof that both memories are equal, against two arrays instead of a link."""
 
+import mmap
+import os
 from types import SimpleNamespace
 from typing import Any
 
@@ -7,8 +9,9 @@ import numpy as np
 import pytest
 import trio
 
+from ferry import verification
 from ferry.errors import NotEqual
-from ferry.verification import prove_equal
+from ferry.verification import ProofTime, prove_equal
 from transport.sender import RegionComparison
 
 N_PAGES = 64
@@ -82,3 +85,63 @@ def test_i6_everything_includes_what_nobody_touched() -> None:
 def test_i6_pages_that_stay_different_are_an_error(everything: bool) -> None:
     with pytest.raises(NotEqual):
         prove(Link({5}, busy=True), [5], everything=everything)
+
+
+def bitmap(pages: list[int], n_pages: int) -> Any:
+    bits = np.zeros(-(-n_pages // 64) * 64, np.uint8)
+    bits[pages] = 1
+    return np.packbits(bits, bitorder="little").view(np.uint64)
+
+
+def test_the_time_of_the_proof_is_that_of_all_its_pages(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A clock that only digests advance; the first ones are slow, as those of a busy machine."""
+    n_pages = 100_000
+    now_ns, ns_per_page = 0, 5000
+    digested: list[int] = []
+
+    def digest(_memory: Any, pages: Any, _seed: int, _files: Any) -> None:
+        nonlocal now_ns
+        assert pages.max() < n_pages
+        digested.append(pages.size)
+        now_ns += ns_per_page * pages.size
+
+    monkeypatch.setattr(verification, "digest_pages", digest)
+    clock = SimpleNamespace(perf_counter_ns=lambda: now_ns)
+    monkeypatch.setattr(verification, "time", clock)
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: {0, 1, 2, 3})
+    memory: Any = SimpleNamespace(array=None, files=(), n_pages=n_pages)
+    proof = ProofTime(memory, lanes=2)
+
+    def predict(pages: list[int], *, everything: bool = False) -> int:
+        async def ask() -> int:
+            return await proof.predict_ns(bitmap(pages, n_pages), everything=everything)
+
+        return trio.run(ask)
+
+    assert predict([]) == 0
+    assert predict(list(range(3, 600, 5))) == 120 * 5000 // 2
+    ns_per_page = 1000
+    assert predict([99_999]) == 1000 // 2
+    ns_per_page = 3000
+    assert predict(list(range(0, 90_000, 3))) == 30_000 * 1000 // 2
+    assert predict([7], everything=True) == -(-n_pages // 64) * 64 * 1000 // 2
+    assert max(digested) < 2 * verification.SAMPLE_PAGES
+
+
+def test_to_predict_the_proof_leaves_the_guests_holes() -> None:
+    n_pages = 1024
+    descriptor = os.memfd_create("guest")
+    os.ftruncate(descriptor, n_pages * 4096)
+    for page in (5, 6, 700):
+        os.pwrite(descriptor, b"x", page * 4096)
+    array = np.frombuffer(mmap.mmap(descriptor, n_pages * 4096), np.uint8)
+    extents = [(0, n_pages, descriptor, 0)]
+    memory: Any = SimpleNamespace(array=array, files=extents, n_pages=n_pages)
+
+    async def predict() -> int:
+        return await ProofTime(memory, 1).predict_ns(bitmap([5], n_pages), everything=True)
+
+    assert trio.run(predict) > 0
+    # Next to data, up to 16 pages may be touched (transport/kernels/files.py).
+    assert os.fstat(descriptor).st_blocks * 512 <= 2 * 16 * 4096
+    os.close(descriptor)

@@ -160,14 +160,14 @@ def test_the_fixed_cost_and_the_vmm_count() -> None:
     assert policy.observe(less).verdict is Verdict.SWITCH
 
 
-def test_reading_the_bitmap_once_more_counts() -> None:
+@pytest.mark.parametrize("what", ["collect_ns", "proof_ns"])
+def test_reading_the_bitmap_once_more_and_the_proof_count(what: str) -> None:
     policy = Convergence(Limits(downtime_ms=100, fixed_cost_ms=50))
     quiet = moved(1000, 1_000_000, 1_000_000_000, 0)
-    slow = policy.observe(dataclasses.replace(quiet, collect_ns=51_000_000))
+    slow = policy.observe(dataclasses.replace(quiet, **{what: 51_000_000}))
     assert (slow.verdict, slow.predicted_downtime_ms) == (Verdict.CONTINUE, pytest.approx(101))
-    assert policy.observe(dataclasses.replace(quiet, collect_ns=49_000_000)).verdict is (
-        Verdict.SWITCH
-    )
+    fast = policy.observe(dataclasses.replace(quiet, **{what: 49_000_000}))
+    assert fast.verdict is Verdict.SWITCH
 
 
 def test_cheap_pages_do_not_make_the_vmm_look_slow() -> None:
