@@ -1,8 +1,10 @@
 """From starting `send` and `receive` to the first page on its way.
 
 Both are started at the same time, between two hosts of real processes whose guest is at work, as
-after a decision to migrate. With `cold=1` there is one more start, with an empty cache: the kernels
-are compiled, and whether both processes say so is measured as well.
+after a decision to migrate. `iops` bounds the guest's rate (0: unbounded), which otherwise keeps
+the processors busy that both hosts, their devices and gateways have in common here. `cold` more
+starts have an empty cache: the kernels are compiled, and whether both processes say so is measured
+as well.
 """
 
 import os
@@ -27,17 +29,19 @@ FILL_CACHES = (
 
 def run(context: Context) -> Iterator[Measurement]:
     with (
-        tempfile.TemporaryDirectory() as kernels,
         tempfile.TemporaryDirectory() as modules,
         # What an installed Python has beside its sources, also where these may not be written to.
         _environment(PYTHONPYCACHEPREFIX=modules, PYTHONDONTWRITEBYTECODE=""),
     ):
         subprocess.run([sys.executable, "-c", FILL_CACHES], check=True)
         for _ in range(context.repeat):
-            yield from _start("warm")
-        if context.number("cold"):
-            with _environment(VFIO_FERRY_CACHE=kernels):
-                yield from _start("cold")
+            yield from _start("warm", context.text("iops"))
+        for _ in range(context.number("cold")):
+            with (
+                tempfile.TemporaryDirectory() as kernels,
+                _environment(VFIO_FERRY_CACHE=kernels),
+            ):
+                yield from _start("cold", context.text("iops"))
 
 
 @contextmanager
@@ -52,9 +56,9 @@ def _environment(**values: str) -> Iterator[None]:
         os.environ.update(before)
 
 
-def _start(cache: str) -> Iterator[Measurement]:
+def _start(cache: str, iops: str) -> Iterator[Measurement]:
     where = {"cache": cache}
-    setup = Setup(device=("--logging", "4096"))
+    setup = Setup(device=("--logging", "4096"), guest=("--iops", iops))
     with tempfile.TemporaryDirectory() as folder, Testbed(Path(folder), setup) as bed:
         a, b = bed.hosts["a"], bed.hosts["b"]
         bed.start_host(a, incoming=False)
