@@ -79,7 +79,11 @@ class Precopy:
         while True:
             began = trio.current_time()
             round_ = await self._send()
-            await trio.sleep(max(0.0, ROUND_INTERVAL_S - (trio.current_time() - began)))
+            rest_s = max(0.0, ROUND_INTERVAL_S - (trio.current_time() - began))
+            if await self._vmm.paused_within(rest_s):
+                # Its guest stands still: what is left is for the last round.
+                self._note_round(round_)
+                return
             progress = await self._vmm.check_migration()
             collect_began = trio.current_time()
             await self._collect()

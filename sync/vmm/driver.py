@@ -33,6 +33,7 @@ from sync.vmm.errors import (
     VmmNotReady,
     VmmRefused,
 )
+from sync.vmm.qmp import QmpEvent
 from sync.vmm.states import (
     FAILED,
     RUNNING,
@@ -170,11 +171,21 @@ class Vmm(AsyncResource):
             return True if status == "pre-switchover" else None
 
         await self._watch(judge)
-        waiting = self.client.last_event("MIGRATION", since=self._migration_mark)
-        told = waiting is not None and waiting.data.get("status") == "pre-switchover"
-        waiting_at = (waiting.timestamp if waiting and told else 0.0) or time.time()
+        waiting = self._event_of_pre_switchover()
+        waiting_at = (waiting.timestamp if waiting else 0.0) or time.time()
         stop = self.client.last_event("STOP", since=self._migration_mark)
         return PreSwitchover((stop.timestamp if stop else 0.0) or waiting_at, waiting_at)
+
+    async def paused_within(self, seconds: float) -> bool:
+        """Waits so long, or until the VMM has paused its guest without being allowed to, as it may
+        (see `start_outgoing`); whether it has."""
+        with trio.move_on_after(seconds):
+            while True:
+                seen = self.client.events_seen
+                if self._event_of_pre_switchover() is not None:
+                    return True
+                await self.client.wait_event(since=seen)
+        return False
 
     async def settle(self) -> None:
         """Lets the VMM handle the interrupts that are pending in its event loop while its guest is
@@ -290,6 +301,12 @@ class Vmm(AsyncResource):
         if status in FAILED:
             raise MigrationFailed(status, str(migration.get("error-desc", "")))
         return status
+
+    def _event_of_pre_switchover(self) -> QmpEvent | None:
+        """The event that says that it waits there, unless another status followed."""
+        event = self.client.last_event("MIGRATION", since=self._migration_mark)
+        there = event is not None and event.data.get("status") == "pre-switchover"
+        return event if there else None
 
     async def _watch(self, judge: Callable[[Any], T | None]) -> T:
         """Asks `query-migrate` at once and after each event until `judge` returns something."""

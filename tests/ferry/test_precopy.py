@@ -65,8 +65,14 @@ class FakeLink:
 
 
 class FakeVmm:
-    def __init__(self, progress: VmmProgress = FIRST_PASS) -> None:
+    def __init__(self, progress: VmmProgress = FIRST_PASS, paused_at: float = float("inf")) -> None:
         self.answer: VmmProgress | Exception = progress
+        self._paused_at = paused_at
+
+    async def paused_within(self, seconds: float) -> bool:
+        now = trio.current_time()
+        await trio.sleep(max(0.0, min(seconds, self._paused_at - now)))
+        return trio.current_time() >= self._paused_at
 
     async def progress(self) -> VmmProgress:
         await trio.lowlevel.checkpoint()
@@ -78,13 +84,18 @@ class FakeVmm:
 
 
 def precopy(
-    link: FakeLink, dirty: FakeDirty, vmm: FakeVmm, said: io.StringIO, proof_ms: float = 0.0
+    link: FakeLink,
+    dirty: FakeDirty,
+    vmm: FakeVmm,
+    said: io.StringIO | None = None,
+    proof_ms: float = 0.0,
 ) -> Precopy:
     async def proof_ns() -> int:
         return int(proof_ms * 1e6)
 
     parts: Any = (link, vmm, dirty, proof_ns)
-    return Precopy(OPTIONS, *parts, Report(session=""), Reporter("send", as_json=True, stream=said))
+    reporter = Reporter("send", as_json=True, stream=said or io.StringIO())
+    return Precopy(OPTIONS, *parts, Report(session=""), reporter)
 
 
 def test_i1_what_a_given_up_round_did_not_send_is_sent_by_the_last_one() -> None:
@@ -138,6 +149,20 @@ def test_progress_unites_both_streams_in_the_middle_of_a_round() -> None:
     assert "left 300.0 MiB (device 16.0 KiB, VMM 300.0 MiB)" in line.getvalue()
     assert "downtime not known yet" in line.getvalue()
     assert "%" not in line.getvalue()
+
+
+def test_a_guest_that_the_vmm_has_paused_by_itself_waits_for_no_more_rounds() -> None:
+    link = FakeLink()
+
+    async def body() -> None:
+        paused_at = trio.current_time() + 0.25
+        rounds = precopy(link, FakeDirty(*({n} for n in range(9))), FakeVmm(paused_at=paused_at))
+        await rounds.converge()
+        assert trio.current_time() == pytest.approx(paused_at)
+        await rounds.finish()
+
+    trio.run(body, clock=trio.testing.MockClock(autojump_threshold=0))
+    assert link.sent == [{0}, {1}, {2}, {3}]
 
 
 def test_a_scan_and_the_proof_are_part_of_the_downtime_that_is_predicted() -> None:

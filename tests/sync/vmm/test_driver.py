@@ -62,6 +62,42 @@ def test_the_source_sequence(with_qemu: Any, active_migration: Any) -> None:
     with_qemu(body)
 
 
+def test_a_vmm_that_pauses_its_guest_by_itself_is_noticed_at_once(
+    with_qemu: Any, active_migration: Any
+) -> None:
+    async def body(qemu: Any) -> None:
+        def start() -> None:
+            qemu.migration = dict(active_migration)
+            qemu.becomes("active")
+
+        qemu.on["migrate"] = start
+        async with await Vmm.connect(qemu.path) as vmm:
+            # What an earlier migration came to does not count.
+            qemu.becomes("pre-switchover")
+            await qemu.send_events()
+            await vmm.progress()
+            await vmm.start_outgoing("unix:/run/stream")
+            assert not await vmm.paused_within(0.02)
+            qemu.commands.clear()
+            async with trio.open_nursery() as nursery:
+
+                async def wait() -> None:
+                    assert await vmm.paused_within(math.inf)
+
+                nursery.start_soon(wait)
+                await trio.testing.wait_all_tasks_blocked()
+                qemu.becomes("pre-switchover", "finish-migrate")
+                await qemu.send_events()
+            assert await vmm.paused_within(0.0)
+            assert not qemu.commands
+            qemu.becomes("active")
+            await qemu.send_events()
+            await vmm.progress()
+            assert not await vmm.paused_within(0.0)
+
+    with_qemu(body)
+
+
 def test_the_target_sequence(with_qemu: Any) -> None:
     async def body(qemu: Any) -> None:
         qemu.run_state = "inmigrate"
