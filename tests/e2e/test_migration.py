@@ -1,10 +1,14 @@
 """Whole migrations with real processes: everything arrives, by every method, and back again."""
 
+import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 
+from ferry.cli import main
 from ferry.errors import Exit
+from ferry.verification import ProofTime
 from tests.e2e.rig import (
     METHODS,
     MIGRATION_S,
@@ -38,6 +42,36 @@ def test_a_device_moves_with_its_running_guest(tmp_path: Path, method: Method) -
         assert guest["device_resets"] == 0
         assert guest["device_reconnects"] == 0
         assert bed.status(a) != "running"
+
+
+@pytest.mark.parametrize("verify", ["touched", "all"])
+def test_each_round_predicts_the_proof_too(
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    verify: str,
+) -> None:
+    asked: list[bool] = []
+
+    async def predict(_self: ProofTime, _touched: Any, *, everything: bool) -> int:
+        asked.append(everything)
+        return 10**12
+
+    monkeypatch.setattr(ProofTime, "predict_ns", predict)
+    method = Method("replay", "logging")
+    with new_bed(tmp_path, small_setup(method)) as bed:
+        a, b = start_both(bed)
+        receiver = bed.receive(b)
+        to = ("--to", f"ipc://{b.folder}/link.sock", "--qmp", str(a.qmp_socket))
+        flags = (*map(str, a.control_flags), *method.flags, "--verify", verify, "--json")
+        assert main(["send", *to, *flags]) == Exit.OK
+        assert receiver.wait(MIGRATION_S) == Exit.OK, receiver.tail()
+        assert_sound(bed, b)
+    events = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+    told = [e["predicted_downtime_ms"] for e in events if e["event"] == "round"]
+    judged = [ms for ms in told if ms is not None]
+    assert judged and all(ms > 10**6 for ms in judged)
+    assert asked == [verify == "all"] * len(judged)
 
 
 @pytest.mark.parametrize("registers", ["v2", "replay"])
