@@ -12,9 +12,10 @@ from sync.registers.record import RECORD_BYTES, STRUCT, VALUE_BYTES, Access, Fla
 DEFAULT_RECORDS = 1 << 20
 """32 MiB: at 50,000 accesses a second, what 20 seconds without a reader leave behind."""
 
-_READ, _WRITE, _RESET = int(Op.READ), int(Op.WRITE), int(Op.RESET)
+_WRITE = int(Op.WRITE)
 _NONE, _FAILED = int(Flag.NONE), int(Flag.FAILED)
 _pack = STRUCT.pack
+_from_bytes = int.from_bytes
 
 
 class Entry:
@@ -88,17 +89,18 @@ class Journal:
     ) -> None:
         if self.overflow:
             return
-        if size <= VALUE_BYTES and (size or op == _RESET):
-            value = int.from_bytes(data, "little")
-            flags = _FAILED if failed else _NONE
-            record = _pack(self.next_seq, offset, value, region, size, op, flags)
-            n_records = 1
-        else:
-            access = Access(Op(op), region, offset, size, data, failed)
-            record = pack_access(access, self.next_seq)
-            n_records = len(record) // RECORD_BYTES
-        if len(self._ring) + len(record) > self._max_bytes:
+        ring = self._ring
+        if 0 < size <= VALUE_BYTES and len(ring) < self._max_bytes:
+            # Nearly every access is one record, and the guest waits while it is written.
+            value = _from_bytes(data, "little")
+            ring += _pack(
+                self.next_seq, offset, value, region, size, op, _FAILED if failed else _NONE
+            )
+            self.next_seq += 1
+            return
+        records = pack_access(Access(Op(op), region, offset, size, data, failed), self.next_seq)
+        if len(ring) + len(records) > self._max_bytes:
             self.overflow = True
             return
-        self.next_seq += n_records
-        self._ring += record
+        self.next_seq += len(records) // RECORD_BYTES
+        ring += records
