@@ -4,6 +4,7 @@ Owns what has been collected and is not sent yet, the events `round` and `progre
 of the report. When to switch over is decided by `sync.convergence`; `ferry.source` has the phases.
 """
 
+import math
 import time
 from collections.abc import Awaitable, Callable
 from typing import TYPE_CHECKING, Any
@@ -57,6 +58,8 @@ class Precopy:
         self._round_ended = trio.current_time()
         self._dirty_pages_per_s = 0.0
         self._predicted_ms: float | None = None
+        self._guest_waits_until = math.inf
+        """How long a guest that its VMM has paused by itself may wait for rounds."""
 
     async def converge(self) -> None:
         """Rounds until what is left fits into the downtime. Raises `NotConverged`,
@@ -78,11 +81,14 @@ class Precopy:
         await self._collect()
         while True:
             began = trio.current_time()
-            round_ = await self._send()
+            round_ = await self._send_in_time()
             rest_s = max(0.0, ROUND_INTERVAL_S - (trio.current_time() - began))
             if await self._vmm.paused_within(rest_s):
-                # Its guest stands still: what is left is for the last round.
+                # Its guest stands still: what is left is for the last round, which has no bound.
                 self._note_round(round_)
+                if not rest_s:
+                    await self._collect()
+                    self._note_round(await self._send_in_time())
                 return
             progress = await self._vmm.check_migration()
             collect_began = trio.current_time()
@@ -136,6 +142,27 @@ class Precopy:
         round_ = await self._link.send_pages(bitmap_to_indices(self._owed))
         self._owed[:] = 0
         return round_
+
+    async def _send_in_time(self) -> RoundStatistics:
+        """As `_send`. Raises `NotConverged` if the VMM has paused its guest by itself, and that
+        would have to stand still for longer than it may."""
+        limit_ms = self._options.downtime_limit
+        with trio.CancelScope() as scope:
+
+            async def bound() -> None:
+                await self._vmm.paused_within(math.inf)
+                self._guest_waits_until = min(
+                    self._guest_waits_until, trio.current_time() + limit_ms / 1e3
+                )
+                scope.deadline = self._guest_waits_until
+
+            async with alongside(bound):
+                return await self._send()
+        raise NotConverged(
+            "the VMM found nothing more to send and paused its guest by itself, while the devices' "
+            f"pages were still under way and took longer than {limit_ms} ms: the guest goes on "
+            "here; try again, or allow a longer --downtime-limit"
+        )
 
     def _owed_pages(self) -> int:
         return int(np.bitwise_count(self._owed).sum())

@@ -13,6 +13,7 @@ import trio
 import trio.testing
 from numpy.typing import NDArray
 
+from ferry.errors import NotConverged
 from ferry.precopy import Precopy
 from ferry.progress import Reporter
 from ferry.report import Report
@@ -98,6 +99,16 @@ def precopy(
     return Precopy(OPTIONS, *parts, Report(session=""), reporter)
 
 
+def taking(*seconds: float) -> Callable[[], Any]:
+    """Rounds that take so long, one after the other."""
+    left = list(seconds)
+
+    async def busy() -> None:
+        await trio.sleep(left.pop(0))
+
+    return busy
+
+
 def test_i1_what_a_given_up_round_did_not_send_is_sent_by_the_last_one() -> None:
     link = FakeLink(trio.sleep_forever)
 
@@ -163,6 +174,45 @@ def test_a_guest_that_the_vmm_has_paused_by_itself_waits_for_no_more_rounds() ->
 
     trio.run(body, clock=trio.testing.MockClock(autojump_threshold=0))
     assert link.sent == [{0}, {1}, {2}, {3}]
+
+
+def test_i10_a_round_under_way_keeps_no_guest_waiting_that_the_vmm_has_paused_by_itself() -> None:
+    link = FakeLink(trio.sleep_forever)
+
+    async def body() -> None:
+        paused_at = trio.current_time() + 5.0
+        rounds = precopy(link, FakeDirty({1, 2}), FakeVmm(paused_at=paused_at))
+        with pytest.raises(NotConverged, match=r"300 ms.*the guest goes on.*--downtime-limit"):
+            await rounds.converge()
+        assert trio.current_time() == pytest.approx(paused_at + OPTIONS.downtime_limit / 1e3)
+
+    trio.run(body, clock=trio.testing.MockClock(autojump_threshold=0))
+    assert link.sent == []
+
+
+def test_a_round_that_is_done_soon_after_the_guest_was_paused_is_waited_for() -> None:
+    link = FakeLink(taking(5.2, 0.05))
+
+    async def body() -> None:
+        rounds = precopy(link, FakeDirty({1, 2}, {3}), FakeVmm(paused_at=trio.current_time() + 5.0))
+        await rounds.converge()
+
+    trio.run(body, clock=trio.testing.MockClock(autojump_threshold=0))
+    assert link.sent == [{1, 2}, {3}]
+
+
+def test_i10_what_was_written_during_a_long_round_is_sent_in_time_too() -> None:
+    link = FakeLink(taking(4.9, 1.0))
+
+    async def body() -> None:
+        paused_at = trio.current_time() + 4.8
+        rounds = precopy(link, FakeDirty({1, 2}, {3}), FakeVmm(paused_at=paused_at))
+        with pytest.raises(NotConverged):
+            await rounds.converge()
+        assert trio.current_time() == pytest.approx(paused_at + OPTIONS.downtime_limit / 1e3)
+
+    trio.run(body, clock=trio.testing.MockClock(autojump_threshold=0))
+    assert link.sent == [{1, 2}]
 
 
 def test_a_scan_and_the_proof_are_part_of_the_downtime_that_is_predicted() -> None:
