@@ -191,7 +191,7 @@ class Encoder:
             bad = -1 - stop
             self._replica.forget(indices[start:bad])
             raise IndexError(f"page {indices[bad]} is not one of lane {self._lane}")
-        by_kind = [int(n) for n in counters[: len(PageKind)]]
+        by_kind: list[int] = counters[: len(PageKind)].tolist()
         n_pages = sum(by_kind)
         n_bytes = 0
         if n_pages:

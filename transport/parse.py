@@ -45,6 +45,7 @@ from transport.kernels.tables import (
 Buffer = bytes | bytearray | memoryview
 
 _LAST_CODING = max(Coding)
+_LAST_KIND = max(PageKind)
 _MAX_PAGE_BYTES = PAGE_BYTES + ENTRY_BYTES + BASE_BYTES  # more than any page needs
 
 
@@ -108,11 +109,10 @@ def parse_frame(frame: Buffer, *, seed: int, n_pages: int, lane: int = 0, lanes:
         raise FrameError(f"{pages} pages in a body of {len(body)} bytes")
     content = np.frombuffer(body, np.uint8)
     tables = new_tables(pages)
-    payload_bytes = read_tables(content, n_pages, lane, lanes, tables)
+    last_kind = PageKind.RAW if coding == Coding.RAW else _LAST_KIND
+    payload_bytes = read_tables(content, n_pages, lane, lanes, last_kind, tables)
     if payload_bytes < 0:
         raise FrameError(_what_is_wrong(payload_bytes, tables, content.size, n_pages, lane))
-    if coding == Coding.RAW and tables.kind.max() > PageKind.RAW:
-        raise FrameError(f"a page of kind {tables.kind.max()} in a frame of raw pages")
     return Frame(sequence, round_no, lane, *tables, content[:payload_bytes])
 
 
@@ -132,9 +132,15 @@ def _what_is_wrong(found: int, tables: ReadTables, body_bytes: int, n_pages: int
     if found == BAD_SUM:
         return f"pages of {tables.length.sum()} bytes in a payload of another length"
     return {
-        BAD_KIND: f"unknown page kind {tables.kind.max()}",
+        BAD_KIND: _bad_kind(tables.kind.max()),
         BAD_LENGTH: "a page's length does not suit its kind",
         BAD_INDEX: f"page {tables.index.max()} of {n_pages}",
         BAD_LANE: f"a page of another lane on lane {lane}",
         BAD_ORIGINAL: f"a copy of a page that is none of lane {lane}",
     }[found]
+
+
+def _bad_kind(kind: int) -> str:
+    if kind > _LAST_KIND:
+        return f"unknown page kind {kind}"
+    return f"a page of kind {kind} in a frame of raw pages"

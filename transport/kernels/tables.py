@@ -30,7 +30,6 @@ BAD_INDEX: Final = -5
 BAD_LANE: Final = -6
 BAD_ORIGINAL: Final = -7
 
-_LAST_KIND: Final = int(max(PageKind))
 _ZERO: Final = int(PageKind.ZERO)
 _RAW: Final = int(PageKind.RAW)
 _COPY: Final = int(PageKind.COPY)
@@ -79,14 +78,15 @@ def original_of_copy(payload, at):  # type: ignore[no-untyped-def]
     return page
 
 
-@kernel(readonly(np.uint8), np.int64, np.int64, np.int64, _TABLES)
-def read_tables(body, n_pages, lane, lanes, tables):  # type: ignore[no-untyped-def]
+@kernel(readonly(np.uint8), np.int64, np.int64, np.int64, np.int64, _TABLES)
+def read_tables(body, n_pages, lane, lanes, last_kind, tables):  # type: ignore[no-untyped-def]
     """Copy the tables at the end of `body` and check them against each other and the limits.
 
     `tables` is a `ReadTables` for the frame's number of pages, whose entries `body` has room for.
-    Every index, and every original of a copy, must be below `n_pages` and of `lane` of `lanes`,
-    every length suit its kind, and the payload be as long as the lengths say. Returns the length of
-    the payload in bytes, or one of the constants above; `tables` then holds what was copied so far.
+    Every index, and every original of a copy, must be below `n_pages` and of `lane` of `lanes`, no
+    kind greater than `last_kind`, every length suit its kind, and the payload be as long as the
+    lengths say. Returns the length of the payload in bytes, or one of the constants above; `tables`
+    then holds what was copied so far.
     """
     pages = tables.index.size
     start = body.ctypes.data
@@ -94,7 +94,7 @@ def read_tables(body, n_pages, lane, lanes, tables):  # type: ignore[no-untyped-
     clib.memcpy(tables.kind.ctypes.data, start + kinds_at, pages)
     bases = 0
     for position in range(pages):
-        if tables.kind[position] > _LAST_KIND:
+        if tables.kind[position] > last_kind:
             return BAD_KIND
         bases += tables.kind[position] >= _FIRST_WITH_BASE
     payload_bytes = body.size - pages * ENTRY_BYTES - bases * BASE_BYTES
