@@ -25,6 +25,7 @@ import numpy as np
 import numpy.typing as npt
 import zmq
 
+from transport.channels import LISTENING_S
 from transport.connector import wait
 from transport.errors import PeerLost, RecordError
 from transport.link import LinkThread, Shared
@@ -207,6 +208,7 @@ class SendLane(LinkThread):
         poller.register(self._wakeup, zmq.POLLIN)
         poller.register(self._socket, zmq.POLLIN)
         poller.register(self._watch.monitor, zmq.POLLIN)
+        looked = time.monotonic()
         while not self.shared.over:
             again = self._advance()
             if not self._tasks:
@@ -221,7 +223,13 @@ class SendLane(LinkThread):
                 self._look_at_connection()
             if self._socket in ready:
                 self._receive()
-            if time.monotonic() > self._progress_by:
+            now = time.monotonic()
+            if now - looked > LISTENING_S:
+                # This process was stopped, or found no processor: what the receiver has answered
+                # meanwhile may not have been read yet.
+                self._progress_by += now - looked
+            looked = now
+            if now > self._progress_by:
                 raise PeerLost(
                     f"the receiver has applied nothing for {self._progress_timeout_s:g} s"
                 )

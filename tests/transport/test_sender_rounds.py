@@ -3,6 +3,8 @@
 import itertools
 import random
 import threading
+import time
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -21,6 +23,7 @@ from transport.frames import split_by_lane
 from transport.receiver import ReceiverOptions
 from transport.records import Ack
 from transport.sender import RoundStatistics, SenderOptions
+from transport.sockets import WATCH_S
 
 PAGE = 4096
 DEADLINE_S = 20
@@ -470,6 +473,31 @@ def test_i9_acknowledgements_that_never_come_end_the_round(
             with pytest.raises(PeerLost, match="applied nothing"):
                 await pair.sender.send_round(every_page(pair.source), 1)
             forever.set()
+
+    run_trio(scenario)
+
+
+def test_a_time_in_which_this_side_was_stopped_is_not_the_receivers_silence(
+    link_pair: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    stopped_s = 0.0
+    applied = threading.Event()
+    handle = apply.ApplyLane._handle
+
+    def late(*arguments: Any) -> bytes:
+        nonlocal stopped_s
+        stopped_s = 3600.0
+        applied.wait(4 * WATCH_S)  # the lane looks at its progress meanwhile
+        return handle(*arguments)
+
+    async def scenario() -> None:
+        async with link_pair(n_pages=10, sending=SenderOptions(progress_timeout_s=60)) as pair:
+            await pair.sender.verify()
+            monkeypatch.setattr(apply.ApplyLane, "_handle", late)
+            clock = SimpleNamespace(monotonic=lambda: time.monotonic() + stopped_s)
+            monkeypatch.setattr("transport.lanes.time", clock)
+            await pair.sender.send_round(every_page(pair.source), 1)
+            assert np.array_equal(pair.source, pair.target)
 
     run_trio(scenario)
 
