@@ -30,6 +30,7 @@ COMMANDS = {
     "gateway": Command("ferry.gateway", "stand between a VMM and its device, for the VM's life"),
     "send": Command("ferry.send", "migrate a running guest's devices from this host"),
     "receive": Command("ferry.receive", "take over a guest's devices on this host"),
+    "secret": Command("ferry.secret", "make the secret by which two hosts know each other"),
     "tune": Command("ferry.tune", "measure this machine and a link, and configure send for them"),
     "resolve": Command("ferry.resolve", "settle who owns a guest after a failed commit"),
     "doctor": Command("ferry.doctor", "say what of a migration this machine can do"),

@@ -11,6 +11,7 @@ import time
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
+from urllib.parse import urlsplit
 
 import trio
 
@@ -30,6 +31,7 @@ from ferry.memory_layout import MemoryLayout, same_pages
 from ferry.messages import Hello, Kind, Notice, asks_for_check, unpack_state
 from ferry.progress import Reporter
 from ferry.runner import Runner
+from ferry.secret import HELP, read_secret
 from ferry.side import (
     Kernels,
     Shell,
@@ -95,6 +97,7 @@ class Options:
     profile: tuple[str, ...] = option(
         "a device profile, or a folder of them, beside the built-in ones", (), repeat=True
     )
+    secret: str | None = option(HELP, None)
     peer_timeout: float = option("seconds of silence until the peer is lost", 5.0, parse=seconds)
     wait: float | None = option("seconds to wait for a sender", None, parse=seconds)
     json: bool = option("print events as JSON lines", False)
@@ -440,6 +443,16 @@ def memory_available() -> int:
     raise LocalError("/proc/meminfo does not tell how much memory is available")
 
 
+def receiver_options(options: Options) -> ReceiverOptions:
+    """What the user wants of the link. Raises `ConfigError` for what cannot be, and what
+    `read_secret` does."""
+    secret = read_secret(options.secret)
+    try:
+        return ReceiverOptions(peer_timeout_s=options.peer_timeout, secret=secret)
+    except ValueError as error:
+        raise ConfigError(str(error)) from error
+
+
 def run(options: Options) -> int:
     """Waits for one migration to this host; returns the exit code."""
     return trio.run(_main, options)
@@ -448,12 +461,19 @@ def run(options: Options) -> int:
 async def _main(options: Options) -> Exit:
     if not options.gateway:
         raise ConfigError("--gateway is missing; see: vfio-ferry receive --help")
+    link_options = receiver_options(options)
     reporter = Reporter("receive", as_json=options.json)
     url = options.listen
+    if link_options.secret is None and not _is_of_this_host(url):
+        reporter.event(
+            "message",
+            text="Without --secret, whoever reaches this address first is taken for the sender, "
+            "and the guest's memory crosses the network as it is.",
+        )
     try:
         async with await Vmm.connect(options.qmp) as vmm:
             while True:
-                url, target, state = await _receive(options, reporter, vmm, url)
+                url, target, state = await _receive(options, link_options, reporter, vmm, url)
                 error = target.runner.first_error
                 if not target.only_check or isinstance(error, Interrupted):
                     break
@@ -464,12 +484,16 @@ async def _main(options: Options) -> Exit:
     return conclude(reporter, state, target.runner, ADVICE)
 
 
+def _is_of_this_host(url: str) -> bool:
+    host = urlsplit(url).hostname
+    return host is None or host in ("localhost", "::1") or host.startswith("127.")
+
+
 async def _receive(
-    options: Options, reporter: Reporter, vmm: Vmm, url: str
+    options: Options, link_options: ReceiverOptions, reporter: Reporter, vmm: Vmm, url: str
 ) -> tuple[str, Target, State]:
     """One sender, who asks for a migration or for a check. Returns where it was listened."""
-    receiver_options = ReceiverOptions(peer_timeout_s=options.peer_timeout)
-    async with open_receiver(url, receiver_options) as link, trio.open_nursery() as nursery:
+    async with open_receiver(url, link_options) as link, trio.open_nursery() as nursery:
         await vmm.check_target()
         target = Target(options, reporter, nursery, link, vmm)
         await nursery.start(Shell(reporter, options.break_at).watch_signals, target.runner)

@@ -8,6 +8,7 @@ import trio
 from ferry.config import endpoint, log_page, natural, option, positive, seconds, size
 from ferry.errors import ConfigError, Exit
 from ferry.progress import Reporter
+from ferry.secret import HELP
 from ferry.side import Shell, break_at_choices, conclude, first_error
 from ferry.source import Source
 from ferry.source_link import sender_options
@@ -91,6 +92,7 @@ class Options:
     bandwidth: int | None = option(
         "limit in bytes per second, for everything", None, parse=bandwidth
     )
+    secret: str | None = option(HELP, None)
     connect_timeout: float = option("seconds to find the receiver", 5.0, parse=seconds)
     peer_timeout: float = option("seconds of silence until the peer is lost", 5.0, parse=seconds)
     quit_source: bool = option("end the source's VMM once the target owns the guest", False)

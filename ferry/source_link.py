@@ -17,6 +17,7 @@ from numpy.typing import NDArray
 from ferry.errors import ConfigError, FerryError, Mismatch, PeerAborted
 from ferry.messages import Kind, Notice, pack_state
 from ferry.runner import Runner
+from ferry.secret import read_secret
 from ferry.side import run_tunnel
 from sync.handover import Event
 from transport.codec import Codec
@@ -31,7 +32,9 @@ GOODBYE_S = 3.0
 
 
 def sender_options(options: "Options") -> SenderOptions:
-    """What the user wants of the link. Raises `ConfigError` for what cannot be."""
+    """What the user wants of the link. Raises `ConfigError` for what cannot be, and what
+    `read_secret` does."""
+    secret = read_secret(options.secret)
     try:
         return SenderOptions(
             lanes=options.lanes,
@@ -40,6 +43,7 @@ def sender_options(options: "Options") -> SenderOptions:
             peer_timeout_s=options.peer_timeout,
             bandwidth_bytes_per_s=options.bandwidth,
             codec=None if options.codec == "auto" else Codec.parse(options.codec),
+            secret=secret,
         )
     except ValueError as error:
         raise ConfigError(str(error)) from error

@@ -25,6 +25,7 @@ from ferry.config import endpoint, option
 from ferry.errors import ConfigError, Exit, LocalError
 from ferry.progress import Reporter
 from ferry.receive import memory_available
+from ferry.secret import HELP, read_secret
 from ferry.tuning import CodecSample, LinkSample, Settings, as_toml, choose
 from sync.memory import PAGE_BYTES
 from transport.choice import LADDER
@@ -32,7 +33,7 @@ from transport.codec import NONE
 from transport.encoder import Encoder
 from transport.errors import EndpointError, PeerClosed, TransportError
 from transport.frames import DEFAULT_FRAME_BYTES
-from transport.receiver import open_receiver
+from transport.receiver import ReceiverOptions, open_receiver
 from transport.replica import Replica
 from transport.sender import SenderOptions, open_sender
 
@@ -56,6 +57,7 @@ class Options:
     sample: str | None = option(
         "a file like what the guest's memory holds (default: code of this program)", None
     )
+    secret: str | None = option(HELP, None)
     output: str | None = option("write the configuration to this file, not the terminal", None)
     json: bool = option("print events as JSON lines", False)
 
@@ -66,12 +68,13 @@ def run(options: Options) -> int:
         raise ConfigError("--to and --listen are two ends of one link: give one of them")
     if options.output is not None and not Path(options.output).absolute().parent.is_dir():
         raise LocalError(f"{options.output} cannot be written: there is no such folder")
+    secret = read_secret(options.secret)
     reporter = Reporter("tune", as_json=options.json)
     if options.listen is not None:
-        return trio.run(_listen, options.listen, reporter)
+        return trio.run(_listen, options.listen, secret, reporter)
     sample = _sample(options.sample)
-    with _other_end(options.to) as url:
-        settings = trio.run(_measure, url, sample, reporter)
+    with _other_end(options) as url:
+        settings = trio.run(_measure, url, secret, sample, reporter)
     document = as_toml(settings, options.to or "the loopback of this machine")
     if options.output is None:
         reporter.event("configuration", text=document)
@@ -81,11 +84,11 @@ def run(options: Options) -> int:
     return Exit.OK
 
 
-async def _listen(url: str, reporter: Reporter) -> Exit:
+async def _listen(url: str, secret: bytes | None, reporter: Reporter) -> Exit:
     announced = False
     while True:
         try:
-            async with open_receiver(url) as link:
+            async with open_receiver(url, ReceiverOptions(secret=secret)) as link:
                 url = link.url
                 if not announced:
                     reporter.event("listening", url=url)
@@ -105,7 +108,7 @@ async def _listen(url: str, reporter: Reporter) -> Exit:
             reporter.event("message", text=f"a sender has failed: {error}")
 
 
-async def _measure(url: str, sample: Bytes, reporter: Reporter) -> Settings:
+async def _measure(url: str, secret: bytes | None, sample: Bytes, reporter: Reporter) -> Settings:
     codecs = []
     for each in await trio.to_thread.run_sync(lambda: list(measure_codecs(sample))):
         text = (
@@ -116,7 +119,7 @@ async def _measure(url: str, sample: Bytes, reporter: Reporter) -> Settings:
         codecs.append(each)
     links = []
     for lanes, frame_bytes in LINK_SETTINGS:
-        rate = await measure_link(url, lanes, frame_bytes)
+        rate = await measure_link(url, secret, lanes, frame_bytes)
         text = f"{lanes} lanes, frames of {frame_bytes >> 10:>4} KiB: {rate / 1e6:8.0f} MB/s"
         reporter.event("link", lanes=lanes, frame_bytes=frame_bytes, bytes_per_s=rate, text=text)
         links.append(LinkSample(lanes, frame_bytes, rate))
@@ -142,9 +145,9 @@ def measure_codecs(sample: Bytes) -> Iterator[CodecSample]:
         yield CodecSample(str(codec), (time.thread_time() - began) / n_pages, n_bytes / n_pages)
 
 
-async def measure_link(url: str, lanes: int, frame_bytes: int) -> float:
+async def measure_link(url: str, secret: bytes | None, lanes: int, frame_bytes: int) -> float:
     """Bytes per second of random pages as they are. Raises `TransportError`."""
-    options = SenderOptions(lanes=lanes, frame_bytes=frame_bytes, codec=NONE)
+    options = SenderOptions(lanes=lanes, frame_bytes=frame_bytes, codec=NONE, secret=secret)
     async with open_sender(url, os.urandom(16), GREETING, options) as link:
         memory = scratch()
         memory[:] = np.random.default_rng().integers(0, 256, memory.size, np.uint8)
@@ -164,12 +167,14 @@ async def measure_link(url: str, lanes: int, frame_bytes: int) -> float:
 
 
 @contextmanager
-def _other_end(url: str | None) -> Iterator[str]:
+def _other_end(options: Options) -> Iterator[str]:
     """The given one, or a process of our own on the loopback."""
-    if url is not None:
-        yield url
+    if options.to is not None:
+        yield options.to
         return
     command = [sys.executable, "-m", "ferry.cli", "tune", "--listen", "tcp://127.0.0.1:0", "--json"]
+    if options.secret is not None:
+        command += ["--secret", options.secret]
     with start_child(command, stdout=subprocess.PIPE, text=True) as process:
         assert process.stdout is not None
         try:

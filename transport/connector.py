@@ -67,6 +67,7 @@ class Connector(LinkThread):
         *,
         connect_timeout_s: float,
         greeting_timeout_s: float,
+        secret: bytes | None,
     ) -> None:
         super().__init__("ferry-control", shared)
         self.reply: HelloReply | None = None
@@ -78,13 +79,15 @@ class Connector(LinkThread):
         self._greeting_timeout_s = greeting_timeout_s
         self._deadline = time.monotonic() + connect_timeout_s
         self._greeted = False
+        self._unsuited = False
+        """Whether somebody was there, and did not agree on how to talk."""
         self._tunnel_ready = False
         self._unsent_control: bytes | None = None
         self._unsent_tunnel: tuple[bytes, memoryview | None] | None = None
         self._unsent_credit: bytes | None = None
         self._tunnel_due: float | None = None
-        self._control = open_dealer(context, routing_id(CONTROL_LANE, hello.session))
-        self._tunnel = open_dealer(context, routing_id(TUNNEL_LANE, hello.session))
+        self._control = open_dealer(context, routing_id(CONTROL_LANE, hello.session), secret)
+        self._tunnel = open_dealer(context, routing_id(TUNNEL_LANE, hello.session), secret)
         self._watches = {
             self._control: Watch(self._control),
             self._tunnel: Watch(self._tunnel),
@@ -146,6 +149,11 @@ class Connector(LinkThread):
             return PeerUnreachable(
                 f"something listens at {self._url}, but does not answer as a receiver"
             )
+        if self._unsuited:
+            return PeerUnreachable(
+                f"something listens at {self._url}, but no connection comes about: it is no "
+                "receiver, or the two sides have not got the same secret"
+            )
         return PeerUnreachable(f"nobody answers at {self._url}; is the receiver running there?")
 
     def _watch(self) -> None:
@@ -158,6 +166,8 @@ class Connector(LinkThread):
                     # Also if it has greeted: what was sent to a connection that ended may be lost.
                     self._control.send(self._hello.pack(), zmq.NOBLOCK)
                     self._greeted = True
+                elif event is ConnectionEvent.UNSUITED:
+                    self._unsuited = True
                 elif event is ConnectionEvent.GONE and self.stage is not Stage.CALLING:
                     self.shared.suspect(PeerLost("the connection to the receiver has ended"))
 

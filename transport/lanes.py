@@ -163,6 +163,7 @@ class SendLane(LinkThread):
         window_frames: int,
         frame_bytes: int,
         progress_timeout_s: float,
+        secret: bytes | None,
     ) -> None:
         """`prepare` is called by the lane's thread before its first task: loads what takes long;
         `idle` when it has had nothing to do for a while: has to be short."""
@@ -181,7 +182,7 @@ class SendLane(LinkThread):
         self._under_way: deque[_UnderWay] = deque()
         self._buffers = BufferPool(window_frames + 1, frame_bytes)
         self._processors = Processors(lane, lanes)
-        self._socket = open_dealer(context, routing_id(FIRST_DATA_LANE + lane, session))
+        self._socket = open_dealer(context, routing_id(FIRST_DATA_LANE + lane, session), secret)
         self._watch = Watch(self._socket)
 
     def submit(self, task: Task) -> None:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import time
 from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -18,6 +18,7 @@ import zmq
 
 from transport.apply import ApplyLane
 from transport.channels import Conversation
+from transport.gatekeeper import Gatekeeper
 from transport.link import Link, LinkThread, Shared, check_memory
 from transport.records import (
     MAX_RECORD_BYTES,
@@ -28,6 +29,7 @@ from transport.records import (
     session_seed,
 )
 from transport.router import Router
+from transport.secret import check_secret
 from transport.sockets import check_url, keep_message_memory
 
 if TYPE_CHECKING:
@@ -47,6 +49,8 @@ class ReceiverOptions:
     """How long `aclose` waits for records that are on their way."""
     window_frames: int = 4
     """Frames that a lane may have under way; bounds memory: lanes * window * frame_bytes."""
+    secret: bytes | None = field(default=None, repr=False)
+    """32 bytes that a sender has to have as well; None: any may come, and nothing is encrypted."""
 
     def __post_init__(self) -> None:
         if not 1 <= self.window_frames <= MAX_WINDOW_FRAMES:
@@ -55,6 +59,7 @@ class ReceiverOptions:
             )
         if not MIN_PEER_TIMEOUT_MS <= self.peer_timeout_s * 1000 <= MAX_PEER_TIMEOUT_MS:
             raise ValueError(f"a timeout of {self.peer_timeout_s} s; 0.5 s to 1 h are possible")
+        check_secret(self.secret)
 
 
 @dataclass(frozen=True, slots=True)
@@ -99,16 +104,20 @@ class Receiver(Link):
             now=time.monotonic(), peer_timeout_s=options.peer_timeout_s, pings=False
         )
         super().__init__(Shared(talk, options.linger_s), context)
+        secret = options.secret
+        self._gatekeeper = None if secret is None else Gatekeeper(self._shared, context, secret)
         self._router = Router(
             self._shared,
             context,
             url,
             peer_timeout_s=options.peer_timeout_s,
             window_frames=options.window_frames,
+            secret=secret,
         )
         self._hello: Hello | None = None
         self._lanes: list[ApplyLane] = []
-        self._router.start()
+        for thread in self._threads():
+            thread.start()
 
     @property
     def url(self) -> str:
@@ -209,7 +218,8 @@ class Receiver(Link):
         self._shared.wakeup.set()
 
     def _threads(self) -> list[LinkThread]:
-        return [self._router, *self._lanes]
+        gatekeeper = [self._gatekeeper] if self._gatekeeper else []
+        return [self._router, *gatekeeper, *self._lanes]
 
 
 @asynccontextmanager

@@ -69,8 +69,9 @@ class Router(LinkThread):
         *,
         peer_timeout_s: float,
         window_frames: int,
+        secret: bytes | None,
     ) -> None:
-        """Binds. Raises EndpointError."""
+        """Binds. With a `secret`, there has to be a `Gatekeeper`. Raises EndpointError."""
         super().__init__("ferry-router", shared)
         self.hello: Hello | None = None
         self.stage = Stage.LISTENING
@@ -86,7 +87,7 @@ class Router(LinkThread):
         self._unsent_control: bytes | None = None
         self._unsent_tunnel: tuple[bytes, memoryview | None] | None = None
         self._unsent_credit: bytes | None = None
-        self._router = open_router(context)
+        self._router = open_router(context, secret)
         self._watch = Watch(self._router)
         try:
             self._bound = bind(self._router, url)

@@ -10,7 +10,7 @@ import os
 import time
 from collections.abc import AsyncIterator, Iterable, Sequence
 from contextlib import asynccontextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -40,6 +40,7 @@ from transport.records import (
     session_seed,
 )
 from transport.rounds import LaneSource, RoundCounters, RoundShare, Source
+from transport.secret import check_secret
 from transport.sockets import check_url
 
 if TYPE_CHECKING:
@@ -70,6 +71,8 @@ class SenderOptions:
     """Limit over data lanes and tunnel together; None: none."""
     codec: Codec | None = None
     """How pages are compressed; None: each lane finds out with what most get through."""
+    secret: bytes | None = field(default=None, repr=False)
+    """The receiver's 32 bytes; None: it has none, and nothing is encrypted."""
 
     def __post_init__(self) -> None:
         if not 1 <= self.lanes <= MAX_DATA_LANES:
@@ -81,6 +84,7 @@ class SenderOptions:
             )
         if self.peer_timeout_s * 1000 < MIN_PEER_TIMEOUT_MS:
             raise ValueError(f"a timeout of {self.peer_timeout_s} s; at least 0.5 s are possible")
+        check_secret(self.secret)
 
 
 @dataclass(frozen=True, slots=True)
@@ -236,6 +240,7 @@ class Sender(Link):
             self._bucket,
             connect_timeout_s=options.connect_timeout_s,
             greeting_timeout_s=options.greeting_timeout_s,
+            secret=options.secret,
         )
         self._source: Source | None = None
         self._attached = False
@@ -295,6 +300,7 @@ class Sender(Link):
                 window_frames=self._connector.reply.window_frames,
                 frame_bytes=frame_bytes,
                 progress_timeout_s=self._options.progress_timeout_s,
+                secret=self._options.secret,
             )
             self._lane_sources.append(source)
             self._lanes.append(lane)

@@ -30,6 +30,7 @@ import zmq
 
 from transport.errors import EndpointError
 from transport.records import MAX_CHANNEL_MESSAGE_BYTES, MAX_DATA_LANES, MAX_MESSAGE_BYTES
+from transport.secret import CURVE_PART_BYTES, admit_by, prove_by
 
 SEND_HIGH_WATER = 128
 """Messages that libzmq queues for a connection; credit keeps everything but pongs below it."""
@@ -50,6 +51,11 @@ _SIOCINQ = 0x541B
 _NO_LINGER = struct.pack("<ii", 1, 0)
 _POLLIN = int(zmq.POLLIN)
 _MONITOR_EVENT = struct.Struct("<Hi")
+_HANDSHAKE_FAILED = (
+    zmq.EVENT_HANDSHAKE_FAILED_NO_DETAIL,
+    zmq.EVENT_HANDSHAKE_FAILED_PROTOCOL,
+    zmq.EVENT_HANDSHAKE_FAILED_AUTH,
+)
 _M_TRIM_THRESHOLD = -1  # malloc.h
 _M_MMAP_THRESHOLD = -3
 _KEPT_BYTES = 32 << 20  # the largest threshold that glibc takes
@@ -103,10 +109,14 @@ def check_url(url: str, *, bind: bool) -> None:
         raise EndpointError(f"{url!r}: nobody can be reached at a wildcard")
 
 
-def open_dealer(context: zmq.Context[zmq.Socket[bytes]], routing_id: bytes) -> zmq.Socket[bytes]:
-    """A DEALER, not connected yet."""
+def open_dealer(
+    context: zmq.Context[zmq.Socket[bytes]], routing_id: bytes, secret: bytes | None
+) -> zmq.Socket[bytes]:
+    """A DEALER, not connected yet. `secret`: see `transport.secret`; None: there is none."""
     dealer = context.socket(zmq.DEALER)
-    _set_options(dealer)
+    _set_options(dealer, encrypted=secret is not None)
+    if secret is not None:
+        prove_by(secret, dealer)
     dealer.set(zmq.ROUTING_ID, routing_id)
     dealer.set(zmq.RECONNECT_IVL, RECONNECT_MS)
     return dealer
@@ -122,10 +132,12 @@ def connect(dealer: zmq.Socket[bytes], url: str) -> None:
         raise EndpointError(f"cannot connect to {url}: {error}") from None
 
 
-def open_router(context: zmq.Context[zmq.Socket[bytes]]) -> zmq.Socket[bytes]:
-    """A ROUTER, not bound yet, that says so when it cannot send."""
+def open_router(context: zmq.Context[zmq.Socket[bytes]], secret: bytes | None) -> zmq.Socket[bytes]:
+    """A ROUTER, not bound yet, that says so when it cannot send; `secret` as of `open_dealer`."""
     router = context.socket(zmq.ROUTER)
-    _set_options(router)
+    _set_options(router, encrypted=secret is not None)
+    if secret is not None:
+        admit_by(secret, router)
     router.set(zmq.ROUTER_MANDATORY, 1)
     return router
 
@@ -222,9 +234,9 @@ def receive(zsocket: zmq.Socket[bytes]) -> list[zmq.Frame] | None:
         return None
 
 
-def _set_options(zsocket: zmq.Socket[bytes]) -> None:
+def _set_options(zsocket: zmq.Socket[bytes], *, encrypted: bool) -> None:
     zsocket.set(zmq.LINGER, 0)
-    zsocket.set(zmq.MAXMSGSIZE, MAX_MESSAGE_BYTES)
+    zsocket.set(zmq.MAXMSGSIZE, MAX_MESSAGE_BYTES + (CURVE_PART_BYTES if encrypted else 0))
     zsocket.set(zmq.SNDHWM, SEND_HIGH_WATER)
     zsocket.set(zmq.RCVHWM, RECEIVE_HIGH_WATER)
     zsocket.set(zmq.HANDSHAKE_IVL, HANDSHAKE_MS)
@@ -237,6 +249,8 @@ class ConnectionEvent(Enum):
     """ZMTP has been agreed on; the descriptor is not known here (-1)."""
     GONE = 2
     """It ended, by the peer or by us."""
+    UNSUITED = 3
+    """Its ends did not agree on ZMTP, or on the secret; the descriptor is not known here (-1)."""
 
 
 @dataclass(slots=True)
@@ -261,6 +275,9 @@ class Watch:
         zmq.EVENT_ACCEPTED
         | zmq.EVENT_CONNECTED
         | zmq.EVENT_HANDSHAKE_SUCCEEDED
+        | zmq.EVENT_HANDSHAKE_FAILED_NO_DETAIL
+        | zmq.EVENT_HANDSHAKE_FAILED_PROTOCOL
+        | zmq.EVENT_HANDSHAKE_FAILED_AUTH
         | zmq.EVENT_DISCONNECTED
         | zmq.EVENT_CLOSED
     )
@@ -270,6 +287,9 @@ class Watch:
         self._limit_bytes = 0
         self._connections: dict[int, _Connection] = {}
         self._next_look = 0.0
+        encrypted = zsocket.get(zmq.MECHANISM) == zmq.CURVE
+        self._more_bytes = CURVE_PART_BYTES if encrypted else 0
+        """Of each part on the wire, beside its own and those of its frame."""
         self.monitor: zmq.Socket[bytes] = zsocket.get_monitor_socket(self._EVENTS)
         """To be polled."""
         self.expect(MAX_CHANNEL_MESSAGE_BYTES)
@@ -286,6 +306,8 @@ class Watch:
                 self._opened(value)
             elif kind == zmq.EVENT_HANDSHAKE_SUCCEEDED:
                 yield ConnectionEvent.READY, -1
+            elif kind in _HANDSHAKE_FAILED:
+                yield ConnectionEvent.UNSUITED, -1
             elif kind in (zmq.EVENT_DISCONNECTED, zmq.EVENT_CLOSED):
                 known = self._connections.pop(value, None)
                 if known is not None or kind == zmq.EVENT_DISCONNECTED:
@@ -303,7 +325,8 @@ class Watch:
         connection = self._connections.get(fd)
         if connection is not None:
             # ZMTP 3.1: one byte of flags and one or eight of length before each part.
-            connection.given_bytes += sum(len(p) + (2 if len(p) < 256 else 9) for p in parts)
+            lengths = [len(part) + self._more_bytes for part in parts]
+            connection.given_bytes += sum(n + (2 if n < 256 else 9) for n in lengths)
         return fd
 
     def vouch(self, fd: int) -> None:

@@ -2,8 +2,9 @@
 
 Cases: `random` (every page new and incompressible), `file` (every page new, compressible), `zero`,
 `unchanged`, and `verify` (digest of both memories). The bare stream has 1 MiB messages, zero copy,
-as many connections as lanes, and a receiver that drops them. Rates are of guest memory; CPU time,
-which other work on the machine disturbs less, is that of both processes.
+as many connections as lanes, and a receiver that drops them; it is never encrypted, ours is with
+`encrypted=1`. Rates are of guest memory; CPU time, which other work on the machine disturbs less,
+is that of both processes.
 """
 
 import os
@@ -21,6 +22,7 @@ from perf.processes import Cost, Stopwatch, child
 from perf.results import Better
 from perf.workloads.images import file_pages, random_pages
 from transport.frames import PAGE_BYTES
+from transport.secret import SECRET_BYTES
 from transport.sender import SenderOptions, open_sender
 
 GIB = 1 << 30
@@ -28,16 +30,25 @@ GIB = 1 << 30
 
 def run(context: Context) -> Iterator[Measurement]:
     n_bytes, lanes = context.number("mib") << 20, context.number("lanes")
+    secret = os.urandom(SECRET_BYTES) if context.number("encrypted") else None
     with ExitStack() as stack:
         link = stack.enter_context(local_link(context.text("link")))
         bare = BareStream(stack, link.url("bare"), n_bytes, lanes)
-        receiver = ("pages", link.url("pages"), str(n_bytes // PAGE_BYTES))
+        receiver = ["pages", link.url("pages"), str(n_bytes // PAGE_BYTES)]
+        if secret is not None:
+            receiver.append(secret.hex())
         party = stack.enter_context(child("perf.parties.receivers", *receiver))
-        yield from trio.run(_rounds, context, bare, party.line(), party.pid, n_bytes, lanes)
+        options = SenderOptions(lanes=lanes, secret=secret)
+        yield from trio.run(_rounds, context, bare, party.line(), party.pid, n_bytes, options)
 
 
 async def _rounds(
-    context: Context, bare: BareStream, url: str, receiver: int, n_bytes: int, lanes: int
+    context: Context,
+    bare: BareStream,
+    url: str,
+    receiver: int,
+    n_bytes: int,
+    options: SenderOptions,
 ) -> list[Measurement]:
     rng = np.random.default_rng(1)
     memory = np.zeros(n_bytes, np.uint8)
@@ -49,7 +60,7 @@ async def _rounds(
         "zero": lambda: 0,
     }
     found: list[Measurement] = []
-    async with open_sender(url, os.urandom(16), b"", SenderOptions(lanes=lanes)) as sender:
+    async with open_sender(url, os.urandom(16), b"", options) as sender:
         sender.attach_memory(memory)
         for number in range(context.repeat + 1):
             costs = {"bare": await trio.to_thread.run_sync(bare.round)}

@@ -1,8 +1,9 @@
 """Ends of the wire: `python -m perf.parties.receivers pages|bare URL NUMBER...`.
 
-`pages URL PAGES` is this project's receiver for a guest of so many pages. `bare URL NUMBER PAGES`
-takes NUMBER ZeroMQ messages, writes them to a memory of so many pages, or drops them if there are
-none, answers, and starts over. Both print the URL that they have bound.
+`pages URL PAGES [SECRET]` is this project's receiver for a guest of so many pages, the secret in
+hexadecimal. `bare URL NUMBER PAGES` takes NUMBER ZeroMQ messages, writes them to a memory of so
+many pages, or drops them if there are none, answers, and starts over. Both print the URL that they
+have bound.
 """
 
 import mmap
@@ -15,7 +16,7 @@ import trio
 import zmq
 
 from transport.frames import PAGE_BYTES
-from transport.receiver import open_receiver
+from transport.receiver import ReceiverOptions, open_receiver
 
 
 def fresh_memory(n_bytes: int) -> tuple[npt.NDArray[np.uint8], int]:
@@ -25,10 +26,10 @@ def fresh_memory(n_bytes: int) -> tuple[npt.NDArray[np.uint8], int]:
     return np.frombuffer(mmap.mmap(descriptor, n_bytes), np.uint8), descriptor
 
 
-async def receive_pages(url: str, n_pages: int) -> None:
+async def receive_pages(url: str, n_pages: int, secret: bytes | None) -> None:
     """Applies until the sender says goodbye."""
     memory, descriptor = fresh_memory(n_pages * PAGE_BYTES)
-    async with open_receiver(url) as receiver:
+    async with open_receiver(url, ReceiverOptions(secret=secret)) as receiver:
         print(receiver.url, flush=True)
         await receiver.wait_hello()
         await receiver.accept(b"")
@@ -55,7 +56,9 @@ def receive_bare(url: str, messages: int, memory_pages: int) -> None:
 def main() -> None:
     kind, url, *numbers = sys.argv[1:]
     if kind == "pages":
-        trio.run(receive_pages, url, int(*numbers))
+        n_pages, *secrets = numbers
+        secret = bytes.fromhex(*secrets) if secrets else None
+        trio.run(receive_pages, url, int(n_pages), secret)
     else:
         receive_bare(url, *map(int, numbers))
 

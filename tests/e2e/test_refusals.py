@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 
+from ferry.cli import main
 from ferry.errors import Exit
 from ferry.testbed import Host, Process, Testbed
 from tests.e2e.rig import (
@@ -44,6 +45,25 @@ def test_no_receiver(tmp_path: Path) -> None:
         code, _ = ended(sender)
         assert code == Exit.UNREACHABLE
         assert_sound(bed, a)
+
+
+def test_a_sender_with_another_secret_is_turned_away_and_the_right_one_admitted(
+    tmp_path: Path,
+) -> None:
+    right, wrong = str(tmp_path / "right"), str(tmp_path / "wrong")
+    for path in (right, wrong):
+        assert main(["secret", "--output", path]) == Exit.OK
+    with new_bed(tmp_path, small_setup(METHOD)) as bed:
+        a, b = start_both(bed)
+        receiver = bed.receive(b, "--secret", right)
+        for secret in (("--secret", wrong), ()):
+            code, message = ended(bed.send(a, b, *secret, "--connect-timeout", "1"))
+            assert code == Exit.UNREACHABLE
+            assert "have not got the same secret" in message
+        sender = bed.send(a, b, *METHOD.flags, "--secret", right)
+        assert sender.wait(MIGRATION_S) == Exit.OK, sender.tail()
+        assert receiver.wait(MIGRATION_S) == Exit.OK, receiver.tail()
+        assert_sound(bed, b)
 
 
 def test_another_memory_layout_is_found_before_anything_is_touched(tmp_path: Path) -> None:
