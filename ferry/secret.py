@@ -9,7 +9,6 @@ import re
 import secrets
 import stat
 from dataclasses import dataclass
-from pathlib import Path
 
 from ferry.config import option
 from ferry.errors import ConfigError, Exit, LocalError
@@ -40,7 +39,8 @@ def read_secret(path: str | None) -> bytes | None:
     """What is in the file; None without one. Raises `LocalError`, `ConfigError`."""
     if path is None:
         return None
-    with Path(path).open("rb") as file:
+    # Without waiting: it may be a pipe that nobody writes to.
+    with os.fdopen(os.open(path, os.O_RDONLY | os.O_NONBLOCK), "rb") as file:
         status = os.fstat(file.fileno())
         if not stat.S_ISREG(status.st_mode):
             raise LocalError(f"{path} is no file")

@@ -1,5 +1,6 @@
 """The file of the secret: made for its owner alone, and refused if it is not."""
 
+import os
 import stat
 from pathlib import Path
 
@@ -55,8 +56,10 @@ def test_what_is_no_secret_is_refused(tmp_path: Path, content: str) -> None:
 
 def test_what_is_no_file_is_refused(tmp_path: Path) -> None:
     assert read_secret(None) is None
-    with pytest.raises(LocalError, match="no file"):
-        read_secret("/dev/null")
+    os.mkfifo(tmp_path / "pipe", 0o600)
+    for what in ("/dev/null", str(tmp_path / "pipe")):
+        with pytest.raises(LocalError, match="no file"):
+            read_secret(what)
     with pytest.raises(OSError, match="No such file"):
         read_secret(str(tmp_path / "none"))
 
