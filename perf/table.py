@@ -75,7 +75,7 @@ BENCHMARKS: dict[str, Benchmark] = {
     "link": Benchmark(
         "perf.benchmarks.link",
         "rounds of pages between two processes, against a bare ZeroMQ stream",
-        settings={"link": "tcp", "mib": 256, "lanes": 2, "encrypted": 0},
+        settings={"link": "tcp", "mib": 256, "lanes": 2, "encryption": "none"},
         quick={"mib": 4},
     ),
     "precopy": Benchmark(

@@ -3,8 +3,8 @@
 Cases: `random` (every page new and incompressible), `file` (every page new, compressible), `zero`,
 `unchanged`, and `verify` (digest of both memories). The bare stream has 1 MiB messages, zero copy,
 as many connections as lanes, and a receiver that drops them; it is never encrypted, ours is with
-`encrypted=1`. Rates are of guest memory; CPU time, which other work on the machine disturbs less,
-is that of both processes.
+`encryption=curve`. Rates are of guest memory; CPU time, which other work on the machine disturbs
+less, is that of both processes.
 """
 
 import os
@@ -16,6 +16,7 @@ import numpy.typing as npt
 import trio
 
 from perf.benchmark import Context, Measurement
+from perf.errors import BenchUsageError
 from perf.links import local_link
 from perf.peers.zeromq import BareStream
 from perf.processes import Cost, Stopwatch, child
@@ -30,7 +31,7 @@ GIB = 1 << 30
 
 def run(context: Context) -> Iterator[Measurement]:
     n_bytes, lanes = context.number("mib") << 20, context.number("lanes")
-    secret = os.urandom(SECRET_BYTES) if context.number("encrypted") else None
+    secret = _secret(context.text("encryption"))
     with ExitStack() as stack:
         link = stack.enter_context(local_link(context.text("link")))
         bare = BareStream(stack, link.url("bare"), n_bytes, lanes)
@@ -40,6 +41,12 @@ def run(context: Context) -> Iterator[Measurement]:
         party = stack.enter_context(child("perf.parties.receivers", *receiver))
         options = SenderOptions(lanes=lanes, secret=secret)
         yield from trio.run(_rounds, context, bare, party.line(), party.pid, n_bytes, options)
+
+
+def _secret(encryption: str) -> bytes | None:
+    if encryption not in ("none", "curve"):
+        raise BenchUsageError(f"encryption={encryption}: there is none and curve")
+    return os.urandom(SECRET_BYTES) if encryption == "curve" else None
 
 
 async def _rounds(
