@@ -57,7 +57,7 @@ def test_a_sender_with_another_secret_is_turned_away_and_the_right_one_admitted(
         a, b = start_both(bed)
         receiver = bed.receive(b, "--secret", right)
         for secret in (("--secret", wrong), ()):
-            code, message = ended(bed.send(a, b, *secret, "--connect-timeout", "1"))
+            code, message = ended(bed.send(a, b, *secret, "--connect-timeout", "4"))
             assert code == Exit.UNREACHABLE
             assert "have not got the same secret" in message
         sender = bed.send(a, b, *METHOD.flags, "--secret", right)
