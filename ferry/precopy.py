@@ -84,7 +84,8 @@ class Precopy:
             round_ = await self._send_in_time()
             rest_s = max(0.0, ROUND_INTERVAL_S - (trio.current_time() - began))
             if await self._vmm.paused_within(rest_s):
-                # Its guest stands still: what is left is for the last round, which has no bound.
+                # Its guest stands still: what is left is for the last round. That has no bound, so
+                # what was written during a long round is sent before.
                 self._note_round(round_)
                 if not rest_s:
                     await self._collect()
