@@ -34,6 +34,9 @@ class Options:
         repeat=True,
     )
     seed: int = option("of the workload's choices", 1, parse=natural)
+    switch_when_clean: bool = option(
+        "when it migrates, pause by itself once nothing is dirty, as QEMU does", False
+    )
 
 
 def run(options: Options) -> int:
@@ -54,6 +57,7 @@ def run(options: Options) -> int:
             cpu_pages_per_s=options.cpu_pages,
             content=options.content or default_content(),
             seed=options.seed,
+            switch_when_clean=options.switch_when_clean,
         )
     )
     return Exit.OK

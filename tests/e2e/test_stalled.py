@@ -73,6 +73,24 @@ def test_i10_a_link_that_takes_nothing_costs_the_migration(tmp_path: Path) -> No
         assert_sound(bed, a)
 
 
+def test_i10_a_guest_that_its_vmm_pauses_by_itself_does_not_wait_for_the_link(
+    tmp_path: Path,
+) -> None:
+    """The device has written more than the link carries, and the CPU hardly anything."""
+    method = Method("replay", "logging")
+    quiet = (
+        *("--switch-when-clean", "--iops", "40", "--cpu-pages", "0"),
+        *("--block-size", "64K", "--read-share", "1", "--read-area", "8M"),
+    )
+    with new_bed(tmp_path, small_setup(method, *quiet)) as bed:
+        a, b = start_both(bed)
+        sender, receiver = start_migration(bed, a, b, method, "--bandwidth", "2M")
+        assert sender.wait(MIGRATION_S) == Exit.NOT_CONVERGED, sender.tail()
+        assert "paused its guest by itself" in sender.wait_event("error")["message"]
+        receiver.wait(MIGRATION_S)
+        assert_sound(bed, a)
+
+
 def test_a_first_scan_may_take_longer_than_the_journal_lasts(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
