@@ -59,7 +59,7 @@ class Precopy:
         self._dirty_pages_per_s = 0.0
         self._predicted_ms: float | None = None
         self._guest_waits_until = math.inf
-        """How long a guest that its VMM has paused by itself may wait for rounds."""
+        """When a guest that its VMM has paused by itself has waited for rounds long enough."""
 
     async def converge(self) -> None:
         """Rounds until what is left fits into the downtime. Raises `NotConverged`,

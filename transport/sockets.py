@@ -52,9 +52,9 @@ _NO_LINGER = struct.pack("<ii", 1, 0)
 _POLLIN = int(zmq.POLLIN)
 _MONITOR_EVENT = struct.Struct("<Hi")
 _HANDSHAKE_FAILED = (
-    zmq.EVENT_HANDSHAKE_FAILED_NO_DETAIL,
-    zmq.EVENT_HANDSHAKE_FAILED_PROTOCOL,
-    zmq.EVENT_HANDSHAKE_FAILED_AUTH,
+    zmq.EVENT_HANDSHAKE_FAILED_NO_DETAIL
+    | zmq.EVENT_HANDSHAKE_FAILED_PROTOCOL
+    | zmq.EVENT_HANDSHAKE_FAILED_AUTH
 )
 _M_TRIM_THRESHOLD = -1  # malloc.h
 _M_MMAP_THRESHOLD = -3
@@ -275,9 +275,7 @@ class Watch:
         zmq.EVENT_ACCEPTED
         | zmq.EVENT_CONNECTED
         | zmq.EVENT_HANDSHAKE_SUCCEEDED
-        | zmq.EVENT_HANDSHAKE_FAILED_NO_DETAIL
-        | zmq.EVENT_HANDSHAKE_FAILED_PROTOCOL
-        | zmq.EVENT_HANDSHAKE_FAILED_AUTH
+        | _HANDSHAKE_FAILED
         | zmq.EVENT_DISCONNECTED
         | zmq.EVENT_CLOSED
     )
@@ -306,7 +304,7 @@ class Watch:
                 self._opened(value)
             elif kind == zmq.EVENT_HANDSHAKE_SUCCEEDED:
                 yield ConnectionEvent.READY, -1
-            elif kind in _HANDSHAKE_FAILED:
+            elif kind & _HANDSHAKE_FAILED:
                 yield ConnectionEvent.UNSUITED, -1
             elif kind in (zmq.EVENT_DISCONNECTED, zmq.EVENT_CLOSED):
                 known = self._connections.pop(value, None)
