@@ -1,15 +1,10 @@
 """The sender's data lanes: one thread and one connection each, kept busy with tasks.
 
-Owns a lane's socket, its window, its buffers and its part in the bandwidth limit. What is sent is
-a `Task`'s business: a share of a round (`rounds`) or of a comparison (`compare`). The receiver
-answers every message of a lane, in order, so an answer is for the oldest message under way.
+Owns a lane's socket, its window and its part in the bandwidth limit. What is sent is a `Task`'s
+business: a share of a round (`rounds`) or of a comparison (`compare`). The receiver answers every
+message of a lane, in order, so an answer is for the oldest message under way::
 
-A buffer goes round like this; libzmq sends from it without a copy, so it is written again only when
-the message was answered *and* libzmq has let go of it::
-
-    free ── task writes a frame ──► held ── bucket allows ──► under way ── answer ──► settling
-     ▲                                                                                  │
-     └───────────────────────── tracker done ───────────────────────────────────────────┘
+    task makes a message ──► held ── bucket allows ──► under way ── answer ──► task is told
 """
 
 from __future__ import annotations
@@ -25,6 +20,7 @@ import numpy as np
 import numpy.typing as npt
 import zmq
 
+from transport.buffers import MessageBuffer
 from transport.channels import LISTENING_S
 from transport.connector import wait
 from transport.errors import PeerLost, RecordError
@@ -34,18 +30,20 @@ from transport.processors import Processors
 from transport.records import FIRST_DATA_LANE, LaneAnswer, routing_id, unpack_answer
 from transport.sockets import WATCH_S, ConnectionEvent, Watch, connect, open_dealer, receive
 
-SETTLE_S = 0.001
-"""Pause before a buffer is asked for again that libzmq still holds although it was answered."""
-
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Outgoing:
     """One message of a lane."""
 
-    data: bytes | memoryview
-    """What to send; a view of the buffer offered, or bytes of its own."""
+    data: bytes | int
+    """What to send: bytes of its own, or so many bytes of the buffer offered."""
     context: Any
     """For the task, which gets it back with the answer."""
+
+    @property
+    def n_bytes(self) -> int:
+        """Its length."""
+        return self.data if isinstance(self.data, int) else len(self.data)
 
 
 class Task(ABC):
@@ -75,7 +73,7 @@ class Task(ABC):
     def produce(self, buffer: npt.NDArray[np.uint8]) -> Outgoing | None:
         """Do a piece of work: a message, or None if it came to none. Only if `ready`.
 
-        `buffer` (uint8, frame_bytes) may be used for the message.
+        `buffer` (uint8, frame_bytes) may be used for the message, and not after this call.
         """
         outgoing = self._produce(buffer)
         self._under_way += outgoing is not None
@@ -96,45 +94,11 @@ class Task(ABC):
     def _on_answer(self, context: Any, answer: LaneAnswer) -> None: ...
 
 
-class BufferPool:
-    """The buffers of a lane; one more than the window, so that a frame is made meanwhile."""
-
-    def __init__(self, n_buffers: int, n_bytes: int) -> None:
-        """`n_buffers` of `n_bytes` each, allocated when first needed."""
-        self._to_allocate = n_buffers
-        self._n_bytes = n_bytes
-        self._free: list[npt.NDArray[np.uint8]] = []
-        self._settling: deque[tuple[npt.NDArray[np.uint8], zmq.MessageTracker]] = deque()
-
-    def take(self) -> npt.NDArray[np.uint8] | None:
-        """A buffer that may be written; None: all are in use."""
-        for _ in range(len(self._settling)):
-            buffer, tracker = self._settling.popleft()
-            self.settle(buffer, tracker)
-        if self._free:
-            return self._free.pop()
-        if self._to_allocate:
-            self._to_allocate -= 1
-            return np.empty(self._n_bytes, np.uint8)
-        return None
-
-    def settle(
-        self, buffer: npt.NDArray[np.uint8], tracker: zmq.MessageTracker | None = None
-    ) -> None:
-        """Done with, apart from libzmq, which may hold it as long as its tracker is not done."""
-        if tracker is None or tracker.done:
-            self._free.append(buffer)
-        else:
-            self._settling.append((buffer, tracker))
-
-
 @dataclass(slots=True, eq=False)
 class _UnderWay:
     task: Task
     outgoing: Outgoing
-    buffer: npt.NDArray[np.uint8]
     due: float
-    tracker: zmq.MessageTracker | None = None
 
 
 @dataclass(slots=True)
@@ -180,7 +144,9 @@ class SendLane(LinkThread):
         self._tasks: deque[Task] = deque()
         self._held: _UnderWay | None = None
         self._under_way: deque[_UnderWay] = deque()
-        self._buffers = BufferPool(window_frames + 1, frame_bytes)
+        self._frame_bytes = frame_bytes
+        self._buffer: MessageBuffer | None = None
+        """What the next message is made in, or the held one is."""
         self._processors = Processors(lane, lanes)
         self._socket = open_dealer(context, routing_id(FIRST_DATA_LANE + lane, session), secret)
         self._watch = Watch(self._socket)
@@ -203,6 +169,8 @@ class SendLane(LinkThread):
         finally:
             self._watch.close()
             self._socket.close(linger=0)
+            if self._buffer is not None:
+                self._buffer.free()
 
     def _loop(self) -> None:
         poller = zmq.Poller()
@@ -250,16 +218,14 @@ class SendLane(LinkThread):
         if self._held is None:
             if not self._may_produce():
                 return float("inf")
-            buffer = self._buffers.take()
-            if buffer is None:
-                return time.monotonic() + SETTLE_S
+            if self._buffer is None:
+                self._buffer = MessageBuffer(self._frame_bytes)
             task = self._tasks[0]
-            outgoing = task.produce(buffer)
+            outgoing = task.produce(self._buffer.array)
             if outgoing is None:
-                self._buffers.settle(buffer)
                 return 0.0
-            due = self._bucket.reserve(len(outgoing.data))
-            self._held = _UnderWay(task, outgoing, buffer, due)
+            due = self._bucket.reserve(outgoing.n_bytes)
+            self._held = _UnderWay(task, outgoing, due)
         if self._held.due > time.monotonic():
             return self._held.due
         self._send(self._held)
@@ -272,15 +238,19 @@ class SendLane(LinkThread):
 
     def _send(self, message: _UnderWay) -> None:
         # The window is far below the high-water mark, so there is always room in libzmq's queue.
-        message.tracker = self._socket.send(
-            message.outgoing.data, zmq.NOBLOCK, copy=False, track=True
-        )
+        data = message.outgoing.data
+        if isinstance(data, bytes):
+            self._socket.send(data, zmq.NOBLOCK)
+        else:
+            assert self._buffer is not None
+            buffer, self._buffer = self._buffer, None
+            buffer.send(self._socket, data)
         if not self._under_way:
             self._progress_by = time.monotonic() + self._progress_timeout_s
         self._under_way.append(message)
         self._processors.work()
         self.counters.messages += 1
-        self.counters.bytes += len(message.outgoing.data)
+        self.counters.bytes += message.outgoing.n_bytes
 
     def _receive(self) -> None:
         while (parts := receive(self._socket)) is not None:
@@ -292,6 +262,5 @@ class SendLane(LinkThread):
                 raise RecordError("the receiver answers what it was not asked")
             message = self._under_way.popleft()
             message.task.on_answer(message.outgoing.context, answer)
-            self._buffers.settle(message.buffer, message.tracker)
             now = time.monotonic()
             self._progress_by = now + self._progress_timeout_s if self._under_way else float("inf")

@@ -17,6 +17,7 @@ import numpy.typing as npt
 import zmq
 
 from transport.apply import ApplyLane
+from transport.buffers import keep_message_memory
 from transport.channels import Conversation
 from transport.gatekeeper import Gatekeeper
 from transport.link import Link, LinkThread, Shared, check_memory
@@ -30,7 +31,7 @@ from transport.records import (
 )
 from transport.router import Router
 from transport.secret import check_secret
-from transport.sockets import check_url, keep_message_memory
+from transport.sockets import check_url
 
 if TYPE_CHECKING:
     from transport.extents import Extent

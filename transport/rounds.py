@@ -229,7 +229,7 @@ class RoundShare(Task):
             self.counters.done += pages.size
             return None
         sent = _Sent(self._lane.sequence - 1, frame.n_bytes, pages, self._resending)
-        return Outgoing(buffer.data[: frame.n_bytes], sent)
+        return Outgoing(frame.n_bytes, sent)
 
     def _on_answer(self, context: _Sent, answer: LaneAnswer) -> None:
         if not isinstance(answer, Ack) or answer.sequence != context.sequence:

@@ -18,6 +18,7 @@ import numpy.typing as npt
 import trio
 import zmq
 
+from transport.buffers import keep_message_memory
 from transport.channels import Conversation
 from transport.codec import Codec
 from transport.compare import CompareShare, DigestShare, chunks_of, region_digest
@@ -469,6 +470,7 @@ async def open_sender(
         raise ValueError(f"a greeting has at most {MAX_RECORD_BYTES} bytes, not {len(hello)}")
     options = options or SenderOptions()
     greeting = Hello(session, os.urandom(NONCE_BYTES), options.lanes, options.frame_bytes, hello)
+    keep_message_memory()
     context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
     try:
         sender = Sender(url, greeting, options, context)

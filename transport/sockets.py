@@ -13,7 +13,6 @@ owner only.
 
 from __future__ import annotations
 
-import ctypes
 import fcntl
 import os
 import socket
@@ -56,9 +55,6 @@ _HANDSHAKE_FAILED = (
     | zmq.EVENT_HANDSHAKE_FAILED_PROTOCOL
     | zmq.EVENT_HANDSHAKE_FAILED_AUTH
 )
-_M_TRIM_THRESHOLD = -1  # malloc.h
-_M_MMAP_THRESHOLD = -3
-_KEPT_BYTES = 32 << 20  # the largest threshold that glibc takes
 
 
 class Wakeup:
@@ -207,18 +203,6 @@ def _check_free(path: Path) -> None:
         except OSError:
             return
     raise EndpointError(f"cannot bind {path}: another process listens there")
-
-
-def keep_message_memory() -> None:
-    """Let the process keep the memory of large messages from one to the next (mallopt(3)).
-
-    libzmq allocates each message, and glibc gives blocks of that size back to the kernel at once:
-    every message would be paid for with a page fault for each 4 KiB. No effect elsewhere.
-    """
-    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
-    if mallopt is not None:
-        mallopt(_M_MMAP_THRESHOLD, _KEPT_BYTES)
-        mallopt(_M_TRIM_THRESHOLD, _KEPT_BYTES)
 
 
 def receive(zsocket: zmq.Socket[bytes]) -> list[zmq.Frame] | None:

@@ -72,39 +72,41 @@ pwrite = _declare("pwrite", np.int64, _INT, _ADDRESS, np.uintp, np.int64)
 
 
 class NativeLibraryError(TransportError):
-    """A C function that the page kernels call is missing. Install binary wheels of lz4 and xxhash.
+    """A C function that is called for pages is missing. Install binary wheels of the packages.
 
-    `python -m pip install --force-reinstall --only-binary=:all: 'lz4>=4.3' 'xxhash>=3.4'`
+    `python -m pip install --force-reinstall --only-binary=:all: 'lz4>=4.3' 'pyzmq>=26'
+    'xxhash>=3.4'`
     """
 
     def __init__(self, what: str) -> None:
         super().__init__(
             f"{what}; install binary wheels: python -m pip install --force-reinstall"
-            " --only-binary=:all: 'lz4>=4.3' 'xxhash>=3.4'"
+            " --only-binary=:all: 'lz4>=4.3' 'pyzmq>=26' 'xxhash>=3.4'"
         )
 
 
 def addresses() -> dict[str, int]:
     """Where each of the functions is, by name. Raises `NativeLibraryError`."""
-    lz4 = _load("lz4.block._block")
-    xxhash = _load("xxhash._xxhash")
-    found = {name: _address(lz4, name) for name in _LZ4_FUNCTIONS}
+    lz4 = load_library("lz4.block._block")
+    xxhash = load_library("xxhash._xxhash")
+    found = {name: address_of(lz4, name) for name in _LZ4_FUNCTIONS}
     # The plain function is compiled for any x86-64; where the package chooses a faster one by the
     # processor (xxh_x86dispatch.h), so do we.
     fast = "XXH3_64bits_withSeed_dispatch"
     name = fast if hasattr(xxhash, fast) else "XXH3_64bits_withSeed"
-    found["XXH3_64bits_withSeed"] = _address(xxhash, name)
+    found["XXH3_64bits_withSeed"] = address_of(xxhash, name)
     libc = ctypes.CDLL(None)
-    found |= {name: _address(libc, name) for name in (*_LIBC_FUNCTIONS, *_LIBC_IMPLIED)}
+    found |= {name: address_of(libc, name) for name in (*_LIBC_FUNCTIONS, *_LIBC_IMPLIED)}
     # A larger state would let LZ4 write behind ours.
-    _address(lz4, "LZ4_sizeofState")
+    address_of(lz4, "LZ4_sizeofState")
     state_bytes = lz4.LZ4_sizeofState()
     if not 0 < state_bytes <= LZ4_STATE_WORDS * 8:
         raise NativeLibraryError(f"LZ4 wants a state of {state_bytes} bytes")
     return found
 
 
-def _load(module: str) -> ctypes.CDLL:
+def load_library(module: str) -> ctypes.CDLL:
+    """The shared library that an extension module is, or is linked to. `NativeLibraryError`."""
     try:
         file = importlib.import_module(module).__file__
         if file is None:
@@ -114,7 +116,8 @@ def _load(module: str) -> ctypes.CDLL:
         raise NativeLibraryError(f"{module} cannot be loaded ({error})") from error
 
 
-def _address(library: ctypes.CDLL, name: str) -> int:
+def address_of(library: ctypes.CDLL, name: str) -> int:
+    """Where a function of it is. `NativeLibraryError`: it exports none of that name."""
     try:
         address = ctypes.cast(getattr(library, name), ctypes.c_void_p).value
     except AttributeError:
