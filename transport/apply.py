@@ -1,13 +1,12 @@
 """The receiver's data lanes: one thread each that applies frames and answers comparisons.
 
-Owns a lane's queue between the thread of the ROUTER (`router`) and the work, and the answers on
-their way back. Decoding is `decoder`'s, comparing `compare`'s.
+Owns a lane's queue between the thread of the ROUTER (`router`) and the work, and the window.
+Decoding is `decoder`'s, comparing `compare`'s.
 """
 
 from __future__ import annotations
 
-from collections import deque
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from queue import Empty, SimpleQueue
 from typing import TYPE_CHECKING
@@ -40,10 +39,7 @@ class ApplyCounters:
 
 
 class ApplyLane(LinkThread):
-    """Applies what arrives on one data lane, in order.
-
-    `submit`, `next_answer` and `answered` are for the thread of the ROUTER alone.
-    """
+    """Applies what arrives on one data lane, in order. `submit` is for the thread of the ROUTER."""
 
     def __init__(
         self,
@@ -55,9 +51,11 @@ class ApplyLane(LinkThread):
         lanes: int,
         window_frames: int,
         frame_bytes: int,
+        answer: Callable[[bytes], None],
         files: Sequence[Extent] = (),
     ) -> None:
-        """`memory` uint8[n_pages * 4096], writable; `files` as for `Decoder`."""
+        """`memory` uint8[n_pages * 4096], writable; `files` as for `Decoder`. `answer` sends an
+        answer to the peer."""
         super().__init__(f"ferry-apply-{lane}", shared)
         self.counters = ApplyCounters()
         self.n_pages = memory.size // PAGE_BYTES
@@ -71,27 +69,20 @@ class ApplyLane(LinkThread):
         self._window_frames = window_frames
         self._frame_bytes = frame_bytes
         self._processors = Processors(lane, lanes)
-        self._unanswered = 0
+        self._answer = answer
+        self._submitted = 0
+        self._answered = 0
+        """Written by this lane's thread; the one before by the other."""
         self._queue: SimpleQueue[zmq.Frame | None] = SimpleQueue()
-        self._answers: deque[bytes] = deque()
 
     def submit(self, message: zmq.Frame) -> None:
         """A message arrived. FrameError: it is longer than announced, or beyond the window."""
         if len(message) > self._frame_bytes and _is_frame(message.buffer):
             raise FrameError(f"a frame of {len(message)} bytes, {self._frame_bytes} were announced")
-        if self._unanswered >= self._window_frames:
+        if self._submitted - self._answered >= self._window_frames:
             raise FrameError(f"the peer sends more than {self._window_frames} frames at once")
-        self._unanswered += 1
+        self._submitted += 1
         self._queue.put(message)
-
-    def next_answer(self) -> bytes | None:
-        """The next answer to send; stays the next until `answered`."""
-        return self._answers[0] if self._answers else None
-
-    def answered(self) -> None:
-        """The next answer was sent: the peer may send one more message."""
-        self._answers.popleft()
-        self._unanswered -= 1
 
     def stop(self) -> None:
         """End once the message at hand is done; the others are dropped."""
@@ -115,8 +106,12 @@ class ApplyLane(LinkThread):
         self.shared.wakeup.set()
         while (message := self._next(mapper)) is not None and not self.shared.over:
             self._processors.work()
-            self._answers.append(self._handle(message.buffer, decoder))
-            self.shared.wakeup.set()
+            answer = self._handle(message.buffer, decoder)
+            # The next message is likely to get this one's memory, which the caches still have.
+            del message
+            # First, for the next one may be here before the answer is known to be sent.
+            self._answered += 1
+            self._answer(answer)
 
     def _next(self, mapper: Mapper) -> zmq.Frame | None:
         """The next message; until it comes, memory is mapped by the first lane."""

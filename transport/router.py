@@ -40,14 +40,8 @@ from transport.records import (
     unpack_control,
     unpack_tunnel,
 )
-from transport.sockets import (
-    WATCH_S,
-    ConnectionEvent,
-    Watch,
-    bind,
-    open_router,
-    receive,
-)
+from transport.shared_router import SharedRouter
+from transport.sockets import WATCH_S, ConnectionEvent, Watch, bind, open_router
 
 
 class Stage(Enum):
@@ -87,12 +81,15 @@ class Router(LinkThread):
         self._unsent_control: bytes | None = None
         self._unsent_tunnel: tuple[bytes, memoryview | None] | None = None
         self._unsent_credit: bytes | None = None
-        self._router = open_router(context, secret)
-        self._watch = Watch(self._router)
+        self._look_around = True
+        """Whether something may be due beside data that arrives."""
+        router = open_router(context, secret)
+        self._socket = SharedRouter(router, shared.wakeup)
+        self._watch = Watch(router)
         try:
-            self._bound = bind(self._router, url)
+            self._bound = bind(router, url)
         except BaseException:
-            self._close(0)
+            self._socket.close(self._watch, 0)
             raise
 
     @property
@@ -110,6 +107,13 @@ class Router(LinkThread):
         """Take these data lanes, which have been started. Under the shared lock."""
         self._lanes = lanes
 
+    def send_answer(self, lane: int, answer: bytes) -> None:
+        """Answer a message of a data lane, from the lane's thread. FrameError: the peer takes no
+        answers. Without a connection, which ends the session elsewhere, nothing happens."""
+        identity = routing_id(FIRST_DATA_LANE + lane, self._session)
+        if self._socket.send((identity, answer)) == zmq.EAGAIN:
+            raise FrameError(f"the peer does not take the answers of lane {lane}")
+
     def run(self) -> None:
         """Hear and answer until the session is over."""
         linger_ms = 0
@@ -120,32 +124,34 @@ class Router(LinkThread):
             linger_ms = FAREWELL_MS
             raise
         finally:
-            self._close(linger_ms)
+            self._socket.close(self._watch, linger_ms)
             self._bound.remove()
-
-    def _close(self, linger_ms: int) -> None:
-        self._watch.close()
-        self._router.close(linger=linger_ms)
 
     def _loop(self) -> int:
         """Returns how long the socket may linger, in ms."""
         poller = zmq.Poller()
         poller.register(self.shared.wakeup, zmq.POLLIN)
-        poller.register(self._router, zmq.POLLIN)
+        poller.register(self._socket.fd, zmq.POLLIN)
         poller.register(self._watch.monitor, zmq.POLLIN)
+        again = 0.0
         while not self.shared.over:
             now = time.monotonic()
-            again = min(self._check_deadlines(now), self._send(now), now + WATCH_S)
-            if self.shared.closing is Closing.DRAIN and self._drained(now):
-                return max(1, int((self.shared.drain_until - now) * 1000))
-            self._watch.enforce()
+            # Not for every frame: while this thread has the GIL, the lane cannot apply it.
+            if self._look_around or now >= again:
+                self._look_around = False
+                again = min(self._check_deadlines(now), self._send(now), now + WATCH_S)
+                if self.shared.closing is Closing.DRAIN and self._drained(now):
+                    return max(1, int((self.shared.drain_until - now) * 1000))
+                self._watch.enforce()
+            if self._receive():
+                continue
             ready = wait(poller, again)
             if self.shared.wakeup.fileno() in ready:
                 self.shared.wakeup.clear()
+                self._look_around = True
             if self._watch.monitor in ready:
                 self._look_at_connections()
-            if self._router in ready:
-                self._receive()
+                self._look_around = True
         if self.shared.failure is not None and not isinstance(self.shared.failure, PeerLost):
             self._say_goodbye(str(self.shared.failure))
             return FAREWELL_MS
@@ -173,10 +179,8 @@ class Router(LinkThread):
             return float("inf")
         if self._verdict is not None:
             return now if self._send_verdict(self._verdict) else now + BLOCKED_S
-        # Answers first: a round waits for them.
-        answered = self._send_answers()
         sent = self._send_control(now) and self._send_tunnel()
-        return float("inf") if answered and sent else now + BLOCKED_S
+        return float("inf") if sent else now + BLOCKED_S
 
     def _send_verdict(self, verdict: HelloReply) -> bool:
         if not self._try_send(CONTROL_LANE, verdict.pack()):
@@ -229,44 +233,31 @@ class Router(LinkThread):
                 return False
             self._unsent_tunnel = None
 
-    def _send_answers(self) -> bool:
-        everything = True
-        for number, lane in enumerate(self._lanes):
-            while (answer := lane.next_answer()) is not None:
-                if not self._try_send(FIRST_DATA_LANE + number, answer):
-                    everything = False
-                    break
-                lane.answered()
-        return everything
-
     def _try_send(self, lane: int, head: bytes, data: memoryview | None = None) -> bool:
         """False: the connection's queue is full, or the connection not there (yet)."""
         return self._try_send_to(routing_id(lane, self._session), head, data)
 
     def _try_send_to(self, identity: bytes, head: bytes, data: memoryview | None = None) -> bool:
         parts = (identity, head) if data is None else (identity, head, data)
-        try:
-            self._router.send_multipart(parts, zmq.NOBLOCK, copy=data is None)
-        except zmq.ZMQError as error:
-            if error.errno in (zmq.EAGAIN, zmq.EHOSTUNREACH):
-                return False
-            raise
-        return True
+        return self._socket.send(parts, copy=data is None) == 0
 
     # receiving
 
-    def _receive(self) -> None:
-        """Take what has arrived; changes of the session wake the trio side."""
+    def _receive(self) -> bool:
+        """Take what has arrived; changes of the session wake the trio side. True: there may be more
+        to do before waiting."""
         for _ in range(BATCH_MESSAGES):
-            message = receive(self._router)
+            message = self._socket.receive()
             if message is None:
-                return
+                return self._look_around
             identity, *parts = message
             fd = self._watch.given(parts)
             self._on_message(identity.bytes, parts, fd)
+        return True
 
     def _on_message(self, identity: bytes, parts: Sequence[zmq.Frame], fd: int) -> None:
         lane, session = identity[0], identity[1:]
+        self._look_around |= lane < FIRST_DATA_LANE
         if session != self._session or not session:
             self._on_stranger(identity, parts, fd)
         elif lane == CONTROL_LANE:

@@ -441,6 +441,33 @@ def test_i9_frames_beyond_the_window_end_the_session(monkeypatch: pytest.MonkeyP
     run_trio(scenario)
 
 
+def test_i9_a_peer_that_takes_no_answers_is_not_answered_for_ever(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    handled = threading.Semaphore(0)
+
+    def handle(*_: Any) -> bytes:
+        handled.release()
+        return bytes(1 << 16)
+
+    def attack(hostile: HostileSender) -> None:
+        hostile._context.setsockopt(zmq.RCVHWM, 1)
+        lane = hostile.dealer(FIRST_DATA_LANE)
+        lane.send(b"more")
+        while handled.acquire(timeout=1):
+            lane.send(b"more")
+
+    monkeypatch.setattr("transport.apply.ApplyLane._handle", handle)
+
+    async def scenario() -> None:
+        before = private_mib()
+        _, why = await attack_receiver(attack, FrameError)
+        assert "does not take the answers of lane 0" in why
+        assert private_mib() - before < 64
+
+    run_trio(scenario)
+
+
 @pytest.mark.parametrize(
     "attack",
     [
