@@ -152,13 +152,16 @@ class SendLane(LinkThread):
         self._watch = Watch(self._socket)
 
     def submit(self, task: Task) -> None:
-        """Add a task. From any thread."""
+        """Add a task; `wake` is to follow. From any thread."""
         self._tasks.append(task)
-        self._wakeup.set()
 
     def wake(self) -> None:
-        """A task has been cancelled. From any thread."""
+        """There is a task, or one has been cancelled. From any thread."""
         self._wakeup.set()
+
+    def rests_on(self, processor: int) -> bool:
+        """Whether it is to wake up on this one. From any thread."""
+        return self._processors.rests_on(processor)
 
     def run(self) -> None:
         """Work on tasks until the session is over."""

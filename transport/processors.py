@@ -8,11 +8,18 @@ wake up so. In a long round the kernel knows better, and may move them.
 
 from __future__ import annotations
 
+import ctypes
 import os
 from typing import Final
 
+_sched_getcpu = getattr(ctypes.PyDLL(None), "sched_getcpu", None)
 SHORT_MESSAGES: Final = 4
 """Up to so many messages without a rest are short: a last round, and its comparison."""
+
+
+def current_processor() -> int:
+    """The one that the caller runs on, at the moment; -1: the C library does not tell."""
+    return -1 if _sched_getcpu is None else int(_sched_getcpu())
 
 
 class Processors:
@@ -36,6 +43,10 @@ class Processors:
         self._messages += 1
         if self._messages > SHORT_MESSAGES:
             self._keep(apart=False)
+
+    def rests_on(self, processor: int) -> bool:
+        """Whether its thread, which rests, is to wake on this one. From any thread."""
+        return self._apart and processor in self._own
 
     def _keep(self, *, apart: bool) -> None:
         if apart is self._apart:

@@ -28,6 +28,7 @@ from transport.frames import split_by_lane
 from transport.lanes import SendLane, Task
 from transport.link import Link, LinkThread, Shared, check_memory
 from transport.pacing import SharedBucket
+from transport.processors import current_processor
 from transport.records import (
     MAX_ANNOUNCED_FRAME_BYTES,
     MAX_DATA_LANES,
@@ -438,6 +439,10 @@ class Sender(Link):
         for lane, task in zip(self._lanes, tasks, strict=True):
             task.waited_for = waited_for
             lane.submit(task)
+        # A lane that wakes up where this thread runs takes its place at once: it comes last.
+        here = current_processor()
+        for lane in sorted(self._lanes, key=lambda lane: lane.rests_on(here)):
+            lane.wake()
         try:
             await self._when(lambda: not waited_for or None, look_first=True)
         except BaseException:
