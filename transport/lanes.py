@@ -28,7 +28,15 @@ from transport.link import LinkThread, Shared
 from transport.pacing import SharedBucket
 from transport.processors import Processors
 from transport.records import FIRST_DATA_LANE, LaneAnswer, routing_id, unpack_answer
-from transport.sockets import WATCH_S, ConnectionEvent, Watch, connect, open_dealer, receive
+from transport.sockets import (
+    WATCH_S,
+    ConnectionEvent,
+    Wakeup,
+    Watch,
+    connect,
+    open_dealer,
+    receive,
+)
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -52,7 +60,7 @@ class Task(ABC):
     def __init__(self) -> None:
         self.waited_for: list[None] = [None]
         """An entry for each task that no lane has put away yet of those that are waited for
-        together, which share this list; `Shared.changed` is notified when it is empty."""
+        together, which share this list; `performed` is set when it is empty."""
         self._under_way = 0
         self._cancelled = False
 
@@ -127,10 +135,12 @@ class SendLane(LinkThread):
         window_frames: int,
         frame_bytes: int,
         progress_timeout_s: float,
+        performed: Wakeup,
         secret: bytes | None,
     ) -> None:
         """`prepare` is called by the lane's thread before its first task: loads what takes long;
-        `idle` when it has had nothing to do for a while: has to be short."""
+        `idle` when it has had nothing to do for a while: has to be short. `performed` is set when
+        tasks that are waited for together have been put away."""
         super().__init__(f"ferry-lane-{lane}", shared)
         self.counters = LaneCounters()
         self._url = url
@@ -139,6 +149,7 @@ class SendLane(LinkThread):
         self._bucket = bucket
         self._window_frames = window_frames
         self._progress_timeout_s = progress_timeout_s
+        self._performed = performed
         self._progress_by = float("inf")
         self._wakeup = shared.new_wakeup()
         self._tasks: deque[Task] = deque()
@@ -217,7 +228,7 @@ class SendLane(LinkThread):
             waited_for = self._tasks.popleft().waited_for
             waited_for.pop()
             if not waited_for:
-                self.shared.changed.notify()
+                self._performed.set()
         if self._held is None:
             if not self._may_produce():
                 return float("inf")

@@ -17,7 +17,7 @@ from __future__ import annotations
 import threading
 import time
 from abc import ABC, abstractmethod
-from collections.abc import AsyncIterator, Callable, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from contextlib import asynccontextmanager
 from enum import Enum
 from typing import TypeVar
@@ -177,6 +177,7 @@ class Link(ABC):
                 await self._shared.changed.wait()
         finally:
             self._shared.start_closing(Closing.DROP)
+            self._leave()
             with trio.CancelScope(shield=True):
                 # A limiter of its own: nobody else's threads can keep this one waiting.
                 await trio.to_thread.run_sync(self._end, limiter=trio.CapacityLimiter(1))
@@ -186,6 +187,9 @@ class Link(ABC):
             thread.join()
         self._context.destroy(linger=0)
         self._shared.close()
+
+    def _leave(self) -> None:  # noqa: B027 -- who waits for descriptors of `Shared` has to
+        """Have tasks wait no longer for descriptors that are about to be given back."""
 
     @abstractmethod
     def _threads(self) -> list[LinkThread]:
@@ -269,8 +273,11 @@ class Link(ABC):
         *,
         look_first: bool = False,
         greeting: bool = False,
+        change: Callable[[], Awaitable[None]] | None = None,
     ) -> _T:
         """What `attempt`, called under the lock, returns as soon as that is not None.
+
+        `change` waits until it may have changed, or the session has; without one, for any change.
 
         The session's error ends the wait; with `look_first` only if `attempt` has nothing: what was
         reached or had arrived before the error counts.
@@ -296,7 +303,7 @@ class Link(ABC):
                 return result
             if failure is not None:
                 raise failure
-            await shared.changed.wait()
+            await (shared.changed.wait if change is None else change)()
             waited = True
 
 

@@ -250,6 +250,9 @@ class Sender(Link):
         self._lanes: list[SendLane] = []
         self._lane_sources: list[LaneSource] = []
         self._turn = _Turn()
+        self._performed = self._shared.new_wakeup()
+        """Of the task that waits for lanes: it is waited for by itself, since the way of all other
+        changes takes three turns of trio's loop."""
         self._round: _Round | None = None
         self._connector.start()
 
@@ -302,6 +305,7 @@ class Sender(Link):
                 window_frames=self._connector.reply.window_frames,
                 frame_bytes=frame_bytes,
                 progress_timeout_s=self._options.progress_timeout_s,
+                performed=self._performed,
                 secret=self._options.secret,
             )
             self._lane_sources.append(source)
@@ -444,12 +448,21 @@ class Sender(Link):
         for lane in sorted(self._lanes, key=lambda lane: lane.rests_on(here)):
             lane.wake()
         try:
-            await self._when(lambda: not waited_for or None, look_first=True)
+            await self._when(
+                lambda: not waited_for or None, look_first=True, change=self._wait_performed
+            )
         except BaseException:
             for lane, task in zip(self._lanes, tasks, strict=True):
                 task.cancel()
                 lane.wake()
             raise
+
+    async def _wait_performed(self) -> None:
+        await trio.lowlevel.wait_readable(self._performed.fileno())
+        self._performed.clear()
+
+    def _leave(self) -> None:
+        trio.lowlevel.notify_closing(self._performed.fileno())
 
     def _threads(self) -> list[LinkThread]:
         return [self._connector, *self._lanes]

@@ -11,7 +11,8 @@ import trio
 from hypothesis import given
 from hypothesis import strategies as st
 
-from transport.processors import SHORT_MESSAGES, Processors
+from transport.lanes import SendLane
+from transport.processors import SHORT_MESSAGES, Processors, current_processor
 
 
 @given(
@@ -86,3 +87,38 @@ def test_both_ends_keep_their_lanes_apart_between_rounds(link_pair: Any) -> None
     if len(allowed) < 2:
         pytest.skip("one processor is not to be shared out")
     trio.run(main)
+
+
+@pytest.mark.parametrize("lane", [0, 1])
+def test_the_lane_that_would_take_the_callers_processor_is_woken_last(
+    lane: int, link_pair: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    woken: list[int] = []
+    wake = SendLane.wake
+
+    def noted(self: SendLane) -> None:
+        woken.append(pair_lanes.index(self))
+        wake(self)
+
+    pair_lanes: list[SendLane] = []
+    # Lanes that rest on processors 0 and 1, whatever this machine has.
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _pid: {0, 1})
+    monkeypatch.setattr(os, "sched_setaffinity", lambda _pid, _processors: None)
+    monkeypatch.setattr("transport.sender.current_processor", lambda: lane)
+
+    async def main() -> None:
+        async with link_pair(n_pages=256) as pair:
+            pages = np.arange(256, dtype=np.uint32)
+            await pair.sender.send_round(pages, 0)
+            pair_lanes.extend(pair.sender._lanes)
+            while not all(each.rests_on(number) for number, each in enumerate(pair_lanes)):
+                await trio.lowlevel.checkpoint()
+            monkeypatch.setattr(SendLane, "wake", noted)
+            await pair.sender.send_round(pages, 1)
+
+    trio.run(main)
+    assert woken == [1 - lane, lane]
+
+
+def test_the_processor_that_a_thread_runs_on_is_one_that_it_may_run_on() -> None:
+    assert current_processor() in os.sched_getaffinity(0)

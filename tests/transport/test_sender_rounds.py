@@ -477,6 +477,36 @@ def test_i9_acknowledgements_that_never_come_end_the_round(
     run_trio(scenario)
 
 
+def test_a_round_that_waits_as_the_link_is_left_ends(
+    link_pair: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Also if the descriptor that it waits for is given back before trio looks at it again."""
+    asked, answered = threading.Event(), threading.Event()
+
+    def stuck(*_: Any) -> bytes:
+        asked.set()
+        answered.wait(DEADLINE_S)
+        return Ack(0, page_list()).pack()
+
+    monkeypatch.setattr(apply.ApplyLane, "_handle", stuck)
+
+    async def scenario() -> None:
+        async def perform(pair: Any) -> None:
+            with pytest.raises(trio.ClosedResourceError):
+                await pair.sender.send_round(every_page(pair.source), 1)
+            answered.set()
+
+        async with trio.open_nursery() as nursery:
+            with pytest.raises(ExceptionGroup):
+                async with link_pair(n_pages=10) as pair:
+                    nursery.start_soon(perform, pair)
+                    await trio.to_thread.run_sync(asked.wait, DEADLINE_S)
+                    monkeypatch.setattr(pair.sender._performed, "set", lambda: None)
+                    raise OSError("left")
+
+    run_trio(scenario)
+
+
 def test_a_time_in_which_this_side_was_stopped_is_not_the_receivers_silence(
     link_pair: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
