@@ -179,6 +179,7 @@ class SendLane(LinkThread):
         try:
             connect(self._socket, self._url)
             self._prepare()
+            self._buffer = MessageBuffer(self._frame_bytes)
             self._loop()
         finally:
             self._watch.close()

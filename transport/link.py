@@ -4,9 +4,9 @@ Owns the lock, the wake-ups in both directions, the session's first error, and t
 roles share. The rules behind them are in `channels`; the threads are `connector` (sender),
 `router` (receiver) and `lanes`.
 
-libzmq's descriptor is edge-triggered and belongs to one thread, so trio waits on none of it: each
-socket lives in a thread that polls, and the two sides share a `Conversation` under a lock that is
-held for the time of a few assignments::
+libzmq's descriptor is edge-triggered, so trio waits on none of it: each socket lives in a thread
+that polls, and the two sides share a `Conversation` under a lock that is held for the time of a few
+assignments (lanes have ways of their own, see `sender` and `apply`)::
 
     trio task ── lock, queue, wakeup.set() ──►  thread: poll, send
     trio task ◄── changed.notify() ─ lock, arrived ──  thread: receive

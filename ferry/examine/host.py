@@ -15,6 +15,7 @@ from ferry.findings import Finding, note, ok, problem
 from ferry.progress import bytes_text
 from ferry.receive import memory_available
 from sync.memory import PAGE_BYTES
+from transport.buffers import MessageBuffer
 from transport.errors import EndpointError
 from transport.kernels.cache import CompilationFailed
 from transport.kernels.clib import NativeLibraryError, addresses
@@ -52,9 +53,10 @@ def _machine() -> Finding:
 def _kernels() -> list[Finding]:
     try:
         addresses()
+        MessageBuffer(PAGE_BYTES).free()
     except NativeLibraryError as error:
         return [problem("C libraries", str(error))]
-    found = [ok("C libraries", "LZ4 and XXH3 can be called")]
+    found = [ok("C libraries", "LZ4, XXH3 and libzmq can be called")]
     try:
         done = warm_up()
     except CompilationFailed as error:

@@ -9,6 +9,7 @@ import zmq
 from hypothesis import given
 from hypothesis import strategies as st
 
+from tests.transport.running import run_trio
 from transport import buffers
 from transport.buffers import MessageBuffer
 from transport.kernels.clib import NativeLibraryError
@@ -111,4 +112,18 @@ def test_no_memory_and_no_libzmq_are_said(monkeypatch: pytest.MonkeyPatch) -> No
     monkeypatch.setattr(buffers, "_PYZMQ", "zmq.backend.of_another_kind")
     with pytest.raises(NativeLibraryError, match=r"of_another_kind cannot be loaded.*pyzmq>=26"):
         MessageBuffer(4096)
+
+
+def test_a_sender_without_libzmq_says_so_before_its_first_round(
+    link_pair: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
     buffers._functions.cache_clear()
+    monkeypatch.setattr(buffers, "_PYZMQ", "zmq.backend.of_another_kind")
+
+    async def scenario() -> None:
+        async with link_pair(n_pages=10) as pair:
+            await pair.sender.receive_record()
+
+    with pytest.raises(ExceptionGroup) as caught:
+        run_trio(scenario)
+    assert caught.group_contains(NativeLibraryError, match="of_another_kind")
