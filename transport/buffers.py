@@ -39,6 +39,13 @@ def keep_message_memory() -> None:
         mallopt(_M_TRIM_THRESHOLD, _KEPT_BYTES)
 
 
+def give_back_message_memory() -> None:
+    """What was kept and is free goes back to the kernel (malloc_trim(3)). No effect elsewhere."""
+    trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
+    if trim is not None:
+        trim(0)
+
+
 class MessageBuffer:
     """Room for one message. For one thread; `send` or `free` is to be called once."""
 

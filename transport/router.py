@@ -139,10 +139,12 @@ class Router(LinkThread):
             # Not for every frame: while this thread has the GIL, the lane cannot apply it.
             if self._look_around or now >= again:
                 self._look_around = False
-                again = min(self._check_deadlines(now), self._send(now), now + WATCH_S)
+                due = min(self._check_deadlines(now), self._send(now))
                 if self.shared.closing is Closing.DRAIN and self._drained(now):
                     return max(1, int((self.shared.drain_until - now) * 1000))
                 self._watch.enforce()
+                # Of now, or the watch would find its time not come by what has passed since.
+                again = min(due, time.monotonic() + WATCH_S)
             if self._receive():
                 continue
             ready = wait(poller, again)

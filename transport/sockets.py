@@ -27,6 +27,7 @@ from urllib.parse import urlsplit
 
 import zmq
 
+from transport.buffers import give_back_message_memory
 from transport.errors import EndpointError
 from transport.records import MAX_CHANNEL_MESSAGE_BYTES, MAX_DATA_LANES, MAX_MESSAGE_BYTES
 from transport.secret import CURVE_PART_BYTES, admit_by, prove_by
@@ -43,6 +44,8 @@ MAX_CONNECTIONS = MAX_DATA_LANES + 2 + 8
 """Of a bound socket: one session, and some room for connections that are being turned away."""
 WATCH_S = 0.05
 """How often a watch looks at its connections: a flood gains this much time's worth of memory."""
+_LOOKS_AFTER = 20
+"""In which libzmq may still be freeing what a connection kept that was ended for it."""
 
 _TCP_INFO_BYTES_RECEIVED = struct.Struct("<128xQ")  # linux/tcp.h: tcpi_bytes_received, Linux 4.1
 _INPUT_QUEUE_BYTES = struct.Struct("<i")
@@ -269,6 +272,7 @@ class Watch:
         self._limit_bytes = 0
         self._connections: dict[int, _Connection] = {}
         self._next_look = 0.0
+        self._looks_after = 0
         encrypted = zsocket.get(zmq.MECHANISM) == zmq.CURVE
         self._more_bytes = CURVE_PART_BYTES if encrypted else 0
         """Of each part on the wire, beside its own and those of its frame."""
@@ -318,7 +322,8 @@ class Watch:
             connection.stranger = False
 
     def enforce(self) -> int:
-        """Shut down the connections that keep too much; returns how many.
+        """Shut down the connections that keep too much, and give back what they kept; returns how
+        many are shut down.
 
         To be called at least every `WATCH_S`, when nothing is left to do: a look takes some ten
         system calls for each connection. More often costs nothing.
@@ -327,6 +332,9 @@ class Watch:
         if now < self._next_look:
             return 0
         self._next_look = now + WATCH_S
+        if self._looks_after:
+            self._looks_after -= 1
+            give_back_message_memory()
         ended = 0
         for fd, connection in list(self._connections.items()):
             with _duplicate(fd) as copy:
@@ -335,6 +343,8 @@ class Watch:
                 if _came_in(copy) - connection.given_bytes > self._limit_bytes:
                     ended += 1
                     _shut_down(copy)
+        if ended:
+            self._looks_after = _LOOKS_AFTER
         return ended
 
     def close(self) -> None:

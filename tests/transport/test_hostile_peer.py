@@ -21,6 +21,7 @@ import trio
 import zmq
 
 from tests.transport.running import run_trio
+from transport.buffers import give_back_message_memory
 from transport.channels import RECORD_WINDOW_BYTES, TUNNEL_WINDOW_BYTES
 from transport.encoder import Encoder
 from transport.errors import (
@@ -222,13 +223,24 @@ def test_i9_identities_of_another_shape_are_nobody(identity: bytes) -> None:
     run_trio(scenario)
 
 
-def test_i9_a_message_that_never_ends_is_cut_off_before_it_fills_the_memory(raw_zmtp: Any) -> None:
+def test_i9_a_message_that_never_ends_is_cut_off_before_it_fills_the_memory(
+    raw_zmtp: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    given_back = threading.Event()
+
+    def give_back() -> None:
+        give_back_message_memory()
+        given_back.set()
+
+    monkeypatch.setattr("transport.sockets.give_back_message_memory", give_back)
+
     async def scenario() -> None:
         async with open_receiver("tcp://127.0.0.1:*") as receiver:
             connection = raw_zmtp.connect(receiver.url)
             before = private_mib()
             await in_thread(raw_zmtp.flood_until_shut, connection)
             await until(lambda: private_mib() - before < 64)
+            await until(given_back.is_set)
             await expect_good_session(receiver)
 
     run_trio(scenario)
