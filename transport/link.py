@@ -188,7 +188,7 @@ class Link(ABC):
         self._context.destroy(linger=0)
         self._shared.close()
 
-    def _leave(self) -> None:  # noqa: B027 -- who waits for descriptors of `Shared` has to
+    def _leave(self) -> None:  # noqa: B027 -- only the sender waits for one
         """Have tasks wait no longer for descriptors that are about to be given back."""
 
     @abstractmethod

@@ -1,17 +1,13 @@
-"""I9: peers that speak raw ZeroMQ, or raw TCP, and mean harm.
+"""I9: peers of a session that speak raw ZeroMQ and mean harm.
 
-Here it is the sender that is hostile; for the receiver see `test_hostile_receiver`. Each test ends
-in a typed error on our side, or in nothing at all for a session that goes on; never in a hang, a
-write outside what was allowed, or memory beyond the limits.
+Here it is the sender that is hostile; for the receiver see `test_hostile_receiver`, for those that
+belong to no session `test_hostile_strangers`. Each test ends in a typed error on our side, never in
+a hang, a write outside what was allowed, or memory beyond the limits.
 """
 
-import os
-import socket
 import struct
 import threading
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from pathlib import Path
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -20,25 +16,31 @@ import pytest
 import trio
 import zmq
 
+from tests.transport.hostile_sender import (
+    DEADLINE_S,
+    N_PAGES,
+    NO_PAGES,
+    PAGE,
+    HostileSender,
+    hostile_sender,
+    in_thread,
+    private_mib,
+)
 from tests.transport.running import run_trio
-from transport.buffers import give_back_message_memory
 from transport.channels import RECORD_WINDOW_BYTES, TUNNEL_WINDOW_BYTES
-from transport.encoder import Encoder
 from transport.errors import (
     FrameError,
     PeerLost,
     RecordError,
     TransportError,
 )
-from transport.receiver import Receiver, ReceiverOptions, open_receiver
+from transport.receiver import ReceiverOptions, open_receiver
 from transport.records import (
     CONTROL_LANE,
     FIRST_DATA_LANE,
-    MAX_MESSAGE_BYTES,
     TUNNEL_LANE,
     Ack,
     Attached,
-    Bye,
     Compare,
     Digest,
     Hello,
@@ -51,75 +53,7 @@ from transport.records import (
     TunnelEof,
     TunnelHead,
     Verdict,
-    routing_id,
-    session_seed,
 )
-from transport.replica import Replica
-from transport.sender import open_sender
-from transport.sockets import MAX_CONNECTIONS
-
-PAGE = 4096
-N_PAGES = 64
-DEADLINE_S = 20
-NO_PAGES = np.empty(0, np.uint32)
-
-
-def private_mib() -> int:
-    """Memory of this process that is backed by no file."""
-    status = Path("/proc/self/status").read_text()
-    return int(status.split("RssAnon:")[1].split()[0]) >> 10
-
-
-class HostileSender:
-    """DEALERs with any identity; says what it is told, and reads only when it is told."""
-
-    def __init__(self, url: str) -> None:
-        self.session = os.urandom(16)
-        self.nonce = os.urandom(16)
-        self._url = url
-        self._context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
-        self._dealers: dict[bytes, zmq.Socket[bytes]] = {}
-
-    def dealer(self, lane: int, session: bytes | None = None) -> zmq.Socket[bytes]:
-        identity = routing_id(lane, self.session if session is None else session)
-        if identity not in self._dealers:
-            dealer = self._context.socket(zmq.DEALER)
-            dealer.set(zmq.ROUTING_ID, identity)
-            dealer.set(zmq.LINGER, 0)
-            dealer.set(zmq.RCVTIMEO, DEADLINE_S * 1000)
-            dealer.set(zmq.SNDTIMEO, DEADLINE_S * 1000)
-            dealer.connect(self._url)
-            self._dealers[identity] = dealer
-        return self._dealers[identity]
-
-    def greet(self, lanes: int = 2, frame_bytes: int = 1 << 20) -> None:
-        self.dealer(CONTROL_LANE).send(
-            Hello(self.session, self.nonce, lanes, frame_bytes, b"").pack()
-        )
-
-    def wait_for(self, kind: MessageType) -> bytes:
-        """Read the control lane up to a message of this kind, pinging to stay alive."""
-        while True:
-            message = self.dealer(CONTROL_LANE).recv()
-            if message[0] == kind:
-                return message
-
-    def frames(self, count: int, n_pages: int = N_PAGES, pages: int = 1) -> list[bytes]:
-        """Frames of lane 0 of 1 with `pages` pages, valid for a memory of `n_pages`."""
-        memory = np.frombuffer(os.urandom(n_pages * PAGE), np.uint8)
-        seed = session_seed(self.session, self.nonce)
-        encoder = Encoder(memory, Replica(n_pages, 0, 1), seed, frame_bytes=65536)
-        out = np.empty(65536, np.uint8)
-        made = []
-        for sequence in range(count):
-            last = n_pages - sequence % 8
-            indices = np.arange(last - pages, last, dtype=np.uint32)
-            frame = encoder.encode(indices, 0, out, round_no=1, sequence=sequence)
-            made.append(out[: frame.n_bytes].tobytes())
-        return made
-
-    def close(self) -> None:
-        self._context.destroy(linger=0)
 
 
 def test_a_greeting_that_comes_again_is_the_same_one() -> None:
@@ -141,190 +75,6 @@ def test_a_greeting_that_comes_again_is_the_same_one() -> None:
                 caller.close()
 
     run_trio(scenario)
-
-
-# strangers
-
-
-async def expect_good_session(receiver: Receiver) -> None:
-    """A sender of ours gets through, and a round with it."""
-    source, target = (np.full(N_PAGES * PAGE, fill, np.uint8) for fill in (7, 0))
-    async with trio.open_nursery() as nursery:
-
-        async def answer() -> None:
-            await receiver.wait_hello()
-            await receiver.accept(b"")
-            receiver.attach_memory(target)
-
-        nursery.start_soon(answer)
-        async with open_sender(receiver.url, os.urandom(16), b"") as sender:
-            sender.attach_memory(source)
-            await sender.send_round(np.arange(N_PAGES, dtype=np.uint32), 1)
-            assert np.array_equal(source, target)
-
-
-async def in_thread(function: Callable[..., Any], *arguments: Any) -> Any:
-    return await trio.to_thread.run_sync(function, *arguments)
-
-
-async def until(condition: Callable[[], Any]) -> None:
-    """Wait for something that notifies nobody."""
-    for _ in iter(lambda: bool(condition()), True):
-        await trio.sleep(0.01)
-
-
-STRANGER_MESSAGES: list[list[bytes]] = [
-    [b""],
-    [b"\xff" * 100],
-    [os.urandom(50_000)],
-    [b"a", b"b", b"c"],
-    [RecordMessage(0, 1, b"").pack()],
-    [Ping(1).pack()],
-    [b"vfpg" + bytes(100)],
-    [Hello(b"X" * 16, bytes(16), 1, 1 << 20, b"").pack()],
-    [Hello(bytes(16), bytes(16), 200, 1 << 20, b"").pack()],
-    [Hello(bytes(16), bytes(16), 1, 1 << 20, b"").pack()[:-3]],
-    [struct.pack("<B8sH", 1, b"vfioferr", 999)],
-]
-
-
-@pytest.mark.parametrize("lane", [CONTROL_LANE, TUNNEL_LANE, FIRST_DATA_LANE, 0xFF])
-def test_i9_what_strangers_say_is_dropped_and_counted(lane: int) -> None:
-    async def scenario() -> None:
-        async with open_receiver("tcp://127.0.0.1:*") as receiver:
-            hostile = HostileSender(receiver.url)
-            try:
-                for message in STRANGER_MESSAGES:
-                    hostile.dealer(lane).send_multipart(message)
-                await until(
-                    lambda: receiver.statistics().dropped_messages >= len(STRANGER_MESSAGES)
-                )
-                await expect_good_session(receiver)
-            finally:
-                hostile.close()
-
-    run_trio(scenario)
-
-
-@pytest.mark.parametrize("identity", [b"", b"\x01", b"\x01" + bytes(15), b"\x01" + bytes(17)])
-def test_i9_identities_of_another_shape_are_nobody(identity: bytes) -> None:
-    async def scenario() -> None:
-        async with open_receiver("tcp://127.0.0.1:*") as receiver:
-            with zmq.Context() as context, context.socket(zmq.DEALER) as dealer:
-                dealer.set(zmq.LINGER, 0)
-                if identity:
-                    dealer.set(zmq.ROUTING_ID, identity)
-                dealer.connect(receiver.url)
-                dealer.send(Hello(bytes(16), bytes(16), 1, 1 << 20, b"").pack())
-                dealer.send(b"more")
-                await until(lambda: receiver.statistics().dropped_messages >= 2)
-            await expect_good_session(receiver)
-
-    run_trio(scenario)
-
-
-def test_i9_a_message_that_never_ends_is_cut_off_before_it_fills_the_memory(
-    raw_zmtp: Any, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    given_back = threading.Event()
-
-    def give_back() -> None:
-        give_back_message_memory()
-        given_back.set()
-
-    monkeypatch.setattr("transport.sockets.give_back_message_memory", give_back)
-
-    async def scenario() -> None:
-        async with open_receiver("tcp://127.0.0.1:*") as receiver:
-            connection = raw_zmtp.connect(receiver.url)
-            before = private_mib()
-            await in_thread(raw_zmtp.flood_until_shut, connection)
-            await until(lambda: private_mib() - before < 64)
-            await until(given_back.is_set)
-            await expect_good_session(receiver)
-
-    run_trio(scenario)
-
-
-def test_i9_a_declared_length_beyond_the_limit_ends_the_connection(raw_zmtp: Any) -> None:
-    async def scenario() -> None:
-        async with open_receiver("tcp://127.0.0.1:*") as receiver:
-            before = private_mib()
-            for length in (MAX_MESSAGE_BYTES + 1, 1 << 40, (1 << 63) - 1, (1 << 64) - 1):
-                with raw_zmtp.connect(receiver.url) as connection:
-                    connection.sendall(b"\x02" + struct.pack(">Q", length))
-                    while await in_thread(connection.recv, 4096):
-                        pass
-            assert private_mib() - before < 64
-            await expect_good_session(receiver)
-
-    run_trio(scenario)
-
-
-@pytest.mark.parametrize(
-    "garbage", [b"GET / HTTP/1.1\r\n\r\n", bytes(range(256)) * 20, b"\xff" + bytes(8) + b"\x7f\xff"]
-)
-def test_i9_a_stranger_that_speaks_no_zmtp_is_no_obstacle(garbage: bytes) -> None:
-    async def scenario() -> None:
-        async with open_receiver("tcp://127.0.0.1:*") as receiver:
-            port = int(receiver.url.rpartition(":")[2])
-            with socket.create_connection(("127.0.0.1", port)) as connection:
-                connection.sendall(garbage)
-                await expect_good_session(receiver)
-
-    run_trio(scenario)
-
-
-def test_i9_connections_are_bounded_and_do_not_shut_the_door(raw_zmtp: Any) -> None:
-    async def scenario() -> None:
-        async with open_receiver("tcp://127.0.0.1:*") as receiver:
-            connections = [raw_zmtp.connect(receiver.url) for _ in range(3 * MAX_CONNECTIONS)]
-            try:
-                await expect_good_session(receiver)
-                watch = receiver._router._watch
-                assert len(watch._connections) <= MAX_CONNECTIONS
-            finally:
-                for connection in connections:
-                    connection.close()
-
-    run_trio(scenario)
-
-
-def test_i9_other_sessions_cannot_touch_ours(link_pair: Any) -> None:
-    async def scenario() -> None:
-        async with link_pair(n_pages=N_PAGES) as pair:
-            hostile = HostileSender(pair.receiver.url)
-            try:
-                hostile.greet()
-                hostile.dealer(FIRST_DATA_LANE).send(hostile.frames(1)[0])
-                hostile.dealer(CONTROL_LANE).send(Bye("go away").pack())
-                hostile.dealer(TUNNEL_LANE).send_multipart([TunnelHead(0).pack(), b"evil"])
-                await until(lambda: pair.receiver.statistics().dropped_messages >= 4)
-                # libzmq lets nobody take an identity that is in use.
-                ours = pair.sender._hello.session
-                hostile.dealer(CONTROL_LANE, ours).send(Bye("go away").pack())
-                hostile.dealer(TUNNEL_LANE, ours).send(TunnelEof(0).pack())
-                pair.source[:] = 5
-                await pair.sender.send_round(np.arange(N_PAGES, dtype=np.uint32), 1)
-                assert np.array_equal(pair.source, pair.target)
-                await pair.sender.tunnel_send(b"ours")
-                assert await pair.receiver.tunnel_receive() == b"ours"
-            finally:
-                hostile.close()
-
-    run_trio(scenario)
-
-
-# a member of the session
-
-
-@contextmanager
-def hostile_sender(url: str) -> Iterator[HostileSender]:
-    hostile = HostileSender(url)
-    try:
-        yield hostile
-    finally:
-        hostile.close()
 
 
 Attack = Callable[[HostileSender], None]
