@@ -13,7 +13,8 @@ that was, by the proportions of `_TYPICAL`.
 
 **The start.** A few pages are sent as they are, then more of them, twice, and the answer to each
 frame is waited for: how much longer the larger one takes tells `l`, roughly, before much has been
-put on a slow link.
+put on a slow link. If the lane does not have to wait in the first epochs, an answer was late for
+another reason, and nothing is known of the link.
 
 **What is seen of the link.** After each epoch, which lasts from one answer to another: if the lane
 had to wait for the link, `l` is the time that passed by the bytes that were acknowledged. If it
@@ -79,7 +80,7 @@ _TRIAL_PAGES: Final = 128  # 8 ms at 1 Gbit/s that two lanes share
 EPOCH_FRAMES: Final = 8  # twice a window's, so that how answers fall does not decide
 EPOCH_S: Final = 0.02  # shorter ones say more about the scheduler than about the link
 PROBES_PAGES: Final = (32, 128, 512)  # 11, 43 and 170 ms at 100 Mbit/s
-_PROBE_S: Final = 0.002  # an answer that came sooner says more about the way than about the link
+_PROBE_S: Final = 0.01  # an answer that came sooner may have been held up by a scheduler
 _RAW_S: Final = (1e-6, 2e-6)  # to copy and digest a page: what is beyond is the scheduler's
 _PROBE_GAIN: Final = 1.5  # nothing overlaps in a probe, so the link is faster than it seems
 _MIN_PAGES: Final = 16  # of content in a frame: half of a probe, whose room zeros take, too
@@ -93,6 +94,7 @@ _WORSE: Final = 1.2  # pages of one region compress better than those of another
 _LEVEL_WORSE: Final = 1.04  # what the bytes tell, whose number on a link does not depend on that
 _DELTA_COSTS: Final = 1.5  # of the codec in use: what a frame of deltas may take if there are none
 _DELTA_ROUNDS: Final = 2
+_DOUBTS: Final = 2  # one may be due to a sender that was held up
 _HOPE: Final = 0.97  # then its square, and so on
 _STALE_FRAMES: Final = 32
 _UNTRIED_FRAMES: Final = 128  # then a single one: where nothing is compressed, it is long
@@ -187,6 +189,8 @@ class Choice:
         self._last_per_byte = 0.0
         """In the last epoch in which the lane waited."""
         self._link_measured = False
+        self._doubts = 0
+        """Epochs in which the lane never had to wait for a link of which only probes have told."""
         self._hope = _HOPE
         self._waiting = False
         """Whether the lane had to, in the last epoch."""
@@ -336,7 +340,6 @@ class Choice:
             self._trial = _Trial(0, self._link_s * n_bytes, self._link_s)
             self._last_per_byte = self._link_s
             self._rung = best
-            self._link_measured = True
         else:
             self._link_s = 0.0
         self._start_epoch()
@@ -369,7 +372,11 @@ class Choice:
                 self._hope = _HOPE
             elif 2 * self._acknowledged_bytes < self._sent_bytes:
                 return  # the window is being filled
-            elif self._link_measured and now >= self._lighter_until():
+            elif not self._link_measured:
+                self._doubts += 1
+                if self._doubts == _DOUBTS:
+                    self._link_s = 0.0
+            elif now >= self._lighter_until():
                 self._link_s = min(self._link_s, per_byte) * self._hope
                 self._hope *= self._hope
             self._settle(now, lasted_s / max(1, self._acknowledged_pages), per_byte)
@@ -391,7 +398,7 @@ class Choice:
         paused = [rung for rung, pause in enumerate(self._pauses) if now < pause.until]
         first = max((rung + 1 for rung in paused if rung < self._rung), default=0)
         last = min((rung for rung in paused if rung > self._rung), default=len(self._ladder))
-        if not self._waiting:  # nothing but hope says that the link could do more
+        if not self._waiting and self._link_s:  # nothing but hope says that it could do more
             first = max(first, self._rung - 1)
         costs = {rung: self._cost(rung) for rung in range(first, last)}
         best = min(costs, key=costs.__getitem__)

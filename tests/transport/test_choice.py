@@ -339,6 +339,27 @@ def test_a_level_that_holds_up_more_than_the_link_is_left(applied: float) -> Non
     assert sum(taken) / len(taken) <= 1.15 * best_s * pages
 
 
+@pytest.mark.parametrize("late_s", [0.001, 0.004, 0.008])
+@pytest.mark.parametrize("probe", range(len(PROBES_PAGES)))
+def test_a_scheduler_that_holds_up_a_probe_does_not_make_a_fast_link_slow(
+    probe: int, late_s: float
+) -> None:
+    lane = Lane(Choice(), FILES, 1e11)
+    lane.late_s["none"] = [late_s, *[0.0] * probe]
+    lane.send(100_000)
+    assert set(lane.used) == {NONE}
+
+
+def test_a_probe_that_was_held_up_for_long_is_soon_found_to_be_wrong() -> None:
+    lane = Lane(Choice(), FILES, 1e11)
+    lane.late_s["none"] = [0.04, 0.0, 0.0]
+    lane.send(100_000)
+    pages = Counter[Method]()
+    for codec, n in zip(lane.used, lane.sent, strict=True):
+        pages[codec.method] += n
+    assert 0 < pages.total() - pages[Method.NONE] <= 5000  # two epochs
+
+
 def test_little_is_sent_as_it_is_before_a_slow_link_is_known() -> None:
     lane = Lane(Choice(), FILES, 10 * MBIT)
     lane.send(20_000)
