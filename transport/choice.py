@@ -82,6 +82,7 @@ EPOCH_S: Final = 0.02  # shorter ones say more about the scheduler than about th
 PROBES_PAGES: Final = (32, 128, 512)  # 11, 43 and 170 ms at 100 Mbit/s
 _PROBE_S: Final = 0.01  # an answer that came sooner may have been held up by a scheduler
 _RAW_S: Final = (1e-6, 2e-6)  # to copy and digest a page: what is beyond is the scheduler's
+_FAST_S: Final = 24e-6  # a page: 1.4 Gbit/s at least, so there is no need to know more
 _PROBE_GAIN: Final = 1.5  # nothing overlaps in a probe, so the link is faster than it seems
 _MIN_PAGES: Final = 16  # of content in a frame: half of a probe, whose room zeros take, too
 _MIN_ANSWERED_PAGES: Final = 128  # likewise of an answer, with what passing between threads costs
@@ -229,9 +230,11 @@ class Choice:
     @property
     def frame_pages(self) -> int:
         """How many pages the frame that was picked may hold beside those of zeros, 0: as many as
-        fit. Few go as they are where that may turn out to be wrong, for long."""
-        doubtful = self._trial is not None or self._taken_back or self._rung > self._delta
-        if doubtful and not self._short and self._used <= self._delta:
+        fit. Few go as they are where that may turn out to be wrong, for long, and few are
+        compressed where none are: either takes many times as long if it was wrong."""
+        raw, raw_in_use = self._used <= self._delta, self._rung <= self._delta
+        in_doubt = self._trial is not None or self._taken_back
+        if not self._short and (raw != raw_in_use or (raw and in_doubt)):
             return _TRIAL_PAGES
         return self.probe_pages
 
@@ -331,6 +334,8 @@ class Choice:
         more_pages = frame.pages - before.pages
         more_s = frame.encoded - frame.began - (before.encoded - before.began)
         n_bytes = frame.n_bytes / frame.pages
+        if took_s < _FAST_S * frame.pages:
+            self._probes.clear()
         raw_s = min(max(more_s / more_pages, _RAW_S[0]), _RAW_S[1])
         self._seen[0] = _Seen(raw_s, n_bytes, self._number)
         self._link_s = max(0.0, took_s - before_s) / (more_pages * n_bytes)

@@ -352,7 +352,7 @@ def test_a_scheduler_that_holds_up_a_probe_does_not_make_a_fast_link_slow(
 
 def test_a_probe_that_was_held_up_for_long_is_soon_found_to_be_wrong() -> None:
     lane = Lane(Choice(), FILES, 1e11)
-    lane.late_s["none"] = [0.04, 0.0, 0.0]
+    lane.late_s["none"] = [0.04, 0.0]
     lane.send(100_000)
     pages = Counter[Method]()
     for codec, n in zip(lane.used, lane.sent, strict=True):
