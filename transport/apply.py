@@ -1,15 +1,17 @@
 """The receiver's data lanes: one thread each that applies frames and answers comparisons.
 
-Owns a lane's queue between the thread of the ROUTER (`router`) and the work, and the window.
-Decoding is `decoder`'s, comparing `compare`'s.
+Owns a lane's queue between whoever hears its messages and the work, and the window. A lane without
+work listens to the ROUTER of the session by itself (`router`), so that a short round does not wait
+for another thread. Decoding is `decoder`'s, comparing `compare`'s.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import select
+from collections import deque
+from collections.abc import Sequence
 from dataclasses import dataclass
-from queue import Empty, SimpleQueue
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Final, Protocol
 
 import numpy as np
 import numpy.typing as npt
@@ -38,8 +40,23 @@ class ApplyCounters:
     bytes: int = 0
 
 
+LISTENING_LANES: Final = 2
+"""Of a session, the first ones: each message wakes all that listen."""
+
+
+class Messages(Protocol):
+    """Where messages come from and answers go to: see `Router`."""
+
+    @property
+    def fd(self) -> int: ...
+
+    def hear(self) -> None: ...
+
+    def send_answer(self, lane: int, answer: bytes) -> None: ...
+
+
 class ApplyLane(LinkThread):
-    """Applies what arrives on one data lane, in order. `submit` is for the thread of the ROUTER."""
+    """Applies what arrives on one data lane, in order."""
 
     def __init__(
         self,
@@ -51,11 +68,10 @@ class ApplyLane(LinkThread):
         lanes: int,
         window_frames: int,
         frame_bytes: int,
-        answer: Callable[[bytes], None],
+        messages: Messages,
         files: Sequence[Extent] = (),
     ) -> None:
-        """`memory` uint8[n_pages * 4096], writable; `files` as for `Decoder`. `answer` sends an
-        answer to the peer."""
+        """`memory` uint8[n_pages * 4096], writable; `files` as for `Decoder`."""
         super().__init__(f"ferry-apply-{lane}", shared)
         self.counters = ApplyCounters()
         self.n_pages = memory.size // PAGE_BYTES
@@ -69,24 +85,34 @@ class ApplyLane(LinkThread):
         self._window_frames = window_frames
         self._frame_bytes = frame_bytes
         self._processors = Processors(lane, lanes)
-        self._answer = answer
+        self._messages = messages
         self._submitted = 0
         self._answered = 0
-        """Written by this lane's thread; the one before by the other."""
-        self._queue: SimpleQueue[zmq.Frame | None] = SimpleQueue()
+        """Written by this lane's thread; the one before by whoever hears."""
+        self._queue: deque[zmq.Frame] = deque()
+        self._wakeup = shared.new_wakeup()
+        self._stopped = False
 
     def submit(self, message: zmq.Frame) -> None:
-        """A message arrived. FrameError: it is longer than announced, or beyond the window."""
+        """A message arrived, one after the other, from any thread. FrameError: it is longer than
+        announced, or beyond the window."""
         if len(message) > self._frame_bytes and _is_frame(message.buffer):
             raise FrameError(f"a frame of {len(message)} bytes, {self._frame_bytes} were announced")
         if self._submitted - self._answered >= self._window_frames:
             raise FrameError(f"the peer sends more than {self._window_frames} frames at once")
         self._submitted += 1
-        self._queue.put(message)
+        self._queue.append(message)
+        if not self.is_current:
+            self._wakeup.set()
+
+    def wake(self) -> None:
+        """There are no more messages to listen for. From any thread."""
+        self._wakeup.set()
 
     def stop(self) -> None:
         """End once the message at hand is done; the others are dropped."""
-        self._queue.put(None)
+        self._stopped = True
+        self._wakeup.set()
 
     def run(self) -> None:
         """Apply and answer until `stop`, or until something malformed arrives."""
@@ -104,26 +130,38 @@ class ApplyLane(LinkThread):
         )
         self.prepared = True
         self.shared.wakeup.set()
-        while (message := self._next(mapper)) is not None and not self.shared.over:
+        while (message := self._next(mapper)) is not None:
             self._processors.work()
             answer = self._handle(message.buffer, decoder)
             # The next message is likely to get this one's memory, which the caches still have.
             del message
             # First, for the next one may be here before the answer is known to be sent.
             self._answered += 1
-            self._answer(answer)
+            self._messages.send_answer(self._lane, answer)
 
     def _next(self, mapper: Mapper) -> zmq.Frame | None:
-        """The next message; until it comes, memory is mapped by the first lane."""
+        """The next message, None: the end; until it comes, memory is mapped by the first lane."""
         rests = False
-        while mapper.useful or not rests:
-            try:
-                return self._queue.get(timeout=IDLE_S)
-            except Empty:
+        while not self._stopped and not self.shared.over:
+            self._messages.hear()
+            if self._queue:
+                return self._queue.popleft()
+            fds = self._poll(None if rests and not mapper.useful else IDLE_S)
+            if not fds:
                 self._processors.rest()
                 rests = True
                 mapper.step()
-        return self._queue.get()
+            elif self._wakeup.fileno() in fds:
+                self._wakeup.clear()
+        return None
+
+    def _poll(self, seconds: float | None) -> list[int]:
+        """Wait so long for something to do; returns the descriptors that say so."""
+        poll = select.poll()
+        poll.register(self._wakeup, select.POLLIN)
+        if self._lane < LISTENING_LANES and (fd := self._messages.fd) >= 0:
+            poll.register(fd, select.POLLIN)
+        return [fd for fd, _ in poll.poll(None if seconds is None else seconds * 1000)]
 
     def _handle(self, message: memoryview, decoder: Decoder) -> bytes:
         self.counters.bytes += len(message)

@@ -10,7 +10,6 @@ import time
 from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
-from functools import partial
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -183,7 +182,7 @@ class Receiver(Link):
                 lanes=self._hello.lanes,
                 window_frames=self._options.window_frames,
                 frame_bytes=self._hello.frame_bytes,
-                answer=partial(self._router.send_answer, number),
+                messages=self._router,
                 files=files,
             )
             for number in range(self._hello.lanes)

@@ -1,8 +1,10 @@
-"""The receiver's thread: one bound ROUTER for every connection of a session.
+"""The receiver's thread, and its one bound ROUTER for every connection of a session.
 
 Owns the endpoint, the greeting as the receiver sees it, and who is heard: messages go to the
 channels or to a data lane by their routing id, and whatever belongs to no session of ours is
-dropped and counted.
+dropped and counted. Once there are lanes, those that have nothing to apply listen (`hear`), since
+what arrives is most likely theirs; this thread then only sends, looks after connections and
+deadlines, and hears every `WATCH_S`, should every lane be held up.
 
     LISTENING ── valid HELLO ──► GREETED ── accept ──► ACCEPTED
         ▲                           │
@@ -84,7 +86,7 @@ class Router(LinkThread):
         self._look_around = True
         """Whether something may be due beside data that arrives."""
         router = open_router(context, secret)
-        self._socket = SharedRouter(router, shared.wakeup)
+        self._socket = SharedRouter(router)
         self._watch = Watch(router)
         try:
             self._bound = bind(router, url)
@@ -107,9 +109,22 @@ class Router(LinkThread):
         """Take these data lanes, which have been started. Under the shared lock."""
         self._lanes = lanes
 
+    @property
+    def fd(self) -> int:
+        """For a lane's thread: readable when there may be something to hear; -1 once it is not to
+        be polled any more, which `attach`ed lanes are woken for."""
+        return -1 if self._socket.closed else self._socket.fd
+
+    def hear(self) -> None:
+        """Hand on what has arrived, from a lane's thread. FrameError, RecordError: the peer has
+        done something wrong."""
+        if self._hear() or self._look_around:
+            self.shared.wakeup.set()
+
     def send_answer(self, lane: int, answer: bytes) -> None:
-        """Answer a message of a data lane, from the lane's thread. FrameError: the peer takes no
-        answers. Without a connection, which ends the session elsewhere, nothing happens."""
+        """Answer a message of a data lane, from the lane's thread, which has to `hear` afterwards.
+        FrameError: the peer takes no answers. Without a connection, which ends the session
+        elsewhere, nothing happens."""
         identity = routing_id(FIRST_DATA_LANE + lane, self._session)
         if self._socket.send((identity, answer)) == zmq.EAGAIN:
             raise FrameError(f"the peer does not take the answers of lane {lane}")
@@ -125,6 +140,8 @@ class Router(LinkThread):
             raise
         finally:
             self._socket.close(self._watch, linger_ms)
+            for lane in self._lanes:
+                lane.wake()
             self._bound.remove()
 
     def _loop(self) -> int:
@@ -133,27 +150,27 @@ class Router(LinkThread):
         poller.register(self.shared.wakeup, zmq.POLLIN)
         poller.register(self._socket.fd, zmq.POLLIN)
         poller.register(self._watch.monitor, zmq.POLLIN)
-        again = 0.0
+        listens = True
         while not self.shared.over:
             now = time.monotonic()
-            # Not for every frame: while this thread has the GIL, the lane cannot apply it.
-            if self._look_around or now >= again:
-                self._look_around = False
-                due = min(self._check_deadlines(now), self._send(now))
-                if self.shared.closing is Closing.DRAIN and self._drained(now):
-                    return max(1, int((self.shared.drain_until - now) * 1000))
+            self._look_around = False
+            due = min(self._check_deadlines(now), self._send(now))
+            if self.shared.closing is Closing.DRAIN and self._drained(now):
+                return max(1, int((self.shared.drain_until - now) * 1000))
+            with self._socket.lock:
                 self._watch.enforce()
-                # Of now, or the watch would find its time not come by what has passed since.
-                again = min(due, time.monotonic() + WATCH_S)
-            if self._receive():
+            # Of now, or the watch would find its time not come by what has passed since.
+            again = min(due, time.monotonic() + WATCH_S)
+            if self._hear() or self._look_around:
                 continue
+            if listens and self._announced:
+                listens = False
+                poller.unregister(self._socket.fd)
             ready = wait(poller, again)
             if self.shared.wakeup.fileno() in ready:
                 self.shared.wakeup.clear()
-                self._look_around = True
             if self._watch.monitor in ready:
                 self._look_at_connections()
-                self._look_around = True
         if self.shared.failure is not None and not isinstance(self.shared.failure, PeerLost):
             self._say_goodbye(str(self.shared.failure))
             return FAREWELL_MS
@@ -168,10 +185,11 @@ class Router(LinkThread):
             return min(self.shared.check_suspicion(now), self.shared.talk.deadline())
 
     def _look_at_connections(self) -> None:
-        for event, fd in self._watch.events():
-            if event is ConnectionEvent.GONE and fd == self._control_fd:
-                self._control_fd = -1
-                self.shared.suspect(PeerLost("the connection to the sender has ended"))
+        with self._socket.lock:
+            for event, fd in self._watch.events():
+                if event is ConnectionEvent.GONE and fd == self._control_fd:
+                    self._control_fd = -1
+                    self.shared.suspect(PeerLost("the connection to the sender has ended"))
 
     # sending
 
@@ -245,16 +263,17 @@ class Router(LinkThread):
 
     # receiving
 
-    def _receive(self) -> bool:
-        """Take what has arrived; changes of the session wake the trio side. True: there may be more
-        to do before waiting."""
-        for _ in range(BATCH_MESSAGES):
-            message = self._socket.receive()
-            if message is None:
-                return self._look_around
-            identity, *parts = message
-            fd = self._watch.given(parts)
-            self._on_message(identity.bytes, parts, fd)
+    def _hear(self) -> bool:
+        """Hand on what has arrived, from any thread; changes of the session wake the trio side.
+        True: there may be more."""
+        with self._socket.lock:
+            for _ in range(BATCH_MESSAGES):
+                message = self._socket.receive()
+                if message is None:
+                    return False
+                identity, *parts = message
+                fd = self._watch.given(parts)
+                self._on_message(identity.bytes, parts, fd)
         return True
 
     def _on_message(self, identity: bytes, parts: Sequence[zmq.Frame], fd: int) -> None:

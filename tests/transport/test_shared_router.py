@@ -1,6 +1,7 @@
 """A ROUTER that several threads use: nothing is lost, and nobody waits for a notice that was taken
 away."""
 
+import os
 import select
 import threading
 from collections import Counter
@@ -11,7 +12,7 @@ import pytest
 import zmq
 
 from transport.shared_router import SharedRouter
-from transport.sockets import Wakeup, Watch, bind, open_router
+from transport.sockets import Watch, bind, open_router
 
 WAIT_S = 20
 
@@ -21,7 +22,6 @@ class Bench:
     context: zmq.Context[zmq.Socket[bytes]]
     url: str
     shared: SharedRouter
-    arrived: Wakeup
     watch: Watch
     closed: bool = False
 
@@ -37,80 +37,80 @@ class Bench:
         dealer.connect(self.url)
         return dealer
 
-    def wait(self, seconds: float = WAIT_S) -> set[int]:
-        """As the receiving thread does: which descriptors say something."""
-        return set(select.select([self.shared.fd, self.arrived], [], [], seconds)[0])
-
     def receive(self) -> list[bytes]:
         """The next message, however long it takes."""
         while (message := self.shared.receive()) is None:
-            assert self.wait(), "a message was missed, or never came"
-            self.arrived.clear()
+            ready, _, _ = select.select([self.shared.fd], [], [], WAIT_S)
+            assert ready, "a message was missed, or never came"
         return [part.bytes for part in message]
 
 
 @pytest.fixture
 def bench() -> Iterator[Bench]:
     context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
-    arrived = Wakeup()
     router = open_router(context, None)
     watch = Watch(router)
     bound = bind(router, "tcp://127.0.0.1:*")
-    shared = SharedRouter(router, arrived)
-    made = Bench(context, bound.url, shared, arrived, watch)
+    shared = SharedRouter(router)
+    made = Bench(context, bound.url, shared, watch)
     yield made
     made.close()
     context.destroy(linger=0)
-    arrived.close()
 
 
-def test_who_sends_says_that_a_message_has_arrived_of_which_it_took_the_notice(
-    bench: Bench,
-) -> None:
+def test_who_sends_takes_the_notice_of_what_has_arrived_and_finds_it(bench: Bench) -> None:
     with bench.dealer(b"a") as dealer:
         dealer.send(b"first")
         assert bench.receive() == [b"a", b"first"]
         assert bench.shared.receive() is None
         dealer.send(b"second")
-        assert bench.wait() == {bench.shared.fd}
+        assert select.select([bench.shared.fd], [], [], WAIT_S)[0]
         assert bench.shared.send((b"a", b"answer")) == 0
-        assert bench.wait() >= {bench.arrived}
         assert bench.shared.receive() is not None
 
 
-def test_every_message_arrives_and_is_answered_whoever_sends(bench: Bench) -> None:
-    """Four peers of one message under way each, answered by four threads; the receiving one polls
-    without a limit of time, so a lost notice would end the test."""
+def test_every_message_arrives_and_is_answered_whoever_receives_and_sends(bench: Bench) -> None:
+    """Four peers of one message under way each, and three threads that take turns. Each polls
+    without a notice but the descriptor's, so a lost one would end the test."""
     rounds = 300
     names = [bytes([number]) for number in range(65, 69)]
-    todo: list[threading.Semaphore] = [threading.Semaphore(0) for _ in names]
+    seen: Counter[bytes] = Counter()
+    over = threading.Event()
+    failed: list[str] = []
 
     def ask(name: bytes) -> None:
         with bench.dealer(name) as dealer:
             for number in range(rounds):
                 dealer.send(b"%d" % number)
                 if dealer.recv() != b"answer %d" % number:
-                    return
+                    failed.append("a wrong answer")
 
-    def answer(which: int) -> None:
-        for number in range(rounds):
-            if not todo[which].acquire(timeout=WAIT_S):
-                return
-            bench.shared.send((names[which], b"answer %d" % number))
+    def answer() -> None:
+        while not over.is_set():
+            with bench.shared.lock:
+                while (message := bench.shared.receive()) is not None:
+                    name, said = (part.bytes for part in message)
+                    if said != b"%d" % seen[name]:
+                        failed.append(f"{said!r} after {seen[name]}")
+                    seen[name] += 1
+                    bench.shared.send((name, b"answer " + said))
+            select.select([bench.shared.fd, over_reading], [], [])
 
-    threads = [threading.Thread(target=ask, args=(name,), daemon=True) for name in names]
-    threads += [threading.Thread(target=answer, args=(each,), daemon=True) for each in range(4)]
-    for thread in threads:
+    over_reading, over_writing = os.pipe()
+    peers = [threading.Thread(target=ask, args=(name,), daemon=True) for name in names]
+    threads = [threading.Thread(target=answer, daemon=True) for _ in range(3)]
+    for thread in threads + peers:
         thread.start()
-    seen: Counter[bytes] = Counter()
-    for _ in range(rounds * len(names)):
-        name, said = bench.receive()
-        assert said == b"%d" % seen[name]
-        seen[name] += 1
-        todo[names.index(name)].release()
+    for thread in peers:
+        thread.join(WAIT_S)
+        assert not thread.is_alive()
+    over.set()
+    os.close(over_writing)
     for thread in threads:
         thread.join(WAIT_S)
         assert not thread.is_alive()
+    os.close(over_reading)
+    assert not failed
     assert set(seen.values()) == {rounds}
 
 
