@@ -225,11 +225,7 @@ class SendLane(LinkThread):
 
     def _advance(self) -> float:
         """Produce and send at most one message; returns when to come back (0: at once)."""
-        while self._tasks and self._tasks[0].finished:
-            waited_for = self._tasks.popleft().waited_for
-            waited_for.pop()
-            if not waited_for:
-                self._performed.set()
+        self._put_away()
         if self._held is None:
             if not self._may_produce():
                 return float("inf")
@@ -246,6 +242,14 @@ class SendLane(LinkThread):
         self._send(self._held)
         self._held = None
         return 0.0 if self._may_produce() else float("inf")
+
+    def _put_away(self) -> None:
+        """The tasks that are finished."""
+        while self._tasks and self._tasks[0].finished:
+            waited_for = self._tasks.popleft().waited_for
+            waited_for.pop()
+            if not waited_for:
+                self._performed.set()
 
     def _may_produce(self) -> bool:
         room = len(self._under_way) < self._window_frames
@@ -277,5 +281,6 @@ class SendLane(LinkThread):
                 raise RecordError("the receiver answers what it was not asked")
             message = self._under_way.popleft()
             message.task.on_answer(message.outgoing.context, answer)
+            self._put_away()  # before anything else, for a guest may be paused until it is known
             now = time.monotonic()
             self._progress_by = now + self._progress_timeout_s if self._under_way else float("inf")
