@@ -91,6 +91,10 @@ class ApplyLane(LinkThread):
         """Written by this lane's thread; the one before by whoever hears."""
         self._queue: deque[zmq.Frame] = deque()
         self._wakeup = shared.new_wakeup()
+        self._poll = select.poll()
+        self._poll.register(self._wakeup, select.POLLIN)
+        if lane < LISTENING_LANES:
+            self._poll.register(messages.fd, select.POLLIN)
         self._stopped = False
 
     def submit(self, message: zmq.Frame) -> None:
@@ -104,10 +108,6 @@ class ApplyLane(LinkThread):
         self._queue.append(message)
         if not self.is_current:
             self._wakeup.set()
-
-    def wake(self) -> None:
-        """There are no more messages to listen for. From any thread."""
-        self._wakeup.set()
 
     def stop(self) -> None:
         """End once the message at hand is done; the others are dropped."""
@@ -146,22 +146,14 @@ class ApplyLane(LinkThread):
             self._messages.hear()
             if self._queue:
                 return self._queue.popleft()
-            fds = self._poll(None if rests and not mapper.useful else IDLE_S)
-            if not fds:
+            ready = self._poll.poll(None if rests and not mapper.useful else IDLE_S * 1000)
+            if not ready:
                 self._processors.rest()
                 rests = True
                 mapper.step()
-            elif self._wakeup.fileno() in fds:
+            elif any(fd == self._wakeup.fileno() for fd, _ in ready):
                 self._wakeup.clear()
         return None
-
-    def _poll(self, seconds: float | None) -> list[int]:
-        """Wait so long for something to do; returns the descriptors that say so."""
-        poll = select.poll()
-        poll.register(self._wakeup, select.POLLIN)
-        if self._lane < LISTENING_LANES and (fd := self._messages.fd) >= 0:
-            poll.register(fd, select.POLLIN)
-        return [fd for fd, _ in poll.poll(None if seconds is None else seconds * 1000)]
 
     def _handle(self, message: memoryview, decoder: Decoder) -> bytes:
         self.counters.bytes += len(message)

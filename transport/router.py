@@ -111,9 +111,9 @@ class Router(LinkThread):
 
     @property
     def fd(self) -> int:
-        """For a lane's thread: readable when there may be something to hear; -1 once it is not to
-        be polled any more, which `attach`ed lanes are woken for."""
-        return -1 if self._socket.closed else self._socket.fd
+        """For a lane's thread, to be polled when it has heard everything: readable when there is
+        more. Without meaning once this thread has ended, which ends the lanes' as well."""
+        return self._socket.fd
 
     def hear(self) -> None:
         """Hand on what has arrived, from a lane's thread. FrameError, RecordError: the peer has
@@ -140,8 +140,6 @@ class Router(LinkThread):
             raise
         finally:
             self._socket.close(self._watch, linger_ms)
-            for lane in self._lanes:
-                lane.wake()
             self._bound.remove()
 
     def _loop(self) -> int:

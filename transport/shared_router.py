@@ -26,21 +26,20 @@ class SharedRouter:
         self.lock = threading.RLock()
         """Every method takes it; held from receiving a message until it has been handed on, it
         keeps the order of messages."""
-        self.closed = False
-        """`fd` is another's from then on."""
+        self._closed = False
         self.fd = int(router.get(zmq.FD))
         """To be polled."""
 
     def receive(self) -> list[zmq.Frame] | None:
         """The next message, not copied; None: there is none."""
         with self.lock:
-            return None if self.closed else receive(self._router)
+            return None if self._closed else receive(self._router)
 
     def send(self, parts: Sequence[bytes | memoryview], *, copy: bool = True) -> int:
         """Send without waiting. 0, or why nothing was sent: zmq.EAGAIN (the connection's queue is
         full), zmq.EHOSTUNREACH (there is no such connection, or the socket is closed)."""
         with self.lock:
-            if self.closed:
+            if self._closed:
                 return zmq.EHOSTUNREACH
             try:
                 self._router.send_multipart(parts, zmq.NOBLOCK, copy=copy)
@@ -53,6 +52,6 @@ class SharedRouter:
     def close(self, watch: Watch, linger_ms: int) -> None:
         """End the watch over it, and close; what was sent may take so long to go."""
         with self.lock:
-            self.closed = True
+            self._closed = True
             watch.close()
             self._router.close(linger=linger_ms)
