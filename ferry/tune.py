@@ -28,11 +28,11 @@ from ferry.receive import memory_available
 from ferry.secret import HELP, read_secret
 from ferry.tuning import CodecSample, LinkSample, Settings, as_toml, choose
 from sync.memory import PAGE_BYTES
-from transport.choice import LADDER
 from transport.codec import NONE
 from transport.encoder import Encoder
 from transport.errors import EndpointError, PeerClosed, TransportError
 from transport.frames import DEFAULT_FRAME_BYTES
+from transport.page_costs import LADDER
 from transport.receiver import ReceiverOptions, open_receiver
 from transport.replica import Replica
 from transport.sender import SenderOptions, open_sender

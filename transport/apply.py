@@ -30,6 +30,10 @@ if TYPE_CHECKING:
     from transport.extents import Extent
 
 
+LISTENING_LANES: Final = 2
+"""Of a session, the first ones: each message wakes all that listen."""
+
+
 @dataclass(slots=True)
 class ApplyCounters:
     """Of one lane; written by its thread, read by anybody."""
@@ -38,10 +42,6 @@ class ApplyCounters:
     pages: int = 0
     rejected: int = 0
     bytes: int = 0
-
-
-LISTENING_LANES: Final = 2
-"""Of a session, the first ones: each message wakes all that listen."""
 
 
 class Messages(Protocol):

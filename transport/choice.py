@@ -9,7 +9,7 @@ seconds for a byte. Encoding and sending overlap, so a page takes `max(e, w * l)
 `e` is added, for a core that encodes is taken from guests, from libzmq, or from a receiver on the
 same machine. Whatever else holds frames up counts as the link: a bandwidth limit, or a receiver
 that is slow to apply. Of a codec that was not used lately, `e` and `w` follow from those of one
-that was, by the proportions of `_TYPICAL`.
+that was, by their usual proportions (`page_costs`).
 
 **The start.** A few pages are sent as they are, then more of them, twice, and the answer to each
 frame is waited for: how much longer the larger one takes tells `l`, roughly, before much has been
@@ -36,17 +36,8 @@ tried now and then although the model says that it is worse, and kept if it is n
 for may be a receiver, which gets less of a core the more the sender takes.
 
 **Rounds after the first** send what was written meanwhile, and that is likely to be written once
-more. So their pages are kept as bases even where nothing is compressed.
-
-**Short rounds** have nothing that overlaps: what counts is the time from the start of encoding to
-the answer. It is measured for each codec as it is used there, and what disturbs makes an answer
-late, never early, so the better of the newest two counts. A codec that was not used yet is taken
-for as good as it can be: more bytes take no longer than fewer, but none go faster than the link,
-and that is no slower than any answer. So it is tried where it may be the best, and shows; if it is
-not, it is tried again after one answer to another codec, then after four times as many each time,
-`_LONGEST_PAUSE_ANSWERS` at most. Deltas are tried for two rounds in a row: the first makes the
-bases of the second. If they save nothing all the same, their answer says as much about pages as
-they are, which take less encoding.
+more. So their pages are kept as bases even where nothing is compressed. Short rounds have a choice
+of their own (`short_rounds`).
 """
 
 from __future__ import annotations
@@ -57,23 +48,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Final
 
-from transport.codec import DELTA, LZ4, NONE, Codec, Method
-
-_TYPICAL: Final = {
-    NONE: (1.2, 4104.0),
-    DELTA: (1.9, 4104.0),
-    LZ4: (8.5, 2350),
-    Codec(Method.ZSTD, 1): (11.5, 1730),
-    Codec(Method.ZSTD, 2): (13.0, 1690),
-    Codec(Method.ZSTD, 3): (15.0, 1650),
-    Codec(Method.ZSTD, 4): (17.5, 1610),
-    Codec(Method.ZSTD, 5): (37.0, 1570),
-    Codec(Method.ZSTD, 7): (62.0, 1540),
-    Codec(Method.ZSTD, 9): (78.0, 1530),
-}
-"""Microseconds and bytes of a page, of files: only their proportions count."""
-LADDER: Final = tuple(_TYPICAL)
-"""Each takes longer than the one in front of it, as a rule for fewer bytes."""
+from transport.codec import DELTA, Codec, Method
+from transport.page_costs import DELTA_COSTS, GAIN, LADDER, PRICE, PageCosts
+from transport.short_rounds import ShortRounds
 
 _TRIAL_PAGES: Final = 128  # 8 ms at 1 Gbit/s that two lanes share
 
@@ -85,48 +62,16 @@ _RAW_S: Final = (1e-6, 2e-6)  # to copy and digest a page: what is beyond is the
 _FAST_S: Final = 24e-6  # a page: 1.4 Gbit/s at least, so there is no need to know more
 _PROBE_GAIN: Final = 1.5  # nothing overlaps in a probe, so the link is faster than it seems
 _MIN_PAGES: Final = 16  # of content in a frame: half of a probe, whose room zeros take, too
-_MIN_ANSWERED_PAGES: Final = 128  # likewise of an answer, with what passing between threads costs
 _SHORT_PAGES: Final = 1024  # of a round, so few that hardly anything overlaps
-_WEIGHT: Final = 0.125  # of the newest frame in an average
 _WAITING_SHARE: Final = 0.15  # of the time
-_GAIN: Final = 0.98  # what is not at least so much cheaper is no reason to change
-_PRICE: Final = 0.25  # of a second of encoding beside sending: others could have used it
 _WORSE: Final = 1.2  # pages of one region compress better than those of another
 _LEVEL_WORSE: Final = 1.04  # what the bytes tell, whose number on a link does not depend on that
-_DELTA_COSTS: Final = 1.5  # of the codec in use: what a frame of deltas may take if there are none
-_DELTA_ROUNDS: Final = 2
 _DOUBTS: Final = 2  # one may be due to a sender that was held up
 _HOPE: Final = 0.97  # then its square, and so on
-_STALE_FRAMES: Final = 32
-_UNTRIED_FRAMES: Final = 128  # then a single one: where nothing is compressed, it is long
 _FIRST_PAUSE_S: Final = 0.1
 _PAUSE_GROWTH: Final = 4
 _LONGEST_PAUSE_S: Final = 4.0
-_LONGEST_PAUSE_ANSWERS: Final = 32  # how late a short round may find that something got better
 _PROVEN_S: Final = 1.0  # a codec in use for so long was no mistake
-
-
-@dataclass(slots=True)
-class _Seen:
-    """What frames of one codec have cost, a page."""
-
-    seconds: float
-    n_bytes: float
-    at: int
-    """The lane's number of the newest."""
-
-
-@dataclass(slots=True)
-class _Answered:
-    """Of frames of one codec that were alone under way, from encoded to answered, a page."""
-
-    newest_s: float
-    seconds: float
-    """The shorter of the newest two: what disturbs makes an answer late, never early."""
-    at: int
-    """The lane's number of the newest."""
-    pause: int = 1
-    """Answers to other codecs until this one is tried again."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -171,8 +116,7 @@ class Choice:
     def __init__(self, ladder: Sequence[Codec] = LADDER) -> None:
         """A ladder of one is no choice; more must be of `LADDER`, and begin with `NONE`."""
         self._ladder = tuple(ladder)
-        # By number: to look a codec up takes a microsecond, and short rounds wait for the choice.
-        self._typical = [_TYPICAL[codec] for codec in ladder] if len(ladder) > 1 else []
+        self._costs = PageCosts(self._ladder)
         self._probes = deque(PROBES_PAGES if len(self._ladder) > 1 else ())
         self._probed: _UnderWay | None = None
         self._probed_s = 0.0
@@ -181,10 +125,7 @@ class Choice:
         self._rung = 0
         self._used = 0
         self._alone = True
-        self._seen: dict[int, _Seen] = {}
-        self._answered: dict[int, _Answered] = {}
-        self._answers = 0
-        """In short rounds, or to a long round's first frame."""
+        self._short_rounds = ShortRounds(self._costs, len(self._ladder), self._delta)
         self._under_way: deque[_UnderWay] = deque()
         self._link_s = 0.0  # a byte
         self._last_per_byte = 0.0
@@ -198,14 +139,11 @@ class Choice:
         self._began = 0.0
         self._answered_at = 0.0
         """When the newest answer came: an epoch lasts from one to another."""
-        self._number = 0
         self._ended: float | None = None
         self._shortest_gap_s = math.inf
         """Between two frames: what a lane has to do there without waiting for anybody."""
         self._short = False
         """Whether the round is."""
-        self._delta_rounds = 0
-        """Short ones in which deltas are tried, this one included."""
         self._unsettled = 1
         """Answers until an epoch begins: to the frames before a change, or to a round's first."""
         self._trial: _Trial | None = None
@@ -258,7 +196,10 @@ class Choice:
             long = self._frames >= EPOCH_FRAMES and self._elapsed_s >= EPOCH_S
             if long and not self._unsettled:
                 self._look(now)
-            self._used = self._in_short_round() if self._short else self._in_long_round(again)
+            if self._short:
+                self._used = self._short_rounds.pick(self._link_s)
+            else:
+                self._used = self._in_long_round(again)
         return self._ladder[self._used]
 
     def encoded(self, now: float, *, pages: int, n_bytes: int) -> None:
@@ -266,12 +207,12 @@ class Choice:
         seconds = now - self._began
         self._ended = now
         self._frames += 1
-        self._number += 1
+        self._costs.count_frame()
         self._elapsed_s += seconds
         self._sent_bytes += n_bytes
         if pages >= _MIN_PAGES:
             self._content_pages += pages
-            self._note(seconds / pages, n_bytes / pages)
+            self._costs.note(self._used, seconds / pages, n_bytes / pages)
         if n_bytes:
             frame = _UnderWay(self._used, self._began, now, pages, n_bytes, self._alone)
             self._under_way.append(frame)
@@ -291,36 +232,15 @@ class Choice:
         took_s = now - frame.encoded
         if self._probes:
             self._judge_probe(took_s, frame)
-        elif frame.pages >= _MIN_ANSWERED_PAGES and self._delta_rounds != _DELTA_ROUNDS:
-            self._note_answer(frame.rung, took_s / frame.pages)
-
-    def _note_answer(self, rung: int, seconds: float) -> None:
-        self._answers += 1
-        before = self._answered.get(rung)
-        if before is None:
-            self._answered[rung] = _Answered(seconds, seconds, self._answers)
-            return
-        before.seconds = min(seconds, before.newest_s)
-        before.newest_s = seconds
-        before.at = self._answers
-        if self._cost_answered(rung) > min(map(self._cost_answered, self._answered)):
-            before.pause = min(_LONGEST_PAUSE_ANSWERS, before.pause * _PAUSE_GROWTH)
         else:
-            before.pause = 1
+            self._short_rounds.answered(frame.rung, frame.pages, took_s)
 
     def _begin_round(self, pages: int) -> None:
         # The link stood idle, and its window has to be filled.
         self._unsettled = max(1, len(self._under_way))
         self._short = pages <= _SHORT_PAGES
-        if not self._short or self._probes or not self._delta:
-            return
-        if self._delta_rounds:
-            self._delta_rounds -= 1
-            if self._delta_rounds:
-                # What the one before has cost says nothing: it had no bases.
-                self._seen.pop(self._delta, None)
-        elif self._is_due(self._delta) and self._may_go_raw():
-            self._delta_rounds = _DELTA_ROUNDS
+        if self._short and not self._probes:
+            self._short_rounds.begin(self._link_s)
 
     # the start
 
@@ -337,7 +257,7 @@ class Choice:
         if took_s < _FAST_S * frame.pages:
             self._probes.clear()
         raw_s = min(max(more_s / more_pages, _RAW_S[0]), _RAW_S[1])
-        self._seen[0] = _Seen(raw_s, n_bytes, self._number)
+        self._costs.replace(0, raw_s, n_bytes)
         self._link_s = max(0.0, took_s - before_s) / (more_pages * n_bytes)
         best = min(range(len(self._ladder)), key=self._cost)
         if took_s >= _PROBE_S and self._cost(0) > _PROBE_GAIN * self._cost(best):
@@ -407,7 +327,7 @@ class Choice:
             first = max(first, self._rung - 1)
         costs = {rung: self._cost(rung) for rung in range(first, last)}
         best = min(costs, key=costs.__getitem__)
-        if costs[best] < _GAIN * costs[self._rung]:
+        if costs[best] < GAIN * costs[self._rung]:
             self._trial = _Trial(self._rung, pace_s, per_byte_s)
             if self._waiting and now - self._since <= _PROVEN_S:
                 self._pauses[self._rung].begin(now)
@@ -423,8 +343,8 @@ class Choice:
         """Whether the codec in use is, by more than pages differ from each other."""
         if not (self._is_level(trial.rung) and self._is_level(self._rung)):
             return pace_s > _WORSE * trial.pace_s
-        fewer = self._typical[self._rung][1] / self._typical[trial.rung][1]
-        most = _GAIN if trial.doubted else _LEVEL_WORSE
+        fewer = self._costs.typical_bytes(self._rung) / self._costs.typical_bytes(trial.rung)
+        most = GAIN if trial.doubted else _LEVEL_WORSE
         return per_byte_s * fewer > most * trial.per_byte_s
 
     def _in_long_round(self, again: bool) -> int:
@@ -435,9 +355,9 @@ class Choice:
         return max(self._rung, self._delta) if again else self._rung
 
     def _delta_is_due(self) -> bool:
-        if self._rung > self._delta + 1 or self._was_tried(self._delta):
+        if self._rung > self._delta + 1 or self._costs.was_tried(self._delta):
             return False
-        return self._cost(0) <= _DELTA_COSTS * self._cost(self._rung)
+        return self._cost(0) <= DELTA_COSTS * self._cost(self._rung)
 
     def _next_stronger(self) -> int:
         """The rung above the one in use; deltas are no step on the way there."""
@@ -447,9 +367,9 @@ class Choice:
         """Whether a frame of the next codec, of which nothing is known, is worth its time, or costs
         none but that in which the lane waits."""
         rung = self._next_stronger()
-        if not self._waiting or rung >= len(self._ladder) or self._was_tried(rung):
+        if not self._waiting or rung >= len(self._ladder) or self._costs.was_tried(rung):
             return False
-        return self._rung <= self._delta or self._estimate(rung)[0] < self._cost(self._rung)
+        return self._rung <= self._delta or self._costs.estimate(rung)[0] < self._cost(self._rung)
 
     def _lighter_until(self) -> float:
         return max((pause.until for pause in self._pauses[: self._rung]), default=0.0)
@@ -459,100 +379,7 @@ class Choice:
         self._since = now
         self._unsettled = len(self._under_way)
 
-    def _note(self, seconds: float, n_bytes: float) -> None:
-        seen = self._seen.get(self._used)
-        if seen is None or not self._is_fresh(seen):
-            self._seen[self._used] = _Seen(seconds, n_bytes, self._number)
-            return
-        seen.seconds += (seconds - seen.seconds) * _WEIGHT
-        seen.n_bytes += (n_bytes - seen.n_bytes) * _WEIGHT
-        seen.at = self._number
-
-    def _is_fresh(self, seen: _Seen) -> bool:
-        return self._number - seen.at <= _STALE_FRAMES
-
-    def _was_tried(self, rung: int) -> bool:
-        seen = self._seen.get(rung)
-        return seen is not None and self._number - seen.at <= _UNTRIED_FRAMES
-
-    def _estimate(self, rung: int) -> tuple[float, float]:
-        """Seconds and bytes of a page: as seen, or in proportion to what was seen nearest to it."""
-        nearest, distance = -1, len(self._ladder)
-        for each, seen in self._seen.items():
-            if abs(each - rung) < distance and self._is_fresh(seen):
-                nearest, distance = each, abs(each - rung)
-        seconds, n_bytes = self._typical[rung]
-        if nearest < 0:
-            return seconds / 1e6, n_bytes
-        seen = self._seen[nearest]
-        seconds_there, bytes_there = self._typical[nearest]
-        return seen.seconds * (seconds / seconds_there), seen.n_bytes * (n_bytes / bytes_there)
-
     def _cost(self, rung: int) -> float:
         """Seconds for a page, and the price of encoding it."""
-        seconds, n_bytes = self._estimate(rung)
-        return max(seconds, n_bytes * self._link_s) + _PRICE * seconds
-
-    # short rounds
-
-    def _in_short_round(self) -> int:
-        if self._delta_rounds:
-            return self._delta
-        best, best_s = 0, self._cost_alone(0)
-        for rung in range(1, len(self._ladder)):
-            # Most are out of the question by their encoding alone, and the round waits for this.
-            if self._cost_encoding(rung) < best_s and (cost_s := self._cost_alone(rung)) < best_s:
-                best, best_s = rung, cost_s
-        return best
-
-    def _may_go_raw(self) -> bool:
-        """Whether a round of deltas that have no bases would not cost much."""
-        return self._cost_alone(0) <= _DELTA_COSTS * self._cost_alone(self._in_short_round())
-
-    def _is_due(self, rung: int) -> bool:
-        """Whether the codec is to be tried, or tried again."""
-        answered = self._answered.get(rung)
-        return answered is None or self._answers - answered.at >= answered.pause
-
-    def _cost_alone(self, rung: int) -> float:
-        """Seconds for a page from the start of encoding to the answer, and the price of encoding;
-        of a codec that is to be tried at the best."""
-        if self._is_due(rung) and rung != self._delta:
-            return self._cost_encoding(rung) + self._least_answer_s(rung)
-        return self._cost_answered(rung)
-
-    def _cost_answered(self, rung: int) -> float:
-        if rung not in self._answered:
-            return math.inf
-        answered = self._answered[rung]
-        seconds = answered.seconds
-        if not rung and self._deltas_went_raw():
-            deltas = self._answered[self._delta]
-            if deltas.at > answered.at:
-                seconds = min(deltas.newest_s, answered.newest_s)
-        return self._cost_encoding(rung) + seconds
-
-    def _deltas_went_raw(self) -> bool:
-        """Whether the newest had as many bytes as pages as they are."""
-        seen = self._seen.get(self._delta)
-        if seen is None or not self._is_fresh(seen) or self._delta not in self._answered:
-            return False
-        return seen.n_bytes >= _GAIN * self._estimate(0)[1]
-
-    def _cost_encoding(self, rung: int) -> float:
-        return (1 + _PRICE) * self._estimate(rung)[0]
-
-    def _least_answer_s(self, rung: int) -> float:
-        """How soon a page may be answered at the best: more bytes take no longer than fewer, fewer
-        take less in proportion, and none go faster than the link."""
-        n_bytes = self._estimate(rung)[1]
-        known = [
-            (each.seconds, self._estimate(other)[1])
-            for other, each in self._answered.items()
-            if other != rung
-        ]
-        link_s = min((seconds / there for seconds, there in known), default=self._link_s)
-        least_s = min(
-            (seconds * min(1.0, n_bytes / there) for seconds, there in known), default=0.0
-        )
-        return max(least_s, n_bytes * min(link_s, self._link_s))
+        seconds, n_bytes = self._costs.estimate(rung)
+        return max(seconds, n_bytes * self._link_s) + PRICE * seconds

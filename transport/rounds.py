@@ -16,12 +16,13 @@ from typing import TYPE_CHECKING
 import numpy as np
 import numpy.typing as npt
 
-from transport.choice import LADDER, Choice
+from transport.choice import Choice
 from transport.codec import Codec
 from transport.errors import RecordError
 from transport.frames import PAGE_BYTES
 from transport.lanes import Outgoing, Task
 from transport.mapping import Mapper
+from transport.page_costs import LADDER
 from transport.records import Ack, LaneAnswer
 
 if TYPE_CHECKING:

@@ -18,7 +18,7 @@ from ferry.config import load
 from ferry.errors import Exit
 from ferry.send import Options as SendOptions
 from ferry.tuning import CodecSample, LinkSample, as_toml, choose
-from transport.choice import LADDER
+from transport.page_costs import LADDER
 
 CODECS = [
     CodecSample("none", 1e-6, 4104),

@@ -8,8 +8,9 @@ import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from transport.choice import EPOCH_FRAMES, LADDER, PROBES_PAGES, Choice
+from transport.choice import EPOCH_FRAMES, PROBES_PAGES, Choice
 from transport.codec import DELTA, NONE, Codec, Method
+from transport.page_costs import LADDER
 
 FRAME_PAGES = 256
 WINDOW = 4
