@@ -3,8 +3,8 @@
 Owns the lock without which no two threads may use a socket of libzmq, and the rule that comes with
 its descriptor: that is readable only when something has *begun* to be there, and whoever uses the
 socket takes that notice away. So a thread polls the descriptor, not the socket, and only after it
-has found nothing; and one that has sent receives before it turns to anything else, or tells
-somebody who will.
+has found nothing; one that has sent receives before it turns to anything else, and one that stops
+before it has found nothing tells another to go on.
 """
 
 from __future__ import annotations

@@ -1,5 +1,6 @@
 """Lanes of a receiver that have nothing to apply hear what arrives, for all of the session."""
 
+import select
 import threading
 from collections import deque
 from typing import Any
@@ -15,6 +16,8 @@ from transport.apply import ApplyLane
 from transport.channels import Conversation
 from transport.link import Closing, Shared
 from transport.receiver import ReceiverOptions
+from transport.records import FIRST_DATA_LANE, routing_id
+from transport.router import Router
 from transport.sender import SenderOptions
 from transport.sockets import Wakeup
 
@@ -124,5 +127,40 @@ def test_what_a_lane_has_heard_for_others_is_answered_at_once(
             for _ in range(3):
                 await pair.sender.send_record(1, b"", flush=True)
                 await pair.receiver.receive_record()
+
+    run_trio(scenario)
+
+
+def test_a_lane_that_stops_before_it_has_heard_everything_has_another_thread_go_on(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Of what is left the descriptor says nothing."""
+    monkeypatch.setattr("transport.router.BATCH_MESSAGES", 1)
+
+    async def scenario() -> None:
+        talk = Conversation(now=0.0, peer_timeout_s=PATIENT, pings=False)
+        shared = Shared(talk, linger_s=0.0)
+        context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
+        url = "tcp://127.0.0.1:*"
+        router = Router(
+            shared, context, url, peer_timeout_s=PATIENT, window_frames=4, secret=None
+        )  # its thread is never started: whoever is to go on can be seen to be told
+        router._look_around = False
+        with context.socket(zmq.DEALER) as stranger:
+            stranger.set(zmq.ROUTING_ID, routing_id(FIRST_DATA_LANE, bytes(16)))
+            stranger.connect(router.url)
+            for _ in range(2):
+                stranger.send(b"")
+            while router.dropped < 2:
+                before = router.dropped
+                assert select.select([router.fd, shared.wakeup], [], [], DEADLINE_S)[0]
+                shared.wakeup.clear()
+                router.hear()
+                told = bool(select.select([shared.wakeup], [], [], 0)[0])
+                assert told == (router.dropped > before)
+        shared.start_closing(Closing.DROP)
+        router.run()
+        context.destroy(linger=0)
+        shared.close()
 
     run_trio(scenario)
