@@ -20,6 +20,7 @@ import numpy.typing as npt
 from perf.parties.receivers import fresh_memory
 from perf.parties.sender import mapped
 from transport.frames import PAGE_BYTES
+from transport.sockets import do_not_pace
 
 PIECE_BYTES = 256 << 10
 """Received at once. Written to the file of the memory, which costs less than to receive into a
@@ -74,7 +75,9 @@ def _listen(host: str) -> socket.socket:
 def _connect(address: str) -> socket.socket:
     if not address.startswith("/"):
         host, _, port = address.partition(":")
-        return socket.create_connection((host, int(port)))
+        tcp = socket.create_connection((host, int(port)))
+        do_not_pace(tcp)
+        return tcp
     connection = socket.socket(socket.AF_UNIX)
     connection.connect(address)
     return connection

@@ -10,6 +10,7 @@ import zmq
 
 from perf.processes import Cost, Stopwatch, child
 from transport.frames import PAGE_BYTES
+from transport.sockets import ConnectionEvent, Watch
 
 MESSAGE_BYTES = 1 << 20
 
@@ -41,7 +42,7 @@ class BareStream:
         for dealer in self._dealers:
             stack.callback(dealer.close, linger=0)
             dealer.set(zmq.SNDHWM, 8)
-            dealer.connect(bound)
+            _connect(dealer, bound)
             self._poller.register(dealer, zmq.POLLIN)
 
     def round(self) -> Cost:
@@ -66,3 +67,14 @@ class BareStream:
     def _wait(self) -> None:
         [(answered, _)] = self._poller.poll()
         answered.recv()
+
+
+def _connect(dealer: zmq.Socket[bytes], url: str) -> None:
+    """With the options that this project's own connections have."""
+    watch = Watch(dealer)
+    dealer.connect(url)
+    events: set[ConnectionEvent] = set()
+    while ConnectionEvent.READY not in events:
+        watch.monitor.poll()
+        events.update(event for event, _ in watch.events())
+    watch.close()
