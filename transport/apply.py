@@ -8,6 +8,7 @@ for another thread. Decoding is `decoder`'s, comparing `compare`'s.
 from __future__ import annotations
 
 import select
+import threading
 from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -70,8 +71,9 @@ class ApplyLane(LinkThread):
         frame_bytes: int,
         messages: Messages,
         files: Sequence[Extent] = (),
+        filling: threading.Lock | None = None,
     ) -> None:
-        """`memory` uint8[n_pages * 4096], writable; `files` as for `Decoder`."""
+        """`memory` uint8[n_pages * 4096], writable; `files` and `filling` as for `Decoder`."""
         super().__init__(f"ferry-apply-{lane}", shared)
         self.counters = ApplyCounters()
         self.n_pages = memory.size // PAGE_BYTES
@@ -79,6 +81,7 @@ class ApplyLane(LinkThread):
         """Whether it is ready for frames; `Shared.wakeup` is set then."""
         self._memory = memory
         self._files = files
+        self._filling = filling
         self._seed = seed
         self._lane = lane
         self._lanes = lanes
@@ -127,6 +130,7 @@ class ApplyLane(LinkThread):
             lane=self._lane,
             lanes=self._lanes,
             files=self._files,
+            filling=self._filling,
         )
         self.prepared = True
         self.shared.wakeup.set()

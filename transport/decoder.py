@@ -8,6 +8,7 @@ Receives nothing.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 
 import numpy as np
@@ -18,7 +19,7 @@ from transport.extents import Extent
 from transport.frames import MAX_LANES
 from transport.kernels.compiled import warm_up
 from transport.kernels.digests import page_count
-from transport.kernels.files import new_files
+from transport.kernels.files import new_files, was_found
 from transport.kernels.pages import new_workspace
 from transport.kernels.unpack import apply_pages
 from transport.parse import Buffer, parse_frame
@@ -50,12 +51,15 @@ class Decoder:
         lane: int = 0,
         lanes: int = 1,
         files: Sequence[Extent] = (),
+        filling: AbstractContextManager[object] | None = None,
     ) -> None:
         """Write to `memory` (uint8, writable, n_pages * 4096, 8-byte aligned).
 
         `seed` is the sender's. `files` says which pages are shared mappings of which descriptors,
         which stay the caller's: pages that nobody has touched yet are written there, which costs
-        half, and not at all if they are zero. Makes the kernels ready, as `Encoder` does.
+        half, and not at all if they are zero. `filling` is one lock for all who write there: the
+        kernel lets one at a time add pages to a file, and has the others spin for it, which takes
+        the cores from everybody. Makes the kernels ready, as `Encoder` does.
         ValueError for arguments that do not suit, `NativeLibraryError` if the C libraries are not
         there.
         """
@@ -72,6 +76,7 @@ class Decoder:
         self._next_sequence = 0
         self.files = new_files(files, n_pages)
         """What lies behind the memory; for the thread that applies."""
+        self._filling = filling or nullcontext()
         self._workspace = new_workspace()
 
     @property
@@ -92,19 +97,22 @@ class Decoder:
         if parsed.sequence != self._next_sequence:
             raise FrameError(f"frame {parsed.sequence} where {self._next_sequence} was due")
         rejected = np.empty(parsed.index.size, np.uint32)
-        n_rejected = apply_pages(
-            self._memory,
-            self.files,
-            parsed.index,
-            parsed.kind,
-            parsed.length,
-            parsed.offset,
-            parsed.base,
-            parsed.payload,
-            np.uint64(self._seed),
-            self._workspace,
-            rejected,
-        )
+        # Pages that are there already are written side by side; a frame's are alike in this.
+        there = was_found(self.files, int(parsed.index[0]))
+        with nullcontext() if there else self._filling:
+            n_rejected = apply_pages(
+                self._memory,
+                self.files,
+                parsed.index,
+                parsed.kind,
+                parsed.length,
+                parsed.offset,
+                parsed.base,
+                parsed.payload,
+                np.uint64(self._seed),
+                self._workspace,
+                rejected,
+            )
         if n_rejected < 0:
             raise FrameError(f"page {parsed.index[-1 - n_rejected]} does not decode")
         self._next_sequence += 1

@@ -6,6 +6,7 @@ Owns the options and the start and end of a session's threads. The threads are `
 
 from __future__ import annotations
 
+import threading
 import time
 from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
@@ -173,6 +174,7 @@ class Receiver(Link):
             raise ValueError("guest memory has to be writable here")
         if not self._shared.established or self._hello is None or self._lanes:
             raise RuntimeError("memory is attached once, after accept()")
+        filling = threading.Lock()
         self._lanes = [
             ApplyLane(
                 self._shared,
@@ -184,6 +186,7 @@ class Receiver(Link):
                 frame_bytes=self._hello.frame_bytes,
                 messages=self._router,
                 files=files,
+                filling=filling,
             )
             for number in range(self._hello.lanes)
         ]

@@ -3,7 +3,7 @@
 import mmap
 import os
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 
 import numpy as np
 import pytest
@@ -76,11 +76,17 @@ def page_of(byte: int) -> bytes:
 
 
 class Pair:
-    def __init__(self, source: FileMemory, target: FileMemory, codec: Codec) -> None:
+    def __init__(
+        self,
+        source: FileMemory,
+        target: FileMemory,
+        codec: Codec,
+        filling: AbstractContextManager[object] | None = None,
+    ) -> None:
         replica = Replica(N_PAGES, 16 * PAGE)
         self.encoder = Encoder(source.array, replica, SEED, files=source.extents)
         self.encoder.codec = codec
-        self.decoder = Decoder(target.array, N_PAGES, SEED, files=target.extents)
+        self.decoder = Decoder(target.array, N_PAGES, SEED, files=target.extents, filling=filling)
         self._out = np.empty(DEFAULT_FRAME_BYTES, np.uint8)
 
     def send(self, indices: np.ndarray) -> int:
@@ -126,6 +132,32 @@ def test_what_nobody_has_touched_is_touched_on_neither_side(codec: Codec) -> Non
         assert np.array_equal(source.content(), target.content())
         assert source.touched() <= 3 + len(NO_FILE)
         assert target.touched() <= 3 + len(NO_FILE)
+
+
+class Turns:
+    """Counts how often it was somebody's turn."""
+
+    def __init__(self) -> None:
+        self.taken = 0
+
+    def __enter__(self) -> None:
+        self.taken += 1
+
+    def __exit__(self, *_: object) -> None:
+        pass
+
+
+def test_lanes_take_turns_only_where_pages_are_not_there_yet() -> None:
+    with file_memory() as source, file_memory() as target:
+        turns = Turns()
+        pair = Pair(source, target, NONE, turns)
+        indices = np.arange(4, dtype=np.uint32)
+        for byte in (1, 2, 3):
+            for page in indices:
+                source.write(page, page_of(byte + 10 * page))
+            pair.send(indices)
+            assert turns.taken == 1
+        assert (target.array == source.array).all()
 
 
 @pytest.mark.parametrize(

@@ -61,6 +61,11 @@ def new_files(extents: Sequence[Extent], n_pages: int) -> Files:
     return Files(*columns)
 
 
+def was_found(files: Files, page: int) -> bool:
+    """Whether `page` is known to lie in no hole. From Python, for any thread."""
+    return bool(files.there.size) and bool(int(files.there[page >> 6]) >> (page & 63) & 1)
+
+
 @inlined
 def _extent_of(files, page):  # type: ignore[no-untyped-def]
     for extent in range(files.first_page.size):
