@@ -32,7 +32,7 @@ from transport.records import (
 )
 from transport.router import Router
 from transport.secret import check_secret
-from transport.sockets import check_url
+from transport.sockets import check_url, new_context
 
 if TYPE_CHECKING:
     from transport.extents import Extent
@@ -240,7 +240,7 @@ async def open_receiver(
     """
     check_url(url, bind=True)
     keep_message_memory()
-    context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
+    context = new_context()
     try:
         receiver = Receiver(url, options or ReceiverOptions(), context)
     except BaseException:

@@ -43,7 +43,7 @@ from transport.records import (
 )
 from transport.rounds import LaneSource, RoundCounters, RoundShare, Source
 from transport.secret import check_secret
-from transport.sockets import check_url
+from transport.sockets import check_url, new_context
 
 if TYPE_CHECKING:
     from transport.extents import Extent
@@ -489,7 +489,7 @@ async def open_sender(
     options = options or SenderOptions()
     greeting = Hello(session, os.urandom(NONCE_BYTES), options.lanes, options.frame_bytes, hello)
     keep_message_memory()
-    context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
+    context = new_context()
     try:
         sender = Sender(url, greeting, options, context)
     except BaseException:

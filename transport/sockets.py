@@ -44,6 +44,8 @@ MAX_CONNECTIONS = MAX_DATA_LANES + 2 + 8
 """Of a bound socket: one session, and some room for connections that are being turned away."""
 WATCH_S = 0.05
 """How often a watch looks at its connections: a flood gains this much time's worth of memory."""
+_IO_THREADS = 2
+"""Of libzmq: what two lanes send is copied from and to the kernel, and encrypted, at once."""
 _LOOKS_AFTER = 20
 """In which libzmq may still be freeing what a connection kept that was ended for it."""
 
@@ -106,6 +108,11 @@ def check_url(url: str, *, bind: bool) -> None:
         raise EndpointError(f"{url!r}: a tcp endpoint is tcp://host:port")
     if not bind and (port == 0 or parts.hostname == "*"):
         raise EndpointError(f"{url!r}: nobody can be reached at a wildcard")
+
+
+def new_context() -> zmq.Context[zmq.Socket[bytes]]:
+    """What a session's sockets belong to."""
+    return zmq.Context(_IO_THREADS)
 
 
 def open_dealer(

@@ -17,6 +17,7 @@ import zmq
 
 from transport.frames import PAGE_BYTES
 from transport.receiver import ReceiverOptions, open_receiver
+from transport.sockets import new_context
 
 
 def fresh_memory(n_bytes: int) -> tuple[npt.NDArray[np.uint8], int]:
@@ -40,7 +41,7 @@ async def receive_pages(url: str, n_pages: int, secret: bytes | None) -> None:
 def receive_bare(url: str, messages: int, memory_pages: int) -> None:
     memory = np.ones((memory_pages, PAGE_BYTES), np.uint8)
     random = np.random.default_rng(1)
-    with zmq.Context() as context, context.socket(zmq.ROUTER) as router:
+    with new_context() as context, context.socket(zmq.ROUTER) as router:
         router.set(zmq.RCVHWM, 8)
         router.bind(url)
         print(bytes(router.get(zmq.LAST_ENDPOINT)).rstrip(b"\0").decode(), flush=True)

@@ -10,7 +10,7 @@ import zmq
 
 from perf.processes import Cost, Stopwatch, child
 from transport.frames import PAGE_BYTES
-from transport.sockets import ConnectionEvent, Watch
+from transport.sockets import ConnectionEvent, Watch, new_context
 
 MESSAGE_BYTES = 1 << 20
 
@@ -35,7 +35,7 @@ class BareStream:
         words = ("bare", url, str(self._messages), str(memory_pages))
         party = stack.enter_context(child("perf.parties.receivers", *words))
         self._process = party.pid
-        context = stack.enter_context(zmq.Context())
+        context = stack.enter_context(new_context())
         self._poller = zmq.Poller()
         self._dealers = [context.socket(zmq.DEALER) for _ in range(lanes)]
         bound = party.line()
