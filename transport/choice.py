@@ -125,7 +125,7 @@ class Choice:
         self._rung = 0
         self._used = 0
         self._alone = True
-        self._short_rounds = ShortRounds(self._costs, len(self._ladder), self._delta)
+        self._short_rounds = ShortRounds(self._costs, self._delta)
         self._under_way: deque[_UnderWay] = deque()
         self._link_s = 0.0  # a byte
         self._last_per_byte = 0.0

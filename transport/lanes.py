@@ -92,6 +92,9 @@ class Task(ABC):
         self._on_answer(context, answer)
         self._under_way -= 1
 
+    def after_answer(self, now: float) -> None:  # noqa: B027 -- most have nothing to do
+        """Called after each `on_answer`, when whoever waits for it has been told."""
+
     @abstractmethod
     def _has_more(self) -> bool: ...
 
@@ -283,4 +286,5 @@ class SendLane(LinkThread):
             message.task.on_answer(message.outgoing.context, answer)
             self._put_away()  # before anything else, for a guest may be paused until it is known
             now = time.monotonic()
+            message.task.after_answer(now)
             self._progress_by = now + self._progress_timeout_s if self._under_way else float("inf")

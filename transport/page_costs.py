@@ -104,6 +104,25 @@ class PageCosts:
         seconds_there, bytes_there = self._typical[nearest]
         return seen.seconds * (seconds / seconds_there), seen.n_bytes * (n_bytes / bytes_there)
 
+    def seconds(self) -> list[float]:
+        """Of each codec, what `estimate` says: in one pass, since short rounds wait for it."""
+        fresh = [
+            (rung, seen.seconds, self._typical[rung][0])
+            for rung, seen in self._seen.items()
+            if self._is_fresh(seen)
+        ]
+        if not fresh:
+            return [seconds / 1e6 for seconds, _ in self._typical]
+        found = []
+        for rung, (seconds, _) in enumerate(self._typical):
+            distance = len(self._typical)
+            for each, seen_there, seconds_there in fresh:
+                away = each - rung if each > rung else rung - each
+                if away < distance:
+                    distance, nearest = away, seen_there * (seconds / seconds_there)
+            found.append(nearest)
+        return found
+
     def typical_bytes(self, rung: int) -> float:
         """Of a page of files: only the proportion to another one's counts."""
         return self._typical[rung][1]

@@ -235,7 +235,6 @@ class RoundShare(Task):
     def _on_answer(self, context: _Sent, answer: LaneAnswer) -> None:
         if not isinstance(answer, Ack) or answer.sequence != context.sequence:
             raise RecordError("the receiver acknowledges a frame that it was not sent")
-        self._lane.choice.acknowledged(time.monotonic())
         self.counters.done += context.indices.size
         if not answer.rejected.size:
             return
@@ -246,6 +245,10 @@ class RoundShare(Task):
         self._rejected.append(rejected)
         self.counters.done -= rejected.size
         self.counters.resent += rejected.size
+
+    def after_answer(self, now: float) -> None:
+        """The choice of a codec learns from it."""
+        self._lane.choice.acknowledged(now)
 
     def _count(self, frame: EncodedFrame) -> None:
         counters = self.counters

@@ -42,11 +42,10 @@ class _Answered:
 class ShortRounds:
     """See the module. Not thread-safe; a link's speed is said in seconds a byte."""
 
-    def __init__(self, costs: PageCosts, rungs: int, delta: int) -> None:
+    def __init__(self, costs: PageCosts, delta: int) -> None:
         """The codecs are numbered as in `costs`, the first as pages are; `delta` is the one of
         deltas, 0: there is none."""
         self._costs = costs
-        self._rungs = rungs
         self._delta = delta
         self._answered: dict[int, _Answered] = {}
         self._answers = 0
@@ -70,9 +69,9 @@ class ShortRounds:
         if self._delta_rounds:
             return self._delta
         best, best_s = 0, self._cost_alone(0, link_s)
-        for rung in range(1, self._rungs):
+        for rung, seconds in enumerate(self._costs.seconds()):
             # Most are out of the question by their encoding alone, and the round waits for this.
-            if self._cost_encoding(rung) < best_s:
+            if rung and (1 + PRICE) * seconds < best_s:
                 cost_s = self._cost_alone(rung, link_s)
                 if cost_s < best_s:
                     best, best_s = rung, cost_s
