@@ -52,12 +52,14 @@ from transport.codec import DELTA, Codec, Method
 from transport.page_costs import DELTA_COSTS, GAIN, LADDER, PRICE, PageCosts
 from transport.short_rounds import ShortRounds
 
-_TRIAL_PAGES: Final = 128  # 8 ms at 1 Gbit/s that two lanes share
+_RAW_TRIAL_PAGES: Final = 128  # 8 ms at 1 Gbit/s that two lanes share
+_PACKED_TRIAL_PAGES: Final = 32  # some 60 pages, of 20 us where no core is free
 
 EPOCH_FRAMES: Final = 8  # twice a window's, so that how answers fall does not decide
 EPOCH_S: Final = 0.02  # shorter ones say more about the scheduler than about the link
 PROBES_PAGES: Final = (32, 128, 512)  # 11, 43 and 170 ms at 100 Mbit/s
 _PROBE_S: Final = 0.01  # an answer that came sooner may have been held up by a scheduler
+_EARLY_PROBE_S: Final = 0.04  # or, before the last probe, by another lane that has begun
 _RAW_S: Final = (1e-6, 2e-6)  # to copy and digest a page: what is beyond is the scheduler's
 _FAST_S: Final = 24e-6  # a page: 1.4 Gbit/s at least, so there is no need to know more
 _PROBE_GAIN: Final = 1.5  # nothing overlaps in a probe, so the link is faster than it seems
@@ -172,8 +174,10 @@ class Choice:
         compressed where none are: either takes many times as long if it was wrong."""
         raw, raw_in_use = self._used <= self._delta, self._rung <= self._delta
         in_doubt = self._trial is not None or self._taken_back
-        if not self._short and (raw != raw_in_use or (raw and in_doubt)):
-            return _TRIAL_PAGES
+        if not self._short and raw_in_use and not raw:
+            return _PACKED_TRIAL_PAGES
+        if not self._short and raw and (in_doubt or not raw_in_use):
+            return _RAW_TRIAL_PAGES
         return self.probe_pages
 
     def pick(self, now: float, *, begins: int, frames_under_way: int, again: bool = False) -> Codec:
@@ -260,7 +264,8 @@ class Choice:
         self._costs.replace(0, raw_s, n_bytes)
         self._link_s = max(0.0, took_s - before_s) / (more_pages * n_bytes)
         best = min(range(len(self._ladder)), key=self._cost)
-        if took_s >= _PROBE_S and self._cost(0) > _PROBE_GAIN * self._cost(best):
+        least_s = _EARLY_PROBE_S if self._probes else _PROBE_S
+        if took_s >= least_s and self._cost(0) > _PROBE_GAIN * self._cost(best):
             self._probes.clear()
             self._trial = _Trial(0, self._link_s * n_bytes, self._link_s)
             self._last_per_byte = self._link_s

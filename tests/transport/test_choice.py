@@ -198,21 +198,21 @@ def test_few_pages_go_as_they_are_until_that_has_proven_right() -> None:
 
 
 class SlowAtFirst(dict[str, tuple[float, float]]):
-    """Behind two probes a dozen frames take far longer than later ones."""
+    """Behind three probes a dozen frames take far longer than later ones."""
 
     frames = 0
 
     def __getitem__(self, codec: str) -> tuple[float, float]:
         seconds, n_bytes = super().__getitem__(codec)
         self.frames += 1
-        return seconds * (16 if 2 < self.frames <= 14 else 1), n_bytes
+        return seconds * (16 if 3 < self.frames <= 15 else 1), n_bytes
 
 
 def test_few_pages_go_as_they_are_where_a_change_was_taken_back() -> None:
     """A moment in which compression is slow does not tell that the link is fast."""
     lane = Lane(Choice(), SlowAtFirst(FILES), 300 * MBIT)
     lane.send(20_000)
-    after_probes = list(zip(lane.used, lane.sent, strict=True))[2:]
+    after_probes = list(zip(lane.used, lane.sent, strict=True))[3:]
     raw = [pages for codec, pages in after_probes if codec is NONE]
     assert len(raw) >= EPOCH_FRAMES
     assert max(raw) < FRAME_PAGES
@@ -347,6 +347,15 @@ def test_a_scheduler_that_holds_up_a_probe_does_not_make_a_fast_link_slow(
 ) -> None:
     lane = Lane(Choice(), FILES, 1e11)
     lane.late_s["none"] = [late_s, *[0.0] * probe]
+    lane.send(100_000)
+    assert set(lane.used) == {NONE}
+
+
+@pytest.mark.parametrize("late_s", [0.014, 0.035])
+def test_another_lane_that_has_begun_does_not_make_a_fast_link_slow(late_s: float) -> None:
+    """It holds up the second probe."""
+    lane = Lane(Choice(), FILES, 1e11)
+    lane.late_s["none"] = [late_s, 0.0]
     lane.send(100_000)
     assert set(lane.used) == {NONE}
 
