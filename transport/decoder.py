@@ -122,6 +122,8 @@ class Decoder:
         )
 
     def _is_new(self, index: npt.NDArray[np.uint32]) -> bool:
-        """Whether most pages are likely to be not there yet: others are written side by side."""
+        """Whether most pages are likely to be added to a file: others are written side by side."""
+        if not self.files.there.size:
+            return False
         first, middle, last = index[0], index[index.size // 2], index[-1]
         return sum(was_found(self.files, int(page)) for page in (first, middle, last)) < 2

@@ -147,8 +147,11 @@ class Turns:
         pass
 
 
-def test_lanes_take_turns_only_where_pages_are_not_there_yet() -> None:
+@pytest.mark.parametrize("has_files", [True, False])
+def test_lanes_take_turns_only_where_pages_are_added_to_a_file(has_files: bool) -> None:
     with file_memory() as source, file_memory() as target:
+        if not has_files:
+            target.extents = []
         turns = Turns()
         pair = Pair(source, target, NONE, turns)
         indices = np.arange(4, dtype=np.uint32)
@@ -156,7 +159,7 @@ def test_lanes_take_turns_only_where_pages_are_not_there_yet() -> None:
             for page in indices:
                 source.write(page, page_of(byte + 10 * page))
             pair.send(indices)
-            assert turns.taken == 1
+            assert turns.taken == has_files
         assert (target.array == source.array).all()
 
 

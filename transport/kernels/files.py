@@ -62,8 +62,8 @@ def new_files(extents: Sequence[Extent], n_pages: int) -> Files:
 
 
 def was_found(files: Files, page: int) -> bool:
-    """Whether `page` is known to lie in no hole. From Python, for any thread."""
-    return bool(files.there.size) and bool(int(files.there[page >> 6]) >> (page & 63) & 1)
+    """Whether `page` is known to lie in no hole, where there are extents. From Python."""
+    return bool(int(files.there[page >> 6]) >> (page & 63) & 1)
 
 
 @inlined
