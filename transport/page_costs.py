@@ -6,7 +6,7 @@ not used lately. Pure, and for one lane. `choice` decides by it, and `short_roun
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Final
 
@@ -93,35 +93,25 @@ class PageCosts:
 
     def estimate(self, rung: int) -> tuple[float, float]:
         """Seconds and bytes of a page: as seen, or in proportion to what was seen nearest to it."""
-        nearest, distance = -1, len(self._typical)
-        for each, seen in self._seen.items():
-            if abs(each - rung) < distance and self._is_fresh(seen):
-                nearest, distance = each, abs(each - rung)
-        seconds, n_bytes = self._typical[rung]
-        if nearest < 0:
-            return seconds / 1e6, n_bytes
-        seen = self._seen[nearest]
-        seconds_there, bytes_there = self._typical[nearest]
-        return seen.seconds * (seconds / seconds_there), seen.n_bytes * (n_bytes / bytes_there)
+        return next(self._estimates((rung,)))
 
     def seconds(self) -> list[float]:
-        """Of each codec, what `estimate` says: in one pass, since short rounds wait for it."""
-        fresh = [
-            (rung, seen.seconds, self._typical[rung][0])
-            for rung, seen in self._seen.items()
-            if self._is_fresh(seen)
-        ]
-        if not fresh:
-            return [seconds / 1e6 for seconds, _ in self._typical]
-        found = []
-        for rung, (seconds, _) in enumerate(self._typical):
-            distance = len(self._typical)
-            for each, seen_there, seconds_there in fresh:
-                away = each - rung if each > rung else rung - each
-                if away < distance:
-                    distance, nearest = away, seen_there * (seconds / seconds_there)
-            found.append(nearest)
-        return found
+        """The seconds of `estimate` for all codecs, in one pass, since short rounds wait for it."""
+        return [seconds for seconds, _ in self._estimates(range(len(self._typical)))]
+
+    def _estimates(self, rungs: Iterable[int]) -> Iterator[tuple[float, float]]:
+        fresh = [(rung, seen) for rung, seen in self._seen.items() if self._is_fresh(seen)]
+        for rung in rungs:
+            seconds, n_bytes = self._typical[rung]
+            if not fresh:
+                yield seconds / 1e6, n_bytes
+                continue
+            nearest, there = fresh[0]
+            for each, seen in fresh:
+                if abs(each - rung) < abs(nearest - rung):
+                    nearest, there = each, seen
+            seconds_there, bytes_there = self._typical[nearest]
+            yield there.seconds * (seconds / seconds_there), there.n_bytes * (n_bytes / bytes_there)
 
     def typical_bytes(self, rung: int) -> float:
         """Of a page of files: only the proportion to another one's counts."""
