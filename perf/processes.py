@@ -3,6 +3,7 @@
 A child ends with the harness, also when that is killed.
 """
 
+import os
 import select
 import signal
 import subprocess
@@ -17,6 +18,9 @@ from ferry.children import start_child
 from perf.errors import BenchmarkFailed
 
 MAX_LINE_BYTES = 4096
+_PROC_STAT = Path("/proc/stat")
+_STEAL = 8
+"""The field of its first line."""
 ANSWER_S = 90.0
 """For one line: a first start compiles the kernels."""
 END_S = 10.0
@@ -118,6 +122,13 @@ class Stopwatch:
     def stop(self) -> Cost:
         wall_s = time.perf_counter() - self._wall
         return Cost(wall_s, {pid: cpu_seconds_of(pid) - was for pid, was in self._cpu.items()})
+
+
+def stolen_seconds() -> float:
+    """For how long so far this machine's processors, all together, had work and did not run because
+    their host ran something else; 0 where there is no host (proc_stat(5), steal)."""
+    fields = _PROC_STAT.read_text().splitlines()[0].split()
+    return int(fields[_STEAL]) / os.sysconf("SC_CLK_TCK")
 
 
 def cpu_seconds_of(pid: int) -> float:

@@ -3,12 +3,15 @@
 import importlib
 import itertools
 import math
+import os
+import time
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 
-from perf.benchmark import Benchmark, Context, Run, Settings
+from perf.benchmark import Benchmark, Context, Measurement, Run, Settings
 from perf.errors import BenchUsageError, NeedMissing
 from perf.needs import missing
+from perf.processes import stolen_seconds
 from perf.results import Dimension, Sample, dimensions_text, machine, number_text, revision, series
 from perf.statistics import summarize
 from perf.table import BENCHMARKS, RANGES
@@ -80,8 +83,7 @@ def _typed(name: str, text: str, like: Dimension) -> Dimension:
 
 def samples_of(name: str, benchmark: Benchmark, context: Context) -> Iterator[Sample]:
     """Runs it; gives samples as they come."""
-    run: Run = importlib.import_module(benchmark.module).run
-    for found in run(context):
+    for found in _measurements(benchmark, context):
         yield Sample(
             benchmark=name,
             metric=found.metric,
@@ -92,6 +94,15 @@ def samples_of(name: str, benchmark: Benchmark, context: Context) -> Iterator[Sa
             machine=machine(),
             revision=revision(),
         )
+
+
+def _measurements(benchmark: Benchmark, context: Context) -> Iterator[Measurement]:
+    """The benchmark's own, then how much the machine was disturbed meanwhile."""
+    run: Run = importlib.import_module(benchmark.module).run
+    began, stolen_s = time.monotonic(), stolen_seconds()
+    yield from run(context)
+    had_s = (time.monotonic() - began) * (os.cpu_count() or 1)
+    yield Measurement("stolen", 100 * (stolen_seconds() - stolen_s) / had_s, "%", "neither")
 
 
 def run(

@@ -9,8 +9,9 @@ from pathlib import Path
 
 import pytest
 
+from perf import processes
 from perf.errors import BenchmarkFailed
-from perf.processes import Stopwatch, cpu_seconds_of, process
+from perf.processes import Stopwatch, cpu_seconds_of, process, stolen_seconds
 
 HARNESS = """
 import sys, time
@@ -34,6 +35,13 @@ def test_it_goes_on_when_told_and_answers() -> None:
         assert child.line() == "there"
         with pytest.raises(BenchmarkFailed, match="echo ended too early"):
             child.line()
+
+
+def test_time_that_the_host_took_is_that_of_all_processors(monkeypatch, tmp_path) -> None:
+    stat = tmp_path / "stat"
+    stat.write_text("cpu  1 2 3 4 5 6 7 800 9 10\ncpu0 1 2 3 4 5 6 7 300 9 10\nintr 4\n")
+    monkeypatch.setattr(processes, "_PROC_STAT", stat)
+    assert stolen_seconds() == 800 / os.sysconf("SC_CLK_TCK")
 
 
 def test_silence_is_an_error() -> None:

@@ -3,7 +3,7 @@
 import sys
 from collections.abc import Iterator
 from pathlib import Path
-from types import ModuleType
+from types import ModuleType, SimpleNamespace
 
 import pytest
 
@@ -71,18 +71,28 @@ def test_run_prints_medians_and_verdicts_and_writes_samples(fake, tmp_path, caps
     assert "bar 5: 4 >= 2 met" in printed
     assert printed.count("bar 7: p99 4 > 3 missed") == 1
     samples = read(out)
-    assert len(samples) == 9
+    assert len(samples) == 10
     assert samples[0].dimensions == {"lanes": 2, "share": 0.5, "url": "ipc"}
     assert samples[1].dimensions == {"lanes": 2, "share": 0.5, "url": "ipc", "case": "zero"}
     assert main(["bench", "run", "fake", "--repeat", "3", "--out", str(out)]) == Exit.OK
-    assert len(read(out)) == 18
+    assert len(read(out)) == 20
 
 
 def test_json_prints_the_samples_alone(fake, tmp_path, capsys) -> None:
     assert main(["bench", "run", "--json", "--quick"]) == Exit.OK
     (tmp_path / "printed").write_text(capsys.readouterr().out)
-    assert [each.metric for each in read(tmp_path / "printed")] == ["rate", "delay", "delay"]
+    metrics = [each.metric for each in read(tmp_path / "printed")]
+    assert metrics == ["rate", "delay", "delay", "stolen"]
     assert fake[0].settings["lanes"] == 1
+
+
+def test_a_run_says_how_much_of_the_processors_its_host_took(fake, monkeypatch, capsys) -> None:
+    clock, stolen = iter([10.0, 14.0]), iter([7.0, 7.5])
+    monkeypatch.setattr(runner, "time", SimpleNamespace(monotonic=lambda: next(clock)))
+    monkeypatch.setattr(runner, "stolen_seconds", lambda: next(stolen))
+    monkeypatch.setattr(runner, "os", SimpleNamespace(cpu_count=lambda: 2))
+    assert main(["bench", "run", "fake", "--quick"]) == Exit.OK
+    assert capsys.readouterr().out.splitlines()[-1].split()[:3] == ["stolen", "6.25", "%"]
 
 
 def test_a_list_of_values_is_a_sweep(fake) -> None:
