@@ -18,12 +18,11 @@ from ferry.children import start_child
 from perf.errors import BenchmarkFailed
 
 MAX_LINE_BYTES = 4096
-_PROC_STAT = Path("/proc/stat")
-_STEAL = 8
-"""The field of its first line."""
 ANSWER_S = 90.0
 """For one line: a first start compiles the kernels."""
 END_S = 10.0
+_PROC_STAT = Path("/proc/stat")
+_STEAL = 8  # the field of its first line
 
 
 class Child:
