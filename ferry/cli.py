@@ -15,6 +15,7 @@ from typing import Any
 
 from ferry.config import add_arguments, load
 from ferry.errors import EXIT_MEANING, Exit, FerryError
+from ferry.progress import complain, silence
 from sync.errors import SyncError
 
 
@@ -66,10 +67,14 @@ def main(arguments: list[str] | None = None) -> int:
             sub.add_argument("--debug", action="store_true", help="print tracebacks")
     parsed = parser.parse_args(arguments)
     if parsed.command == "exit-codes":
-        for code, meaning in EXIT_MEANING.items():
-            print(f"{code.value:>3}  {code.name.lower():<14} {meaning}")
-        return Exit.OK
+        return _guarded("exit-codes", _print_exit_codes, debug=False)
     return _run(parsed.command, parsed)
+
+
+def _print_exit_codes() -> int:
+    for code, meaning in EXIT_MEANING.items():
+        print(f"{code.value:>3}  {code.name.lower():<14} {meaning}")
+    return Exit.OK
 
 
 @contextlib.contextmanager
@@ -100,17 +105,30 @@ def _run(name: str, parsed: argparse.Namespace) -> int:
 
 def _guarded(name: str, work: Callable[[], int], *, debug: bool) -> int:
     try:
-        return int(work())
+        code = int(work())
+        sys.stdout.flush()
+        return code
     except KeyboardInterrupt:
         return Exit.INTERRUPTED
     except Exception as error:
         if debug:
             raise
+        if not _output_is_taken() and isinstance(error, BrokenPipeError):
+            return Exit.LOCAL  # without a word: whoever read, as `head` does, has had enough
         code = exit_code_of(error)
-        print(f"vfio-ferry {name}: {describe(error)}", file=sys.stderr)
+        complain(f"vfio-ferry {name}: {describe(error)}")
         if code is Exit.INTERNAL:
-            print("this is a defect; --debug prints where it happened", file=sys.stderr)
+            complain("this is a defect; --debug prints where it happened")
         return code
+
+
+def _output_is_taken() -> bool:
+    try:
+        sys.stdout.flush()
+    except OSError:
+        silence(sys.stdout)
+        return False
+    return True
 
 
 def describe(error: BaseException) -> str:

@@ -7,10 +7,12 @@ find all rounds in the report.
 
 import contextlib
 import json
+import os
 import sys
 import time
 from collections.abc import Callable
 from dataclasses import asdict
+from pathlib import Path
 from typing import Any, TextIO
 
 from ferry.findings import Finding
@@ -72,6 +74,19 @@ _RENDER: dict[str, Callable[[dict[str, Any]], str]] = {
 }
 
 
+def silence(stream: TextIO) -> None:
+    """What is written to `stream` from now on, and what its buffer still has, goes nowhere: else
+    Python would try again at its end, and end with a code of its own."""
+    with contextlib.suppress(OSError), Path(os.devnull).open("wb") as nowhere:
+        os.dup2(nowhere.fileno(), stream.fileno())
+
+
+def complain(text: str) -> None:
+    """A line on standard error; if nobody takes that either, nothing happens."""
+    with contextlib.suppress(OSError):
+        print(text, file=sys.stderr)
+
+
 class Reporter:
     """Writes events to `stream`; `role` is part of every JSON line."""
 
@@ -84,7 +99,8 @@ class Reporter:
         self.event("finding", **asdict(finding))
 
     def event(self, name: str, /, **values: Any) -> None:
-        """One event. A reader that went away is no reason to stop a migration."""
+        """One event. That nobody takes it (a reader that went away, a full disk) is no reason to
+        stop a migration: it is said on standard error, once, and nothing is written any more."""
         if self._json:
             values.pop("text", None) if name == "report" else None
             line = json.dumps({"event": name, "time": time.time(), "role": self._role, **values})
@@ -92,7 +108,10 @@ class Reporter:
             line = _RENDER.get(name, _generic)({"role": self._role, **values})
             if not line:
                 return
-        with contextlib.suppress(BrokenPipeError):
+        try:
             # In one piece: the demo's processes are read by a thread each.
             self._stream.write(f"{line}\n")
             self._stream.flush()
+        except OSError as error:
+            silence(self._stream)
+            complain(f"vfio-ferry {self._role}: goes on without output: {error.strerror}")

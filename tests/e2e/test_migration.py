@@ -1,6 +1,8 @@
 """Whole migrations with real processes: everything arrives, by every method, and back again."""
 
 import json
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -118,6 +120,29 @@ def test_a_second_migration_after_one_that_was_aborted(tmp_path: Path) -> None:
         b.guest.kill()
         bed.start_guest(b, incoming=True)
         migrate(bed, a, b, method)
+        assert_sound(bed, b)
+
+
+def test_a_sender_whose_output_nobody_takes(tmp_path: Path) -> None:
+    method = Method("replay", "logging")
+    with new_bed(tmp_path, small_setup(method)) as bed:
+        a, b = start_both(bed)
+        receiver = bed.receive(b)
+        words = ("send", "--to", f"ipc://{b.folder}/link.sock", *a.control_flags)
+        with Path("/dev/full").open("w") as full:
+            sender = subprocess.run(
+                [sys.executable, "-m", "ferry.cli", *words, "--qmp", a.qmp_socket],
+                stdout=full,
+                stderr=subprocess.PIPE,
+                text=True,
+                timeout=MIGRATION_S,
+                check=False,
+            )
+        assert sender.returncode == Exit.OK, sender.stderr
+        assert sender.stderr == (
+            "vfio-ferry send: goes on without output: No space left on device\n"
+        )
+        assert receiver.wait(MIGRATION_S) == Exit.OK, receiver.tail()
         assert_sound(bed, b)
 
 

@@ -1,5 +1,6 @@
 """The command line as a user meets it: help, exit codes, no traceback."""
 
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -8,6 +9,7 @@ import pytest
 
 from ferry.cli import COMMANDS, exit_code_of, main
 from ferry.errors import EXIT_MEANING, Exit
+from ferry.progress import Reporter
 from sync.devices.errors import DeviceError
 from sync.errors import SyncError
 from sync.gateway.errors import SocketInUse, VmmLost
@@ -52,6 +54,39 @@ def test_every_error_of_the_rooms_has_its_own_code() -> None:
     assert exit_code_of(SocketInUse("x")) is Exit.LOCAL
     assert exit_code_of(ProfileError("x")) is Exit.USAGE
     assert exit_code_of(RuntimeError()) is Exit.INTERNAL
+
+
+@pytest.mark.parametrize("arguments", [["exit-codes"], ["bench", "list"]])
+def test_output_that_nobody_takes(arguments: list[str]) -> None:
+    # As users have it: all that is printed is still in a buffer when the command ends.
+    environment = {k: v for k, v in os.environ.items() if k != "PYTHONUNBUFFERED"}
+    read_end, write_end = os.pipe()
+    os.close(read_end)
+    for output, says in (
+        (write_end, ""),
+        (os.open("/dev/full", os.O_WRONLY), f"vfio-ferry {arguments[0]}: No space left on device"),
+    ):
+        done = subprocess.run(
+            [sys.executable, "-m", "ferry.cli", *arguments],
+            stdout=output,
+            stderr=subprocess.PIPE,
+            text=True,
+            env=environment,
+            check=False,
+        )
+        os.close(output)
+        assert (done.returncode, done.stderr.strip()) == (Exit.LOCAL, says)
+
+
+def test_events_that_nobody_takes_are_no_reason_to_stop(
+    capfd: pytest.CaptureFixture[str],
+) -> None:
+    with Path("/dev/full").open("w") as full:
+        reporter = Reporter("send", as_json=True, stream=full)
+        for _ in range(3):
+            reporter.event("message", text="x")
+    told = capfd.readouterr().err
+    assert told == "vfio-ferry send: goes on without output: No space left on device\n"
 
 
 @pytest.mark.parametrize(
