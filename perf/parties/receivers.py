@@ -1,9 +1,9 @@
 """Ends of the wire: `python -m perf.parties.receivers pages|bare URL NUMBER...`.
 
 `pages URL PAGES [SECRET]` is this project's receiver for a guest of so many pages, the secret in
-hexadecimal. `bare URL NUMBER PAGES` takes NUMBER ZeroMQ messages, writes them to a memory of so
-many pages, or drops them if there are none, answers, and starts over. Both print the URL that they
-have bound.
+hexadecimal. `bare URL NUMBER PAGES` takes NUMBER ZeroMQ messages, answers, and starts over; if
+there are pages, it checks each message by the digest in front of it and writes it to a memory of
+so many. Both print the URL that they have bound.
 """
 
 import mmap
@@ -13,8 +13,11 @@ import sys
 import numpy as np
 import numpy.typing as npt
 import trio
+import xxhash
 import zmq
 
+from perf.errors import BenchmarkFailed
+from transport.buffers import keep_message_memory
 from transport.frames import PAGE_BYTES
 from transport.receiver import ReceiverOptions, open_receiver
 from transport.sockets import new_context
@@ -39,6 +42,7 @@ async def receive_pages(url: str, n_pages: int, secret: bytes | None) -> None:
 
 
 def receive_bare(url: str, messages: int, memory_pages: int) -> None:
+    keep_message_memory()
     memory = np.ones((memory_pages, PAGE_BYTES), np.uint8)
     random = np.random.default_rng(1)
     with new_context() as context, context.socket(zmq.ROUTER) as router:
@@ -47,8 +51,10 @@ def receive_bare(url: str, messages: int, memory_pages: int) -> None:
         print(bytes(router.get(zmq.LAST_ENDPOINT)).rstrip(b"\0").decode(), flush=True)
         while True:
             for _ in range(messages):
-                identity, data = router.recv_multipart(copy=False)
+                identity, *digest, data = router.recv_multipart(copy=False)
                 if memory_pages:
+                    if xxhash.xxh3_64_digest(data.buffer) != digest[0].bytes:
+                        raise BenchmarkFailed("a message's digest is another")
                     pages = np.frombuffer(data.buffer, np.uint8).reshape(-1, PAGE_BYTES)
                     memory[random.integers(0, memory_pages, len(pages))] = pages
             router.send_multipart((identity.bytes, b"done"))

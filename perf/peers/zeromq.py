@@ -1,14 +1,18 @@
-"""Bare ZeroMQ connections: bytes to a process that drops them, or writes them to memory as pages,
-and answers. A limit, not a peer."""
+"""Bare ZeroMQ connections: bytes to a process that drops them, or checks them by digest and writes
+them to memory as pages, and answers. A limit, not a peer."""
 
 import os
+import select
 from contextlib import ExitStack
 
 import numpy as np
 import numpy.typing as npt
+import trio
+import xxhash
 import zmq
 
 from perf.processes import Cost, Stopwatch, child
+from transport.buffers import MessageBuffer
 from transport.frames import PAGE_BYTES
 from transport.sockets import ConnectionEvent, Watch, new_context
 
@@ -28,8 +32,9 @@ class BareStream:
         *,
         memory_pages: int = 0,
     ) -> None:
-        """Starts the process, which binds `url` and ends with `stack`. `n_bytes`: of each round.
-        `memory_pages`: of the memory that it writes to, a page here and a page there; 0: none."""
+        """Starts the process, which binds `url` and ends with `stack`. `n_bytes`: of each `round`.
+        `memory_pages`: of the memory that `move` writes to, a page here and a page there; 0: none,
+        for `round`."""
         self._messages = n_bytes // message_bytes
         self._data = os.urandom(message_bytes)
         words = ("bare", url, str(self._messages), str(memory_pages))
@@ -37,6 +42,7 @@ class BareStream:
         self._process = party.pid
         context = stack.enter_context(new_context())
         self._poller = zmq.Poller()
+        self._notices = stack.enter_context(select.epoll())
         self._dealers = [context.socket(zmq.DEALER) for _ in range(lanes)]
         bound = party.line()
         for dealer in self._dealers:
@@ -44,6 +50,7 @@ class BareStream:
             dealer.set(zmq.SNDHWM, 8)
             _connect(dealer, bound)
             self._poller.register(dealer, zmq.POLLIN)
+            self._notices.register(int(dealer.get(zmq.FD)), select.EPOLLIN)
 
     def round(self) -> Cost:
         """From the first message to the answer to the last."""
@@ -54,14 +61,20 @@ class BareStream:
         self._wait()
         return watch.stop()
 
-    def move(self, memory: npt.NDArray[np.uint8], indices: npt.NDArray[np.uint32]) -> Cost:
+    async def move(self, memory: npt.NDArray[np.uint8], indices: npt.NDArray[np.uint32]) -> Cost:
         """A round of these pages of `memory`: from reading the first to the answer to the last."""
         pages = memory.reshape(-1, PAGE_BYTES)
         watch = Stopwatch(os.getpid(), self._process)
         for number, part in enumerate(np.array_split(indices, self._messages)):
             dealer = self._dealers[number % len(self._dealers)]
-            dealer.send(pages[part].data, copy=False, track=True)
-        self._wait()
+            message = MessageBuffer(part.size * PAGE_BYTES)
+            np.take(pages, part, axis=0, out=message.array.reshape(-1, PAGE_BYTES), mode="clip")
+            digest = xxhash.xxh3_64_digest(message.array.data)
+            dealer.send(digest, zmq.SNDMORE)
+            message.send(dealer, part.size * PAGE_BYTES)
+        while not (ready := self._poller.poll(0)):
+            await trio.lowlevel.wait_readable(self._notices)
+        ready[0][0].recv()
         return watch.stop()
 
     def _wait(self) -> None:
