@@ -1,5 +1,5 @@
-"""Bare ZeroMQ connections: bytes to a process that drops them, or checks them by digest and writes
-them to memory as pages, and answers. A limit, not a peer."""
+"""Bare ZeroMQ connections: bytes to a process that drops them, a limit; or pages that it checks by
+digest and writes to a memory, the least that a peer can do. It answers when it has all."""
 
 import os
 import select
@@ -12,7 +12,6 @@ import xxhash
 import zmq
 
 from perf.processes import Cost, Stopwatch, child
-from transport.buffers import MessageBuffer
 from transport.frames import PAGE_BYTES
 from transport.sockets import ConnectionEvent, Watch, new_context
 
@@ -37,6 +36,9 @@ class BareStream:
         for `round`."""
         self._messages = n_bytes // message_bytes
         self._data = os.urandom(message_bytes)
+        # Of its own: what it took from the heap and gave back would change what is measured next.
+        rooms = self._messages if memory_pages else 0
+        self._room = np.zeros((rooms, -(-message_bytes // PAGE_BYTES), PAGE_BYTES), np.uint8)
         words = ("bare", url, str(self._messages), str(memory_pages))
         party = stack.enter_context(child("perf.parties.receivers", *words))
         self._process = party.pid
@@ -58,28 +60,25 @@ class BareStream:
         for number in range(self._messages):
             dealer = self._dealers[number % len(self._dealers)]
             dealer.send(self._data, copy=False, track=True)
-        self._wait()
+        [(answered, _)] = self._poller.poll()
+        answered.recv()
         return watch.stop()
 
     async def move(self, memory: npt.NDArray[np.uint8], indices: npt.NDArray[np.uint32]) -> Cost:
-        """A round of these pages of `memory`: from reading the first to the answer to the last."""
+        """These pages of `memory`, no more than a round's: from reading the first to the answer to
+        the last. For trio's thread."""
         pages = memory.reshape(-1, PAGE_BYTES)
         watch = Stopwatch(os.getpid(), self._process)
         for number, part in enumerate(np.array_split(indices, self._messages)):
             dealer = self._dealers[number % len(self._dealers)]
-            message = MessageBuffer(part.size * PAGE_BYTES)
-            np.take(pages, part, axis=0, out=message.array.reshape(-1, PAGE_BYTES), mode="clip")
-            digest = xxhash.xxh3_64_digest(message.array.data)
-            dealer.send(digest, zmq.SNDMORE)
-            message.send(dealer, part.size * PAGE_BYTES)
+            room = self._room[number][: part.size]
+            np.take(pages, part, axis=0, out=room, mode="clip")
+            dealer.send(xxhash.xxh3_64_digest(room.data), zmq.SNDMORE)
+            dealer.send(room.data, copy=False, track=True)
         while not (ready := self._poller.poll(0)):
             await trio.lowlevel.wait_readable(self._notices)
         ready[0][0].recv()
         return watch.stop()
-
-    def _wait(self) -> None:
-        [(answered, _)] = self._poller.poll()
-        answered.recv()
 
 
 def _connect(dealer: zmq.Socket[bytes], url: str) -> None:
