@@ -8,6 +8,7 @@ import argparse
 import contextlib
 import gc
 import importlib
+import os
 import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -46,6 +47,7 @@ COMMANDS = {
 def main(arguments: list[str] | None = None) -> int:
     """Runs a command and returns its exit code. Never lets a traceback reach the user, unless
     `--debug` asks for it."""
+    _open_what_is_closed()
     arguments = sys.argv[1:] if arguments is None else arguments
     if arguments[:1] == ["bench"]:
         return _run_bench(arguments[1:])
@@ -69,6 +71,14 @@ def main(arguments: list[str] | None = None) -> int:
     if parsed.command == "exit-codes":
         return _guarded("exit-codes", _print_exit_codes, debug=False)
     return _run(parsed.command, parsed)
+
+
+def _open_what_is_closed() -> None:
+    """Python has no stream where its starter has closed the descriptor, and the next file or socket
+    that is opened would take its place."""
+    for name in ("stdout", "stderr"):
+        if getattr(sys, name) is None:
+            setattr(sys, name, os.fdopen(os.open(os.devnull, os.O_WRONLY), "w"))
 
 
 def _print_exit_codes() -> int:

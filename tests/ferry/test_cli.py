@@ -78,6 +78,17 @@ def test_output_that_nobody_takes(arguments: list[str]) -> None:
         assert (done.returncode, done.stderr.strip()) == (Exit.LOCAL, says)
 
 
+def test_output_that_is_closed() -> None:
+    for closed in (">&-", ">&- 2>&-"):
+        done = subprocess.run(
+            ["sh", "-c", f'exec "$0" -m ferry.cli exit-codes {closed}', sys.executable],
+            capture_output=True,
+            text=True,
+            check=False,
+        )
+        assert (done.returncode, done.stdout, done.stderr) == (Exit.OK, "", "")
+
+
 def test_events_that_nobody_takes_are_no_reason_to_stop(
     capfd: pytest.CaptureFixture[str],
 ) -> None:
