@@ -14,13 +14,13 @@ demo-qemu: $(VENV)/ready
 
 test: lint
 	@# Outside of any test's time. Should it fail, the tests that need it say why.
-	-$(BIN)/python -m ferry.qemu prepare
+	-$(BIN)/python -m lab.qemu prepare
 	$(BIN)/python -m pytest --numprocesses auto --dist worksteal $(TEST_ARGS)
 
 lint: $(VENV)/ready
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
-	$(BIN)/mypy --strict transport sync ferry perf
+	$(BIN)/mypy --strict transport sync ferry lab perf
 
 $(VENV)/ready: pyproject.toml
 	$(PYTHON) -m venv $(VENV)

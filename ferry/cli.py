@@ -8,6 +8,7 @@ import argparse
 import contextlib
 import gc
 import importlib
+import importlib.metadata
 import os
 import sys
 from collections.abc import Callable, Iterator
@@ -15,9 +16,9 @@ from dataclasses import dataclass
 from typing import Any
 
 from ferry.config import add_arguments, load
-from ferry.errors import EXIT_MEANING, Exit, FerryError
+from ferry.errors import EXIT_MEANING, Exit
+from ferry.exit_codes import describe, exit_code_of
 from ferry.progress import complain, silence
-from sync.errors import SyncError
 
 
 @dataclass(frozen=True)
@@ -28,19 +29,19 @@ class Command:
     help: str
 
 
+MORE_COMMANDS = "vfio_ferry.commands"
+"""The entry point group of commands that are not the product's: such an entry names an object with
+the attributes of a `Command`."""
+
 COMMANDS = {
-    "gateway": Command("ferry.gateway", "stand between a VMM and its device, for the VM's life"),
-    "send": Command("ferry.send", "migrate a running guest's devices from this host"),
-    "receive": Command("ferry.receive", "take over a guest's devices on this host"),
-    "secret": Command("ferry.secret", "make the secret by which two hosts know each other"),
-    "tune": Command("ferry.tune", "measure this machine and a link, and configure send for them"),
-    "resolve": Command("ferry.resolve", "settle who owns a guest after a failed commit"),
-    "doctor": Command("ferry.doctor", "say what of a migration this machine can do"),
-    "demo": Command("ferry.demo", "migrate a small guest under load on this machine, and report"),
-    "demo-qemu": Command("ferry.qemu.demo", "the same with a stock Linux guest in a stock QEMU"),
-    "device": Command("ferry.device", "serve a virtio-blk device over vfio-user"),
-    "nic": Command("ferry.nic", "serve an Intel 8254x network card over vfio-user"),
-    "guest": Command("ferry.guest", "run the small guest: a VMM, a driver and a checked workload"),
+    "gateway": Command("ferry.commands.gateway", "stand between a VMM and its device"),
+    "send": Command("ferry.commands.send", "migrate a running guest's devices from this host"),
+    "receive": Command("ferry.commands.receive", "take over a guest's devices on this host"),
+    "secret": Command(
+        "ferry.commands.secret", "make the secret by which two hosts know each other"
+    ),
+    "resolve": Command("ferry.commands.resolve", "settle who owns a guest after a failed commit"),
+    "doctor": Command("ferry.commands.doctor", "say what of a migration this machine can do"),
 }
 
 
@@ -59,8 +60,9 @@ def main(arguments: list[str] | None = None) -> int:
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     commands.add_parser("exit-codes", help="print every exit code and what it means")
     commands.add_parser("bench", help="measure: list, run, compare, plot")
-    wanted = next((word for word in arguments if word in COMMANDS), None)
-    for name, command in COMMANDS.items():
+    wanted = arguments[0] if arguments else ""
+    known = COMMANDS if wanted in COMMANDS else COMMANDS | _more_commands()
+    for name, command in known.items():
         sub = commands.add_parser(name, help=command.help, description=command.help)
         if name == wanted:
             with _collector_off():
@@ -70,7 +72,13 @@ def main(arguments: list[str] | None = None) -> int:
     parsed = parser.parse_args(arguments)
     if parsed.command == "exit-codes":
         return _guarded("exit-codes", _print_exit_codes, debug=False)
-    return _run(parsed.command, parsed)
+    return _run(known[parsed.command], parsed)
+
+
+def _more_commands() -> dict[str, Command]:
+    """What other packages have, by name."""
+    found = importlib.metadata.entry_points(group=MORE_COMMANDS)
+    return {entry.name: entry.load() for entry in found}
 
 
 def _open_what_is_closed() -> None:
@@ -106,8 +114,9 @@ def _run_bench(arguments: list[str]) -> int:
     return _guarded("bench", lambda: module.main(rest), debug="--debug" in arguments)
 
 
-def _run(name: str, parsed: argparse.Namespace) -> int:
-    module: Any = importlib.import_module(COMMANDS[name].module)
+def _run(command: Command, parsed: argparse.Namespace) -> int:
+    module: Any = importlib.import_module(command.module)
+    name = parsed.command
     return _guarded(
         name, lambda: module.run(load(module.Options, name, parsed)), debug=parsed.debug
     )
@@ -139,68 +148,6 @@ def _output_is_taken() -> bool:
         silence(sys.stdout)
         return False
     return True
-
-
-def describe(error: BaseException) -> str:
-    """One line for a user: the error's own words, or its class's docstring."""
-    if isinstance(error, OSError) and error.strerror:
-        where = f"{error.filename}: " if error.filename else ""
-        return f"{where}{error.strerror}"
-    text = str(error)
-    return text or (type(error).__doc__ or type(error).__name__).splitlines()[0]
-
-
-def exit_code_of(error: BaseException) -> Exit:
-    """The exit code of any error that a command may end with."""
-    if isinstance(error, FerryError):
-        return error.exit_code
-    if isinstance(error, OSError | MemoryError):
-        return Exit.LOCAL
-    for names, code in _ROOM_CODES:
-        if any(cls.__module__ + "." + cls.__qualname__ in names for cls in type(error).__mro__):
-            return code
-    return Exit.DEVICE if isinstance(error, SyncError) else Exit.INTERNAL
-
-
-_ROOM_CODES: tuple[tuple[frozenset[str], Exit], ...] = (
-    (frozenset({"transport.errors.PeerUnreachable"}), Exit.UNREACHABLE),
-    (frozenset({"transport.errors.PeerLost"}), Exit.PEER_LOST),
-    (
-        frozenset(
-            {
-                "transport.errors.EndpointError",
-                "transport.kernels.clib.NativeLibraryError",
-                "sync.devices.errors.DeviceError",
-                "sync.gateway.errors.SocketInUse",
-            }
-        ),
-        Exit.LOCAL,
-    ),
-    (
-        frozenset({"sync.guest.errors.GuestOptionsError", "sync.registers.errors.ProfileError"}),
-        Exit.USAGE,
-    ),
-    (
-        frozenset(
-            f"transport.errors.{name}"
-            for name in ("PeerRefused", "VersionMismatch", "LayoutMismatch")
-        ),
-        Exit.REFUSED,
-    ),
-    (
-        frozenset({"transport.errors.FrameError", "transport.errors.RecordError"}),
-        Exit.PEER_PROTOCOL,
-    ),
-    (frozenset({"sync.vmm.errors.VmmError", "sync.gateway.errors.VmmLost"}), Exit.VMM),
-    (
-        frozenset(
-            f"sync.registers.errors.{name}"
-            for name in ("IdentityMismatch", "MethodMismatch", "ProfileMismatch")
-        ),
-        Exit.REFUSED,
-    ),
-)
-"""By name, so that a command does not import the rooms that it does not need. First match wins."""
 
 
 if __name__ == "__main__":

@@ -122,3 +122,11 @@ class NotEqual(FerryError):
     """The two copies differ and repair did not help."""
 
     exit_code = Exit.VERIFICATION
+
+
+class QemuError(LocalError):
+    """Something about QEMU or its guest on this machine is not as it has to be."""
+
+
+class QemuMissing(QemuError):
+    """There is no QEMU with vfio-user-pci here, and none can be made."""

@@ -11,7 +11,7 @@ from typing import NamedTuple, TypeVar
 from perf.errors import BenchUsageError
 from perf.results import Better, Dimension, number_text
 from perf.statistics import quantile
-from transport.codec import Codec
+from transport.wire.codec import Codec
 
 Settings = Mapping[str, Dimension]
 T = TypeVar("T")

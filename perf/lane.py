@@ -5,11 +5,11 @@ import time
 import numpy as np
 import numpy.typing as npt
 
-from transport.codec import Codec
-from transport.decoder import Decoder
-from transport.encoder import Encoder
-from transport.frames import DEFAULT_FRAME_BYTES, PAGE_BYTES
-from transport.replica import Replica
+from transport.receiving.decoder import Decoder
+from transport.sending.encoder import Encoder
+from transport.sending.replica import Replica
+from transport.wire.codec import Codec
+from transport.wire.frames import DEFAULT_FRAME_BYTES, PAGE_BYTES
 
 SEED = 0x5EED
 

@@ -21,7 +21,7 @@ def _netns() -> str | None:
 
 @functools.cache
 def _qemu() -> str | None:
-    from perf.peers.qemu import program
+    from perf.baselines.qemu import program
 
     try:
         program()

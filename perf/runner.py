@@ -9,9 +9,9 @@ from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 
 from perf.benchmark import Benchmark, Context, Measurement, Run, Settings
+from perf.child import stolen_seconds
 from perf.errors import BenchUsageError, NeedMissing
 from perf.needs import missing
-from perf.processes import stolen_seconds
 from perf.results import Dimension, Sample, dimensions_text, machine, number_text, revision, series
 from perf.statistics import summarize
 from perf.table import BENCHMARKS, RANGES

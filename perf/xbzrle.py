@@ -16,7 +16,7 @@ from typing import Final
 import numpy as np
 import numpy.typing as npt
 
-from transport.frames import PAGE_BYTES
+from transport.wire.frames import PAGE_BYTES
 
 HEADER_BYTES: Final = 8
 """In front of every page: its address and flags; the name of its block is left out."""

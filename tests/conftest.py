@@ -1,8 +1,43 @@
-"""What holds for every test: none asserts on elapsed time, not even hypothesis' own deadline."""
+"""What holds for every test: none asserts on elapsed time, not even hypothesis' own deadline.
 
+Tests with a real QEMU are skipped where none can be had, but not in CI.
+"""
+
+from collections.abc import Iterator
+from pathlib import Path
+from tempfile import TemporaryDirectory
+
+import pytest
 from hypothesis import HealthCheck, settings
+
+from ferry.errors import QemuError
+from lab.qemu.environment import Environment, prepare
+from lab.qemu.initramfs import build_initramfs, write_initramfs
+from tests.qemu.moving import unable
 
 settings.register_profile(
     "house", deadline=None, suppress_health_check=[HealthCheck.too_slow], derandomize=False
 )
 settings.load_profile("house")
+
+
+@pytest.fixture(scope="session")
+def environment() -> Environment:
+    try:
+        return prepare(print)
+    except QemuError as error:
+        unable(f"no QEMU and guest for it can be had here: {error}")
+
+
+@pytest.fixture(scope="session")
+def initramfs(environment: Environment, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path: Path = tmp_path_factory.mktemp("initramfs") / "initramfs.cpio"
+    write_initramfs(path, build_initramfs(environment))
+    return path
+
+
+@pytest.fixture
+def short_path() -> Iterator[Path]:
+    """A folder whose path is short enough for sockets."""
+    with TemporaryDirectory(prefix="fq-") as folder:
+        yield Path(folder)

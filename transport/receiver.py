@@ -17,12 +17,15 @@ import numpy as np
 import numpy.typing as npt
 import zmq
 
-from transport.apply import ApplyLane
-from transport.buffers import keep_message_memory
-from transport.channels import Conversation
-from transport.gatekeeper import Gatekeeper
-from transport.link import Link, LinkThread, Shared, check_memory
-from transport.records import (
+from transport.receiving.apply import ApplyLane
+from transport.session.buffers import keep_message_memory
+from transport.session.channels import Conversation
+from transport.session.gatekeeper import Gatekeeper
+from transport.session.link import Link, LinkThread, Shared, check_memory
+from transport.session.router import Router
+from transport.session.secret import check_secret
+from transport.session.sockets import check_url, new_context
+from transport.wire.records import (
     MAX_RECORD_BYTES,
     MAX_WINDOW_FRAMES,
     MIN_PEER_TIMEOUT_MS,
@@ -30,12 +33,9 @@ from transport.records import (
     Verdict,
     session_seed,
 )
-from transport.router import Router
-from transport.secret import check_secret
-from transport.sockets import check_url, new_context
 
 if TYPE_CHECKING:
-    from transport.extents import Extent
+    from transport.wire.extents import Extent
 
 MAX_PEER_TIMEOUT_MS = 3_600_000
 """An hour: longer than anybody waits for a migration to notice its end."""

@@ -18,18 +18,21 @@ import numpy.typing as npt
 import trio
 import zmq
 
-from transport.buffers import keep_message_memory
-from transport.channels import Conversation
-from transport.codec import Codec
-from transport.compare import CompareShare, DigestShare, chunks_of, region_digest
-from transport.connector import Connector
-from transport.errors import LayoutMismatch
-from transport.frames import split_by_lane
-from transport.lanes import SendLane, Task
-from transport.link import Link, LinkThread, Shared, check_memory
-from transport.pacing import SharedBucket
-from transport.processors import current_processor
-from transport.records import (
+from transport.sending.compare import CompareShare, DigestShare, chunks_of, region_digest
+from transport.sending.lanes import SendLane, Task
+from transport.sending.rounds import LaneSource, RoundCounters, RoundShare, Source
+from transport.session.buffers import keep_message_memory
+from transport.session.channels import Conversation
+from transport.session.connector import Connector
+from transport.session.link import Link, LinkThread, Shared, check_memory
+from transport.session.pacing import SharedBucket
+from transport.session.processors import current_processor
+from transport.session.secret import check_secret
+from transport.session.sockets import check_url, new_context
+from transport.wire.codec import Codec
+from transport.wire.errors import LayoutMismatch
+from transport.wire.frames import split_by_lane
+from transport.wire.records import (
     MAX_ANNOUNCED_FRAME_BYTES,
     MAX_DATA_LANES,
     MAX_RECORD_BYTES,
@@ -41,12 +44,9 @@ from transport.records import (
     Hello,
     session_seed,
 )
-from transport.rounds import LaneSource, RoundCounters, RoundShare, Source
-from transport.secret import check_secret
-from transport.sockets import check_url, new_context
 
 if TYPE_CHECKING:
-    from transport.extents import Extent
+    from transport.wire.extents import Extent
 
 
 @dataclass(frozen=True, slots=True)

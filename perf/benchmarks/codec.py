@@ -10,9 +10,9 @@ from collections.abc import Iterator
 from contextlib import ExitStack
 from functools import partial
 
+from perf.baselines import Copy, ferry
 from perf.benchmark import Context, Measurement
 from perf.links import open_link
-from perf.peers import Copy, ferry
 from perf.results import Dimension
 from perf.workloads.images import Mix, image_file
 

@@ -17,8 +17,8 @@ import zstandard
 from perf.benchmark import Context, Measurement
 from perf.lane import Bytes, Lane
 from perf.workloads.images import FolderPages, Mix, fill
-from transport.codec import Codec, Method
-from transport.frames import PAGE_BYTES
+from transport.wire.codec import Codec, Method
+from transport.wire.frames import PAGE_BYTES
 
 MULTIFD_PACKET_PAGES = 128
 FRAME_PAGES = 255

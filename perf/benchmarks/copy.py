@@ -12,9 +12,9 @@ from contextlib import ExitStack
 from functools import partial
 from pathlib import Path
 
+from perf.baselines import Copy, ferry, qemu, tcp
 from perf.benchmark import Context, Measurement
 from perf.links import open_link
-from perf.peers import Copy, ferry, qemu, tcp
 from perf.results import Better
 from perf.workloads.images import FolderPages, Mix, file_pages, image_file
 

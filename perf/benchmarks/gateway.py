@@ -22,11 +22,11 @@ from pathlib import Path
 import trio
 
 from perf.benchmark import Context, Measurement
+from perf.child import child
 from perf.errors import BenchmarkFailed
-from perf.processes import child
 from perf.results import Better
 from perf.statistics import quantile
-from sync.gateway.client import GatewayClient
+from sync.gateway.control.client import GatewayClient
 from sync.vfio_user.protocol import Command, RegionAccess, Version, encode_message
 
 READ_BYTES = 4
@@ -87,7 +87,7 @@ def run(context: Context) -> Iterator[Measurement]:
     with ExitStack() as stack:
         stack.callback(os.sched_setaffinity, 0, cores)
         folder = Path(stack.enter_context(tempfile.TemporaryDirectory()))
-        party = partial(child, "perf.parties.registers", quiet=True)
+        party = partial(child, "perf.processes.registers", quiet=True)
         names = ("bare", "device", "gateway", "control")
         bare, device, gateway, control = (folder / name for name in names)
         devices = [stack.enter_context(party("device", str(path))).pid for path in (bare, device)]

@@ -15,17 +15,17 @@ from typing import cast
 
 import trio
 
+from lab.devices.disk import Disk
+from lab.devices.virtio.blk import VirtioBlk
 from perf.benchmark import Context, Measurement, cpu_seconds
 from perf.errors import BenchmarkFailed
-from sync.devices.disk import Disk
-from sync.devices.virtio_blk import VirtioBlk
-from sync.gateway.journal import Journal
+from sync.gateway.datapath.journal import Journal
 from sync.registers.capture import CaptureSource
 from sync.registers.choose import find_profile, load_profiles
-from sync.registers.device import CONFIG_REGION, DeviceView
 from sync.registers.interface import GatewayPort
-from sync.registers.layout import Layout
 from sync.registers.payload import Assembler
+from sync.registers.profile.layout import Layout
+from sync.registers.profile.locate import CONFIG_REGION, DeviceView
 from sync.registers.record import RECORD_BYTES, Op
 from sync.registers.replay import Replayer
 

@@ -10,12 +10,12 @@ import tempfile
 from collections.abc import Iterator
 
 from perf.benchmark import Context, Measurement
-from transport.kernels.compiled import warm_up
+from transport.kernels.declare import warm_up
 
 PROGRAM = (
     "import time; a = time.perf_counter()\n"
-    "import transport.encoder, transport.decoder; b = time.perf_counter()\n"
-    "from transport.kernels.compiled import warm_up; w = warm_up()\n"
+    "import transport.sending.encoder, transport.receiving.decoder; b = time.perf_counter()\n"
+    "from transport.kernels.declare import warm_up; w = warm_up()\n"
     "print(b - a, w.seconds)"
 )
 

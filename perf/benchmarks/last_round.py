@@ -23,16 +23,16 @@ from contextlib import ExitStack
 import numpy as np
 import trio
 
+from perf.baselines.zeromq import BareStream
 from perf.benchmark import Context, Measurement
+from perf.child import Child, Stopwatch, child
 from perf.errors import BenchmarkFailed, BenchUsageError
 from perf.links import local_link
-from perf.peers.zeromq import BareStream
-from perf.processes import Child, Stopwatch, child
 from perf.workloads.dirtying import Dirtier
 from perf.workloads.images import Mix, file_pages, fill
-from transport.frames import PAGE_BYTES
 from transport.kernels.bitmap import bitmap_to_indices
 from transport.sender import SenderOptions, open_sender
+from transport.wire.frames import PAGE_BYTES
 
 CASES = {"hot": ("hot", 0.1), "new": ("uniform", 1.0)}
 """The pattern of writes, and the share of a page that each changes."""
@@ -54,7 +54,7 @@ def run(context: Context) -> Iterator[Measurement]:
                 stack, link.url("mover"), n_bytes, lanes, n_bytes // lanes, memory_pages=n_pages
             )
             receiver = ("pages", link.url("pages"), str(n_pages))
-            party = stack.enter_context(child("perf.parties.receivers", *receiver))
+            party = stack.enter_context(child("perf.processes.receivers", *receiver))
             yield from trio.run(_rounds, context, bare, mover, party, case, n_pages)
 
 

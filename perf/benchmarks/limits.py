@@ -13,13 +13,13 @@ import lz4.block
 import numpy as np
 import xxhash
 
+from perf.baselines import tcp
+from perf.baselines.zeromq import BareStream
 from perf.benchmark import Context, Measurement, cpu_seconds
 from perf.links import TCP
-from perf.parties.receivers import fresh_memory
-from perf.peers import tcp
-from perf.peers.zeromq import BareStream
+from perf.processes.receivers import fresh_memory
 from perf.workloads.images import Mix, image_file
-from transport.frames import PAGE_BYTES
+from transport.wire.frames import PAGE_BYTES
 
 CONNECTIONS = 2
 WRITTEN_BYTES = 256 << 10

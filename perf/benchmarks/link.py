@@ -15,16 +15,16 @@ import numpy as np
 import numpy.typing as npt
 import trio
 
+from perf.baselines.zeromq import BareStream
 from perf.benchmark import Context, Measurement
+from perf.child import Cost, Stopwatch, child
 from perf.errors import BenchUsageError
 from perf.links import local_link
-from perf.peers.zeromq import BareStream
-from perf.processes import Cost, Stopwatch, child
 from perf.results import Better
 from perf.workloads.images import file_pages, random_pages
-from transport.frames import PAGE_BYTES
-from transport.secret import SECRET_BYTES
 from transport.sender import SenderOptions, open_sender
+from transport.session.secret import SECRET_BYTES
+from transport.wire.frames import PAGE_BYTES
 
 GIB = 1 << 30
 
@@ -38,7 +38,7 @@ def run(context: Context) -> Iterator[Measurement]:
         receiver = ["pages", link.url("pages"), str(n_bytes // PAGE_BYTES)]
         if secret is not None:
             receiver.append(secret.hex())
-        party = stack.enter_context(child("perf.parties.receivers", *receiver))
+        party = stack.enter_context(child("perf.processes.receivers", *receiver))
         options = SenderOptions(lanes=lanes, secret=secret)
         yield from trio.run(_rounds, context, bare, party.line(), party.pid, n_bytes, options)
 

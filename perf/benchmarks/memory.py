@@ -11,9 +11,9 @@ import json
 from collections.abc import Iterator
 
 from perf.benchmark import Context, Measurement
+from perf.child import child
 from perf.links import TCP
-from perf.processes import child
-from transport.frames import PAGE_BYTES
+from transport.wire.frames import PAGE_BYTES
 
 MIB = 1 << 20
 BYTES_PER_PAGE = 16
@@ -23,7 +23,7 @@ def run(context: Context) -> Iterator[Measurement]:
     n_pages = context.number("mib") * MIB // PAGE_BYTES
     rounds = context.number("rounds")
     for _ in range(context.repeat):
-        with child("perf.parties.receivers", "pages", TCP.url("pages"), str(n_pages)) as party:
+        with child("perf.processes.receivers", "pages", TCP.url("pages"), str(n_pages)) as party:
             marks = _measure(context, party.line(), rounds)
         early, late = marks[rounds // 10], marks[rounds]
         allowed = n_pages * BYTES_PER_PAGE + context.number("cache-mib") * MIB
@@ -38,11 +38,11 @@ def run(context: Context) -> Iterator[Measurement]:
 
 
 def _measure(context: Context, url: str, rounds: int) -> dict[int, dict[str, int]]:
-    """What `perf.parties.rounds` says, by the number of rounds."""
+    """What `perf.processes.rounds` says, by the number of rounds."""
     arguments = (
         url,
         *(context.text(name) for name in ("mib", "cache-mib", "codec", "rounds", "dirty")),
     )
-    with child("perf.parties.rounds", *arguments, f"{rounds // 10},{rounds}") as sender:
+    with child("perf.processes.rounds", *arguments, f"{rounds // 10},{rounds}") as sender:
         found = [json.loads(sender.line()) for _ in range(3)]
     return {each["rounds"]: each for each in found}

@@ -10,8 +10,8 @@ import numpy as np
 from perf.benchmark import Context, Measurement, cpu_seconds
 from perf.lane import SEED, Lane
 from perf.results import Better
-from transport.frames import PAGE_BYTES
 from transport.kernels.digests import digest_all, scan_changed
+from transport.wire.frames import PAGE_BYTES
 
 GIB = 1 << 30
 

@@ -10,13 +10,13 @@ the machine. All pages are compared at the end.
 import json
 from collections.abc import Iterator
 
+from perf.baselines import DEADLINE_S
 from perf.benchmark import Context, Measurement
+from perf.child import child
 from perf.errors import BenchmarkFailed
 from perf.links import open_link
-from perf.peers import DEADLINE_S
-from perf.processes import child
 from perf.workloads.dirtying import check_pattern
-from transport.frames import PAGE_BYTES
+from transport.wire.frames import PAGE_BYTES
 
 AUTO = "auto"
 MIB = 1 << 20
@@ -35,9 +35,9 @@ def _migrate(context: Context) -> dict[str, float]:
     n_pages = context.number("mib") * MIB // PAGE_BYTES
     with open_link(context.text("link")) as link:
         receiver = ("pages", link.url("pages"), str(n_pages))
-        with child("perf.parties.receivers", *receiver, prefix=link.target_prefix) as target:
+        with child("perf.processes.receivers", *receiver, prefix=link.target_prefix) as target:
             sender = (target.line(), json.dumps(settings))
-            with child("perf.parties.dirtied", *sender, prefix=link.source_prefix) as source:
+            with child("perf.processes.dirtied", *sender, prefix=link.source_prefix) as source:
                 found: dict[str, float] = json.loads(source.line(DEADLINE_S))
     if found["differing"]:
         raise BenchmarkFailed(f"{found['differing']:g} pages have not arrived as they were")

@@ -21,9 +21,9 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import NamedTuple
 
-from ferry.testbed import Host, Process, Setup, Testbed
+from lab.testbed import Host, Process, Setup, Testbed
 from perf.benchmark import Context, Measurement
-from perf.processes import Stopwatch
+from perf.child import Stopwatch
 from perf.statistics import permutation_test
 
 MIB = 1 << 20

@@ -16,14 +16,14 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from ferry.testbed import Process, Setup, Testbed
+from lab.testbed import Process, Setup, Testbed
 from perf.benchmark import Context, Measurement
 from perf.errors import BenchmarkFailed
 
 END_S = 120.0
 FILL_CACHES = (
-    "import ferry.send, ferry.receive, transport.kernels.compiler\n"
-    "from transport.kernels.compiled import warm_up\nwarm_up()"
+    "import ferry.commands.send, ferry.commands.receive, transport.kernels.compiler\n"
+    "from transport.kernels.declare import warm_up\nwarm_up()"
 )
 
 

@@ -20,8 +20,8 @@ from perf.lane import Lane
 from perf.results import Dimension
 from perf.workloads.traces import Bytes, Trace, load
 from perf.xbzrle import wire_bytes
-from transport.codec import Codec
-from transport.frames import PAGE_BYTES
+from transport.wire.codec import Codec
+from transport.wire.frames import PAGE_BYTES
 
 SAMPLE_PAGES = 32
 """Neighbours in a block of the floor's sample."""

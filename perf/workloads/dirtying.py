@@ -12,7 +12,7 @@ import numpy.typing as npt
 
 from perf.errors import BenchUsageError
 from perf.workloads.images import random_pages
-from transport.frames import PAGE_BYTES
+from transport.wire.frames import PAGE_BYTES
 
 PATTERNS = ("uniform", "sequential", "hot", "zipf")
 HOT_SHARE = 0.1

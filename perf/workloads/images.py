@@ -12,7 +12,7 @@ import numpy as np
 import numpy.typing as npt
 
 from perf.errors import BenchUsageError
-from transport.frames import PAGE_BYTES
+from transport.wire.frames import PAGE_BYTES
 
 SHARED = Path("/dev/shm")
 FILE_PREFIX = "ferry-bench-"

@@ -15,7 +15,7 @@ import numpy as np
 import numpy.typing as npt
 
 from perf.errors import BenchUsageError, NeedMissing
-from transport.frames import PAGE_BYTES
+from transport.wire.frames import PAGE_BYTES
 
 MAX_BYTES = 8 << 30
 """Of a trace when unpacked."""

@@ -9,8 +9,8 @@ import resource
 import signal
 from contextlib import suppress
 
+from sync.gateway.engine.loop import Gateway, GatewayOptions
 from sync.gateway.log import Log
-from sync.gateway.loop import Gateway, GatewayOptions
 
 __all__ = ["GatewayOptions", "run"]
 

@@ -33,7 +33,6 @@ from sync.registers.interface import (
     SourceRegisters,
     TargetRegisters,
 )
-from sync.registers.layout import Layout
 from sync.registers.payload import (
     MAX_WHOLE_BYTES,
     Assembler,
@@ -43,6 +42,7 @@ from sync.registers.payload import (
     take_number,
     with_number,
 )
+from sync.registers.profile.layout import Layout
 from sync.registers.record import (
     NUMPY_FIELDS,
     RECORD_BYTES,

@@ -15,7 +15,6 @@ from pathlib import Path
 from typing import Any, Literal
 
 from sync.registers.capture import CaptureSource, CaptureTarget
-from sync.registers.device import DeviceView
 from sync.registers.errors import (
     Difference,
     IdentityMismatch,
@@ -25,10 +24,11 @@ from sync.registers.errors import (
     ProfileError,
 )
 from sync.registers.interface import GatewayPort, SourceRegisters, TargetRegisters
-from sync.registers.layout import Layout
 from sync.registers.payload import Kind, decode_json
-from sync.registers.profile import Profile
-from sync.registers.profile_toml import MAX_FILE_BYTES, parse_profile
+from sync.registers.profile.layout import Layout
+from sync.registers.profile.locate import DeviceView
+from sync.registers.profile.model import Profile
+from sync.registers.profile.toml import MAX_FILE_BYTES, parse_profile
 from sync.registers.v2 import StreamSource, StreamTarget
 
 ENTRY_POINT_GROUP = "vfio_ferry.profiles"
@@ -242,7 +242,7 @@ vendor = {view.vendor:#06x}
 device = {view.device:#06x}
 
 [[register]]              # for each register: what it is, and what may be done with it
-name = "command"          # (python -m pydoc sync.registers.profile_toml describes the format)
+name = "command"          # (python -m pydoc sync.registers.profile.toml describes the format)
 base = "pci:config"
 offset = 0x04
 size = 2

@@ -31,7 +31,7 @@ Method = Literal["v2", "replay"]
 
 
 class GatewayPort(Protocol):
-    """What of a gateway's client (`sync.gateway.client`) the methods use."""
+    """What of a gateway's client (`sync.gateway.control.client`) the methods use."""
 
     async def batch(self, records: bytes) -> bytes: ...
 

@@ -18,8 +18,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from sync.registers.errors import PayloadError, RefusedAccess, RegisterError, SequenceError
-from sync.registers.layout import STRADDLES, UNLISTED, Layout, Place
-from sync.registers.profile import RegisterClass, Unlisted
+from sync.registers.profile.layout import STRADDLES, UNLISTED, Layout, Place
+from sync.registers.profile.model import RegisterClass, Unlisted
 from sync.registers.record import (
     NUMPY_FIELDS,
     RECORD_BYTES,

@@ -9,8 +9,8 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import NamedTuple
 
 from sync.registers.errors import Difference, ProfileMismatch, RegisterError, SnapshotFailed
-from sync.registers.layout import Layout, Place
-from sync.registers.profile import Bank, Owed, RegisterClass, Step
+from sync.registers.profile.layout import Layout, Place
+from sync.registers.profile.model import Bank, Owed, RegisterClass, Step
 from sync.registers.record import Access, Op, pack_accesses, unpack_accesses
 
 MAX_PLAN_ACCESSES = 1 << 16

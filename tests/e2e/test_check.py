@@ -6,9 +6,9 @@ from pathlib import Path
 import trio
 
 from ferry.errors import Exit
-from ferry.testbed import Host, Process, Testbed
+from lab.testbed import Host, Process, Testbed
 from sync.vmm.driver import Vmm
-from tests.e2e.rig import (
+from tests.e2e.two_hosts import (
     GUEST,
     MIGRATION_S,
     Method,

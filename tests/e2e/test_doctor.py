@@ -9,9 +9,9 @@ import pytest
 import trio
 
 from ferry.errors import Exit
-from ferry.testbed import Host, Testbed
+from lab.testbed import Host, Testbed
 from sync.vmm.driver import Vmm
-from tests.e2e.rig import (
+from tests.e2e.two_hosts import (
     MIGRATION_S,
     Method,
     assert_sound,

@@ -12,8 +12,8 @@ from tempfile import TemporaryDirectory
 import pytest
 
 from ferry.errors import Exit
-from ferry.testbed import Host, Process, Testbed
-from tests.e2e.rig import (
+from lab.testbed import Host, Process, Testbed
+from tests.e2e.two_hosts import (
     METHODS,
     MIGRATION_S,
     Method,

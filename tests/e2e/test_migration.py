@@ -10,8 +10,8 @@ import pytest
 
 from ferry.cli import main
 from ferry.errors import Exit
-from ferry.verification import ProofTime
-from tests.e2e.rig import (
+from ferry.migration.verification import ProofTime
+from tests.e2e.two_hosts import (
     METHODS,
     MIGRATION_S,
     Method,

@@ -7,8 +7,8 @@ import pytest
 
 from ferry.cli import main
 from ferry.errors import Exit
-from ferry.testbed import Host, Process, Testbed
-from tests.e2e.rig import (
+from lab.testbed import Host, Process, Testbed
+from tests.e2e.two_hosts import (
     GUEST,
     MIGRATION_S,
     OPERATIONS,

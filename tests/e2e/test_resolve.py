@@ -3,7 +3,7 @@
 from pathlib import Path
 
 from ferry.errors import Exit
-from tests.e2e.rig import (
+from tests.e2e.two_hosts import (
     MIGRATION_S,
     Method,
     assert_sound,

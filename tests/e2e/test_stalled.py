@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 
 from ferry.cli import main
 from ferry.errors import Exit
-from tests.e2e.rig import (
+from tests.e2e.two_hosts import (
     DIRTY,
     MIGRATION_S,
     PEER_TIMEOUT_S,
@@ -99,7 +99,7 @@ def test_a_first_scan_may_take_longer_than_the_journal_lasts(
             time.sleep(LONG_SCAN_S)
         return scan_changed(memory, seen, seed)
 
-    monkeypatch.setattr("ferry.source.scan_changed", scan)
+    monkeypatch.setattr("ferry.migration.source.scan_changed", scan)
     method = Method("replay", "scan")
     setup = dataclasses.replace(small_setup(method), gateway=JOURNAL)
     with new_bed(tmp_path, setup) as bed:

@@ -7,15 +7,16 @@ from pathlib import Path
 
 import pytest
 
-from ferry.cli import COMMANDS, exit_code_of, main
+from ferry.cli import COMMANDS, main
 from ferry.errors import EXIT_MEANING, Exit
+from ferry.exit_codes import exit_code_of
 from ferry.progress import Reporter
-from sync.devices.errors import DeviceError
+from lab.devices.errors import DeviceError
 from sync.errors import SyncError
 from sync.gateway.errors import SocketInUse, VmmLost
 from sync.registers.errors import ProfileError
 from sync.vmm.errors import VmmGone
-from transport import errors as transport_errors
+from transport.wire import errors as transport_errors
 
 
 def ferry(*arguments: str) -> subprocess.CompletedProcess[str]:

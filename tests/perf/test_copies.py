@@ -10,12 +10,12 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from perf.baselines import qemu
 from perf.errors import BenchmarkFailed, BenchUsageError, NeedMissing
-from perf.parties.tcp import deal, nonzero_runs
-from perf.peers import qemu
+from perf.processes.tcp import deal, nonzero_runs
 from perf.workloads import images
 from perf.workloads.images import FILE_PREFIX, FolderPages, Mix, image_file
-from transport.frames import PAGE_BYTES
+from transport.wire.frames import PAGE_BYTES
 
 
 @given(filled=st.lists(st.booleans(), min_size=1, max_size=60), parts=st.integers(1, 5))

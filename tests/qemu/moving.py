@@ -13,12 +13,12 @@ from typing import Any, NoReturn
 import pytest
 import trio
 
-from ferry.qemu.environment import Environment
-from ferry.qemu.errors import LanUnavailable
-from ferry.qemu.lan import Peer, open_lan
-from ferry.qemu.machine import Machine
-from ferry.qemu.rig import Case, Rig
-from ferry.testbed import Setup, Testbed
+from lab.qemu.environment import Environment
+from lab.qemu.errors import LanUnavailable
+from lab.qemu.lan import Peer, open_lan
+from lab.qemu.machine import Machine
+from lab.qemu.two_hosts import Case, Rig
+from lab.testbed import Setup, Testbed
 
 DEADLINE_S = 200.0
 WRITES = 100

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import trio
 
-from transport.records import CONTROL_LANE
+from transport.wire.records import CONTROL_LANE
 
 CHUNK_BYTES = 64 << 10
 LATE_S = 0.3

@@ -8,13 +8,13 @@ import sys
 import pytest
 
 from ferry.errors import Exit
+from ferry.migration.report import Report
 from ferry.progress import Reporter
-from ferry.qemu.demo import conclude
-from ferry.qemu.environment import Environment
-from ferry.qemu.machine import Guest
-from ferry.qemu.report import parse_line
-from ferry.qemu.rig import Case
-from ferry.report import Report
+from lab.qemu.demo import conclude
+from lab.qemu.environment import Environment
+from lab.qemu.machine import Guest
+from lab.qemu.report import parse_line
+from lab.qemu.two_hosts import Case
 
 CASE = Case("replay", "logging")
 MIGRATED = Report(

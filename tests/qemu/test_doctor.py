@@ -8,8 +8,8 @@ import pytest
 import trio
 
 from ferry.errors import Exit
-from ferry.qemu.environment import Environment
-from ferry.qemu.rig import MIGRATION_S, Case
+from lab.qemu.environment import Environment
+from lab.qemu.two_hosts import MIGRATION_S, Case
 from sync.vmm.driver import Vmm
 from tests.qemu.moving import DEADLINE_S, WatchedRig, run
 

@@ -18,15 +18,15 @@ import pytest
 import trio
 
 from ferry.errors import Exit
-from ferry.qemu.environment import Environment
-from ferry.qemu.errors import MachineError
-from ferry.qemu.machine import CONTROL, Machine
-from ferry.qemu.rig import MIGRATION_S, Case, QemuHost
-from ferry.testbed import Process
-from sync.gateway.client import GatewayClient
+from lab.qemu.environment import Environment
+from lab.qemu.errors import MachineError
+from lab.qemu.machine import CONTROL, Machine
+from lab.qemu.two_hosts import MIGRATION_S, Case, QemuHost
+from lab.testbed import Process
+from sync.gateway.control.client import GatewayClient
 from sync.vmm.driver import Vmm
 from sync.vmm.errors import VmmGone
-from tests.e2e.rig import PEER_TIMEOUT_S, run_resolve
+from tests.e2e.two_hosts import PEER_TIMEOUT_S, run_resolve
 from tests.qemu.moving import DEADLINE_S, WatchedRig, run
 from tests.qemu.proxy import LinkProxy, Proxy
 

@@ -11,10 +11,10 @@ from pathlib import Path
 import pytest
 import trio
 
-from ferry.children import start_child
-from ferry.qemu.environment import Environment
-from ferry.qemu.machine import Guest, Machine, MachineSpec, VfioUserDevice, running
-from ferry.qemu.report import GuestReport
+from lab.children import start_child
+from lab.qemu.environment import Environment
+from lab.qemu.machine import Guest, Machine, MachineSpec, VfioUserDevice, running
+from lab.qemu.report import GuestReport
 from sync.vmm.client import QmpClient
 from tests.listening import wait_until_listening
 
@@ -37,8 +37,8 @@ run(GatewayOptions(*map(Path, sys.argv[1:])))
 HOLDER = """
 import sys, trio
 from pathlib import Path
-from ferry.qemu.machine import MachineSpec, running
-from ferry.qemu.probe import Qemu
+from lab.qemu.machine import MachineSpec, running
+from ferry.doctor.qemu_program import Qemu
 async def main():
     qemu, *paths = map(Path, sys.argv[1:])
     async with running(Qemu(qemu, ()), MachineSpec(*paths, incoming=True)) as machine:

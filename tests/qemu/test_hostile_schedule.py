@@ -15,9 +15,9 @@ import pytest
 import trio
 
 from ferry.errors import Exit
-from ferry.qemu.environment import Environment
-from ferry.qemu.initramfs import build_initramfs, write_initramfs
-from ferry.qemu.rig import MIGRATION_S, Case
+from lab.qemu.environment import Environment
+from lab.qemu.initramfs import build_initramfs, write_initramfs
+from lab.qemu.two_hosts import MIGRATION_S, Case
 from tests.qemu.moving import DEADLINE_S, IMAGE_BYTES, WatchedRig, run
 from tests.qemu.proxy import CHUNK_BYTES, LateProxy, Proxy
 

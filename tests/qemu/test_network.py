@@ -8,8 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from ferry.qemu.environment import Environment
-from ferry.qemu.rig import Case
+from lab.qemu.environment import Environment
+from lab.qemu.two_hosts import Case
 from tests.qemu.moving import WatchedRig, go_there_and_back, migrate_once, run
 
 pytestmark = [pytest.mark.qemu, pytest.mark.timeout(800)]

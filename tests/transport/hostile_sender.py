@@ -10,15 +10,9 @@ import numpy as np
 import trio
 import zmq
 
-from transport.encoder import Encoder
-from transport.records import (
-    CONTROL_LANE,
-    Hello,
-    MessageType,
-    routing_id,
-    session_seed,
-)
-from transport.replica import Replica
+from transport.sending.encoder import Encoder
+from transport.sending.replica import Replica
+from transport.wire.records import CONTROL_LANE, Hello, MessageType, routing_id, session_seed
 
 PAGE = 4096
 N_PAGES = 64

@@ -5,11 +5,11 @@ from collections.abc import Iterator
 import numpy as np
 import xxhash
 
-from transport.decoder import Applied, Decoder
-from transport.encoder import EncodedFrame, Encoder
-from transport.frames import DEFAULT_FRAME_BYTES, lane_of
 from transport.kernels.digests import digest_all
-from transport.replica import Replica
+from transport.receiving.decoder import Applied, Decoder
+from transport.sending.encoder import EncodedFrame, Encoder
+from transport.sending.replica import Replica
+from transport.wire.frames import DEFAULT_FRAME_BYTES, lane_of
 
 SEED = 0x0123456789ABCDEF
 N_PAGES = 200  # several stripes

@@ -10,7 +10,7 @@ from __future__ import annotations
 import numpy as np
 import numpy.typing as npt
 
-from transport.kernels.compiled import inlined, kernel, readonly, writable
+from transport.kernels.declare import inlined, kernel, readonly, writable
 from transport.kernels.intrinsics import (
     HAS_COMPRESS,
     compress_numbers,

@@ -30,9 +30,9 @@ from typing import Final
 
 import numpy as np
 
-from transport.errors import TransportError
 from transport.kernels.image import Image
 from transport.user_cache import default_cache
+from transport.wire.errors import TransportError
 
 MAX_IMAGE_BYTES: Final = 16 << 20
 LOCK_WAIT_S: Final = 60.0

@@ -15,7 +15,7 @@ from typing import Any, Final
 
 import numpy as np
 
-from transport.errors import TransportError
+from transport.wire.errors import TransportError
 
 LZ4_STATE_WORDS: Final = 2056
 """uint64 words, a little more than what LZ4 asks for its state (16416 bytes since 1.9)."""

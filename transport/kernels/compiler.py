@@ -25,7 +25,7 @@ from numba.np import arrayobj
 
 from transport.kernels import clib
 from transport.kernels.clib import CFunction
-from transport.kernels.compiled import (
+from transport.kernels.declare import (
     RAISED,
     Array,
     Inlined,

@@ -15,11 +15,11 @@ from __future__ import annotations
 import numpy as np
 import numpy.typing as npt
 
-from transport.frames import PAGE_BYTES
 from transport.kernels.bitmap import Bitmap, Indices, empty_bitmap
 from transport.kernels.clib import xxh3_64
-from transport.kernels.compiled import kernel, readonly, writable
+from transport.kernels.declare import kernel, readonly, writable
 from transport.kernels.files import FILES, Files, forget_hole, in_hole, new_files
+from transport.wire.frames import PAGE_BYTES
 
 Digests = npt.NDArray[np.uint64]
 

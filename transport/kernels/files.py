@@ -19,10 +19,10 @@ from typing import Any, Final, NamedTuple
 import numpy as np
 import numpy.typing as npt
 
-from transport.extents import Extent, check_extents
-from transport.frames import PAGE_BYTES
 from transport.kernels import clib
-from transport.kernels.compiled import inlined, named_tuple, writable
+from transport.kernels.declare import inlined, named_tuple, writable
+from transport.wire.extents import Extent, check_extents
+from transport.wire.frames import PAGE_BYTES
 
 _LOOK_PAGES: Final = 16  # what Linux maps at a fault, unless told otherwise (fault_around_bytes)
 _SEEK_DATA: Final = os.SEEK_DATA

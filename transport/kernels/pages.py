@@ -42,7 +42,11 @@ from typing import Any, Final, NamedTuple
 import numpy as np
 import numpy.typing as npt
 
-from transport.frames import (
+from transport.kernels import clib
+from transport.kernels.declare import inlined, kernel, named_tuple, readonly, writable
+from transport.kernels.files import FILES, forget_hole, in_hole
+from transport.kernels.intrinsics import count_ones, prefetch, trailing_zeros
+from transport.wire.frames import (
     BASE_BYTES,
     ENTRY_BYTES,
     FIRST_KIND_WITH_BASE,
@@ -52,10 +56,6 @@ from transport.frames import (
     STRIPE_PAGES,
     PageKind,
 )
-from transport.kernels import clib
-from transport.kernels.compiled import inlined, kernel, named_tuple, readonly, writable
-from transport.kernels.files import FILES, forget_hole, in_hole
-from transport.kernels.intrinsics import count_ones, prefetch, trailing_zeros
 
 PAGE_WORDS: Final = PAGE_BYTES // 8
 UNKNOWN: Final = 0
@@ -124,7 +124,7 @@ class Knowledge(NamedTuple):
 
 
 class Tables(NamedTuple):
-    """The tables of a frame in the making, MAX_FRAME_PAGES long each; see `transport.frames`."""
+    """The tables of a frame in the making, MAX_FRAME_PAGES long each: `transport.wire.frames`."""
 
     index: Any
     length: Any

@@ -1,6 +1,7 @@
 """The receiver's check of a frame's tables: what they say, copied out and found consistent.
 
-Owns the loop; the layout is in `transport.frames`, the words of a refusal in `transport.parse`.
+Owns the loop; the layout is in `transport.wire.frames`, the words of a refusal in
+`transport.receiving.parse`.
 """
 
 from __future__ import annotations
@@ -9,7 +10,9 @@ from typing import Any, Final, NamedTuple
 
 import numpy as np
 
-from transport.frames import (
+from transport.kernels import clib
+from transport.kernels.declare import inlined, kernel, named_tuple, readonly, writable
+from transport.wire.frames import (
     BASE_BYTES,
     ENTRY_BYTES,
     FIRST_KIND_WITH_BASE,
@@ -18,8 +21,6 @@ from transport.frames import (
     STRIPE_PAGES,
     PageKind,
 )
-from transport.kernels import clib
-from transport.kernels.compiled import inlined, kernel, named_tuple, readonly, writable
 
 # What `read_tables` returns for tables that are not consistent.
 BAD_KIND: Final = -1
@@ -37,7 +38,7 @@ _FIRST_WITH_BASE: Final = int(FIRST_KIND_WITH_BASE)
 
 
 class ReadTables(NamedTuple):
-    """The tables of a frame, each as long as it has pages; see `transport.parse.Frame`."""
+    """The tables of a frame, each as long as it has pages: `transport.receiving.parse`."""
 
     index: Any
     kind: Any

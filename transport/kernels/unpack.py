@@ -11,13 +11,13 @@ from typing import Final
 
 import numpy as np
 
-from transport.frames import PAGE_BYTES, PageKind
 from transport.kernels import clib
-from transport.kernels.compiled import inlined, kernel, readonly, writable
+from transport.kernels.declare import inlined, kernel, readonly, writable
 from transport.kernels.files import FILES, fill_hole, forget_hole, in_hole, write_pages
 from transport.kernels.intrinsics import prefetch
 from transport.kernels.pages import BASE_AT, PAGE_AT, WORKSPACE, prefetch_page
 from transport.kernels.tables import original_of_copy
+from transport.wire.frames import PAGE_BYTES, PageKind
 
 _ZERO: Final = int(PageKind.ZERO)
 _RAW: Final = int(PageKind.RAW)

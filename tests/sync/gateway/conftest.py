@@ -16,11 +16,12 @@ from pathlib import Path
 
 import pytest
 
-from sync.gateway.device import handshake
-from sync.gateway.link import Link
-from sync.gateway.loop import Gateway, GatewayOptions, Limits
-from sync.gateway.state import Custody
-from sync.vfio_user.client import Client
+from lab.vfio_user.client import Client
+from lab.vfio_user.server import Device, DmaPort, Server
+from sync.gateway.engine.custody import Custody
+from sync.gateway.engine.device_handshake import handshake
+from sync.gateway.engine.device_link import Link
+from sync.gateway.engine.loop import Gateway, GatewayOptions, Limits
 from sync.vfio_user.protocol import (
     FLAG_NO_REPLY,
     HEADER,
@@ -38,7 +39,6 @@ from sync.vfio_user.protocol import (
     VfioUserError,
     encode_message,
 )
-from sync.vfio_user.server import Device, DmaPort, Server
 from tests.sync.gateway.model_device import DeviceFeatures, ModelDevice, Registers
 
 WAIT_S = 10.0

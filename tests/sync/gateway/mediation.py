@@ -2,7 +2,7 @@
 
 import os
 
-from sync.gateway import jobs
+from sync.gateway.engine import jobs
 from sync.registers.record import (
     Access,
     Op,

@@ -3,7 +3,7 @@
 import os
 import socket
 
-from sync.gateway.client import GatewayClient
+from sync.gateway.control.client import GatewayClient
 
 PAGE = 4096
 

@@ -8,8 +8,8 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from sync.gateway.bitmap import DirtyBitmap
-from sync.gateway.dma import FlatRegion
+from sync.gateway.datapath.bitmap import DirtyBitmap
+from sync.gateway.datapath.dma import FlatRegion
 
 PAGE = 4096
 # Gaps between regions, one region that follows another without a gap, sizes that fill no word.

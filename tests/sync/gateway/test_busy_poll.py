@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from hypothesis import given
 from hypothesis import strategies as st
 
-from sync.gateway.busy_poll import REST_WINDOWS, BusyPoll, usable_window_s
+from sync.gateway.engine.busy_poll import REST_WINDOWS, BusyPoll, usable_window_s
 
 WINDOW_S = 100e-6
 STEP_S = 1e-6

@@ -7,11 +7,11 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from sync.gateway import jobs
+from sync.gateway.engine import jobs
+from sync.gateway.engine.custody import State
 from sync.gateway.errors import (
     BadRequest,
 )
-from sync.gateway.state import State
 from sync.registers.record import (
     RECORD_BYTES,
     Access,

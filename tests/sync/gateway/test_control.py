@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from sync.gateway import errors
-from sync.gateway.control import (
+from sync.gateway.control.wire import (
     MAX_BLOB_BYTES,
     MAX_JSON_BYTES,
     ControlDecoder,

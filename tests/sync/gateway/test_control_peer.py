@@ -5,8 +5,8 @@ from collections.abc import Iterator
 
 import pytest
 
-from sync.gateway.control import ControlDecoder, encode
-from sync.gateway.control_peer import WRITE_DEADLINE_S, ControlPeer
+from sync.gateway.control.peer import WRITE_DEADLINE_S, ControlPeer
+from sync.gateway.control.wire import ControlDecoder, encode
 from sync.gateway.errors import ControlProtocolError
 
 Pair = tuple[ControlPeer, socket.socket, list[ControlPeer]]

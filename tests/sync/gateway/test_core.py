@@ -4,10 +4,10 @@ from collections.abc import Callable
 
 import pytest
 
-from sync.gateway.control import ControlMessage
-from sync.gateway.core import Core, Limits
-from sync.gateway.requests import Requests
-from sync.gateway.state import Role
+from sync.gateway.control.requests import Requests
+from sync.gateway.control.wire import ControlMessage
+from sync.gateway.engine.core import Core, Limits
+from sync.gateway.engine.custody import Role
 from sync.registers.record import STRUCT, Op
 from sync.vfio_user.protocol import HEADER, Command, Version
 

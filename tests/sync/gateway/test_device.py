@@ -9,10 +9,10 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from sync.errors import SyncError
-from sync.gateway.core import Core, Limits
-from sync.gateway.device import handshake
-from sync.gateway.info import GatewayInfo, Identity
-from sync.gateway.link import Link
+from sync.gateway.control.info import GatewayInfo, Identity
+from sync.gateway.engine.core import Core, Limits
+from sync.gateway.engine.device_handshake import handshake
+from sync.gateway.engine.device_link import Link
 from sync.vfio_user.errors import ProtocolError
 from sync.vfio_user.protocol import (
     FLAG_REPLY,

@@ -7,14 +7,14 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from sync.gateway import jobs
+from sync.gateway.engine import jobs
+from sync.gateway.engine.custody import State
 from sync.gateway.errors import (
     DeviceRefused,
     LayoutUnaligned,
     Unsupported,
     WrongState,
 )
-from sync.gateway.state import State
 from sync.vfio_user.protocol import (
     Command,
     DmaAccess,

@@ -9,8 +9,8 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from sync.gateway.bitmap import DirtyBitmap
-from sync.gateway.dma import AtDevice, DmaFault, DmaMemory
+from sync.gateway.datapath.bitmap import DirtyBitmap
+from sync.gateway.datapath.dma import AtDevice, DmaFault, DmaMemory
 from sync.gateway.errors import LayoutUnaligned
 from sync.vfio_user.protocol import HEADER, Command, DmaAccess, DmaMap, encode_message
 

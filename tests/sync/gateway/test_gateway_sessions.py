@@ -7,7 +7,8 @@ import stat
 import pytest
 import trio
 
-from sync.gateway.client import GatewayClient
+from sync.gateway.control.client import GatewayClient
+from sync.gateway.engine.listener import Listener
 from sync.gateway.errors import (
     AnswerLost,
     BadRequest,
@@ -22,7 +23,6 @@ from sync.gateway.errors import (
     WrongSession,
     WrongState,
 )
-from sync.gateway.listener import Listener
 from sync.memory import GuestMemory
 from sync.registers.record import Access, Op, pack_accesses, unpack_accesses
 from sync.vfio_user.protocol import (

@@ -7,8 +7,8 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from sync.gateway import jobs
-from sync.gateway.state import State
+from sync.gateway.engine import jobs
+from sync.gateway.engine.custody import State
 from sync.vfio_user.errors import ProtocolError
 from sync.vfio_user.protocol import FLAG_NO_REPLY, FLAG_REPLY, Command, encode_message
 

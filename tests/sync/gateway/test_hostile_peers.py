@@ -7,8 +7,8 @@ import struct
 
 import trio
 
-from sync.gateway.client import GatewayClient
-from sync.gateway.control import MAX_BLOB_BYTES, encode
+from sync.gateway.control.client import GatewayClient
+from sync.gateway.control.wire import MAX_BLOB_BYTES, encode
 from sync.gateway.errors import GatewayError
 from sync.vfio_user.protocol import (
     HEADER,

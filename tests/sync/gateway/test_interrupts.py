@@ -5,7 +5,7 @@ from collections.abc import Callable, Iterator
 
 import pytest
 
-from sync.gateway.interrupts import Interrupts
+from sync.gateway.datapath.interrupts import Interrupts
 from sync.vfio_user.protocol import IrqSet, PciIrq, SetIrqs
 
 ASSIGN = IrqSet.DATA_EVENTFD | IrqSet.ACTION_TRIGGER

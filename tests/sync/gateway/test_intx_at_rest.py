@@ -1,6 +1,6 @@
 """A stopped device does not assert INTx again: the VMM would carry the line to the target."""
 
-from sync.gateway import jobs
+from sync.gateway.engine import jobs
 from sync.vfio_user.protocol import Command, IrqSet, PciIrq, SetIrqs
 
 UNMASK = SetIrqs(IrqSet.DATA_NONE | IrqSet.ACTION_UNMASK, PciIrq.INTX, 0, 1).pack()

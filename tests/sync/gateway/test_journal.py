@@ -3,7 +3,7 @@
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from sync.gateway.journal import Journal
+from sync.gateway.datapath.journal import Journal
 from sync.registers.record import RECORD_BYTES, STRUCT, Access, Op, unpack_accesses
 
 ACCESS = st.tuples(

@@ -6,7 +6,7 @@ import pytest
 import trio
 
 import sync.vmm.recover
-from sync.gateway.client import GatewayClient
+from sync.gateway.control.client import GatewayClient
 from sync.gateway.errors import GatewayError, SessionFenced
 from sync.registers.record import Access, Op, pack_accesses
 from sync.vfio_user.protocol import (

@@ -7,7 +7,7 @@ import threading
 import pytest
 import trio
 
-from sync.gateway.client import GatewayClient
+from sync.gateway.control.client import GatewayClient
 from sync.gateway.errors import DeviceLost, VmmLost
 from sync.registers.record import Access, Op, pack_accesses
 from sync.vfio_user.protocol import (

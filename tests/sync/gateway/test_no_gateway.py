@@ -6,8 +6,8 @@ from pathlib import Path
 import pytest
 import trio
 
-from sync.gateway import client
-from sync.gateway.client import GatewayClient
+from sync.gateway.control import client
+from sync.gateway.control.client import GatewayClient
 from sync.gateway.errors import GatewayUnreachable
 
 

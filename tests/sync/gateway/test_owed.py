@@ -4,10 +4,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from sync.gateway import jobs
+from sync.gateway.datapath.owed import MAX_BYTES, Owed
+from sync.gateway.engine import jobs
+from sync.gateway.engine.custody import State
 from sync.gateway.errors import BadRequest
-from sync.gateway.owed import MAX_BYTES, Owed
-from sync.gateway.state import State
 from sync.registers.record import Access, Op, pack_accesses, unpack_accesses
 from sync.vfio_user.protocol import Command, RegionAccess, Version
 

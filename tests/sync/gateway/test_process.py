@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from ferry.children import start_child
+from lab.children import start_child
 from sync.gateway.log import Log
 
 START = """

@@ -8,7 +8,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from sync.gateway.relay import MAX_OUTSTANDING, Relay
+from sync.gateway.datapath.relay import MAX_OUTSTANDING, Relay
 from sync.vfio_user.errors import ProtocolError
 from sync.vfio_user.protocol import (
     FLAG_NO_REPLY,

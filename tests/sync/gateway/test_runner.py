@@ -5,9 +5,9 @@ from collections.abc import Callable
 
 import pytest
 
+from sync.gateway.datapath.relay import Relay
+from sync.gateway.engine.job_runner import WINDOW, Call, Runner
 from sync.gateway.errors import DeviceLost, DeviceRefused, DeviceTimeout
-from sync.gateway.relay import Relay
-from sync.gateway.runner import WINDOW, Call, Runner
 from sync.vfio_user.errors import ProtocolError
 from sync.vfio_user.protocol import HEADER, encode_message
 

@@ -6,8 +6,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from sync.gateway.errors import GatewayError, NoVmm, SessionFenced, WrongSession, WrongState
-from sync.gateway.state import (
+from sync.gateway.engine.custody import (
     LEASE_LOSS,
     REQUESTS,
     TRANSITIONS,
@@ -17,6 +16,7 @@ from sync.gateway.state import (
     Role,
     State,
 )
+from sync.gateway.errors import GatewayError, NoVmm, SessionFenced, WrongSession, WrongState
 
 SESSIONS = ("a", "b")
 STEPS = [

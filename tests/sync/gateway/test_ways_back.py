@@ -5,14 +5,14 @@ import os
 
 import pytest
 
-from sync.gateway import jobs
-from sync.gateway.dma import AtDevice
+from sync.gateway.datapath.dma import AtDevice
+from sync.gateway.engine import jobs
+from sync.gateway.engine.custody import State
 from sync.gateway.errors import (
     DeviceRefused,
     SessionFenced,
     WrongState,
 )
-from sync.gateway.state import State
 from sync.registers.record import (
     Access,
     Op,

@@ -10,9 +10,9 @@ from typing import Any
 
 import pytest
 
-from sync.registers.device import DeviceView
-from sync.registers.profile import Profile
-from sync.registers.profile_toml import parse_profile
+from sync.registers.profile.locate import DeviceView
+from sync.registers.profile.model import Profile
+from sync.registers.profile.toml import parse_profile
 from sync.registers.record import Access, Op, pack_access, pack_accesses, unpack_accesses
 
 BAR, CONFIG = 0, 7

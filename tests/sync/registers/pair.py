@@ -4,8 +4,8 @@ from types import SimpleNamespace
 from typing import Any
 
 from sync.registers.capture import CaptureSource, CaptureTarget
-from sync.registers.layout import Layout
 from sync.registers.payload import Kind, decode_json
+from sync.registers.profile.layout import Layout
 
 JOURNAL_SEQ = 100
 

@@ -7,7 +7,7 @@ from trio.testing import trio_test
 
 from sync.registers.capture import CaptureSource
 from sync.registers.errors import RegisterMismatch
-from sync.registers.layout import Layout
+from sync.registers.profile.layout import Layout
 from sync.registers.record import Access, Op, unpack_accesses
 from tests.sync.registers.pair import Pair, driver_only
 

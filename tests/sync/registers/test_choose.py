@@ -20,7 +20,7 @@ from sync.registers.errors import (
     ProfileError,
 )
 from sync.registers.payload import Kind, decode_json, encode_json
-from sync.registers.profile_toml import parse_profile
+from sync.registers.profile.toml import parse_profile
 from sync.registers.v2 import StreamSource, StreamTarget
 
 

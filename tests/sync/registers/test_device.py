@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from sync.registers.device import DeviceView, Window, is_base
+from sync.registers.profile.locate import DeviceView, Window, is_base
 
 
 def capability(identity: int, body: bytes) -> bytes:

@@ -8,9 +8,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from sync.registers.errors import ProfileError, ProfileMismatch
-from sync.registers.layout import Layout
-from sync.registers.profile import Match, RegisterClass, Unlisted
-from sync.registers.profile_toml import parse_profile
+from sync.registers.profile.layout import Layout
+from sync.registers.profile.model import Match, RegisterClass, Unlisted
+from sync.registers.profile.toml import parse_profile
 from sync.registers.snapshot import probe_plan, snapshot_plan
 
 HEAD = 'format = 1\nname = "x"\nversion = "1"\n[[match]]\nvendor = 1\n'

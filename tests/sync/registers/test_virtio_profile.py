@@ -9,11 +9,11 @@ from typing import Any
 import pytest
 from trio.testing import trio_test
 
-from sync.devices.disk import Disk
-from sync.devices.virtio_blk import VirtioBlk
+from lab.devices.disk import Disk
+from lab.devices.virtio.blk import VirtioBlk
 from sync.registers.choose import load_profiles, source_for, target_for
-from sync.registers.device import DeviceView
 from sync.registers.errors import IdentityMismatch, RefusedAccess, RegisterMismatch
+from sync.registers.profile.locate import DeviceView
 from sync.registers.record import Access, Op
 
 COMMON, NOTIFY, ISR = 0x0000, 0x3000, 0x1000

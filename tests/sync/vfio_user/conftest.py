@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 
+from lab.vfio_user.server import Device, DmaPort, Server
 from sync.vfio_user.protocol import (
     Command,
     DeviceInfo,
@@ -23,7 +24,6 @@ from sync.vfio_user.protocol import (
     Version,
     VfioUserError,
 )
-from sync.vfio_user.server import Device, DmaPort, Server
 
 WAIT_S = 10.0
 

@@ -12,7 +12,8 @@ from typing import Any
 
 import pytest
 
-from sync.vfio_user.client import Client
+from lab.vfio_user.client import Client
+from lab.vfio_user.server import Server
 from sync.vfio_user.protocol import (
     Capabilities,
     Command,
@@ -37,7 +38,6 @@ from sync.vfio_user.protocol import (
     WriteMultiReply,
     encode_message,
 )
-from sync.vfio_user.server import Server
 
 WAIT_S = 10.0
 

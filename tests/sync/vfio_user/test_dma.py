@@ -15,9 +15,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-import sync.vfio_user.channel as channel_module
-from sync.vfio_user.client import CLIENT_CAPABILITIES, Client
-from sync.vfio_user.dma import DmaTable
+import lab.vfio_user.channel as channel_module
+from lab.vfio_user.client import CLIENT_CAPABILITIES, Client
+from lab.vfio_user.dma import DmaTable
+from lab.vfio_user.server import Server
 from sync.vfio_user.protocol import (
     Capabilities,
     Command,
@@ -32,7 +33,6 @@ from sync.vfio_user.protocol import (
     VfioUserError,
     encode_message,
 )
-from sync.vfio_user.server import Server
 
 PAGE = 4096
 WAIT_S = 10.0

@@ -4,8 +4,8 @@ import itertools
 
 import pytest
 
+from lab.vfio_user.migration_arcs import ARCS, NEXT_HOP, IllegalTransition, next_hop, path
 from sync.vfio_user.features import MigrationState as S
-from sync.vfio_user.migration import ARCS, NEXT_HOP, IllegalTransition, next_hop, path
 
 # "Direct State Transitions", one line for each bullet of the specification.
 SPECIFIED_ARCS = {

@@ -16,9 +16,11 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-import sync.vfio_user.server as server_module
-import sync.vfio_user.session as session_module
-from sync.vfio_user.client import Client
+import lab.vfio_user.server as server_module
+import lab.vfio_user.session as session_module
+from lab.vfio_user.client import Client
+from lab.vfio_user.server import Server
+from lab.vfio_user.session import Session
 from sync.vfio_user.protocol import (
     Capabilities,
     Command,
@@ -28,8 +30,6 @@ from sync.vfio_user.protocol import (
     SetIrqs,
     Version,
 )
-from sync.vfio_user.server import Server
-from sync.vfio_user.session import Session
 
 WAIT_S = 10.0
 

@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 
-from sync.vfio_user.client import Client
+from lab.vfio_user.client import Client
 from sync.vfio_user.protocol import (
     Capabilities,
     Command,
@@ -300,7 +300,7 @@ def test_what_a_device_does_not_have_is_not_supported(
     device: Any, served: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The defaults of `Device`, through the client."""
-    from sync.vfio_user.server import Device
+    from lab.vfio_user.server import Device
 
     for name in ("set_irqs", "reset", "feature", "migration_read", "migration_write"):
         monkeypatch.setattr(type(device), name, getattr(Device, name))

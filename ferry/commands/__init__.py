@@ -1,0 +1,1 @@
+"""The sub-commands of `vfio-ferry`: each module has a dataclass `Options` and a function `run`."""

@@ -1,0 +1,56 @@
+"""`vfio-ferry gateway`: the options of the gateway, and nothing else of it."""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from ferry.config import natural, option, size
+from ferry.errors import Exit
+from sync.gateway.datapath.journal import DEFAULT_RECORDS
+from sync.gateway.engine.busy_poll import WINDOW_S
+from sync.gateway.engine.core import Limits
+from sync.gateway.main import GatewayOptions
+from sync.gateway.main import run as run_gateway
+from sync.registers.record import RECORD_BYTES
+
+MAX_BUSY_POLL_US = 1000
+
+
+def busy_poll(text: str) -> int:
+    """Microseconds."""
+    value = natural(text)
+    if value > MAX_BUSY_POLL_US:
+        raise ValueError(f"at most {MAX_BUSY_POLL_US}")
+    return value
+
+
+@dataclass(frozen=True, kw_only=True)
+class Options:
+    listen: str = option("where the VMM's vfio-user device connects")
+    device: str = option("where the device listens; it need not be there yet")
+    control: str = option("where send and receive connect")
+    busy_poll: int = option(
+        "microseconds that it polls before it sleeps, where the next message is likely; 0: none",
+        round(WINDOW_S * 1e6),
+        parse=busy_poll,
+    )
+    journal_size: int = option(
+        "memory for register accesses that send has not taken; when it is full, the migration"
+        " fails and the guest goes on",
+        DEFAULT_RECORDS * RECORD_BYTES,
+        parse=size,
+    )
+    json: bool = option("print events as JSON lines", False)
+
+
+def run(options: Options) -> int:
+    run_gateway(
+        GatewayOptions(
+            vmm_path=Path(options.listen),
+            device_path=Path(options.device),
+            control_path=Path(options.control),
+            json=options.json,
+            busy_poll_s=options.busy_poll / 1e6,
+            limits=Limits(journal_records=options.journal_size // RECORD_BYTES),
+        )
+    )
+    return Exit.OK

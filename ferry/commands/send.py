@@ -1,0 +1,55 @@
+"""`vfio-ferry send`: one migration from this host, and what is told at its end."""
+
+import trio
+
+from ferry.errors import ConfigError, Exit
+from ferry.migration.conclusion import Shell, conclude
+from ferry.migration.send_options import Options, sender_options
+from ferry.migration.source import Source
+from ferry.nurseries import first_error
+from ferry.progress import Reporter
+from sync.handover.machine import Event
+from sync.handover.states import State
+
+ADVICE = {
+    State.ABORTED: "The guest continues on this host with its device in passthrough.",
+    State.IN_DOUBT: (
+        "The commit was sent and not answered, so this side neither resumes nor claims success. "
+        "Run `vfio-ferry resolve --role target` on the other host; it says what to do here."
+    ),
+    State.BROKEN: (
+        "The guest belongs to this host, but it or its device could not be set going again: run "
+        "`vfio-ferry resolve --role source`."
+    ),
+    State.OWNER_FAILED: (
+        "The target owns the guest but could not start it: run `vfio-ferry resolve --role target` "
+        "there. The guest must not be resumed here."
+    ),
+}
+
+
+def run(options: Options) -> int:
+    """Runs one migration from this host; returns the exit code."""
+    return trio.run(_main, options)
+
+
+async def _main(options: Options) -> Exit:
+    if not options.gateway:
+        raise ConfigError("--gateway is missing; see: vfio-ferry send --help")
+    sender_options(options)  # what cannot be is refused before anything is begun
+    reporter = Reporter("send", as_json=options.json)
+    try:
+        async with trio.open_nursery() as nursery:
+            source = Source(options, reporter, nursery)
+            await nursery.start(Shell(reporter, options.break_at).watch_signals, source.runner)
+            nursery.start_soon(source.kernels.load)
+            state = await source.runner.run(Event.START)
+            await source.close(state)
+            nursery.cancel_scope.cancel()
+    except* Exception as group:
+        raise first_error(group) from group
+    if state is State.COMMITTED:
+        reporter.event("report", text=source.report.text(), **source.report.values())
+    if state is State.CHECKED:
+        reporter.event("message", text="It would work; nothing was touched.")
+    return conclude(reporter, state, source.runner, ADVICE)

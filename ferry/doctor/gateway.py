@@ -1,0 +1,136 @@
+"""A gateway and its device: is it free for a migration, and which methods would move the device?
+
+The gateway is asked as an observer, who may look at any time and holds nothing up. The methods are
+chosen by the same functions as in `send`.
+"""
+
+import os
+import stat
+from collections.abc import AsyncIterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import trio
+
+from ferry.findings import Finding, methods_text, note, ok, problem
+from ferry.progress import bytes_text
+from sync.dirty.tracker import NoTracker, RequestedTracker, choose_method
+from sync.gateway.control.client import GatewayClient
+from sync.gateway.control.info import GatewayInfo
+from sync.gateway.errors import GatewayError
+from sync.registers.choose import Origin, RequestedMethod, find_profile, source_for
+from sync.registers.errors import RegisterError
+from sync.registers.profile.locate import DeviceView
+
+ANSWER_S = 5.0
+OFFERS = {
+    "v2": "VFIO migration v2",
+    "precopy": "pre-copy of its state",
+    "logging": "DMA logging",
+    "reset": "reset",
+}
+
+
+@dataclass(frozen=True, slots=True)
+class Wish:
+    """What `send` would be asked for."""
+
+    registers: RequestedMethod
+    dirty: RequestedTracker
+    profiles: tuple[Origin, ...]
+
+
+async def examine_gateway(path: str, wish: Wish) -> AsyncIterator[Finding]:
+    """The gateway whose control socket is at `path`."""
+    name = f"gateway {path}"
+    socket = _socket(name, Path(path))
+    if socket is not None:
+        yield socket
+        if socket.level == "problem":
+            return
+    try:
+        with trio.fail_after(ANSWER_S):
+            async with await GatewayClient.connect(path) as gateway:
+                for finding in await _examine(name, gateway, wish):
+                    yield finding
+    except trio.TooSlowError:
+        yield problem(name, f"it has not answered for {ANSWER_S:g} s", "restart it with its VM")
+    except GatewayError as error:
+        yield problem(name, str(error))
+
+
+def _socket(name: str, path: Path) -> Finding | None:
+    """What is wrong with the socket itself."""
+    try:
+        mode = path.stat().st_mode
+    except OSError as error:
+        advice = "start the gateway, or give the path of its --control"
+        return problem(name, f"there is no socket ({error.strerror})", advice)
+    if not stat.S_ISSOCK(mode):
+        return problem(name, "this is no socket", "give the path of the gateway's --control")
+    if not os.access(path, os.R_OK | os.W_OK):
+        return problem(name, "it may not be opened by this user", "run as the gateway's user")
+    if mode & (stat.S_IRWXG | stat.S_IRWXO):
+        text = f"its mode is {stat.S_IMODE(mode):04o}: others may take the guest's memory from it"
+        return note(name, text, f"chmod 600 {path}")
+    return None
+
+
+async def _examine(name: str, gateway: GatewayClient, wish: Wish) -> list[Finding]:
+    info = await gateway.status()
+    found = [_state(name, info)]
+    if info.last_recovery is not None:
+        outcome = "went well" if info.last_recovery.ok else "failed"
+        text = f"it had to bring its VMM back by itself, which {outcome}: "
+        found.append(note(name, f"{text}{info.last_recovery.message}"))
+    if not info.device_connected:
+        found.append(
+            problem(name, "it has no device", "start the device at the gateway's --device")
+        )
+        return found
+    found += _device(info, wish, gateway)
+    if info.vmm_connected:
+        found.append(await _memory(name, gateway))
+    else:
+        advice = "start the VMM with the gateway's --listen path as its device's socket"
+        found.append(problem(name, "no VMM is connected", advice))
+    return found
+
+
+def _state(name: str, info: GatewayInfo) -> Finding:
+    if info.lease:
+        advice = "wait for its end; only one at a time is possible"
+        return problem(name, f"a migration runs with it as {info.lease} ({info.state})", advice)
+    if info.state != "passthrough":
+        advice = "run `vfio-ferry resolve` on both hosts, the target first"
+        return problem(name, f"it was left {info.state}, the guest is {info.owner}", advice)
+    return ok(name, "free, its device in passthrough")
+
+
+def _device(info: GatewayInfo, wish: Wish, gateway: GatewayClient) -> list[Finding]:
+    """What the device offers, and what would be made of it."""
+    view = DeviceView.from_info(info)
+    name = f"device {view.ids}"
+    offers = [text for field, text in OFFERS.items() if getattr(info.supports, field)]
+    profile = find_profile(view, wish.profiles)
+    text = f"class {view.class_code:06x}; it offers {', '.join(offers) or 'nothing'}; "
+    text += f"profile {profile.name} {profile.version}" if profile else "no profile matches it"
+    found = [ok(name, text)]
+    try:
+        registers = source_for(view, gateway, wish.profiles, wish.registers).method
+        dirty = choose_method(wish.dirty, logging=info.supports.logging)
+    except (RegisterError, NoTracker) as error:
+        # What follows the first line is a profile to start from, which `send` prints.
+        return [*found, problem(name, str(error).splitlines()[0].removesuffix(":"))]
+    return [*found, ok(name, f"would move with {methods_text(registers, dirty)}")]
+
+
+async def _memory(name: str, gateway: GatewayClient) -> Finding:
+    regions = await gateway.memory()
+    for region in regions:
+        os.close(region.fd)
+    if not regions:
+        advice = "give the VMM memory with share=on (QEMU: memory-backend-memfd or -file)"
+        return problem(name, "the VMM shares no memory with it", advice)
+    size = bytes_text(sum(region.length for region in regions))
+    return ok(name, f"{size} of guest memory in {len(regions)} regions")

@@ -1,0 +1,99 @@
+"""A check (`send --check`) once the receiver has said that it would work: what the link is like.
+
+Owns the short measurement that both sides make of it, and what the source tells. The pages are
+random and belong to nobody: what is measured is the link with the frames, lanes and limit that a
+migration has, at its worst.
+"""
+
+import mmap
+import os
+from dataclasses import dataclass
+
+import numpy as np
+import trio
+from numpy.typing import NDArray
+
+from ferry.findings import Finding, ok
+from ferry.migration.messages import Kind, Notice
+from ferry.progress import bytes_text
+from sync.memory import PAGE_BYTES
+from sync.vmm.identity import VmmIdentity
+from transport.receiver import Receiver
+from transport.sender import Sender
+from transport.wire.errors import PeerClosed
+
+SAMPLE_PAGES = 4096
+FIRST_PAGES = 64
+"""A slow link shows with so many; each round after that has four times as many."""
+GROWTH = 4
+ENOUGH_S = 0.1
+"""A round of this length tells the rate."""
+PROBES = 5
+
+
+@dataclass(frozen=True, slots=True)
+class Sample:
+    """What was measured."""
+
+    round_trip_s: float
+    """The shortest of a few, of a record to the receiver's transport and back."""
+    bytes_per_s: float
+
+
+def scratch(fill: bytes = b"") -> NDArray[np.uint8]:
+    """The sample's memory, of the same size on both sides, with `fill` at its beginning."""
+    pages = mmap.mmap(-1, SAMPLE_PAGES * PAGE_BYTES)
+    pages.write(fill)
+    return np.frombuffer(pages, np.uint8)
+
+
+async def findings_of(link: Sender, vmm: VmmIdentity, n_pages: int) -> list[Finding]:
+    """What the comparison of both sides and a measurement tell; `n_pages` is the guest's memory.
+
+    Raises `TransportError`.
+    """
+    peer = Notice.unpack(link.hello_reply).text("vmm")
+    sample = await measure(link)
+    memory_bytes = n_pages * PAGE_BYTES
+    return [
+        ok("memory", f"{bytes_text(memory_bytes)} that devices can reach, laid out alike"),
+        ok("VMM", f"{vmm} here, {peer} there"),
+        ok(
+            "link",
+            f"round trip {sample.round_trip_s * 1e3:.2f} ms, {bytes_text(sample.bytes_per_s)}/s "
+            "with pages that cannot be compressed: all of the memory in about "
+            f"{memory_bytes / sample.bytes_per_s:.1f} s",
+        ),
+    ]
+
+
+async def answer_check(link: Receiver, vmm: VmmIdentity) -> None:
+    """The target's side: it would work. Takes pages until the source says goodbye.
+
+    Raises `TransportError`.
+    """
+    await link.accept(Notice({"vmm": str(vmm)}).pack())
+    link.attach_memory(scratch())
+    try:
+        while True:
+            await link.receive_record()
+    except PeerClosed:
+        return
+
+
+async def measure(link: Sender) -> Sample:
+    """The source's side. Raises `TransportError`."""
+    round_trips = []
+    for _ in range(PROBES):
+        began = trio.current_time()
+        await link.send_record(Kind.PROBE, b"", flush=True)
+        round_trips.append(trio.current_time() - began)
+    link.attach_memory(scratch(os.urandom(SAMPLE_PAGES * PAGE_BYTES)), cache_bytes=0)
+    first, count, round_no = 0, FIRST_PAGES, 1
+    while True:
+        indices = np.arange(first, min(first + count, SAMPLE_PAGES), dtype=np.uint32)
+        duration_s = (await link.send_round(indices, round_no)).duration_ns / 1e9
+        first += indices.size
+        if duration_s >= ENOUGH_S or first == SAMPLE_PAGES:
+            return Sample(min(round_trips), indices.size * PAGE_BYTES / duration_s)
+        count, round_no = count * GROWTH, round_no + 1

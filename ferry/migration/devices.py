@@ -1,0 +1,34 @@
+"""What both sides look at before a gateway's device takes part in a migration."""
+
+from ferry.errors import LocalError
+from ferry.migration.messages import DeviceOffer
+from sync.gateway.control.client import GatewayClient
+from sync.gateway.control.info import GatewayInfo
+
+
+def offer_of(info: GatewayInfo, registers: bytes) -> DeviceOffer:
+    """What the greeting says about a device."""
+    identity = info.identity
+    return DeviceOffer(
+        identity={
+            "vendor": identity.vendor,
+            "device": identity.device,
+            "subsystem_vendor": identity.subsystem_vendor,
+            "subsystem": identity.subsystem,
+            "revision": identity.revision,
+            "class_code": identity.class_code,
+        },
+        regions=[[index, region.size] for index, region in sorted(info.regions.items())],
+        irqs=[[index, irq.count] for index, irq in sorted(info.irqs.items())],
+        registers=registers.hex(),
+    )
+
+
+async def check_gateway(path: str, client: GatewayClient, *, vmm: bool) -> GatewayInfo:
+    """Its status, if it can take part in a migration. Raises `LocalError` where it cannot."""
+    info = await client.status()
+    if not info.device_connected:
+        raise LocalError(f"the gateway at {path} has no device: start the device and try again")
+    if vmm and not info.vmm_connected:
+        raise LocalError(f"no VMM is connected to the gateway at {path}: start it and try again")
+    return info

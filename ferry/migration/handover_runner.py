@@ -1,0 +1,132 @@
+"""Drives a handover state machine: performs its actions, keeps its deadlines, feeds it events.
+
+The machine (`sync.handover`) decides; this loop only starts what it asks for. One action runs at
+a time: when the machine moves on because of something else (the peer is gone, a deadline, a
+signal), the running action is cancelled and has ended before the next one starts, so that no two
+of them talk to a gateway at once.
+"""
+
+import math
+from collections.abc import Awaitable, Callable, Mapping
+
+import trio
+
+from ferry.errors import DeadlinePassed
+from sync.handover.machine import Action, Event, Handover, RemoteProtocolError
+from sync.handover.states import State
+
+Perform = Callable[[], Awaitable[Event | None]]
+
+BEST_EFFORT = frozenset({Action.TELL_ABORT, Action.TELL_START_FAILED, Action.SEND_COMMITTED})
+"""Telling the peer may fail; what follows it must not be left out because of that."""
+
+
+class Runner:
+    """Runs `machine` to a terminal state.
+
+    `perform` gives a coroutine function for every action that the machine may ask for; it returns
+    the event that it brought about, or None. What it raises becomes `Event.FAILED`, or the event
+    named in `failure_events` for that action. `first_error` keeps what went wrong first,
+    `cleanup_error` what then kept an action of `failure_events` from cleaning up.
+    """
+
+    def __init__(
+        self,
+        machine: Handover,
+        perform: Mapping[Action, Perform],
+        *,
+        failure_events: Mapping[Action, Event],
+        on_state: Callable[[State], Awaitable[None]],
+    ) -> None:
+        self._machine = machine
+        self._perform = perform
+        self._failure_events = failure_events
+        self._on_state = on_state
+        self._events_in, self._events = trio.open_memory_channel[tuple[Event, int | None]](math.inf)
+        self._started = 0
+        self._entered = 0.0
+        self._running: trio.CancelScope | None = None
+        self._idle = trio.Event()
+        self._idle.set()
+        self.first_error: BaseException | None = None
+        self.cleanup_error: BaseException | None = None
+
+    def post(self, event: Event, error: BaseException | None = None) -> None:
+        """Tells the machine of something that happened; `error` is why, where there is one."""
+        if error is not None and self.first_error is None:
+            self.first_error = error
+        self._events_in.send_nowait((event, None))
+
+    async def run(self, first: Event) -> State:
+        """Feeds `first`, then runs until the machine has reached a terminal state."""
+        async with trio.open_nursery() as nursery:
+            await self._feed(nursery, first)
+            while not self._machine.terminal:
+                deadline_s = self._machine.deadline_s
+                until = math.inf if deadline_s is None else self._entered + deadline_s
+                with trio.move_on_at(until) as scope:
+                    event, started = await self._events.receive()
+                    if started not in (None, self._started):
+                        continue  # from an action that something else has overtaken
+                if scope.cancelled_caught:
+                    phase = self._machine.state.name.lower()
+                    passed = DeadlinePassed(f"{phase} took longer than {deadline_s:.0f} s")
+                    if self.first_error is None:
+                        self.first_error = passed
+                    else:
+                        self.cleanup_error = passed
+                    event = Event.TIMEOUT
+                await self._feed(nursery, event)
+            # What a terminal state asks for (telling the peer) is bounded by itself.
+            await self._idle.wait()
+        return self._machine.state
+
+    async def _feed(self, nursery: trio.Nursery, event: Event) -> None:
+        before = self._machine.state
+        try:
+            actions = self._machine.handle(event)
+        except RemoteProtocolError as error:
+            # Nothing that it says from here on can be relied on.
+            self.post(Event.PEER_LOST, error)
+            return
+        if self._machine.state is not before:
+            if self._running is not None:
+                self._running.cancel()
+            await self._idle.wait()
+            self._entered = trio.current_time()
+            await self._on_state(self._machine.state)
+        if actions:
+            self._idle = trio.Event()
+            self._running = trio.CancelScope()
+            self._started += 1
+            nursery.start_soon(self._run_actions, actions, self._started, self._running, self._idle)
+
+    async def _run_actions(
+        self,
+        actions: tuple[Action, ...],
+        started: int,
+        scope: trio.CancelScope,
+        idle: trio.Event,
+    ) -> None:
+        try:
+            with scope:
+                for action in actions:
+                    try:
+                        event = await self._perform[action]()
+                    except Exception as error:
+                        if action in BEST_EFFORT:
+                            continue
+                        self.first_error = self.first_error or error
+                        if action in self._failure_events:
+                            self.cleanup_error = error
+                        event = self._failure_events.get(action, Event.FAILED)
+                        self._events_in.send_nowait((event, started))
+                        return
+                    if event is not None:
+                        self._events_in.send_nowait((event, started))
+        except Exception:
+            # Parts of it failed while the others were cancelled.
+            if not scope.cancel_called:
+                raise
+        finally:
+            idle.set()

@@ -1,0 +1,219 @@
+"""The rounds in which device-written pages move, and how far they and the VMM's stream have come.
+
+Owns what has been collected and is not sent yet, the events `round` and `progress`, and the rows
+of the report. When to switch over is decided by `sync.convergence`; the phases are
+`ferry.migration.source`'s.
+"""
+
+import math
+import time
+from collections.abc import Awaitable, Callable
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import trio
+
+from ferry.errors import NotConverged
+from ferry.migration.report import Report, finite, round_values
+from ferry.migration.source_link import SourceLink
+from ferry.nurseries import alongside
+from ferry.progress import Reporter
+from sync.convergence import Convergence, Limits, Round, Verdict
+from sync.dirty.merge import MergedTrackers
+from sync.dirty.tracker import Bitmap, n_words
+from sync.memory import PAGE_BYTES
+from sync.vmm.driver import Vmm, VmmProgress
+from transport.kernels.bitmap import bitmap_to_indices
+from transport.sender import RoundStatistics
+
+if TYPE_CHECKING:
+    from ferry.migration.send_options import Options
+
+ROUND_INTERVAL_S = 0.1
+"""A round is no shorter: below this the fixed cost of a round is most of it."""
+PROGRESS_INTERVAL_S = 1.0
+
+
+class Precopy:
+    """The rounds of one migration, from the first one to the one when the guest stands still."""
+
+    def __init__(
+        self,
+        options: "Options",
+        link: SourceLink,
+        vmm: Vmm,
+        dirty: MergedTrackers,
+        proof_ns: Callable[[], Awaitable[int]],
+        report: Report,
+        reporter: Reporter,
+    ) -> None:
+        """`proof_ns`: how long it would take to prove what was touched up to now."""
+        self._options = options
+        self._link = link
+        self._vmm = vmm
+        self._dirty = dirty
+        self._proof_ns = proof_ns
+        self._report = report
+        self._reporter = reporter
+        self._owed: Bitmap = np.zeros(n_words(dirty.n_pages), np.uint64)
+        self._round_ended = trio.current_time()
+        self._dirty_pages_per_s = 0.0
+        self._predicted_ms: float | None = None
+        self._guest_waits_until = math.inf
+        """When a guest that its VMM has paused by itself has waited for rounds long enough."""
+
+    async def converge(self) -> None:
+        """Rounds until what is left fits into the downtime. Raises `NotConverged`,
+        `MigrationFailed`."""
+        async with alongside(self._tell_progress):
+            await self._rounds_until_small()
+
+    async def _rounds_until_small(self) -> None:
+        options = self._options
+        convergence = Convergence(
+            Limits(
+                downtime_ms=options.downtime_limit,
+                threshold_pages=options.threshold,
+                max_rounds=options.max_rounds,
+                timeout_s=options.timeout,
+                on_stall=options.on_stall,
+            )
+        )
+        await self._collect()
+        while True:
+            began = trio.current_time()
+            round_ = await self._send_in_time()
+            rest_s = max(0.0, ROUND_INTERVAL_S - (trio.current_time() - began))
+            if await self._vmm.paused_within(rest_s):
+                # Its guest stands still: what is left is for the last round. That has no bound, so
+                # what was written during a long round is sent before.
+                self._note_round(round_)
+                if not rest_s:
+                    await self._collect()
+                    self._note_round(await self._send_in_time())
+                return
+            progress = await self._vmm.check_migration()
+            collect_began = trio.current_time()
+            await self._collect()
+            collected = trio.current_time()
+            left = self._owed_pages()
+            if progress.rounds <= 1:
+                # The VMM is in its first pass over all of memory: nothing converges before that
+                # is over, so these rounds are not judged.
+                self._note_round(round_, left, None, progress.remaining_bytes)
+                continue
+            decision = convergence.observe(
+                Round(
+                    sent_pages=round_.sent_pages,
+                    wire_bytes=round_.wire_bytes,
+                    duration_ns=round_.duration_ns,
+                    interval_ns=int((collected - began) * 1e9),
+                    dirty_pages=left,
+                    vmm_remaining_bytes=progress.remaining_bytes,
+                    collect_ns=int((collected - collect_began) * 1e9),
+                    proof_ns=await self._proof_ns(),
+                )
+            )
+            self._predicted_ms = decision.predicted_downtime_ms
+            self._note_round(round_, left, self._predicted_ms, progress.remaining_bytes)
+            if decision.verdict is Verdict.GIVE_UP:
+                raise NotConverged(decision.message)
+            if decision.verdict is Verdict.SWITCH:
+                self._reporter.event("message", text=decision.message)
+                self._note_round(await self._send())
+                return
+
+    async def keep_small(self) -> None:
+        """Goes on with rounds until it is cancelled, which takes effect at once."""
+        async with alongside(self._tell_progress):
+            while True:
+                await self._collect()
+                self._note_round(await self._send())
+                await trio.sleep(ROUND_INTERVAL_S)
+
+    async def finish(self) -> None:
+        """The last round: the devices are at rest."""
+        await self._collect()
+        self._note_round(await self._send())
+
+    async def _collect(self) -> None:
+        self._owed |= await self._dirty.collect()
+
+    async def _send(self) -> RoundStatistics:
+        """Sends what is owed; it stays owed if this is cancelled."""
+        round_ = await self._link.send_pages(bitmap_to_indices(self._owed))
+        self._owed[:] = 0
+        return round_
+
+    async def _send_in_time(self) -> RoundStatistics:
+        """As `_send`. Raises `NotConverged` if the VMM has paused its guest by itself, and that
+        would have to stand still for longer than it may."""
+        limit_ms = self._options.downtime_limit
+        with trio.CancelScope() as scope:
+
+            async def bound() -> None:
+                await self._vmm.paused_within(math.inf)
+                self._guest_waits_until = min(
+                    self._guest_waits_until, trio.current_time() + limit_ms / 1e3
+                )
+                scope.deadline = self._guest_waits_until
+
+            async with alongside(bound):
+                return await self._send()
+        raise NotConverged(
+            "the VMM found nothing more to send and paused its guest by itself, while the devices' "
+            f"pages were still under way and took longer than {limit_ms} ms: the guest goes on "
+            "here; try again, or allow a longer --downtime-limit"
+        )
+
+    def _owed_pages(self) -> int:
+        return int(np.bitwise_count(self._owed).sum())
+
+    def _note_round(
+        self,
+        round_: RoundStatistics,
+        left: int | None = None,
+        predicted_ms: float | None = None,
+        vmm_remaining_bytes: int | None = None,
+    ) -> None:
+        """Reports a round, with what was known behind it: pages left, and what follows from it."""
+        now = trio.current_time()
+        interval_s, self._round_ended = now - self._round_ended, now
+        values = round_values(round_, left, interval_s, predicted_ms, vmm_remaining_bytes)
+        if left is not None:
+            self._dirty_pages_per_s = left / interval_s
+        self._report.rounds.append(values)
+        self._reporter.event("round", **values)
+
+    async def _tell_progress(self) -> None:
+        """Both streams as one, about once a second, also in the middle of a round."""
+        moved, asked_at = self._moved_bytes(), time.monotonic()
+        while True:
+            await trio.sleep(PROGRESS_INTERVAL_S)
+            vmm = await self._vmm.progress()
+            before, since = moved, asked_at
+            moved, asked_at = self._moved_bytes(), time.monotonic()
+            passed_s = asked_at - since
+            self._reporter.event("progress", **self._values(vmm, (moved - before) / passed_s))
+
+    def _values(self, vmm: VmmProgress, bytes_per_s: float) -> dict[str, Any]:
+        round_ = self._link.sender.round_progress()
+        under_way = max(0, round_.pages - round_.done_pages) if round_ else 0
+        own = PAGE_BYTES * under_way
+        own_dirty = PAGE_BYTES * self._dirty_pages_per_s
+        vmm_dirty = vmm.page_bytes * vmm.dirty_pages_per_s
+        return {
+            "round": round_.round_no if round_ else 0,
+            "vmm_round": vmm.rounds,
+            "remaining_bytes": own + vmm.remaining_bytes,
+            "own_remaining_bytes": own,
+            "vmm_remaining_bytes": vmm.remaining_bytes,
+            "dirty_bytes_per_s": own_dirty + vmm_dirty,
+            "own_dirty_bytes_per_s": own_dirty,
+            "vmm_dirty_bytes_per_s": vmm_dirty,
+            "throughput_bytes_per_s": bytes_per_s,
+            "predicted_downtime_ms": finite(self._predicted_ms),
+        }
+
+    def _moved_bytes(self) -> int:
+        return sum(self._link.wire_bytes().values())

@@ -1,0 +1,44 @@
+"""The options of `vfio-ferry receive`, and what the link makes of them."""
+
+from dataclasses import dataclass
+
+from ferry.config import endpoint, option, seconds
+from ferry.errors import (
+    ConfigError,
+)
+from ferry.migration.conclusion import break_at_choices
+from ferry.secret_file import HELP, read_secret
+from transport.receiver import ReceiverOptions
+
+
+@dataclass(frozen=True, kw_only=True)
+class Options:
+    gateway: tuple[str, ...] = option(
+        "control socket of a device's gateway; once for each device, in the sender's order",
+        (),
+        repeat=True,
+    )
+    listen: str = option("where to listen: tcp://HOST:PORT or ipc://PATH", parse=endpoint)
+    qmp: str = option("QMP socket of the VMM that waits for its guest (-incoming defer)")
+    profile: tuple[str, ...] = option(
+        "a device profile, or a folder of them, beside the built-in ones", (), repeat=True
+    )
+    secret: str | None = option(HELP, None)
+    peer_timeout: float = option("seconds of silence until the peer is lost", 5.0, parse=seconds)
+    wait: float | None = option("seconds to wait for a sender", None, parse=seconds)
+    json: bool = option("print events as JSON lines", False)
+    break_at: str = option(
+        "failure drill: stop this process (SIGSTOP) on entering this phase",
+        "",
+        choices=("", *break_at_choices()),
+    )
+
+
+def receiver_options(options: Options) -> ReceiverOptions:
+    """What the user wants of the link. Raises `ConfigError` for what cannot be, and what
+    `read_secret` does."""
+    secret = read_secret(options.secret)
+    try:
+        return ReceiverOptions(peer_timeout_s=options.peer_timeout, secret=secret)
+    except ValueError as error:
+        raise ConfigError(str(error)) from error

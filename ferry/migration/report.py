@@ -1,0 +1,125 @@
+"""What a migration cost and what was proven, for people and as one JSON object."""
+
+import math
+from dataclasses import dataclass, field
+from typing import Any
+
+from ferry.findings import methods_text
+from ferry.migration.downtime import VMM_PHASES
+from ferry.progress import bytes_text
+from transport.sender import RoundStatistics
+
+
+def finite(value: float | None) -> float | None:
+    """JSON has no infinity: what cannot be predicted yet is as good as not known."""
+    return None if value is None or math.isinf(value) else value
+
+
+def round_values(
+    round_: RoundStatistics,
+    remaining_pages: int | None,
+    interval_s: float,
+    predicted_downtime_ms: float | None,
+    vmm_remaining_bytes: int | None,
+) -> dict[str, Any]:
+    """A round as an event and as a row of the report. What was not known behind it is None:
+    `remaining_pages`, dirtied in the `interval_s` since the round before ended, and the rest."""
+    return {
+        "round": round_.round_no,
+        "dirty_pages": round_.pages,
+        "sent_pages": round_.sent_pages,
+        "zero": round_.zero,
+        "same": round_.same,
+        "delta": round_.delta,
+        "copy": round_.copy,
+        "lz4": round_.lz4,
+        "raw": round_.raw,
+        "wire_bytes": round_.wire_bytes,
+        "duration_ms": round_.duration_ns / 1e6,
+        "throughput_bytes_per_s": round_.wire_bytes / max(round_.duration_ns, 1) * 1e9,
+        "remaining_pages": remaining_pages,
+        "dirty_pages_per_s": None if remaining_pages is None else remaining_pages / interval_s,
+        "predicted_downtime_ms": finite(predicted_downtime_ms),
+        "vmm_remaining_bytes": vmm_remaining_bytes,
+    }
+
+
+@dataclass
+class Report:
+    """Filled while a migration runs; `values()` is what `--json` prints at its end."""
+
+    session: str
+    methods: list[dict[str, str]] = field(default_factory=list)
+    rounds: list[dict[str, Any]] = field(default_factory=list)
+    downtime_ms: dict[str, float] = field(default_factory=dict)
+    """By phase, in their order: `ferry.migration.downtime`."""
+    downtime_total_ms: float = 0.0
+    downtime_own_ms: float = 0.0
+    downtime_vmm_ms: float = 0.0
+    beside_vmm_ms: dict[str, float] = field(default_factory=dict)
+    """Our own work while the VMM worked, too: in neither of the two."""
+    registers: list[dict[str, Any]] = field(default_factory=list)
+    verification: dict[str, Any] = field(default_factory=dict)
+    wire_bytes: dict[str, int] = field(default_factory=dict)
+    duration_s: float = 0.0
+
+    def values(self) -> dict[str, Any]:
+        return dict(vars(self))
+
+    def text(self) -> str:
+        """The report as lines for a terminal."""
+        lines = [f"migrated in {self.duration_s:.2f} s, session {self.session}"]
+        for number, method in enumerate(self.methods):
+            lines.append(f"device {number}: {methods_text(**method)}")
+        lines.append(
+            "round   dirty    sent    zero    same   delta    copy     lz4     raw "
+            "       wire      rate"
+        )
+        for r in self.rounds:
+            lines.append(
+                f"{r['round']:>5} {r['dirty_pages']:>7} {r['sent_pages']:>7} {r['zero']:>7} "
+                f"{r['same']:>7} {r['delta']:>7} {r['copy']:>7} {r['lz4']:>7} {r['raw']:>7} "
+                f"{bytes_text(r['wire_bytes']):>11} "
+                f"{bytes_text(r['throughput_bytes_per_s']):>8}/s"
+            )
+        lines += self._downtime_lines()
+        for number, counts in enumerate(self.registers):
+            told = "  ".join(
+                f"{name.replace('_', ' ')} {value}"
+                for name, value in counts.items()
+                if isinstance(value, int)
+            )
+            lines.append(f"device {number} registers: {told}")
+            for register, count in counts["divergences"].items():
+                lines.append(f"  {register}: {count} reads returned another value than captured")
+        wire = "  ".join(f"{name} {bytes_text(count)}" for name, count in self.wire_bytes.items())
+        lines.append(f"on the wire: {wire}")
+        v = self.verification
+        lines.append(
+            f"verified by digest: {v['checked_pages']} pages ({v['scope']}), "
+            f"{v['repaired_pages']} repaired after the VMM had loaded its copy, 0 differ"
+        )
+        for region in v.get("regions", ()):
+            lines.append(
+                f"  region {region['iova']:#x} +{bytes_text(region['length'])}: equal, "
+                f"xxh3 {region['digest']}"
+            )
+        return "\n".join(lines)
+
+    def _downtime_lines(self) -> list[str]:
+        def phases(of_vmm: bool) -> str:
+            return _times(
+                {n: m for n, m in self.downtime_ms.items() if (n in VMM_PHASES) == of_vmm}
+            )
+
+        return [
+            f"downtime {self.downtime_total_ms:.1f} ms: the VMM's part "
+            f"{self.downtime_vmm_ms:.1f} ms, vfio-ferry's {self.downtime_own_ms:.1f} ms",
+            f"  VMM:        {phases(True)}",
+            f"  vfio-ferry: {phases(False)}",
+            f"  while the VMM worked, and not counted: {_times(self.beside_vmm_ms)}",
+        ]
+
+
+def _times(ms: dict[str, float]) -> str:
+    return "  ".join(f"{name} {value:.1f}" for name, value in ms.items())

@@ -1,0 +1,103 @@
+"""The options of `vfio-ferry send`, and what the link makes of them."""
+
+from dataclasses import dataclass
+from typing import Literal
+
+from ferry.config import endpoint, log_page, natural, option, positive, seconds, size
+from ferry.errors import ConfigError
+from ferry.migration.conclusion import break_at_choices
+from ferry.secret_file import HELP, read_secret
+from transport.sender import SenderOptions
+from transport.wire.codec import Codec
+
+
+def codec_name(text: str) -> str:
+    """What names a codec, or `auto`."""
+    if text != "auto":
+        try:
+            Codec.parse(text)
+        except ValueError as error:
+            raise ValueError(f"auto, {error}") from None
+    return text
+
+
+def bandwidth(text: str) -> int:
+    """Bytes a second, as a size that is not 0."""
+    if not size(text):
+        raise ValueError("a size a second like 100M, more than 0")
+    return size(text)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Options:
+    gateway: tuple[str, ...] = option(
+        "control socket of a device's gateway; once for each device", (), repeat=True
+    )
+    to: str = option("where `receive` listens: tcp://HOST:PORT or ipc://PATH", parse=endpoint)
+    qmp: str = option("QMP socket of the VMM")
+    downtime_limit: int = option("how long the guest may stand still, in ms", 300, parse=positive)
+    threshold: int | None = option(
+        "switch over at this many dirty pages, whatever the downtime", None, parse=natural
+    )
+    max_rounds: int = option("rounds before the stall policy decides", 30, parse=positive)
+    timeout: float = option("seconds that the rounds may take", 3600.0, parse=seconds)
+    on_stall: Literal["switch", "abort"] = option(
+        "when the dirty set no longer shrinks: switch at the best moment, or abort",
+        "switch",
+        choices=("switch", "abort"),
+    )
+    registers: Literal["auto", "v2", "replay"] = option(
+        "how register state moves", "auto", choices=("auto", "v2", "replay")
+    )
+    dirty: Literal["auto", "logging", "message", "scan"] = option(
+        "how dirty pages are found", "auto", choices=("auto", "logging", "message", "scan")
+    )
+    log_page_size: int = option("page size asked of a device that logs", 4096, parse=log_page)
+    profile: tuple[str, ...] = option(
+        "a device profile, or a folder of them, beside the built-in ones", (), repeat=True
+    )
+    verify: str = option(
+        "what is compared by digest before the commit: all pages, or those touched",
+        "touched",
+        choices=("touched", "all"),
+    )
+    lanes: int = option("connections for pages", 2, parse=positive)
+    frame_size: int = option("bytes of a frame of pages", 5 << 19, parse=size)
+    codec: str = option(
+        "how pages are compressed: auto, none, delta, lz4 or zstd:LEVEL", "auto", parse=codec_name
+    )
+    cache: int = option("bytes kept to compute deltas from", 64 << 20, parse=size)
+    bandwidth: int | None = option(
+        "limit in bytes per second, for everything", None, parse=bandwidth
+    )
+    secret: str | None = option(HELP, None)
+    connect_timeout: float = option("seconds to find the receiver", 5.0, parse=seconds)
+    peer_timeout: float = option("seconds of silence until the peer is lost", 5.0, parse=seconds)
+    quit_source: bool = option("end the source's VMM once the target owns the guest", False)
+    check: bool = option(
+        "only find out whether it would work, from a receiver that listens; nothing is moved", False
+    )
+    json: bool = option("print events as JSON lines", False)
+    break_at: str = option(
+        "failure drill: stop this process (SIGSTOP) on entering this phase",
+        "",
+        choices=("", *break_at_choices()),
+    )
+
+
+def sender_options(options: "Options") -> SenderOptions:
+    """What the user wants of the link. Raises `ConfigError` for what cannot be, and what
+    `read_secret` does."""
+    secret = read_secret(options.secret)
+    try:
+        return SenderOptions(
+            lanes=options.lanes,
+            frame_bytes=options.frame_size,
+            connect_timeout_s=options.connect_timeout,
+            peer_timeout_s=options.peer_timeout,
+            bandwidth_bytes_per_s=options.bandwidth,
+            codec=None if options.codec == "auto" else Codec.parse(options.codec),
+            secret=secret,
+        )
+    except ValueError as error:
+        raise ConfigError(str(error)) from error

@@ -1,0 +1,183 @@
+"""The source's end of the link to the receiver: opened once, listened to, closed with a goodbye.
+
+Owns the connection's life, what the receiver says on it, and the order of records and rounds. What
+is sent when is `ferry.migration.source`'s business.
+"""
+
+import contextlib
+import socket
+import tempfile
+from collections.abc import Awaitable, Callable
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import trio
+from numpy.typing import NDArray
+
+from ferry.errors import FerryError, Mismatch, PeerAborted
+from ferry.migration.handover_runner import Runner
+from ferry.migration.messages import Kind, Notice, pack_state
+from ferry.migration.send_options import sender_options
+from ferry.migration.tunnel import run_tunnel
+from sync.handover.machine import Event
+from transport.sender import RoundStatistics, Sender, open_sender
+from transport.wire.errors import PeerRefused, TransportError
+
+if TYPE_CHECKING:
+    from ferry.migration.send_options import Options
+
+TELL_S = 1.0
+GOODBYE_S = 3.0
+
+
+class SourceLink:
+    """One session with a receiver. What goes wrong with it, and what it says, goes to `runner`."""
+
+    def __init__(
+        self, options: "Options", session: bytes, runner: Runner, nursery: trio.Nursery
+    ) -> None:
+        self._options = options
+        self._session = session
+        self._runner = runner
+        self._nursery = nursery
+        self._sender: Sender | None = None
+        self._done = trio.Event()
+        self._closed = trio.Event()
+        self._closed.set()
+        self._listening = trio.CancelScope()
+        self._tunnel = trio.CancelScope()
+        self._record_lock = trio.Lock()
+        self._round_no = 0
+        self.loaded = trio.Event()
+        """The target's VMM has loaded all that came through the tunnel."""
+        self.registers: list[dict[str, Any]] = []
+        """What the target's check of the registers found; with `PEER_READY`."""
+        self.ready_ms: dict[str, object] = {}
+        """What it took on the target to become ready, by phase; with `PEER_READY`."""
+        self.committed_ms: dict[str, object] = {}
+        """What it took to start the guest there, by phase; with `PEER_COMMITTED`."""
+
+    @property
+    def sender(self) -> Sender:
+        """The transport's session; after `open`."""
+        assert self._sender is not None
+        return self._sender
+
+    async def open(self, hello: bytes) -> None:
+        """Greets the receiver. Raises `Mismatch` when it refuses, and `TransportError`."""
+        self._sender = await self._nursery.start(self._keep, hello)
+        self._nursery.start_soon(self._listen)
+
+    async def _keep(self, hello: bytes, task_status: trio.TaskStatus[Sender]) -> None:
+        """Holds the link open until the migration has come to its end."""
+        options = self._options
+        link_options = sender_options(options)
+        self._closed = trio.Event()
+        started = False
+        try:
+            async with open_sender(options.to, self._session, hello, link_options) as link:
+                task_status.started(link)
+                started = True
+                await self._done.wait()
+        except PeerRefused as refusal:
+            reason = Notice.unpack(refusal.payload).text("reason")
+            raise Mismatch(f"the receiver refuses: {reason}") from refusal
+        except TransportError as error:
+            if not started:
+                raise
+            self._runner.post(Event.PEER_LOST, error)
+        finally:
+            self._closed.set()
+
+    async def _listen(self) -> None:
+        """What the receiver says, until the link ends."""
+        try:
+            with self._listening:
+                await self._hear()
+        except (TransportError, FerryError) as error:
+            self._runner.post(Event.PEER_LOST, error)
+
+    async def _hear(self) -> None:
+        while True:
+            record = await self.sender.receive_record()
+            notice = Notice.unpack(record.payload)
+            if record.kind == Kind.LOADED:
+                self.loaded.set()
+            elif record.kind == Kind.READY:
+                self.registers = notice.register_reports(len(self._options.gateway))
+                self.ready_ms = notice.mapping("ms")
+                self._runner.post(Event.PEER_READY)
+            elif record.kind == Kind.COMMITTED:
+                self.committed_ms = notice.mapping("ms")
+                self._runner.post(Event.PEER_COMMITTED)
+            elif record.kind == Kind.START_FAILED:
+                self._runner.post(
+                    Event.PEER_START_FAILED, PeerAborted(f"target: {notice.text('reason')}")
+                )
+            elif record.kind == Kind.ABORT:
+                self._runner.post(
+                    Event.PEER_ABORTED,
+                    PeerAborted(f"the target gave up: {notice.text('reason')}"),
+                )
+
+    async def send(self, kind: Kind, payload: bytes = b"", *, flush: bool = False) -> None:
+        """A record, in the order of the calls."""
+        async with self._record_lock:
+            await self.sender.send_record(kind, payload, flush=flush)
+
+    async def send_state(self, device: int, payload: bytes) -> None:
+        """Register state of the device of this number."""
+        await self.send(Kind.STATE, pack_state(device, payload))
+
+    async def send_pages(self, indices: NDArray[np.uint32]) -> RoundStatistics:
+        """One round, of a number of its own. Returns when the target has these pages."""
+        self._round_no += 1
+        return await self.sender.send_round(indices, self._round_no)
+
+    async def carry_vmm_stream(
+        self,
+        complete: Callable[[], Awaitable[bool]],
+        *,
+        task_status: trio.TaskStatus[str] = trio.TASK_STATUS_IGNORED,
+    ) -> None:
+        """Takes the VMM's connection and carries its stream across, until `cut_vmm_stream`. Has
+        started with the path of the socket that it listens at; `complete` says, when the VMM
+        closes the stream, whether the target may hear of it."""
+        with self._tunnel:
+            # Gone once the VMM has connected, so that nothing is left behind if we are killed.
+            with tempfile.TemporaryDirectory(prefix="vfio-ferry-") as folder:
+                path = f"{folder}/vmm.sock"
+                listening = trio.socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+                await listening.bind(path)
+                listening.listen(1)
+                async with trio.SocketListener(listening) as listener:
+                    task_status.started(path)
+                    stream = await listener.accept()
+            await run_tunnel(stream, self.sender, self._runner, complete)
+
+    def cut_vmm_stream(self) -> None:
+        self._tunnel.cancel()
+
+    async def tell_abort(self, reason: str) -> None:
+        """As well as possible, and past any record that waits for room."""
+        if self._sender is None:
+            return
+        with trio.move_on_after(TELL_S), contextlib.suppress(TransportError):
+            await self._sender.send_record(
+                Kind.ABORT, Notice({"reason": reason[:1000]}).pack(), flush=True
+            )
+
+    async def close(self) -> None:
+        """Ends the link, with a goodbye where there is somebody to take it."""
+        self._tunnel.cancel()
+        self._listening.cancel()
+        self._done.set()
+        with trio.move_on_after(GOODBYE_S):
+            await self._closed.wait()
+
+    def wire_bytes(self) -> dict[str, int]:
+        """What has crossed the link, by what it was; empty if there was none."""
+        if self._sender is None:
+            return {}
+        totals = self._sender.statistics()
+        return {"pages": totals.lane_bytes, "VMM stream": totals.tunnel_bytes_sent}

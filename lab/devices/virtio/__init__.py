@@ -1,0 +1,1 @@
+"""A virtio block device over PCI as a vfio-user device."""

@@ -1,0 +1,410 @@
+"""Two hosts on one machine, made of the real processes: for the demo, the tests and `perf`.
+
+Each side has a guest and one or more devices, each behind its gateway. Disks of both sides serve
+the same image, as two hosts with shared storage do; NICs have their cables in one hub. `send` and
+`receive` are started for each migration. Nothing here looks into a process: it starts them with
+the options that a user would give, reads the events that they print, and talks to the guests by
+QMP.
+"""
+
+import contextlib
+import json
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Self
+
+import trio
+
+from ferry.errors import FerryError
+from lab.children import start_child
+from lab.guest.control import guest_report, verify_guest
+from sync.vmm.driver import Vmm
+
+START_S = 60.0
+"""A process that has not opened its socket by then will not, though it compiles its kernels."""
+POLL_S = 0.02
+
+
+class TestbedError(FerryError):
+    """A process of the testbed did not do what it was started for."""
+
+    __test__ = False
+
+
+class Process:
+    """A command of vfio-ferry, started for real. Its JSON events are collected as they come."""
+
+    def __init__(
+        self, name: str, arguments: Sequence[str], log: Path, on_event: Callable[..., None] | None
+    ) -> None:
+        self.name = name
+        self.log = log
+        self.events: list[dict[str, Any]] = []
+        self._news = threading.Condition()
+        self._on_event = on_event
+        with log.open("ab") as stderr:
+            self._popen = start_child(
+                [sys.executable, "-m", "ferry.cli", *arguments],
+                stdout=subprocess.PIPE,
+                stderr=stderr,
+                stdin=subprocess.DEVNULL,
+                start_new_session=True,
+            )
+        self._reader = threading.Thread(target=self._read, daemon=True)
+        self._reader.start()
+
+    def _read(self) -> None:
+        assert self._popen.stdout is not None
+        for line in self._popen.stdout:
+            try:
+                event = json.loads(line)
+            except ValueError:
+                event = {"event": "text", "text": line.decode(errors="replace").rstrip()}
+            with self._news:
+                self.events.append(event)
+                self._news.notify_all()
+            if self._on_event is not None:
+                self._on_event(event)
+        with self._news:
+            self._news.notify_all()
+
+    @property
+    def pid(self) -> int:
+        return self._popen.pid
+
+    @property
+    def running(self) -> bool:
+        return self._popen.poll() is None
+
+    def wait_event(
+        self,
+        name: str,
+        timeout_s: float = START_S,
+        where: Callable[[dict[str, Any]], bool] = lambda _: True,
+        **values: Any,
+    ) -> dict[str, Any]:
+        """The first event of this name with these values that `where` takes. Raises `TestbedError`
+        when the process ends or the time passes without it."""
+
+        def found() -> dict[str, Any] | None:
+            for event in self.events:
+                if event.get("event") == name and values.items() <= event.items() and where(event):
+                    return event
+            return None
+
+        with self._news:
+            self._news.wait_for(lambda: found() or not self._reader.is_alive(), timeout_s)
+            event = found()
+        if event is None:
+            raise TestbedError(f"{self.name} did not report {name} {values}; {self.tail()}")
+        return event
+
+    def wait(self, timeout_s: float) -> int:
+        """Its exit code. Raises `TestbedError` when it does not end in time."""
+        try:
+            code = self._popen.wait(timeout_s)
+        except subprocess.TimeoutExpired:
+            raise TestbedError(f"{self.name} does not end; {self.tail()}") from None
+        self._reader.join()
+        return code
+
+    def signal(self, number: signal.Signals) -> None:
+        with contextlib.suppress(ProcessLookupError):
+            self._popen.send_signal(number)
+
+    def kill(self) -> None:
+        """SIGKILL, and gone."""
+        self.signal(signal.SIGKILL)
+        self._popen.wait()
+
+    def resume(self) -> None:
+        """Lets a stopped process go on."""
+        self.signal(signal.SIGCONT)
+
+    def wait_stopped(self, timeout_s: float = START_S) -> None:
+        """Until the process has stopped itself (`--break-at`)."""
+        stat = Path(f"/proc/{self._popen.pid}/stat")
+        deadline = time.monotonic() + timeout_s
+        while time.monotonic() < deadline:
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                self._popen.wait(POLL_S)
+                break
+            if stat.read_text().rsplit(")", 1)[1].split()[0] == "T":
+                return
+        raise TestbedError(f"{self.name} did not stop itself; {self.tail()}")
+
+    def wait_socket(self, path: Path, timeout_s: float = START_S) -> None:
+        """Until somebody listens at `path`."""
+        deadline = time.monotonic() + timeout_s
+        while time.monotonic() < deadline:
+            with contextlib.suppress(OSError), socket.socket(socket.AF_UNIX) as probe:
+                probe.connect(str(path))
+                return
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                self._popen.wait(POLL_S)
+                break
+        raise TestbedError(f"{self.name} does not listen at {path}; {self.tail()}")
+
+    def tail(self) -> str:
+        """What it said last, for an error message."""
+        said = self.log.read_text(errors="replace").splitlines()[-8:]
+        last = [json.dumps(event) for event in self.events[-3:]]
+        code = self._popen.poll()
+        return f"exit code {code}; last events {last}; stderr {said}"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Setup:
+    """What the two hosts are made of. `device`, `gateway` and `guest` are flags of those
+    commands."""
+
+    device: tuple[str, ...] = ()
+    gateway: tuple[str, ...] = ()
+    guest: tuple[str, ...] = ()
+    image_bytes: int = 64 << 20
+
+
+@dataclass
+class Unit:
+    """A device and its gateway. The processes are None while they are not started."""
+
+    name: str
+    folder: Path
+    device: Process | None = None
+    gateway: Process | None = None
+
+    @property
+    def device_socket(self) -> Path:
+        return self.folder / "device.sock"
+
+    @property
+    def gateway_socket(self) -> Path:
+        return self.folder / "gateway.sock"
+
+    @property
+    def control_socket(self) -> Path:
+        return self.folder / "control.sock"
+
+
+@dataclass
+class Host(Unit):
+    """One side, and its first device."""
+
+    guest: Process | None = None
+    extra: list[Process] = field(default_factory=list)
+    others: list[Unit] = field(default_factory=list)
+    """Further devices, in the same order on both sides."""
+
+    @property
+    def units(self) -> list[Unit]:
+        """All devices, in the order in which both commands are told of them."""
+        return [self, *self.others]
+
+    def add_unit(self, name: str) -> Unit:
+        """One more device, in a folder of its own."""
+        unit = Unit(f"{name} {self.name}", self.folder / name)
+        unit.folder.mkdir(mode=0o700)
+        self.others.append(unit)
+        return unit
+
+    def disk_bytes(self) -> int:
+        """What its first device has moved from and to the disk so far."""
+        assert self.device is not None
+        lines = Path(f"/proc/{self.device.pid}/io").read_text().splitlines()
+        counts = dict(line.split(": ") for line in lines)
+        return int(counts["rchar"]) + int(counts["wchar"])
+
+    @property
+    def control_flags(self) -> list[object]:
+        """How `send` and `receive` are told of the gateways."""
+        return [word for unit in self.units for word in ("--gateway", unit.control_socket)]
+
+    @property
+    def qmp_socket(self) -> Path:
+        return self.folder / "qmp.sock"
+
+
+class Testbed:
+    """`with Testbed(folder, setup) as bed:`; every process it started is dead afterwards."""
+
+    __test__ = False
+
+    def __init__(self, folder: Path, setup: Setup) -> None:
+        self.folder = folder
+        self.setup = setup
+        self.image = folder / "disk.img"
+        self.processes: list[Process] = []
+        self.hosts = {name: Host(name, folder / name) for name in ("a", "b")}
+        for host in self.hosts.values():
+            host.folder.mkdir(mode=0o700, parents=True)
+        with self.image.open("wb") as image:
+            image.truncate(setup.image_bytes)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        for process in self.processes:
+            if process.running:
+                process.signal(signal.SIGCONT)
+                process.kill()
+
+    def start(
+        self,
+        name: str,
+        *arguments: object,
+        on_event: Callable[..., None] | None = None,
+    ) -> Process:
+        """Starts a command; its log is `NAME.log` in the testbed's folder."""
+        log = self.folder / f"{name.replace(' ', '-')}.log"
+        process = Process(name, [str(word) for word in arguments], log, on_event)
+        self.processes.append(process)
+        return process
+
+    def start_device(self, unit: Unit) -> Process:
+        """A disk."""
+        return self._start_device(unit, "device", "--image", self.image, *self.setup.device)
+
+    def start_nic(self, unit: Unit, link: Path, *flags: str) -> Process:
+        """A NIC with its cable in the hub that listens at `link`."""
+        return self._start_device(unit, "nic", "--link", link, *flags)
+
+    def _start_device(self, unit: Unit, command: str, *flags: object) -> Process:
+        words = (command, "--socket", unit.device_socket, *flags)
+        unit.device = self.start(f"device {unit.name}", *words)
+        unit.device.wait_socket(unit.device_socket)
+        return unit.device
+
+    def start_gateway(self, unit: Unit) -> Process:
+        unit.gateway = self.start(
+            f"gateway {unit.name}",
+            *("gateway", "--listen", unit.gateway_socket, "--device", unit.device_socket),
+            *("--control", unit.control_socket, "--json", *self.setup.gateway),
+        )
+        unit.gateway.wait_socket(unit.control_socket)
+        return unit.gateway
+
+    def start_guest(self, host: Host, *, incoming: bool) -> Process:
+        host.guest = self.start(
+            f"guest {host.name}",
+            *("guest", "--device", host.gateway_socket, "--qmp", host.qmp_socket),
+            *self.setup.guest,
+            *(["--incoming"] if incoming else []),
+        )
+        self.wait_status(host, "inmigrate" if incoming else "running")
+        return host.guest
+
+    def start_host(self, host: Host, *, incoming: bool) -> None:
+        self.start_device(host)
+        self.start_gateway(host)
+        self.start_guest(host, incoming=incoming)
+
+    def receive(self, host: Host, *flags: object, **keywords: Any) -> Process:
+        """Starts `receive` on `host`, and waits until it listens."""
+        process = self.start(
+            f"receive {host.name}",
+            *("receive", "--listen", f"ipc://{host.folder}/link.sock", "--json"),
+            *(*host.control_flags, "--qmp", host.qmp_socket, *flags),
+            **keywords,
+        )
+        process.wait_event("listening")
+        return process
+
+    def send(self, source: Host, target: Host, *flags: object, **keywords: Any) -> Process:
+        return self.start(
+            f"send {source.name}",
+            *("send", "--to", f"ipc://{target.folder}/link.sock", "--json"),
+            *(*source.control_flags, "--qmp", source.qmp_socket, *flags),
+            **keywords,
+        )
+
+    # --- the guests, by QMP ---
+
+    def status(self, host: Host) -> str:
+        async def ask() -> str:
+            async with await Vmm.connect(str(host.qmp_socket), deadline_s=START_S) as vmm:
+                return await vmm.run_state()
+
+        return trio.run(ask)
+
+    def wait_status(self, host: Host, wanted: str, timeout_s: float = START_S) -> None:
+        async def wait() -> None:
+            state = ""
+            while state != wanted:
+                # A connection for each question: a gateway may need the VMM to itself meanwhile.
+                async with await Vmm.connect(str(host.qmp_socket), deadline_s=timeout_s) as vmm:
+                    state = await vmm.run_state()
+                await trio.sleep(POLL_S)
+
+        self._within(timeout_s, wait, f"guest {host.name} is not {wanted}")
+
+    def report(self, host: Host) -> dict[str, Any]:
+        """The workload's statistics."""
+
+        async def ask() -> dict[str, Any]:
+            async with await Vmm.connect(str(host.qmp_socket), deadline_s=START_S) as vmm:
+                return await guest_report(vmm)
+
+        return trio.run(ask)
+
+    def wait_operations(self, host: Host, more: int, timeout_s: float = START_S) -> dict[str, Any]:
+        """Until the guest has done `more` operations than now; its report then."""
+        report: dict[str, Any] = {}
+
+        async def wait() -> None:
+            nonlocal report
+            async with await Vmm.connect(str(host.qmp_socket), deadline_s=timeout_s) as vmm:
+                report = await guest_report(vmm)
+                goal = report["operations"] + more
+                while report["operations"] < goal:
+                    await trio.sleep(POLL_S)
+                    report = await guest_report(vmm)
+
+        self._within(timeout_s, wait, f"guest {host.name} does no {more} operations")
+        return report
+
+    def wait_disk(self, host: Host, more: int, timeout_s: float = START_S) -> None:
+        """Until the guest's device has moved `more` bytes than now. Asks no QMP server: `send` may
+        be its one client."""
+        goal = host.disk_bytes() + more
+        deadline = time.monotonic() + timeout_s
+        while host.disk_bytes() < goal:
+            if time.monotonic() > deadline:
+                raise TestbedError(f"guest {host.name} does not move {more} bytes")
+            time.sleep(POLL_S)
+
+    def verify(self, host: Host, timeout_s: float = 60.0) -> dict[str, Any]:
+        """Reads back every block that the guest ever wrote; its report afterwards."""
+        report: dict[str, Any] = {}
+
+        async def ask() -> None:
+            nonlocal report
+            async with await Vmm.connect(str(host.qmp_socket), deadline_s=START_S) as vmm:
+                report = await verify_guest(vmm)
+
+        self._within(timeout_s, ask, f"guest {host.name} does not finish verifying")
+        return report
+
+    def _within(self, timeout_s: float, work: Callable[..., Any], what: str) -> None:
+        async def limited() -> None:
+            with trio.fail_after(timeout_s):
+                await work()
+
+        try:
+            trio.run(limited)
+        except trio.TooSlowError:
+            tails = "; ".join(f"{p.name}: {p.tail()}" for p in self.processes)
+            raise TestbedError(f"{what} after {timeout_s:g} s; {tails}") from None

@@ -1,0 +1,1 @@
+"""A vfio-user server and client for devices and guests of the laboratory."""

@@ -1,0 +1,1 @@
+"""The gateway's control protocol: requests, their wire format, and the client for it."""

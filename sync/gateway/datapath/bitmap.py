@@ -1,0 +1,111 @@
+"""The dirty bitmap: two halves in a memfd, one written here, one read by the controller.
+
+Owned here: the layout at the time tracking began, setting bits by address, and the swap. The
+controller maps the same memfd: `swap` hands it the half that was written so far, and by the next
+`swap` it has read that half and put zeros over it.
+
+    +---------------------+---------------------+
+    | half 0: half_bytes  | half 1: half_bytes  |   bit i of word w (u64, little-endian) =
+    +---------------------+---------------------+   page 64 * w + i of the flat page space
+"""
+
+import bisect
+import fcntl
+import mmap
+import os
+
+from sync.gateway.datapath.dma import PAGE_BYTES, FlatRegion
+
+_WORD_BYTES = 8
+_WORD_PAGES = 64
+
+
+class DirtyBitmap:
+    """Which pages of `layout` (not empty) were written. A write outside of it leaves no mark."""
+
+    def __init__(self, layout: list[FlatRegion]) -> None:
+        self.layout = layout
+        self._starts = [region.iova for region in layout]
+        self.n_pages = layout[-1].first_page + layout[-1].length // PAGE_BYTES
+        self.half_bytes = -(-self.n_pages // _WORD_PAGES) * _WORD_BYTES
+        self.descriptor = os.memfd_create("dirty-bitmap", os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
+        try:
+            os.ftruncate(self.descriptor, 2 * self.half_bytes)
+            # Whoever gets the descriptor must not be able to take the file away under our mapping.
+            seals = fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW | fcntl.F_SEAL_SEAL
+            fcntl.fcntl(self.descriptor, fcntl.F_ADD_SEALS, seals)
+            self._bits = mmap.mmap(self.descriptor, 2 * self.half_bytes)
+        except BaseException:
+            os.close(self.descriptor)
+            raise
+        self._active = 0
+
+    def mark(self, address: int, count: int) -> None:
+        """Sets the bits of the pages of `count` bytes (at least 1) at `address`.
+
+        Called behind the copy: a reader that took the bit first finds the page marked again (I1).
+        """
+        end = address + count
+        index = max(bisect.bisect_right(self._starts, address) - 1, 0)
+        for region in self.layout[index:]:
+            if region.iova >= end:
+                break
+            low = max(address, region.iova) - region.iova
+            high = min(end, region.iova + region.length) - region.iova
+            if low < high:
+                first = region.first_page + low // PAGE_BYTES
+                last = region.first_page + (high - 1) // PAGE_BYTES
+                self._set(first, last - first + 1)
+
+    def merge(self, region: FlatRegion, offset: int, bitmap: bytes, page_bytes: int) -> None:
+        """Sets the bits that a device reported for `region` from byte `offset` on.
+
+        Bit i of `bitmap` stands for the `page_bytes` (a power of two, at least 4096) at
+        `offset + i * page_bytes`; `offset` is a multiple of 4096.
+        """
+        if page_bytes != PAGE_BYTES:
+            bitmap = _widen(bitmap, page_bytes // PAGE_BYTES)
+        first = offset // PAGE_BYTES
+        in_region = (1 << (region.length // PAGE_BYTES - first)) - 1
+        bits = int.from_bytes(bitmap, "little") & in_region
+        if bits:
+            self._or(region.first_page + first, bits)
+
+    def swap(self) -> int:
+        """Returns the half (0 or 1) that was written so far; from here on it is left alone."""
+        quiet = self._active
+        self._active ^= 1
+        return quiet
+
+    def close(self) -> None:
+        self._bits.close()
+        os.close(self.descriptor)
+
+    def _set(self, page: int, count: int) -> None:
+        if count == 1:
+            position = self._active * self.half_bytes + (page >> 3)
+            self._bits[position] |= 1 << (page & 7)
+        else:
+            self._or(page, (1 << count) - 1)
+
+    def _or(self, page: int, bits: int) -> None:
+        shift = page & 7
+        bits <<= shift
+        start = self._active * self.half_bytes + (page >> 3)
+        size = (bits.bit_length() + 7) // 8
+        bits |= int.from_bytes(self._bits[start : start + size], "little")
+        self._bits[start : start + size] = bits.to_bytes(size, "little")
+
+
+def _widen(bitmap: bytes, factor: int) -> bytes:
+    """Every bit of `bitmap` `factor` times."""
+    ones = (1 << factor) - 1
+    known: dict[int, bytes] = {}
+    parts: list[bytes] = []
+    for byte in bitmap:
+        part = known.get(byte)
+        if part is None:
+            wide = sum(ones << (bit * factor) for bit in range(8) if byte >> bit & 1)
+            part = known[byte] = wide.to_bytes(factor, "little")
+        parts.append(part)
+    return b"".join(parts)

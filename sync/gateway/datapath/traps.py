@@ -1,0 +1,283 @@
+"""Register accesses of the VMM where they are more than relayed: captured, or gated.
+
+Sans-IO. `Capture` (states mediated and stopped) executes everything and writes the journal. `Gate`
+(standby and released) keeps a device that does not own the guest from starting anything: reads and
+configuration writes are executed, other writes and resets are acknowledged, dropped and counted
+(I4). Either keeps the VMM's fingers off the device's migration state. In passthrough neither is in
+the way.
+"""
+
+import errno
+import struct
+from collections.abc import Callable
+
+from sync.gateway.datapath.journal import Entry, Journal
+from sync.gateway.datapath.owed import Owed
+from sync.gateway.datapath.relay import Relay, VmmCommand
+from sync.registers.record import Op
+from sync.vfio_user.errors import ProtocolError
+from sync.vfio_user.framing import close_fds
+from sync.vfio_user.protocol import (
+    FLAG_NO_REPLY,
+    HEADER_BYTES,
+    Command,
+    PciRegion,
+    RegionAccess,
+    WriteMulti,
+    WriteMultiReply,
+)
+
+_ACCESS = struct.Struct("<QII")
+_BODY = HEADER_BYTES + _ACCESS.size
+_MAX_REGION = 0xFFFF
+"""A register operation record has 16 bits for the region."""
+_MAX_CONFIG_WRITES = 256
+"""In one REGION_WRITE_MULTI; a VMM sends configuration writes one by one."""
+_LIMIT = 1 << 64
+_READ, _WRITE, _RESET = int(Op.READ), int(Op.WRITE), int(Op.RESET)
+
+_MIGRATION = (Command.DEVICE_FEATURE, Command.MIG_DATA_READ, Command.MIG_DATA_WRITE)
+
+
+class _Read:
+    """A captured read under way; called with the device's reply."""
+
+    __slots__ = ("_entry", "_journal", "_message_id", "_owed", "_relay")
+
+    def __init__(
+        self, relay: Relay, journal: Journal, owed: Owed, message_id: int, entry: Entry
+    ) -> None:
+        self._relay = relay
+        self._journal = journal
+        self._owed = owed
+        self._message_id = message_id
+        self._entry = entry
+
+    def __call__(self, error: int, reply: memoryview, descriptors: list[int]) -> None:
+        close_fds(descriptors)
+        entry = self._entry
+        if error:
+            self._journal.finish(entry, failed=True)
+        elif len(reply) != _BODY + entry.size:
+            raise ProtocolError(f"a read of {entry.size} bytes is answered by {len(reply)}")
+        else:
+            if self._owed:
+                self._owed.pay(entry.region, entry.offset, reply[_BODY:])
+            self._journal.finish(entry, data=bytes(reply[_BODY:]))
+        self._relay.pass_back(self._message_id, reply, [])
+
+
+class Capture:
+    """Commands that write the journal. `max_bytes` is the largest access."""
+
+    def __init__(self, relay: Relay, journal: Journal, owed: Owed, max_bytes: int) -> None:
+        self._relay = relay
+        self._journal = journal
+        self._owed = owed
+        self._max_bytes = max_bytes
+        self.commands: dict[int, VmmCommand] = {
+            Command.REGION_READ: self._read,
+            Command.REGION_WRITE: self._write,
+            Command.REGION_WRITE_MULTI: self._write_multi,
+            Command.DEVICE_RESET: self._reset,
+            **refusals(relay),
+        }
+
+    def _read(
+        self, message_id: int, flags: int, message: memoryview, descriptors: list[int]
+    ) -> None:
+        offset, region, count = _access(message, 0)
+        relay = self._relay
+        if not 0 < count <= self._max_bytes or region > _MAX_REGION or offset + count > _LIMIT:
+            relay.answer(message_id, flags, Command.REGION_READ, error=errno.EINVAL)
+        elif flags & FLAG_NO_REPLY:
+            raise ProtocolError("a read that wants no reply")
+        else:
+            entry = self._journal.begin(_READ, region, offset, count)
+            relay.forward(
+                message_id,
+                message,
+                descriptors,
+                _Read(relay, self._journal, self._owed, message_id, entry),
+            )
+            return
+        close_fds(descriptors)
+
+    def _write(
+        self, message_id: int, flags: int, message: memoryview, descriptors: list[int]
+    ) -> None:
+        if len(message) < _BODY:
+            raise ProtocolError(f"REGION_WRITE of {len(message)} bytes")
+        offset, region, count = _ACCESS.unpack_from(message, HEADER_BYTES)
+        if len(message) != _BODY + count:
+            raise ProtocolError(f"a write of {count} bytes in a message of {len(message)}")
+        relay = self._relay
+        if not 0 < count <= self._max_bytes or region > _MAX_REGION or offset + count > _LIMIT:
+            relay.answer(message_id, flags, Command.REGION_WRITE, error=errno.EINVAL)
+            close_fds(descriptors)
+            return
+        data = bytes(message[_BODY:])
+        if flags & FLAG_NO_REPLY:
+            self._journal.posted(region, offset, data)
+            relay.to_device(message, descriptors)
+            return
+        entry = self._journal.begin(_WRITE, region, offset, count, data)
+        self._forward(message_id, message, descriptors, self._finish(entry))
+
+    def _write_multi(
+        self, message_id: int, flags: int, message: memoryview, descriptors: list[int]
+    ) -> None:
+        writes = WriteMulti.unpack(message[HEADER_BYTES:]).writes
+        relay = self._relay
+        if any(
+            not write.count or write.region > _MAX_REGION or write.offset + write.count > _LIMIT
+            for write in writes
+        ):
+            relay.answer(message_id, flags, Command.REGION_WRITE_MULTI, error=errno.EINVAL)
+            close_fds(descriptors)
+            return
+        journal = self._journal
+        if flags & FLAG_NO_REPLY:
+            for write in writes:
+                journal.posted(write.region, write.offset, write.data)
+            relay.to_device(message, descriptors)
+            return
+        entries = [
+            journal.begin(_WRITE, write.region, write.offset, write.count, write.data)
+            for write in writes
+        ]
+
+        def finish(error: int, reply: memoryview) -> None:
+            done = 0 if error else WriteMultiReply.unpack(reply[HEADER_BYTES:]).completed
+            for number, entry in enumerate(entries):
+                journal.finish(entry, failed=number >= done)
+
+        self._forward(message_id, message, descriptors, finish)
+
+    def _reset(
+        self, message_id: int, flags: int, message: memoryview, descriptors: list[int]
+    ) -> None:
+        finish = self._finish(self._journal.begin(_RESET, 0, 0, 0))
+        if flags & FLAG_NO_REPLY:
+
+            def answered(error: int, reply: memoryview, more: list[int]) -> None:
+                close_fds(more)
+                finish(error, reply)
+
+            self._relay.snoop(flags, message, descriptors, answered)
+        else:
+            self._forward(message_id, message, descriptors, finish)
+
+    def _finish(self, entry: Entry) -> Callable[[int, memoryview], None]:
+        def finish(error: int, reply: memoryview) -> None:
+            self._journal.finish(entry, failed=bool(error))
+
+        return finish
+
+    def _forward(
+        self,
+        message_id: int,
+        message: memoryview,
+        descriptors: list[int],
+        finish: Callable[[int, memoryview], None],
+    ) -> None:
+        def answered(error: int, reply: memoryview, more: list[int]) -> None:
+            close_fds(more)
+            finish(error, reply)
+            self._relay.pass_back(message_id, reply, [])
+
+        self._relay.forward(message_id, message, descriptors, answered)
+
+
+class Gate:
+    """Commands of a VMM whose device must not start anything. `dropped` counts what was not
+    executed: writes and resets."""
+
+    def __init__(self, relay: Relay) -> None:
+        self._relay = relay
+        self.dropped = 0
+        self.commands: dict[int, VmmCommand] = {
+            Command.REGION_WRITE: self._write,
+            Command.REGION_WRITE_MULTI: self._write_multi,
+            Command.DEVICE_RESET: self._reset,
+            **refusals(relay),
+        }
+
+    def _write(
+        self, message_id: int, flags: int, message: memoryview, descriptors: list[int]
+    ) -> None:
+        access = RegionAccess.unpack(message[HEADER_BYTES:])
+        if access.region == PciRegion.CONFIG:
+            self._relay.relay_command(message_id, flags, message, descriptors)
+            return
+        close_fds(descriptors)
+        self.dropped += 1
+        body = RegionAccess(access.offset, access.region, access.count).pack()
+        self._relay.answer(message_id, flags, Command.REGION_WRITE, body)
+
+    def _write_multi(
+        self, message_id: int, flags: int, message: memoryview, descriptors: list[int]
+    ) -> None:
+        writes = WriteMulti.unpack(message[HEADER_BYTES:]).writes
+        close_fds(descriptors)
+        executed = [write for write in writes if write.region == PciRegion.CONFIG]
+        if len(executed) > _MAX_CONFIG_WRITES:
+            self._relay.answer(message_id, flags, Command.REGION_WRITE_MULTI, error=errno.EINVAL)
+            return
+        for write in executed:
+            self._relay.ask(Command.REGION_WRITE, write.pack(), (), _ignore)
+        self.dropped += len(writes) - len(executed)
+        body = WriteMultiReply(len(writes)).pack()
+        self._relay.answer(message_id, flags, Command.REGION_WRITE_MULTI, body)
+
+    def _reset(
+        self, message_id: int, flags: int, message: memoryview, descriptors: list[int]
+    ) -> None:
+        close_fds(descriptors)
+        self.dropped += 1
+        self._relay.answer(message_id, flags, Command.DEVICE_RESET)
+
+
+def owed_reads(relay: Relay, owed: Owed) -> dict[int, VmmCommand]:
+    """Commands that give the guest what it is owed with what it reads from the device."""
+
+    def read(message_id: int, flags: int, message: memoryview, descriptors: list[int]) -> None:
+        offset, region, _ = _access(message, 0)
+        if flags & FLAG_NO_REPLY:
+            raise ProtocolError("a read that wants no reply")
+
+        def answered(error: int, reply: memoryview, more: list[int]) -> None:
+            close_fds(more)
+            if not error and len(reply) > _BODY:
+                owed.pay(region, offset, reply[_BODY:])
+            relay.pass_back(message_id, reply, [])
+
+        relay.forward(message_id, message, descriptors, answered)
+
+    return {Command.REGION_READ: read}
+
+
+def refusals(relay: Relay) -> dict[int, VmmCommand]:
+    """Commands for the device's migration state, which is ours while a migration is under way."""
+
+    def refusal(command: Command) -> VmmCommand:
+        def refuse(
+            message_id: int, flags: int, message: memoryview, descriptors: list[int]
+        ) -> None:
+            close_fds(descriptors)
+            relay.answer(message_id, flags, command, error=errno.EBUSY)
+
+        return refuse
+
+    return {command: refusal(command) for command in _MIGRATION}
+
+
+def _access(message: memoryview, carried: int) -> tuple[int, int, int]:
+    if len(message) != _BODY + carried:
+        raise ProtocolError(f"a register access of {len(message)} bytes")
+    offset, region, count = _ACCESS.unpack_from(message, HEADER_BYTES)
+    return offset, region, count
+
+
+def _ignore(error: int, reply: memoryview, descriptors: list[int]) -> None:
+    close_fds(descriptors)

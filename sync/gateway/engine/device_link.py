@@ -1,0 +1,117 @@
+"""One connection to a device with everything that hangs on it, and what a state means for it.
+
+Owned here: how the parts are put together, and which commands of the VMM are trapped in which
+state. It lives as long as the connection, and so does the VMM's: when one goes, both go.
+"""
+
+import os
+from collections.abc import Callable
+
+from sync.gateway.datapath.bitmap import DirtyBitmap
+from sync.gateway.datapath.dma import AtDevice, DmaMemory
+from sync.gateway.datapath.dma_service import DmaService
+from sync.gateway.datapath.interrupts import Interrupts
+from sync.gateway.datapath.journal import Journal
+from sync.gateway.datapath.owed import Owed
+from sync.gateway.datapath.relay import Relay, Send
+from sync.gateway.datapath.snoops import Snoops
+from sync.gateway.datapath.traps import Capture, Gate, owed_reads, refusals
+from sync.gateway.engine.custody import State
+from sync.gateway.engine.device_handshake import MAX_DATA_BYTES, DeviceFacts
+from sync.gateway.engine.job_runner import Runner
+from sync.vfio_user.protocol import Capabilities, Version
+
+
+class Link:
+    """`generation` numbers the first memory map; it goes on from there with each change."""
+
+    def __init__(
+        self,
+        to_device: Send,
+        clock: Callable[[], float],
+        *,
+        deadline_s: float,
+        journal_records: int,
+        generation: int,
+    ) -> None:
+        self.facts = DeviceFacts()
+        self.memory = DmaMemory(generation)
+        self.interrupts = Interrupts()
+        self.journal = Journal(journal_records)
+        self.relay = Relay(to_device)
+        self.runner = Runner(self.relay, clock, deadline_s)
+        self.service = DmaService(self.relay, self.memory, MAX_DATA_BYTES)
+        self.relay.device_command = self.service.handle
+        self.snoops = Snoops(self.relay, self.memory, self.interrupts)
+        self.gate = Gate(self.relay)
+        self.owed = Owed()
+        self._capture = Capture(self.relay, self.journal, self.owed, MAX_DATA_BYTES)
+        self.capturing = False
+        self.logging_page_bytes = 0
+        """Granularity of the device's DMA logging, 0 when it is off."""
+        self.migration_touched = False
+        """Whether the device's migration state may be another than RUNNING."""
+        self.resume_records = b""
+        """What to execute when the device is started again here."""
+        self.start_records = b""
+        """What to execute when the device is started here for the guest that came."""
+        self.relay.vmm_commands = self.snoops.commands
+
+    def attach_vmm(self, to_vmm: Send, offer: Version) -> Version:
+        """A VMM has come with `offer`; returns what it is answered."""
+        theirs = offer.capabilities
+        self.owed.clear()
+        self.relay.to_vmm = to_vmm
+        self.service.vmm_max_bytes = min(theirs.max_data_xfer_size, MAX_DATA_BYTES)
+        ours = self.facts.capabilities
+        return Version(
+            major=offer.major,
+            minor=min(offer.minor, self.facts.minor),
+            capabilities=Capabilities(
+                max_msg_fds=ours.max_msg_fds,
+                max_data_xfer_size=min(
+                    ours.max_data_xfer_size, theirs.max_data_xfer_size, MAX_DATA_BYTES
+                ),
+                max_dma_maps=min(ours.max_dma_maps, theirs.max_dma_maps),
+                pgsizes=ours.pgsizes & theirs.pgsizes or ours.pgsizes,
+                write_multiple=ours.write_multiple and theirs.write_multiple,
+            ),
+        )
+
+    def enter(self, state: State) -> None:
+        """From here on the VMM's commands are treated as `state` says."""
+        commands = dict(self.snoops.commands)
+        self.snoops.keep_intx_masked = state is State.STOPPED
+        if self.owed:
+            commands |= owed_reads(self.relay, self.owed)
+        if state in (State.MEDIATED, State.STOPPED):
+            commands |= self._capture.commands if self.capturing else refusals(self.relay)
+        elif state in (State.STANDBY, State.RELEASED):
+            commands |= self.gate.commands
+            self.gate.dropped = 0
+        else:
+            self.capturing = False
+            self.migration_touched = False
+            self.resume_records = self.start_records = b""
+            self.snoops.unmask_owed = False
+            self.snoops.sharing = AtDevice.DIRECT
+        self.relay.vmm_commands = commands
+
+    def track(self, bitmap: DirtyBitmap) -> None:
+        """From here on the device's writes by message are marked in `bitmap`; owns it."""
+        self.untrack()
+        self.service.bitmap = bitmap
+
+    def untrack(self) -> None:
+        if self.service.bitmap is not None:
+            self.service.bitmap.close()
+            self.service.bitmap = None
+
+    def close(self) -> None:
+        self.relay.close()
+        self.untrack()
+        if self.facts.twin >= 0:
+            os.close(self.facts.twin)
+            self.facts.twin = -1
+        self.memory.clear()
+        self.interrupts.close()

@@ -1,0 +1,287 @@
+"""What is done to a device on the way between states, in pieces that `jobs` puts together.
+
+Sans-IO: each step is a generator that yields commands and is sent the answers (`runner`).
+Source: vfio-user, VFIO_USER_DMA_MAP, _DMA_UNMAP, _REGION_READ/WRITE and _DEVICE_FEATURE.
+"""
+
+from sync.errors import SyncError
+from sync.gateway.datapath.bitmap import DirtyBitmap
+from sync.gateway.datapath.dma import PAGE_BYTES, AtDevice, DmaRegion, FlatRegion
+from sync.gateway.datapath.snoops import for_device
+from sync.gateway.engine.device_handshake import get_migration_state
+from sync.gateway.engine.device_link import Link
+from sync.gateway.engine.job_runner import Answer, Call, Job
+from sync.gateway.errors import BadRequest, DeviceRefused
+from sync.registers.record import (
+    STRUCT,
+    Access,
+    Flag,
+    Op,
+    RecordFormatError,
+    unpack_accesses,
+)
+from sync.vfio_user.errors import ProtocolError
+from sync.vfio_user.protocol import (
+    Command,
+    DmaUnmap,
+    Feature,
+    FeatureIndex,
+    LoggingControl,
+    LoggingReport,
+    MigrationState,
+    MigState,
+    RegionAccess,
+)
+
+MAX_LOGGING_RANGES = 1024
+"""More regions than this are logged as "everything"; libvfio-user and the kernel take as many."""
+_REPORT_HEAD_BYTES = 64
+"""Room for all but the bitmap in a report that has to stay below the transfer size."""
+
+
+def unmap_all(link: Link) -> Job[None]:
+    """Takes every region away from the device: when this is done it can do no DMA.
+
+    Raises `DeviceRefused` if it keeps one; the others are gone by then.
+    """
+    regions = [r for r in link.memory.regions if r.at_device is not AtDevice.NOT]
+    answers = yield [Call(Command.DMA_UNMAP, _unmapping(region)) for region in regions]
+    refused: Answer | None = None
+    for region, answer in zip(regions, answers, strict=True):
+        if answer.error:
+            refused = answer
+        else:
+            region.at_device = AtDevice.NOT
+    if refused is not None:
+        refused.expect("to let go of guest memory")
+
+
+def share(link: Link, wanted: AtDevice) -> Job[SyncError | None]:
+    """Has the device know every region as `wanted` (DIRECT or MESSAGE); returns what went wrong.
+
+    A region without a descriptor is always DIRECT. Its two commands follow each other, so that the
+    device is without a region for as short as can be; commands of the device are served meanwhile.
+    """
+    changes: list[tuple[DmaRegion, AtDevice, bool]] = []
+    calls: list[Call] = []
+    for region in link.memory.regions:
+        kind = AtDevice.DIRECT if region.descriptor is None else wanted
+        if region.at_device is kind:
+            continue
+        mapped = region.at_device is not AtDevice.NOT
+        changes.append((region, kind, mapped))
+        if mapped:
+            calls.append(Call(Command.DMA_UNMAP, _unmapping(region)))
+        else:
+            # It may use the region before we have seen its answer.
+            region.at_device = kind
+        body = for_device(region.request, kind).pack()
+        descriptor = region.descriptor if kind is AtDevice.DIRECT else None
+        calls.append(Call(Command.DMA_MAP, body, descriptor))
+    answers = iter((yield calls))
+    problem: SyncError | None = None
+    for region, kind, mapped in changes:
+        unmap_error = next(answers).error if mapped else 0
+        map_error = next(answers).error
+        if not unmap_error:
+            region.at_device = AtDevice.NOT if map_error else kind
+        if unmap_error or map_error:
+            problem = DeviceRefused(
+                f"the device refuses guest memory at {region.address:#x} (errno "
+                f"{unmap_error or map_error})"
+            )
+    return problem
+
+
+def run(link: Link) -> Job[SyncError | None]:
+    """Has a device with migration states be RUNNING; returns what went wrong."""
+    try:
+        state = yield from get_migration_state()
+        if state is not MigrationState.RUNNING:
+            yield from set_migration_state(MigrationState.RUNNING)
+    except DeviceRefused as error:
+        return error
+    link.migration_touched = False
+    return None
+
+
+def share_and_run(link: Link, *, run_device: bool) -> Job[SyncError | None]:
+    """Direct memory, then RUNNING; returns what went wrong.
+
+    Some devices (libvfio-user) refuse a change of the map while they are stopped: then once more.
+    """
+    problem = yield from share(link, AtDevice.DIRECT)
+    if not run_device:
+        return problem
+    trouble = yield from run(link)
+    if problem is not None:
+        problem = yield from share(link, AtDevice.DIRECT)
+    return problem or trouble
+
+
+def set_migration_state(state: MigrationState) -> Job[None]:
+    request = Feature.set(FeatureIndex.MIG_DEVICE_STATE, MigState(state).pack())
+    (answer,) = yield [Call(Command.DEVICE_FEATURE, request.pack())]
+    answer.expect(f"migration state {state.name}")
+
+
+def start_logging(link: Link, layout: list[FlatRegion], page_bytes: int) -> Job[None]:
+    """Has the device log its writes to `layout`; notes the page size that it chose."""
+    ranges = tuple((region.iova, region.length) for region in layout)
+    if len(ranges) > MAX_LOGGING_RANGES:
+        ranges = ()
+    control = LoggingControl(page_bytes, ranges)
+    request = Feature.set(FeatureIndex.DMA_LOGGING_START, control.pack())
+    (answer,) = yield [Call(Command.DEVICE_FEATURE, request.pack())]
+    if answer.error:
+        # A gateway that was killed may have left the device logging for it.
+        _, answer = yield [_stop_logging(), Call(Command.DEVICE_FEATURE, request.pack())]
+    data = Feature.unpack(answer.expect("DMA logging")).data
+    # A device that has nothing to add may answer with the bare feature.
+    link.logging_page_bytes = LoggingControl.unpack(data).page_size if data else page_bytes
+
+
+def stop_logging(link: Link) -> Job[None]:
+    """Ends the logging; a device that refuses has none under way."""
+    if link.logging_page_bytes:
+        yield [_stop_logging()]
+        link.logging_page_bytes = 0
+
+
+def _stop_logging() -> Call:
+    return Call(Command.DEVICE_FEATURE, Feature.set(FeatureIndex.DMA_LOGGING_STOP).pack())
+
+
+def collect_log(link: Link) -> Job[bool]:
+    """ORs what the device has logged into the bitmap; False if it would not tell all."""
+    bitmap = link.service.bitmap
+    assert bitmap is not None
+    device_page = max(link.logging_page_bytes, PAGE_BYTES)
+    limit = min(link.facts.capabilities.max_data_xfer_size, 1 << 20) - _REPORT_HEAD_BYTES
+    complete = True
+    for region in bitmap.layout:
+        page = PAGE_BYTES if (region.iova | region.length) % device_page else device_page
+        chunk = max(limit // 8, 1) * 64 * page
+        chunk = max(chunk - chunk % device_page, device_page)
+        reports = [
+            LoggingReport(region.iova + start, min(chunk, region.length - start), page)
+            for start in range(0, region.length, chunk)
+        ]
+        answers = yield [_report_call(report) for report in reports]
+        for report, answer in zip(reports, answers, strict=True):
+            if answer.error:
+                complete = False
+                continue
+            given = LoggingReport.unpack(Feature.unpack(answer.body).data)
+            asked = (report.iova, report.length, report.page_size)
+            if (given.iova, given.length, given.page_size) != asked or not given.bitmap:
+                raise ProtocolError("a report on other pages than those asked for")
+            bitmap.merge(region, report.iova - region.iova, given.bitmap, page)
+            _merge_edges(bitmap, given, device_page)
+    return complete
+
+
+def _merge_edges(bitmap: DirtyBitmap, report: LoggingReport, device_page: int) -> None:
+    """A page of the device that lies only partly in the range was cleared as a whole: what else is
+    in it, of this region or another, counts as written, too."""
+    last = (report.length - 1) // report.page_size
+    for number in {0, last}:
+        if report.bitmap[number >> 3] >> (number & 7) & 1:
+            address = report.iova + number * report.page_size
+            bitmap.mark(address - address % device_page, device_page)
+
+
+def _report_call(report: LoggingReport) -> Call:
+    data = report.pack()
+    size = len(data) + report.bitmap_bytes
+    request = Feature.get(FeatureIndex.DMA_LOGGING_REPORT, size, data)
+    return Call(Command.DEVICE_FEATURE, request.pack())
+
+
+def parse_records(link: Link, records: bytes) -> list[Access]:
+    """The accesses in `records`. Raises `BadRequest` for what no device could be asked."""
+    try:
+        accesses = list(unpack_accesses(records))
+    except RecordFormatError as error:
+        raise BadRequest(str(error)) from error
+    limit = link.facts.capabilities.max_data_xfer_size
+    for access in accesses:
+        if access.size > limit or access.offset + access.size > 1 << 64:
+            raise BadRequest(f"an access of {access.size} bytes at {access.offset:#x}")
+    return accesses
+
+
+def execute(link: Link, records: bytes) -> Job[bytes]:
+    """Executes records in order; returns them with what was read (or written back) filled in, and
+    FAILED where the device refused. A write back waits for the read that it depends on. What a read
+    marked OWED returns, and what a write marked OWED holds instead of being executed, the guest
+    gets with its next read of that register."""
+    accesses = parse_records(link, records)
+    first_read: dict[tuple[int, int, int], bytes] = {}
+    outcomes: list[Access] = []
+    while len(outcomes) < len(accesses):
+        run: list[Access] = []
+        awaited: set[tuple[int, int, int]] = set()
+        for access in accesses[len(outcomes) :]:
+            register = (access.region, access.offset, access.size)
+            if access.owed and access.op is Op.WRITE:
+                if run:
+                    break
+                link.owed.add(access.region, access.offset, access.data, count=access.counts)
+                outcomes.append(access)
+                continue
+            if access.write_back:
+                if register in awaited:
+                    break
+                access = access._replace(data=first_read.get(register, access.data))
+            elif access.op is Op.READ and register not in first_read:
+                awaited.add(register)
+            run.append(access)
+        answers = (yield [_access_call(access) for access in run]) if run else []
+        for access, answer in zip(run, answers, strict=True):
+            data = access.data if answer.error else _outcome(access, answer)
+            if access.op is Op.READ and not answer.error:
+                first_read.setdefault((access.region, access.offset, access.size), data)
+            if access.owed and not answer.error:
+                data = link.owed.add(access.region, access.offset, data, count=access.counts)
+            outcomes.append(access._replace(data=data, failed=bool(answer.error)))
+    return _filled_in(records, outcomes)
+
+
+def _filled_in(records: bytes, outcomes: list[Access]) -> bytes:
+    out = bytearray(records)
+    position = 0
+    for outcome in outcomes:
+        done = 0
+        more = True
+        while more:
+            seq, offset, _, region, size, op, flags = STRUCT.unpack_from(out, position)
+            value = int.from_bytes(outcome.data[done : done + size], "little")
+            more = op != Op.RESET and bool(flags & Flag.MORE)
+            flags = flags | Flag.FAILED if outcome.failed else flags & ~Flag.FAILED
+            STRUCT.pack_into(out, position, seq, offset, value, region, size, op, flags)
+            position += STRUCT.size
+            done += size
+    return bytes(out)
+
+
+def _access_call(access: Access) -> Call:
+    if access.op is Op.RESET:
+        return Call(Command.DEVICE_RESET)
+    body = RegionAccess(access.offset, access.region, access.size).pack()
+    if access.op is Op.READ:
+        return Call(Command.REGION_READ, body)
+    return Call(Command.REGION_WRITE, body + access.data)
+
+
+def _outcome(access: Access, answer: Answer) -> bytes:
+    if access.op is not Op.READ:
+        return access.data
+    data = RegionAccess.unpack(answer.body).data
+    if len(data) != access.size:
+        raise ProtocolError(f"a read of {access.size} bytes is answered with {len(data)}")
+    return data
+
+
+def _unmapping(region: DmaRegion) -> bytes:
+    return DmaUnmap(0, region.address, region.request.size).pack()

@@ -1,0 +1,263 @@
+"""What each request does to the device: one job for each, made of `steps`.
+
+Sans-IO. Owned here: the order of the steps, the point at which the state changes, and the way back
+when a step fails. Not owned: who may ask (`requests`), how a job is run and bounded (`runner`).
+
+`mediate`, `passthrough`, `standby`, `start`, `stop`, `abandon` and `batch` run with the guest's
+accesses held back. So the guest sees each of them as happening between two of its accesses.
+"""
+
+from dataclasses import dataclass
+
+from sync.errors import SyncError
+from sync.gateway.datapath.bitmap import DirtyBitmap
+from sync.gateway.datapath.dma import PAGE_BYTES, AtDevice
+from sync.gateway.engine import device_handshake as device
+from sync.gateway.engine import device_steps as steps
+from sync.gateway.engine.custody import Custody, State
+from sync.gateway.engine.device_link import Link
+from sync.gateway.engine.job_runner import Call, Job
+from sync.gateway.errors import BadRequest, GatewayError, Unsupported, WrongState
+from sync.vfio_user.errors import ProtocolError
+from sync.vfio_user.protocol import (
+    Command,
+    IrqSet,
+    MigData,
+    MigrationState,
+    PciIrq,
+    SetIrqs,
+)
+
+TRACKERS = ("logging", "message", "none")
+
+
+@dataclass(frozen=True, slots=True)
+class Mediated:
+    """The outcome of `mediate`. `dirty_fd` stays the gateway's; None without a tracker."""
+
+    values: bytes
+    journal_seq: int
+    page_bytes: int
+    dirty_fd: int | None
+    n_pages: int
+    half_bytes: int
+    layout_generation: int
+
+
+@dataclass(frozen=True, slots=True)
+class Collected:
+    """The outcome of `dirty`."""
+
+    half: int
+    complete: bool
+
+
+def mediate(
+    link: Link,
+    custody: Custody,
+    *,
+    tracker: str,
+    page_bytes: int,
+    capture: bool,
+    snapshot: bytes,
+) -> Job[Mediated]:
+    """passthrough -> mediated. What fails is undone; the state is then what it was."""
+    custody.check_mediate()
+    steps.parse_records(link, snapshot)
+    bitmap = _new_bitmap(link) if tracker != "none" else None
+    if tracker == "logging" and not link.facts.supports.logging:
+        raise Unsupported("the device does not log its DMA writes: use another tracker")
+    if bitmap is not None:
+        link.track(bitmap)
+    try:
+        if tracker == "logging" and bitmap is not None:
+            yield from steps.start_logging(link, bitmap.layout, page_bytes)
+        elif tracker == "message":
+            link.snoops.sharing = AtDevice.MESSAGE
+            problem = yield from steps.share(link, AtDevice.MESSAGE)
+            if problem is not None:
+                raise problem
+        values = yield from steps.execute(link, snapshot)
+    except ProtocolError:
+        raise
+    except SyncError:
+        yield from steps.stop_logging(link)
+        link.snoops.sharing = AtDevice.DIRECT
+        yield from steps.share(link, AtDevice.DIRECT)
+        link.untrack()
+        raise
+    link.journal.restart()
+    link.capturing = capture
+    custody.mediate()
+    link.enter(custody.state)
+    return Mediated(
+        values=values,
+        journal_seq=link.journal.next_seq,
+        page_bytes=max(link.logging_page_bytes, PAGE_BYTES),
+        dirty_fd=bitmap.descriptor if bitmap else None,
+        n_pages=bitmap.n_pages if bitmap else 0,
+        half_bytes=bitmap.half_bytes if bitmap else 0,
+        layout_generation=link.memory.generation,
+    )
+
+
+def _new_bitmap(link: Link) -> DirtyBitmap:
+    layout = link.memory.flat()
+    if not layout:
+        raise Unsupported("the guest has shared no memory with a descriptor: nothing to track")
+    try:
+        return DirtyBitmap(layout)
+    except OSError as error:
+        raise GatewayError(f"no room for the dirty bitmap: {error.strerror}") from error
+
+
+def dirty(link: Link) -> Job[Collected]:
+    """Reads and clears the tracker: the device's own log first, then the halves are swapped."""
+    bitmap = link.service.bitmap
+    if bitmap is None:
+        raise WrongState("no tracker was asked for in 'mediate'")
+    complete = True
+    if link.logging_page_bytes:
+        complete = yield from steps.collect_log(link)
+    return Collected(bitmap.swap(), complete)
+
+
+def batch(link: Link, records: bytes) -> Job[bytes]:
+    return (yield from steps.execute(link, records))
+
+
+def stop(link: Link, custody: Custody, *, fence: bool, resume: bytes) -> Job[None]:
+    """mediated -> stopped. If a fence fails, the state stays and `passthrough` gives all back."""
+    custody.check("stop")
+    steps.parse_records(link, resume)
+    if fence:
+        link.snoops.sharing = AtDevice.NOT
+        yield from steps.unmap_all(link)
+    custody.stop()
+    link.resume_records = resume
+    link.enter(custody.state)
+
+
+def restore(link: Link, custody: Custody) -> Job[None]:
+    """mediated | stopped -> passthrough. Everything is tried; what failed first is raised then."""
+    custody.check("passthrough")
+    if custody.state is State.PASSTHROUGH:
+        return
+    was_stopped = custody.state is State.STOPPED
+    yield from steps.stop_logging(link)
+    link.snoops.sharing = AtDevice.DIRECT
+    problem = yield from steps.share_and_run(link, run_device=link.migration_touched)
+    if was_stopped:
+        try:
+            yield from steps.execute(link, link.resume_records)
+        except BadRequest as error:
+            problem = problem or error
+    if link.snoops.unmask_owed:
+        unmask = SetIrqs(IrqSet.DATA_NONE | IrqSet.ACTION_UNMASK, PciIrq.INTX, 0, 1)
+        yield [Call(Command.DEVICE_SET_IRQS, unmask.pack())]
+    link.untrack()
+    custody.restore()
+    link.enter(custody.state)
+    if was_stopped:
+        link.interrupts.fire_all()
+    if problem is not None:
+        raise problem
+
+
+def standby(link: Link, custody: Custody, session: str) -> Job[None]:
+    """passthrough -> standby. What fails is undone; the state is then what it was."""
+    custody.check_standby(session)
+    link.snoops.sharing = AtDevice.NOT
+    try:
+        yield from steps.unmap_all(link)
+        if link.facts.supports.reset:
+            yield from reset_device()
+        custody.standby(session)
+    except ProtocolError:
+        raise
+    except SyncError:
+        link.snoops.sharing = AtDevice.DIRECT
+        yield from steps.share(link, AtDevice.DIRECT)
+        raise
+    link.enter(custody.state)
+
+
+def start(link: Link, custody: Custody, records: bytes) -> Job[None]:
+    """standby -> passthrough, once the guest is owned. Can be asked for again if it fails."""
+    custody.check_start()
+    steps.parse_records(link, records)
+    problem = yield from steps.share_and_run(link, run_device=link.facts.supports.v2)
+    if problem is not None:
+        raise problem
+    yield from steps.execute(link, link.start_records + records)
+    custody.start()
+    link.enter(custody.state)
+    link.interrupts.fire_all()
+
+
+def abandon(link: Link, custody: Custody) -> Job[None]:
+    """standby -> passthrough without the guest: the device is as after a reset."""
+    custody.check_abandon()
+    problem: SyncError | None = None
+    if custody.state is State.STANDBY:
+        if link.facts.supports.reset:
+            (answer,) = yield [Call(Command.DEVICE_RESET)]
+            link.migration_touched = link.migration_touched and bool(answer.error)
+        link.snoops.sharing = AtDevice.DIRECT
+        problem = yield from steps.share_and_run(link, run_device=link.migration_touched)
+    custody.abandon()
+    link.enter(custody.state)
+    if problem is not None:
+        raise problem
+
+
+def reset_device() -> Job[None]:
+    (answer,) = yield [Call(Command.DEVICE_RESET)]
+    answer.expect("a reset")
+
+
+def set_migration_state(link: Link, state: MigrationState) -> Job[None]:
+    _require_v2(link)
+    link.migration_touched = True
+    yield from steps.set_migration_state(state)
+
+
+def get_migration_state(link: Link) -> Job[MigrationState]:
+    _require_v2(link)
+    return (yield from device.get_migration_state())
+
+
+def read_migration_data(link: Link, max_bytes: int) -> Job[bytes]:
+    """Up to `max_bytes` of device state; less when the device has no more now."""
+    _require_v2(link)
+    parts: list[bytes] = []
+    left = max_bytes
+    while left:
+        size = min(left, _transfer_bytes(link))
+        (answer,) = yield [Call(Command.MIG_DATA_READ, MigData(size).pack())]
+        data = MigData.unpack(answer.expect("to give device state")).data
+        if len(data) > size:
+            raise ProtocolError("more migration data than was asked for")
+        parts.append(data)
+        left -= len(data)
+        if len(data) < size:
+            break
+    return b"".join(parts)
+
+
+def write_migration_data(link: Link, data: bytes) -> Job[None]:
+    _require_v2(link)
+    size = _transfer_bytes(link)
+    for start in range(0, len(data), size):
+        part = data[start : start + size]
+        (answer,) = yield [Call(Command.MIG_DATA_WRITE, MigData(len(part), part).pack())]
+        answer.expect("the device state")
+
+
+def _require_v2(link: Link) -> None:
+    if not link.facts.supports.v2:
+        raise Unsupported("the device has no migration states (VFIO migration v2)")
+
+
+def _transfer_bytes(link: Link) -> int:
+    return min(link.facts.capabilities.max_data_xfer_size, 1 << 20)

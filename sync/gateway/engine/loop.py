@@ -1,0 +1,492 @@
+"""The event loop of the gateway: sockets, timers and the wake-ups, in one thread on one epoll.
+
+Owned here: every socket, which of them are read when, and their end. What a message means is not
+decided here: `relay` and `core` take it, and put their answers into the peers, which are flushed
+when the event has been handled.
+
+A VMM counts as connected when it has sent a valid VERSION, so that somebody who only tries whether
+the socket is alive disturbs nothing. It waits for its answer until the device is there.
+"""
+
+import os
+import select
+import socket
+import threading
+import time
+from collections import deque
+from collections.abc import Callable
+from contextlib import suppress
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from sync.errors import SyncError
+from sync.gateway.control.info import Recovery
+from sync.gateway.control.peer import ControlPeer
+from sync.gateway.control.requests import Requests
+from sync.gateway.datapath.peer import Peer
+from sync.gateway.engine.busy_poll import WINDOW_S, BusyPoll, usable_window_s
+from sync.gateway.engine.core import Core, Limits
+from sync.gateway.engine.device_handshake import MAX_DATA_BYTES
+from sync.gateway.engine.device_link import Link
+from sync.gateway.engine.listener import Listener
+from sync.gateway.errors import ControlProtocolError
+from sync.vfio_user.errors import Disconnected, ProtocolError
+from sync.vfio_user.framing import close_fds
+from sync.vfio_user.protocol import (
+    FLAG_REPLY,
+    FLAG_TYPE_MASK,
+    HEADER_BYTES,
+    MAJOR,
+    Command,
+    Version,
+    encode_message,
+    message_limit_bytes,
+)
+from sync.vmm import recover
+
+TICK_S = 0.05
+"""How exact deadlines are."""
+IDLE_TICKS = 10
+"""Without a device or a deadline under way the loop wakes up this much more rarely."""
+RETRY_S = 0.1
+"""Between two attempts to connect to the device."""
+GREETING_S = 5.0
+"""For a VMM that has connected to say VERSION."""
+MAX_CONTROL_CLIENTS = 32
+FULL_BACKLOG_BYTES = 1 << 20
+"""With this much not yet taken by one side, what would add to it is no longer read."""
+
+_IN, _OUT = select.EPOLLIN, select.EPOLLOUT
+_MESSAGE_BYTES = message_limit_bytes(MAX_DATA_BYTES)
+
+
+@dataclass(frozen=True, slots=True)
+class GatewayOptions:
+    """Where the gateway's sockets are. `json`: events as JSON lines on stdout, not as text.
+    `busy_poll_s`: for how long it polls before it sleeps, at most."""
+
+    vmm_path: Path
+    device_path: Path
+    control_path: Path
+    json: bool = False
+    busy_poll_s: float = WINDOW_S
+    limits: Limits = field(default_factory=Limits)
+
+
+class Gateway:
+    """One gateway: `run` in one thread until `stop`, which may be called from any.
+
+    Raises `SocketInUse` or OSError at once if it cannot listen.
+    """
+
+    def __init__(self, options: GatewayOptions, log: Callable[..., None]) -> None:
+        self._options = options
+        self._log = log
+        self._clock = time.monotonic
+        self._epoll = select.epoll()
+        self._handlers: dict[int, Callable[[int], None]] = {}
+        self._masks: dict[int, int] = {}
+        self._stopping = False
+        self._device: Peer | None = None
+        self._twin: Peer | None = None
+        self._vmm: Peer | None = None
+        self._vmm_deadline: float | None = None
+        self._greeting: tuple[int, Version] | None = None
+        self._link: Link | None = None
+        self._retry_at = 0.0
+        self._device_fault = ""
+        """Why the device cannot be used; found while its own message was being handled."""
+        self._clients: list[ControlPeer] = []
+        self._answered: list[ControlPeer] = []
+        """Clients that have something to send, or may have something to ask."""
+        self._recoveries: deque[Recovery] = deque()
+        self.core = Core(options.limits, self._clock, log, self._recover)
+        self._requests = Requests(self.core)
+        self._listeners: list[Listener] = []
+        self._wake = os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC)
+        self._watch(self._wake, self._woken)
+        try:
+            self._listen(options.control_path, self._client_comes)
+            self._listen(options.vmm_path, self._vmm_comes)
+        except BaseException:
+            self.close()
+            raise
+
+    # --- the loop ---
+
+    def run(self) -> None:
+        """Serves until `stop` is called, then closes everything."""
+        self._log(
+            "listening",
+            vmm=str(self._options.vmm_path),
+            control=str(self._options.control_path),
+        )
+        wait = BusyPoll(self._epoll.poll, usable_window_s(self._options.busy_poll_s)).wait
+        handlers = self._handlers
+        clock = self._clock
+        next_tick = 0.0
+        wait_s = TICK_S
+        try:
+            while not self._stopping:
+                link = self._link
+                for number, events in wait(wait_s, link is not None and link.relay.awaiting_device):
+                    handler = handlers.get(number)
+                    if handler is not None:
+                        handler(events)
+                now = clock()
+                if now >= next_tick:
+                    wait_s = self._tick(now)
+                    next_tick = now + TICK_S
+        finally:
+            self.close()
+
+    def stop(self) -> None:
+        """Has `run` return. May be called from another thread or a signal handler."""
+        self._stopping = True
+        with suppress(OSError):
+            os.eventfd_write(self._wake, 1)
+
+    def close(self) -> None:
+        """Closes every socket. The VMM and the device see a disconnect."""
+        for client in list(self._clients):
+            self._forget(client.fileno())
+            client.close()
+        self._clients.clear()
+        self._drop_session()
+        if self.core.link is not None:
+            self.core.device_lost("the gateway ends")
+        for listener in self._listeners:
+            listener.close()
+        self._listeners.clear()
+        if self._wake >= 0:
+            os.close(self._wake)
+            self._wake = -1
+            self._epoll.close()
+
+    def _tick(self, now: float) -> float:
+        """Looks after everything that has a deadline; returns how long to sleep at most."""
+        core = self.core
+        if self._device is None and now >= self._retry_at:
+            self._connect_device(now)
+        if core.device_expired(now):
+            self._device_gone("it did not answer while the guest was waiting")
+        if self._vmm_deadline is not None and now > self._vmm_deadline:
+            self._vmm_gone("it did not say VERSION, or the device was not there in time")
+        self._answered.extend(client for client in self._clients if client.wants_write)
+        holder = core.silent_holder(now)
+        if isinstance(holder, ControlPeer):
+            self._client_gone(holder, "it kept the guest stopped and said nothing")
+        self._flush()
+        deadlines = self._vmm_deadline is not None or core.busy or core.lease is not None
+        return TICK_S if self._device is None or deadlines else TICK_S * IDLE_TICKS
+
+    def _watch(self, number: int, handler: Callable[[int], None], mask: int = _IN) -> None:
+        self._epoll.register(number, mask)
+        self._handlers[number] = handler
+        self._masks[number] = mask
+
+    def _mask(self, number: int, mask: int) -> None:
+        if self._masks.get(number) not in (None, mask):
+            self._epoll.modify(number, mask)
+            self._masks[number] = mask
+
+    def _forget(self, number: int) -> None:
+        if self._handlers.pop(number, None) is not None:
+            del self._masks[number]
+            self._epoll.unregister(number)
+
+    def _listen(self, path: Path, comes: Callable[[socket.socket], None]) -> None:
+        listener = Listener(path)
+        self._listeners.append(listener)
+
+        def readable(events: int) -> None:
+            sock = listener.accept()
+            if sock is not None:
+                comes(sock)
+
+        self._watch(listener.fileno(), readable)
+
+    def _woken(self, events: int) -> None:
+        with suppress(BlockingIOError):
+            os.eventfd_read(self._wake)
+        while self._recoveries:
+            self.core.recovered(self._recoveries.popleft())
+
+    # --- the device ---
+
+    def _connect_device(self, now: float) -> None:
+        self._retry_at = now + RETRY_S
+        sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+        sock.setblocking(False)
+        try:
+            sock.connect(os.fspath(self._options.device_path))
+        except OSError:
+            sock.close()
+            return
+        peer = Peer(sock, _MESSAGE_BYTES, _nobody)
+        self._device = peer
+        self._watch(peer.fileno(), self._on_device)
+        self._link = self.core.device_came(peer.send, self._device_ready)
+        peer.handler = self._link.relay.from_device
+
+    def _device_ready(self, error: SyncError | None) -> None:
+        link = self._link
+        if link is None:
+            return
+        if error is not None:
+            self._device_fault = f"it does not answer as it has to: {error}"
+            return
+        if link.facts.twin >= 0 and not self._adopt_twin(link):
+            self._device_fault = "its twin socket is no socket"
+            return
+        identity = link.facts.identity
+        self._log("device-connected", vendor=identity.vendor, device=identity.device)
+        self._answer_greeting()
+
+    def _adopt_twin(self, link: Link) -> bool:
+        number, link.facts.twin = link.facts.twin, -1
+        try:
+            sock = socket.socket(fileno=number)
+        except OSError:
+            os.close(number)
+            return False
+        relay = link.relay
+
+        def from_twin(
+            message_id: int,
+            command: int,
+            flags: int,
+            error: int,
+            message: memoryview,
+            descriptors: list[int],
+        ) -> None:
+            close_fds(descriptors)
+            relay.from_twin(message_id, command, flags, message, twin.send)
+
+        twin = Peer(sock, _MESSAGE_BYTES, from_twin)
+        self._twin = twin
+        self._watch(twin.fileno(), self._on_twin)
+        return True
+
+    def _on_device(self, events: int) -> None:
+        self._from_device(self._device, events)
+
+    def _on_twin(self, events: int) -> None:
+        self._from_device(self._twin, events)
+
+    def _from_device(self, peer: Peer | None, events: int) -> None:
+        if peer is None:
+            return
+        try:
+            if events & _OUT:
+                peer.drain()
+            if events & ~_OUT:
+                peer.receive()
+        except (Disconnected, ProtocolError) as error:
+            self._device_gone(str(error))
+        self._flush()
+
+    def _device_gone(self, reason: str) -> None:
+        was_ready = self.core.ready
+        self._drop_session()
+        self.core.device_lost(reason)
+        if not was_ready:
+            self._log("device-unusable", reason=reason)
+        self._retry_at = self._clock() + (RETRY_S if was_ready else 10 * RETRY_S)
+
+    # --- the VMM ---
+
+    def _vmm_comes(self, sock: socket.socket) -> None:
+        if self._vmm is not None:
+            sock.close()
+            return
+        peer = Peer(sock, _MESSAGE_BYTES, self._greeted)
+        self._vmm = peer
+        self._vmm_deadline = self._clock() + GREETING_S
+        self._watch(peer.fileno(), self._on_vmm)
+
+    def _greeted(
+        self,
+        message_id: int,
+        command: int,
+        flags: int,
+        error: int,
+        message: memoryview,
+        descriptors: list[int],
+    ) -> None:
+        close_fds(descriptors)
+        if command != Command.VERSION or flags & FLAG_TYPE_MASK == FLAG_REPLY or self._greeting:
+            raise ProtocolError("the first message has to be VERSION, and its answer awaited")
+        offer = Version.unpack(message[HEADER_BYTES:])
+        if offer.major != MAJOR:
+            raise ProtocolError(f"version {offer.major}.{offer.minor} is not spoken here")
+        self._greeting = (message_id, offer)
+        self._vmm_deadline = self._clock() + self._options.limits.device_wait_s
+        self._answer_greeting()
+
+    def _answer_greeting(self) -> None:
+        if self._greeting is None or self._vmm is None or self._link is None:
+            return
+        if not self.core.ready:
+            return
+        message_id, offer = self._greeting
+        self._greeting = None
+        self._vmm_deadline = None
+        answer = self.core.vmm_came(self._vmm.send, offer)
+        self._vmm.handler = self._link.relay.from_vmm
+        self._vmm.send(encode_message(message_id, Command.VERSION, answer.pack(), reply=True))
+
+    def _on_vmm(self, events: int) -> None:
+        peer = self._vmm
+        if peer is None:
+            return
+        try:
+            if events & _OUT:
+                peer.drain()
+            if events & ~_OUT:
+                peer.receive()
+        except (Disconnected, ProtocolError) as error:
+            self._vmm_gone(str(error))
+        self._flush()
+
+    def _vmm_gone(self, reason: str) -> None:
+        """The device is reconnected: so it drops the VMM's memory and interrupts, keeps its state,
+        and nothing that was under way is left over."""
+        if not self.core.custody.vmm_connected:
+            self._log("vmm-refused", reason=reason)
+            self._drop_vmm()
+            return
+        self._drop_session()
+        self.core.vmm_lost(reason)
+        self._connect_device(self._clock())
+
+    def _drop_vmm(self) -> None:
+        if self._vmm is not None:
+            self._forget(self._vmm.fileno())
+            self._vmm.close()
+            self._vmm = None
+        self._greeting = None
+        self._vmm_deadline = None
+
+    def _drop_session(self) -> None:
+        """Closes the device's sockets, and the VMM's unless it is only waiting for a device."""
+        if self.core.custody.vmm_connected or self._stopping:
+            self._drop_vmm()
+        for peer in (self._device, self._twin):
+            if peer is not None:
+                self._forget(peer.fileno())
+                peer.close()
+        self._device = self._twin = self._link = None
+        self._device_fault = ""
+
+    # --- what has to be sent, and what may be read ---
+
+    def _flush(self) -> None:
+        """Sends what the event that was just handled has left behind, whatever it was."""
+        while not self._flush_once():
+            pass
+        self._choose_what_to_read()
+
+    def _flush_once(self) -> bool:
+        """False if a connection has ended over it, which may leave more to be sent."""
+        if self._answered:
+            self._flush_clients()
+        device, twin, vmm, link = self._device, self._twin, self._vmm, self._link
+        try:
+            if device is not None:
+                device.flush()
+            if twin is not None:
+                twin.flush()
+            if self._device_fault:
+                raise ProtocolError(self._device_fault)
+        except (Disconnected, ProtocolError) as error:
+            self._device_gone(str(error))
+            return False
+        try:
+            if vmm is not None:
+                vmm.flush()
+            if link is not None and link.relay.vmm_error is not None:
+                raise link.relay.vmm_error
+        except (Disconnected, ProtocolError) as error:
+            self._vmm_gone(str(error))
+            return False
+        return True
+
+    def _choose_what_to_read(self) -> None:
+        device, vmm, twin, link = self._device, self._vmm, self._twin, self._link
+        vmm_full = vmm is not None and vmm.backlog_bytes > FULL_BACKLOG_BYTES
+        if device is not None:
+            self._mask(device.fileno(), _IN | _OUT if device.backlog_bytes else _IN)
+        if vmm is not None:
+            blocked = vmm_full or (
+                device is not None
+                and link is not None
+                and (device.backlog_bytes > FULL_BACKLOG_BYTES or link.relay.vmm_blocked)
+            )
+            self._mask(vmm.fileno(), (0 if blocked else _IN) | (_OUT if vmm.backlog_bytes else 0))
+        if twin is not None:
+            blocked = vmm_full or twin.backlog_bytes > FULL_BACKLOG_BYTES
+            self._mask(twin.fileno(), (0 if blocked else _IN) | (_OUT if twin.backlog_bytes else 0))
+
+    # --- control clients ---
+
+    def _client_comes(self, sock: socket.socket) -> None:
+        if len(self._clients) >= MAX_CONTROL_CLIENTS:
+            sock.close()
+            return
+        client = ControlPeer(sock, self._answered.append)
+        self._clients.append(client)
+        self._watch(client.fileno(), lambda events: self._on_client(client, events))
+
+    def _on_client(self, client: ControlPeer, events: int) -> None:
+        try:
+            if events & ~_OUT and not client.receive():
+                self._client_gone(client, "it closed the connection")
+        except ControlProtocolError as error:
+            self._client_gone(client, str(error))
+        self._answered.append(client)
+        self._flush()
+
+    def _flush_clients(self) -> None:
+        """Sends replies, then takes the next requests of those who have theirs."""
+        while self._answered:
+            client = self._answered.pop()
+            if client.closed:
+                continue
+            if client.wants_write and not client.flush(self._clock()):
+                self._client_gone(client, "it does not read its replies")
+                continue
+            request = client.next_request()
+            if request is not None:
+                self._requests.handle(client, request)
+            if not client.closed:
+                mask = (_IN if client.wants_read else 0) | (_OUT if client.wants_write else 0)
+                self._mask(client.fileno(), mask)
+
+    def _client_gone(self, client: ControlPeer, reason: str) -> None:
+        self._forget(client.fileno())
+        client.close()
+        self._clients.remove(client)
+        self._log("client-gone", role=client.role.value if client.role else "", reason=reason)
+        self.core.lease_lost(client)
+
+    # --- bringing a VMM back ---
+
+    def _recover(self, qmp_path: str, deadline_s: float) -> None:
+        threading.Thread(
+            target=self._recover_now, args=(qmp_path, deadline_s), name="recovery", daemon=True
+        ).start()
+
+    def _recover_now(self, qmp_path: str, deadline_s: float) -> None:
+        try:
+            done = recover.recover_source(qmp_path, deadline_s)
+            outcome = Recovery("lease-lost", True, done)
+        except Exception as error:
+            outcome = Recovery("lease-lost", False, f"{type(error).__name__}: {error}")
+        self._recoveries.append(outcome)
+        with suppress(OSError):
+            os.eventfd_write(self._wake, 1)
+
+
+def _nobody(*_: object) -> None:
+    raise ProtocolError("a message before anything was asked")

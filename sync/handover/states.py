@@ -1,0 +1,112 @@
+"""Where a side of a handover (`sync.handover.machine`) stands, and how long it may stay there."""
+
+from dataclasses import dataclass, fields
+from enum import Enum
+
+
+class Role(Enum):
+    SOURCE = "source"
+    TARGET = "target"
+
+
+class State(Enum):
+    """Where a side stands. Terminal states say who owns the guest, as far as this side knows."""
+
+    IDLE = "idle"
+    # source
+    PREPARING = "preparing"
+    STARTING = "starting"
+    PRECOPY = "precopy"
+    PAUSING = "pausing"
+    STOPPING = "stopping"
+    FINALIZING = "finalizing"
+    VERIFYING = "verifying"
+    ASKING = "asking"
+    RELEASING = "releasing"
+    COMMITTING = "committing"
+    ABORTING = "aborting"
+    # target
+    LISTENING = "listening"
+    CHECKING = "checking"
+    JUDGING = "judging"
+    ANSWERING = "answering"
+    ENTERING = "entering"
+    RECEIVING = "receiving"
+    READYING = "readying"
+    READY = "ready"
+    OWNING = "owning"
+    DISOWNING = "disowning"
+    RISING = "rising"
+    FENCING = "fencing"
+    # terminal
+    COMMITTED = "committed"
+    """The target owns the guest and has started it."""
+    ABORTED = "aborted"
+    """Source: the guest runs here as before. Target: it will never start from this session."""
+    CHECKED = "checked"
+    """No more than a check was asked for: both sides fit, and nothing was touched."""
+    BROKEN = "broken"
+    """As `ABORTED`, but cleaning up failed. Source: it owns the guest, which may stand still.
+    Target: it never asked for the guest, but its gateway is not in order."""
+    IN_DOUBT = "in-doubt"
+    """Only the other side's ownership record says who owns the guest; this side does nothing."""
+    OWNER_FAILED = "owner-failed"
+    """The target owns the guest and could not start it; the source may not resume."""
+
+
+TERMINAL = frozenset(
+    {
+        State.COMMITTED,
+        State.ABORTED,
+        State.CHECKED,
+        State.BROKEN,
+        State.IN_DOUBT,
+        State.OWNER_FAILED,
+    }
+)
+
+
+@dataclass(frozen=True, slots=True)
+class Deadlines:
+    """Seconds that a side may stay in each state; `None` is without limit.
+
+    The target's answer to a commit takes at most `ready_s + owning_s + disowning_s + rising_s`;
+    `committing_s` has to be longer, or the source is in doubt without need.
+    """
+
+    preparing_s: float | None = 60.0
+    starting_s: float | None = 10.0
+    precopy_s: float | None = 3600.0
+    pausing_s: float | None = 10.0
+    stopping_s: float | None = 10.0
+    finalizing_s: float | None = 30.0
+    verifying_s: float | None = 30.0
+    asking_s: float | None = 30.0
+    releasing_s: float | None = 5.0
+    committing_s: float | None = 45.0
+    aborting_s: float | None = 15.0
+    listening_s: float | None = None
+    checking_s: float | None = 10.0
+    judging_s: float | None = 10.0
+    answering_s: float | None = 60.0
+    entering_s: float | None = 30.0
+    receiving_s: float | None = 7200.0
+    readying_s: float | None = 20.0
+    ready_s: float | None = 15.0
+    owning_s: float | None = 5.0
+    disowning_s: float | None = 5.0
+    rising_s: float | None = 15.0
+    fencing_s: float | None = 5.0
+
+    def __post_init__(self) -> None:
+        for field in fields(self):
+            seconds = getattr(self, field.name)
+            if seconds is not None and not 0 < seconds < float("inf"):
+                raise ValueError(f"{field.name} has to be a positive number of seconds")
+
+    def of(self, state: State) -> float | None:
+        """The limit for `state`; `IDLE` and the terminal states have none."""
+        if state is State.IDLE or state in TERMINAL:
+            return None
+        seconds: float | None = getattr(self, f"{state.value}_s")
+        return seconds

@@ -1,0 +1,122 @@
+"""The file of the secret: made for its owner alone, and refused if it is not."""
+
+import os
+import stat
+from pathlib import Path
+
+import pytest
+
+from ferry.cli import main
+from ferry.commands.receive import _is_of_this_host
+from ferry.errors import ConfigError, Exit, LocalError
+from ferry.secret_file import read_secret
+
+
+def test_the_command_makes_a_secret_that_can_be_read(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    made = []
+    for name in ("one", "two"):
+        path = tmp_path / name
+        assert main(["secret", "--output", str(path)]) == Exit.OK
+        assert stat.S_IMODE(path.stat().st_mode) == 0o600
+        made.append(read_secret(str(path)))
+        said = capsys.readouterr()
+        assert path.read_text().strip() not in said.out + said.err
+    assert [len(secret or b"") for secret in made] == [32, 32]
+    assert made[0] != made[1]
+
+
+def test_no_file_is_written_over(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = tmp_path / "file"
+    path.write_text("mine")
+    assert main(["secret", "--output", str(path)]) == Exit.LOCAL
+    assert "exists already" in capsys.readouterr().err
+    assert path.read_text() == "mine"
+    assert main(["secret", "--output", str(tmp_path / "no" / "folder")]) == Exit.LOCAL
+
+
+@pytest.mark.parametrize("mode", [0o640, 0o604, 0o660, 0o610])
+def test_a_file_that_others_can_use_is_refused(tmp_path: Path, mode: int) -> None:
+    path = tmp_path / "secret"
+    path.write_text("a" * 64)
+    path.chmod(mode)
+    with pytest.raises(LocalError, match=f"mode {mode:04o}.*chmod 600"):
+        read_secret(str(path))
+
+
+@pytest.mark.parametrize("content", ["", "a" * 63, "a" * 65, "g" * 64, "a" * 300, "\0" * 64])
+def test_what_is_no_secret_is_refused(tmp_path: Path, content: str) -> None:
+    path = tmp_path / "secret"
+    path.touch(0o600)
+    path.write_text(content)
+    with pytest.raises(ConfigError, match=r"64 hexadecimal digits.*vfio-ferry secret"):
+        read_secret(str(path))
+
+
+def test_what_is_no_file_is_refused(tmp_path: Path) -> None:
+    assert read_secret(None) is None
+    os.mkfifo(tmp_path / "pipe", 0o600)
+    for what in ("/dev/null", str(tmp_path / "pipe")):
+        with pytest.raises(LocalError, match="no file"):
+            read_secret(what)
+    with pytest.raises(OSError, match="No such file"):
+        read_secret(str(tmp_path / "none"))
+
+
+@pytest.mark.parametrize(
+    "command",
+    [
+        ["send", "--gateway", "g", "--qmp", "q", "--to", "tcp://127.0.0.1:1"],
+        ["receive", "--gateway", "g", "--qmp", "q", "--listen", "tcp://127.0.0.1:0"],
+        ["tune", "--listen", "tcp://127.0.0.1:0"],
+    ],
+    ids=lambda command: command[0],
+)
+def test_a_bad_file_ends_a_command_before_it_begins(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], command: list[str]
+) -> None:
+    path = tmp_path / "secret"
+    path.touch(0o600)
+    assert main([*command, "--secret", str(path)]) == Exit.USAGE
+    assert "hexadecimal" in capsys.readouterr().err
+    assert main([*command, "--secret", str(tmp_path / "none")]) == Exit.LOCAL
+
+
+@pytest.mark.parametrize("command", ["send", "receive"])
+def test_a_link_that_cannot_be_is_refused_before_it_begins(
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+    command: str,
+) -> None:
+    where = {"send": ["--to", "tcp://127.0.0.1:1"], "receive": ["--listen", "tcp://127.0.0.1:0"]}
+    words = [command, "--gateway", "g", "--qmp", "q", *where[command]]
+    assert main([*words, "--peer-timeout", "0.1"]) == Exit.USAGE
+    assert "a timeout of 0.1 s" in capsys.readouterr().err
+    path = str(tmp_path / "secret")
+    main(["secret", "--output", path])
+    monkeypatch.setattr("zmq.has", lambda _: False)
+    assert main([*words, "--secret", path]) == Exit.USAGE
+    assert "cannot encrypt" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("url", "of_this_host"),
+    [
+        ("ipc:///run/ferry.sock", True),
+        ("tcp://127.0.0.1:1", True),
+        ("tcp://127.1.2.3:1", True),
+        ("tcp://localhost:1", True),
+        ("tcp://[::1]:1", True),
+        ("tcp://0.0.0.0:1", False),
+        ("tcp://[::]:1", False),
+        ("tcp://10.0.0.1:1", False),
+        ("tcp://eth0:1", False),
+    ],
+)
+def test_an_address_of_the_network_is_told_from_one_of_this_host(
+    url: str, of_this_host: bool
+) -> None:
+    """What `receive` warns of, without a secret."""
+    assert _is_of_this_host(url) is of_this_host

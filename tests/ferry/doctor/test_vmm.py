@@ -1,0 +1,99 @@
+"""A QEMU that is not as it has to be: each reason is found, by what QEMU itself says."""
+
+from typing import Any
+
+import pytest
+import trio
+
+from ferry.doctor import vmm as examine
+from ferry.findings import Finding, Level
+from sync.vmm.driver import Vmm
+from sync.vmm.errors import VmmRefused
+from sync.vmm.pci import DRIVER
+
+DEVICE = "/machine/peripheral/device4"
+ANSWERS: dict[str, Any] = {
+    "query-status": {"status": "running"},
+    "query-migrate": {},
+    "query-migrate-capabilities": [
+        {"capability": name, "state": False} for name in (*examine.NEEDED, *examine.UNWANTED)
+    ],
+    "query-memdev": [{"id": "ram", "size": 256 << 20, "share": True}],
+    "query-chardev": [],
+    "qom-list-types": [{"name": "qtest"}],
+    "/machine type": "pc-q35-11.1-machine",
+    "/machine/peripheral": [{"name": "device4", "type": f"child<{DRIVER}>"}],
+    "/machine/peripheral-anon": [],
+    "/objects": [],
+    f"{DEVICE} addr": 0x20,
+    f"{DEVICE} parent_bus": "/machine/q35/pcie.0",
+}
+
+
+class Client:
+    """Answers queries; whatever would change the VMM is refused."""
+
+    events_seen = 0
+
+    def __init__(self, major: int, answers: dict[str, Any]) -> None:
+        self.version = {"qemu": {"major": major, "minor": 1, "micro": 3}, "package": ""}
+        self._answers = ANSWERS | answers
+
+    async def execute(self, command: str, arguments: Any = None, *, deadline_s: float) -> Any:
+        key = command
+        if command in ("qom-list", "qom-get"):
+            key = " ".join(filter(None, (arguments["path"], arguments.get("property"))))
+        if key not in self._answers:
+            raise VmmRefused(command, "GenericError", f"{key} is not to be had")
+        return self._answers[key]
+
+
+def found(n_gateways: int = 1, major: int = 11, **answers: Any) -> list[Finding]:
+    client: Any = Client(major, {key.replace("_", "-"): value for key, value in answers.items()})
+
+    async def main() -> list[Finding]:
+        return [f async for f in examine._examine(Vmm(client), "/run/qmp", n_gateways)]
+
+    return trio.run(main)
+
+
+def test_a_qemu_as_it_should_be() -> None:
+    findings = found()
+    assert {finding.level for finding in findings} == {Level.OK}
+    said = {finding.check: finding.text for finding in findings}
+    assert said["VMM"] == "QEMU 11.1.3 (pc-q35-11.1)"
+    assert said["RAM"] == "shared: ram of 256 MiB"
+    assert said["device"] == "device4: at 04.0 of the root bus"
+
+
+ON = [{"capability": name, "state": name == "multifd"} for name in (*examine.NEEDED, "multifd")]
+PRIVATE = [{"id": "pc.ram", "size": 1 << 30, "share": False}]
+
+
+@pytest.mark.parametrize(
+    ("check", "text", "changed"),
+    [
+        ("VMM", "QEMU 9.1.3 (pc-q35-11.1)", {"major": 9}),
+        ("guest", "it is postmigrate", {"query_status": {"status": "postmigrate"}}),
+        ("capabilities", "multifd on", {"query_migrate_capabilities": ON}),
+        (
+            "capabilities",
+            "the VMM has no events and no pause-before-switchover",
+            {"query_migrate_capabilities": []},
+        ),
+        ("migration", "one is under way (active)", {"query_migrate": {"status": "active"}}),
+        ("migration", "blocked: a device", {"query_migrate": {"blocked-reasons": ["a device"]}}),
+        ("RAM", "not shared with devices (pc.ram of 1024 MiB)", {"query_memdev": PRIVATE}),
+        ("devices", "the guest has no vfio-user-pci", {"/machine/peripheral": []}),
+        ("devices", "1 vfio-user-pci and 2 --gateway", {"n_gateways": 2}),
+        ("qtest", "this QEMU was built without qtest", {"qom_list_types": []}),
+        (
+            "qtest",
+            "QEMU has a qtest of somebody else's, and takes no second one",
+            {"/objects": [{"name": "theirs", "type": "child<qtest>"}]},
+        ),
+    ],
+)
+def test_what_is_wrong_is_the_one_problem(check: str, text: str, changed: dict[str, Any]) -> None:
+    (problem,) = [finding for finding in found(**changed) if finding.level is Level.PROBLEM]
+    assert (problem.check, problem.text) == (check, text)

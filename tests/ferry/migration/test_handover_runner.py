@@ -1,0 +1,177 @@
+"""The loop around the handover machine: one action at a time, deadlines, late outcomes dropped."""
+
+import trio
+import trio.testing
+
+from ferry.errors import DeadlinePassed, PeerAborted
+from ferry.migration.handover_runner import Perform, Runner
+from sync.handover.machine import Action, Event, Handover, RemoteProtocolError
+from sync.handover.states import Deadlines, Role, State
+
+
+class Script:
+    """Performs every action of the source as told, and writes down when it ran."""
+
+    def __init__(self) -> None:
+        self.log: list[str] = []
+        self.hang: set[Action] = set()
+        self.fail: dict[Action, Exception] = {}
+
+    def actions(self) -> dict[Action, Perform]:
+        outcome = {
+            Action.PREPARE: Event.PREPARED,
+            Action.MEDIATE: Event.MEDIATED,
+            Action.RUN_ROUNDS: Event.CONVERGED,
+            Action.PAUSE_VMM: Event.PAUSED,
+            Action.STOP_DEVICES: Event.STOPPED,
+            Action.SEND_FINAL: Event.FINAL_SENT,
+            Action.VERIFY: Event.VERIFIED,
+            Action.ASK_READY: Event.PEER_READY,
+            Action.RELEASE: Event.RELEASED,
+            Action.SEND_COMMIT: Event.PEER_COMMITTED,
+            Action.TELL_ABORT: None,
+            Action.RESTORE: Event.RESTORED,
+        }
+        return {action: self._one(action, event) for action, event in outcome.items()}
+
+    def _one(self, action: Action, event: Event | None) -> Perform:
+        async def perform() -> Event | None:
+            self.log.append(f"+{action.name}")
+            try:
+                if action in self.hang:
+                    await trio.sleep_forever()
+                if action in self.fail:
+                    raise self.fail[action]
+                await trio.lowlevel.checkpoint()
+            finally:
+                self.log.append(f"-{action.name}")
+            return event
+
+        return perform
+
+
+def run(script: Script, post: tuple[Event, Exception | None] | None = None) -> tuple[State, Runner]:
+    async def main() -> tuple[State, Runner]:
+        async def on_state(state: State) -> None:
+            if post is not None and state is State.PRECOPY:
+                runner.post(*post)
+
+        runner = Runner(
+            Handover(Role.SOURCE, Deadlines(precopy_s=5.0)),
+            script.actions(),
+            failure_events={Action.RESTORE: Event.RESTORE_FAILED},
+            on_state=on_state,
+        )
+        return await runner.run(Event.START), runner
+
+    return trio.run(main, clock=trio.testing.MockClock(autojump_threshold=0.01))
+
+
+def test_everything_goes_well() -> None:
+    script = Script()
+    state, runner = run(script)
+    assert state is State.COMMITTED
+    assert runner.first_error is None
+    # Each action has ended before the next one begins.
+    assert script.log[::2] == [entry.replace("-", "+") for entry in script.log[1::2]]
+
+
+def test_i8_a_failure_leads_back_with_its_reason() -> None:
+    script = Script()
+    script.fail[Action.VERIFY] = error = RuntimeError("differs")
+    state, runner = run(script)
+    assert state is State.ABORTED
+    assert runner.first_error is error
+    assert script.log[-4:] == ["+TELL_ABORT", "-TELL_ABORT", "+RESTORE", "-RESTORE"]
+
+
+def test_i8_a_hanging_phase_ends_at_its_deadline() -> None:
+    script = Script()
+    script.hang.add(Action.RUN_ROUNDS)
+    state, runner = run(script)
+    assert state is State.ABORTED
+    assert isinstance(runner.first_error, DeadlinePassed)
+    assert script.log.index("-RUN_ROUNDS") < script.log.index("+TELL_ABORT")
+
+
+def test_i8_an_interrupt_cancels_what_runs() -> None:
+    script = Script()
+    script.hang.add(Action.RUN_ROUNDS)
+    state, _ = run(script, (Event.INTERRUPTED, None))
+    assert state is State.ABORTED
+    assert "+RESTORE" in script.log
+
+
+def test_i8_an_action_that_fails_in_part_when_it_is_cancelled_is_no_obstacle() -> None:
+    class Parts(Script):
+        def actions(self) -> dict[Action, Perform]:
+            return super().actions() | {Action.RUN_ROUNDS: self.run_rounds}
+
+        async def run_rounds(self) -> None:
+            async with trio.open_nursery() as nursery:
+                nursery.start_soon(trio.sleep_forever)
+                nursery.start_soon(self.fail_in_the_end)
+
+        async def fail_in_the_end(self) -> None:
+            try:
+                await trio.sleep_forever()
+            finally:
+                raise RuntimeError
+
+    reason = PeerAborted("no room")
+    state, runner = run(Parts(), (Event.PEER_ABORTED, reason))
+    assert state is State.ABORTED
+    assert runner.first_error is reason
+
+
+def test_the_peers_reason_is_kept() -> None:
+    script = Script()
+    script.hang.add(Action.RUN_ROUNDS)
+    reason = PeerAborted("no room")
+    state, runner = run(script, (Event.PEER_ABORTED, reason))
+    assert state is State.ABORTED
+    assert runner.first_error is reason
+
+
+def test_i7_without_an_answer_to_the_commit_nothing_is_restored() -> None:
+    script = Script()
+    script.hang.add(Action.SEND_COMMIT)
+    state, _ = run(script)
+    assert state is State.IN_DOUBT
+    assert "+RESTORE" not in script.log
+
+
+def test_a_restore_that_fails_is_told_apart() -> None:
+    script = Script()
+    script.fail[Action.RUN_ROUNDS] = first = RuntimeError()
+    script.fail[Action.RESTORE] = then = RuntimeError()
+    state, runner = run(script)
+    assert state is State.BROKEN
+    assert (runner.first_error, runner.cleanup_error) == (first, then)
+
+
+def test_a_restore_that_hangs_is_told_apart() -> None:
+    script = Script()
+    script.fail[Action.RUN_ROUNDS] = first = RuntimeError()
+    script.hang.add(Action.RESTORE)
+    state, runner = run(script)
+    assert state is State.BROKEN
+    assert runner.first_error is first
+    assert isinstance(runner.cleanup_error, DeadlinePassed)
+
+
+def test_a_peer_out_of_turn_counts_as_lost() -> None:
+    script = Script()
+    script.hang.add(Action.RUN_ROUNDS)
+    state, runner = run(script, (Event.PEER_COMMITTED, None))
+    assert state is State.ABORTED
+    assert isinstance(runner.first_error, RemoteProtocolError)
+
+
+def test_i8_a_peer_that_cannot_be_told_does_not_keep_us_from_restoring() -> None:
+    script = Script()
+    script.fail[Action.RUN_ROUNDS] = RuntimeError()
+    script.fail[Action.TELL_ABORT] = RuntimeError()
+    state, _ = run(script)
+    assert state is State.ABORTED
+    assert "+RESTORE" in script.log

@@ -1,0 +1,241 @@
+"""Rounds that are given up lose no page, and progress goes on while a round takes long."""
+
+import dataclasses
+import io
+import json
+from collections.abc import Callable
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pytest
+import trio
+import trio.testing
+from numpy.typing import NDArray
+
+from ferry.errors import NotConverged
+from ferry.migration.precopy import Precopy
+from ferry.migration.report import Report
+from ferry.migration.send_options import Options
+from ferry.progress import Reporter
+from sync.convergence import Limits
+from sync.dirty.tracker import Bitmap
+from sync.vmm.driver import VmmProgress
+from sync.vmm.errors import VmmError, VmmGone
+from transport.sender import RoundStatistics
+
+N_PAGES = 256
+FIRST_PASS = VmmProgress("active", 0, 300 << 20, 512 << 20, 7, 1, 4096, 0, 0, "")
+OPTIONS = Options(to="ipc:///x", qmp="q")
+
+
+class FakeDirty:
+    """Each collection finds the next set of pages."""
+
+    n_pages = N_PAGES
+
+    def __init__(self, *found: set[int], takes_s: float = 0.0) -> None:
+        self._found = list(found)
+        self._takes_s = takes_s
+
+    async def collect(self) -> Bitmap:
+        await trio.sleep(self._takes_s)
+        bits = np.zeros(N_PAGES, np.uint8)
+        bits[sorted(self._found.pop(0) if self._found else set())] = 1
+        return np.packbits(bits, bitorder="little").view(np.uint64)
+
+
+class FakeLink:
+    """A round takes as long as `busy` says, and moves half of its pages before it is stuck."""
+
+    def __init__(self, busy: Callable[[], Any] = trio.lowlevel.checkpoint) -> None:
+        self.sent: list[set[int]] = []
+        self._busy = busy
+        self._now: RoundStatistics | None = None
+        self.sender = SimpleNamespace(round_progress=lambda: self._now)
+
+    async def send_pages(self, indices: NDArray[np.uint32]) -> RoundStatistics:
+        pages = len(indices)
+        self._now = RoundStatistics(1, pages, pages // 2, 0, 0, 0, 0, 0, 0, 0, 0, 0, 1)
+        await self._busy()
+        self.sent.append({int(page) for page in indices})
+        return RoundStatistics(1, pages, pages, pages, 0, 0, 0, 0, 0, pages, 0, 0, 1)
+
+    def wire_bytes(self) -> dict[str, int]:
+        return {"pages": int(trio.current_time()) * 1000, "VMM stream": 0}
+
+
+class FakeVmm:
+    def __init__(self, progress: VmmProgress = FIRST_PASS, paused_at: float = float("inf")) -> None:
+        self.answer: VmmProgress | Exception = progress
+        self._paused_at = paused_at
+
+    async def paused_within(self, seconds: float) -> bool:
+        now = trio.current_time()
+        await trio.sleep(max(0.0, min(seconds, self._paused_at - now)))
+        return trio.current_time() >= self._paused_at
+
+    async def progress(self) -> VmmProgress:
+        await trio.lowlevel.checkpoint()
+        if isinstance(self.answer, Exception):
+            raise self.answer
+        return self.answer
+
+    check_migration = progress
+
+
+def precopy(
+    link: FakeLink,
+    dirty: FakeDirty,
+    vmm: FakeVmm,
+    said: io.StringIO | None = None,
+    proof_ms: float = 0.0,
+) -> Precopy:
+    async def proof_ns() -> int:
+        return int(proof_ms * 1e6)
+
+    parts: Any = (link, vmm, dirty, proof_ns)
+    reporter = Reporter("send", as_json=True, stream=said or io.StringIO())
+    return Precopy(OPTIONS, *parts, Report(session=""), reporter)
+
+
+def taking(*seconds: float) -> Callable[[], Any]:
+    """Rounds that take so long, one after the other."""
+    left = list(seconds)
+
+    async def busy() -> None:
+        await trio.sleep(left.pop(0))
+
+    return busy
+
+
+def test_i1_what_a_given_up_round_did_not_send_is_sent_by_the_last_one() -> None:
+    link = FakeLink(trio.sleep_forever)
+
+    async def body() -> None:
+        rounds = precopy(link, FakeDirty({1, 200}, {2}), FakeVmm(), io.StringIO())
+        with trio.move_on_after(0.5):
+            await rounds.keep_small()
+        assert link.sent == []
+        link._busy = trio.lowlevel.checkpoint
+        await rounds.finish()
+
+    trio.run(body, clock=trio.testing.MockClock(autojump_threshold=0))
+    assert link.sent == [{1, 2, 200}]
+
+
+def test_what_a_finished_round_has_sent_is_not_sent_again() -> None:
+    link = FakeLink()
+
+    async def body() -> None:
+        rounds = precopy(link, FakeDirty({1}, {2}, {3}), FakeVmm(), io.StringIO())
+        with trio.move_on_after(0.15):
+            await rounds.keep_small()
+        await rounds.finish()
+
+    trio.run(body, clock=trio.testing.MockClock(autojump_threshold=0))
+    assert link.sent == [{1}, {2}, {3}]
+
+
+def test_progress_unites_both_streams_in_the_middle_of_a_round() -> None:
+    said = io.StringIO()
+
+    async def body() -> None:
+        rounds = precopy(FakeLink(trio.sleep_forever), FakeDirty(set(range(8))), FakeVmm(), said)
+        with trio.move_on_after(3.5):
+            await rounds.converge()
+
+    trio.run(body, clock=trio.testing.MockClock(autojump_threshold=0))
+    events = [json.loads(line) for line in said.getvalue().splitlines()]
+    assert [event["event"] for event in events] == ["progress"] * 3
+    last = events[-1]
+    assert last["own_remaining_bytes"] == 4 * 4096
+    assert last["vmm_remaining_bytes"] == 300 << 20
+    assert last["remaining_bytes"] == (300 << 20) + 4 * 4096
+    assert last["vmm_dirty_bytes_per_s"] == 7 * 4096
+    assert (last["round"], last["vmm_round"]) == (1, 1)
+    assert last["predicted_downtime_ms"] is None
+    line = io.StringIO()
+    Reporter("send", as_json=False, stream=line).event("progress", **last)
+    assert "left 300.0 MiB (device 16.0 KiB, VMM 300.0 MiB)" in line.getvalue()
+    assert "downtime not known yet" in line.getvalue()
+    assert "%" not in line.getvalue()
+
+
+def test_a_guest_that_the_vmm_has_paused_by_itself_waits_for_no_more_rounds() -> None:
+    link = FakeLink()
+
+    async def body() -> None:
+        paused_at = trio.current_time() + 0.25
+        rounds = precopy(link, FakeDirty(*({n} for n in range(9))), FakeVmm(paused_at=paused_at))
+        await rounds.converge()
+        assert trio.current_time() == pytest.approx(paused_at)
+        await rounds.finish()
+
+    trio.run(body, clock=trio.testing.MockClock(autojump_threshold=0))
+    assert link.sent == [{0}, {1}, {2}, {3}]
+
+
+def test_i10_a_round_under_way_keeps_no_guest_waiting_that_the_vmm_has_paused_by_itself() -> None:
+    link = FakeLink(trio.sleep_forever)
+
+    async def body() -> None:
+        paused_at = trio.current_time() + 5.0
+        rounds = precopy(link, FakeDirty({1, 2}), FakeVmm(paused_at=paused_at))
+        with pytest.raises(NotConverged, match=r"300 ms.*the guest goes on.*--downtime-limit"):
+            await rounds.converge()
+        assert trio.current_time() == pytest.approx(paused_at + OPTIONS.downtime_limit / 1e3)
+
+    trio.run(body, clock=trio.testing.MockClock(autojump_threshold=0))
+    assert link.sent == []
+
+
+def test_a_round_that_is_done_soon_after_the_guest_was_paused_is_waited_for() -> None:
+    link = FakeLink(taking(5.2, 0.05))
+
+    async def body() -> None:
+        rounds = precopy(link, FakeDirty({1, 2}, {3}), FakeVmm(paused_at=trio.current_time() + 5.0))
+        await rounds.converge()
+
+    trio.run(body, clock=trio.testing.MockClock(autojump_threshold=0))
+    assert link.sent == [{1, 2}, {3}]
+
+
+def test_i10_what_was_written_during_a_long_round_is_sent_in_time_too() -> None:
+    link = FakeLink(taking(4.9, 1.0))
+
+    async def body() -> None:
+        paused_at = trio.current_time() + 4.8
+        rounds = precopy(link, FakeDirty({1, 2}, {3}), FakeVmm(paused_at=paused_at))
+        with pytest.raises(NotConverged):
+            await rounds.converge()
+        assert trio.current_time() == pytest.approx(paused_at + OPTIONS.downtime_limit / 1e3)
+
+    trio.run(body, clock=trio.testing.MockClock(autojump_threshold=0))
+    assert link.sent == [{1, 2}]
+
+
+def test_a_scan_and_the_proof_are_part_of_the_downtime_that_is_predicted() -> None:
+    said = io.StringIO()
+    later = dataclasses.replace(FIRST_PASS, rounds=2, remaining_bytes=0)
+
+    async def body() -> None:
+        dirty = FakeDirty(takes_s=1.5)
+        await precopy(FakeLink(), dirty, FakeVmm(later), said, proof_ms=200.0).converge()
+
+    trio.run(body, clock=trio.testing.MockClock(autojump_threshold=0))
+    events = [json.loads(line) for line in said.getvalue().splitlines()]
+    predicted = [e["predicted_downtime_ms"] for e in events if e["event"] == "round"]
+    assert predicted[0] == pytest.approx(1500 + 200 + Limits().fixed_cost_ms)
+
+
+@pytest.mark.parametrize("error", [VmmGone("gone"), VmmError("refused")])
+def test_a_vmm_that_fails_ends_the_rounds_with_its_own_error(error: Exception) -> None:
+    vmm = FakeVmm()
+    vmm.answer = error
+
+    async def body() -> None:
+        await precopy(FakeLink(), FakeDirty(), vmm, io.StringIO()).converge()
+
+    with pytest.raises(type(error), match=str(error)):
+        trio.run(body, clock=trio.testing.MockClock(autojump_threshold=0))

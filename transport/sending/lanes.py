@@ -1,0 +1,283 @@
+"""The sender's data lanes: one thread and one connection each, kept busy with tasks.
+
+Owns a lane's socket, its window and its part in the bandwidth limit. What is sent is a `Task`'s
+business: a share of a round (`rounds`) or of a comparison (`compare`). The receiver answers every
+message of a lane, in order, so an answer is for the oldest message under way::
+
+    task makes a message ──► held ── bucket allows ──► under way ── answer ──► task is told
+"""
+
+from __future__ import annotations
+
+import time
+from abc import ABC, abstractmethod
+from collections import deque
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import zmq
+
+from transport.session.buffers import MessageBuffer
+from transport.session.channels import LISTENING_S
+from transport.session.link import LinkThread, Shared
+from transport.session.pacing import SharedBucket
+from transport.session.polling import wait
+from transport.session.processors import Processors
+from transport.session.sockets import Wakeup, connect, open_dealer, receive
+from transport.session.watch import WATCH_S, ConnectionEvent, Watch
+from transport.wire.errors import PeerLost, RecordError
+from transport.wire.records import FIRST_DATA_LANE, LaneAnswer, routing_id, unpack_answer
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Outgoing:
+    """One message of a lane."""
+
+    data: bytes | int
+    """What to send: bytes of its own, or so many bytes of the buffer offered."""
+    context: Any
+    """For the task, which gets it back with the answer."""
+
+    @property
+    def n_bytes(self) -> int:
+        """Its length."""
+        return self.data if isinstance(self.data, int) else len(self.data)
+
+
+class Task(ABC):
+    """Work for one lane. All methods but `cancel` are called by the lane's thread."""
+
+    def __init__(self) -> None:
+        self.waited_for: list[None] = [None]
+        """An entry for each task that no lane has put away yet of those that are waited for
+        together, which share this list; `performed` is set when it is empty."""
+        self._under_way = 0
+        self._cancelled = False
+
+    def cancel(self) -> None:
+        """Produce no more; what is under way is still answered. From any thread."""
+        self._cancelled = True
+
+    @property
+    def ready(self) -> bool:
+        """Whether `produce` has something to do now, without a further answer."""
+        return not self._cancelled and self._has_more()
+
+    @property
+    def finished(self) -> bool:
+        """Whether nothing is left to do and nothing under way."""
+        return not self._under_way and not self.ready
+
+    def produce(self, buffer: npt.NDArray[np.uint8]) -> Outgoing | None:
+        """Do a piece of work: a message, or None if it came to none. Only if `ready`.
+
+        `buffer` (uint8, frame_bytes) may be used for the message, and not after this call.
+        """
+        outgoing = self._produce(buffer)
+        self._under_way += outgoing is not None
+        return outgoing
+
+    def on_answer(self, context: Any, answer: LaneAnswer) -> None:
+        """The receiver answered. RecordError: that is no answer to the message."""
+        self._on_answer(context, answer)
+        self._under_way -= 1
+
+    def after_answer(self, now: float) -> None:  # noqa: B027 -- most have nothing to do
+        """Called after each `on_answer`, when whoever waits for it has been told."""
+
+    @abstractmethod
+    def _has_more(self) -> bool: ...
+
+    @abstractmethod
+    def _produce(self, buffer: npt.NDArray[np.uint8]) -> Outgoing | None: ...
+
+    @abstractmethod
+    def _on_answer(self, context: Any, answer: LaneAnswer) -> None: ...
+
+
+@dataclass(slots=True, eq=False)
+class _UnderWay:
+    task: Task
+    outgoing: Outgoing
+    due: float
+
+
+@dataclass(slots=True)
+class LaneCounters:
+    """Of one lane; written by its thread, read by anybody."""
+
+    messages: int = 0
+    bytes: int = 0
+
+
+class SendLane(LinkThread):
+    """Sends what its tasks produce, one task after the other, a window at a time."""
+
+    def __init__(
+        self,
+        shared: Shared,
+        context: zmq.Context[zmq.Socket[bytes]],
+        url: str,
+        session: bytes,
+        lane: int,
+        lanes: int,
+        prepare: Callable[[], None],
+        idle: Callable[[], None],
+        bucket: SharedBucket,
+        *,
+        window_frames: int,
+        frame_bytes: int,
+        progress_timeout_s: float,
+        performed: Wakeup,
+        secret: bytes | None,
+    ) -> None:
+        """`prepare` is called by the lane's thread before its first task: loads what takes long;
+        `idle` when it has had nothing to do for a while: has to be short. `performed` is set when
+        tasks that are waited for together have been put away."""
+        super().__init__(f"ferry-lane-{lane}", shared)
+        self.counters = LaneCounters()
+        self._url = url
+        self._prepare = prepare
+        self._idle = idle
+        self._bucket = bucket
+        self._window_frames = window_frames
+        self._progress_timeout_s = progress_timeout_s
+        self._performed = performed
+        self._progress_by = float("inf")
+        self._wakeup = shared.new_wakeup()
+        self._tasks: deque[Task] = deque()
+        self._held: _UnderWay | None = None
+        self._under_way: deque[_UnderWay] = deque()
+        self._frame_bytes = frame_bytes
+        self._buffer: MessageBuffer | None = None
+        """What the next message is made in, or the held one is."""
+        self._processors = Processors(lane, lanes)
+        self._socket = open_dealer(context, routing_id(FIRST_DATA_LANE + lane, session), secret)
+        self._watch = Watch(self._socket)
+
+    def submit(self, task: Task) -> None:
+        """Add a task; `wake` is to follow. From any thread."""
+        self._tasks.append(task)
+
+    def wake(self) -> None:
+        """There is a task, or one has been cancelled. From any thread."""
+        self._wakeup.set()
+
+    def rests_on(self, processor: int) -> bool:
+        """Whether it is to wake up on this one. From any thread."""
+        return self._processors.rests_on(processor)
+
+    def run(self) -> None:
+        """Work on tasks until the session is over."""
+        try:
+            connect(self._socket, self._url)
+            self._prepare()
+            self._buffer = MessageBuffer(self._frame_bytes)
+            self._loop()
+        finally:
+            self._watch.close()
+            self._socket.close(linger=0)
+            if self._buffer is not None:
+                self._buffer.free()
+
+    def _loop(self) -> None:
+        poller = zmq.Poller()
+        poller.register(self._wakeup, zmq.POLLIN)
+        poller.register(self._socket, zmq.POLLIN)
+        poller.register(self._watch.monitor, zmq.POLLIN)
+        looked = time.monotonic()
+        while not self.shared.over:
+            again = self._advance()
+            if not self._tasks:
+                self._processors.rest()
+            self._watch.enforce()
+            ready = wait(poller, min(again, time.monotonic() + WATCH_S, self._progress_by))
+            if self._wakeup.fileno() in ready:
+                self._wakeup.clear()
+            elif not ready and not self._tasks:
+                self._idle()
+            if self._watch.monitor in ready:
+                self._look_at_connection()
+            if self._socket in ready:
+                self._receive()
+            now = time.monotonic()
+            if now - looked > LISTENING_S:
+                # This process was stopped, or found no processor: what the receiver has answered
+                # meanwhile may not have been read yet.
+                self._progress_by += now - looked
+            looked = now
+            if now > self._progress_by:
+                raise PeerLost(
+                    f"the receiver has applied nothing for {self._progress_timeout_s:g} s"
+                )
+
+    def _look_at_connection(self) -> None:
+        for event, _fd in self._watch.events():
+            if event is ConnectionEvent.GONE:
+                self.shared.suspect(PeerLost("a lane's connection to the receiver has ended"))
+
+    def _advance(self) -> float:
+        """Produce and send at most one message; returns when to come back (0: at once)."""
+        self._put_away()
+        if self._held is None:
+            if not self._may_produce():
+                return float("inf")
+            if self._buffer is None:
+                self._buffer = MessageBuffer(self._frame_bytes)
+            task = self._tasks[0]
+            outgoing = task.produce(self._buffer.array)
+            if outgoing is None:
+                return 0.0
+            due = self._bucket.reserve(outgoing.n_bytes)
+            self._held = _UnderWay(task, outgoing, due)
+        if self._held.due > time.monotonic():
+            return self._held.due
+        self._send(self._held)
+        self._held = None
+        return 0.0 if self._may_produce() else float("inf")
+
+    def _put_away(self) -> None:
+        """The tasks that are finished."""
+        while self._tasks and self._tasks[0].finished:
+            waited_for = self._tasks.popleft().waited_for
+            waited_for.pop()
+            if not waited_for:
+                self._performed.set()
+
+    def _may_produce(self) -> bool:
+        room = len(self._under_way) < self._window_frames
+        return room and bool(self._tasks) and self._tasks[0].ready
+
+    def _send(self, message: _UnderWay) -> None:
+        # The window is far below the high-water mark, so there is always room in libzmq's queue.
+        data = message.outgoing.data
+        if isinstance(data, bytes):
+            self._socket.send(data, zmq.NOBLOCK)
+        else:
+            assert self._buffer is not None
+            buffer, self._buffer = self._buffer, None
+            buffer.send(self._socket, data)
+        if not self._under_way:
+            self._progress_by = time.monotonic() + self._progress_timeout_s
+        self._under_way.append(message)
+        self._processors.work()
+        self.counters.messages += 1
+        self.counters.bytes += message.outgoing.n_bytes
+
+    def _receive(self) -> None:
+        while (parts := receive(self._socket)) is not None:
+            self._watch.given(parts)
+            if len(parts) != 1:
+                raise RecordError(f"an answer of {len(parts)} parts")
+            answer = unpack_answer(parts[0].buffer)
+            if not self._under_way:
+                raise RecordError("the receiver answers what it was not asked")
+            message = self._under_way.popleft()
+            message.task.on_answer(message.outgoing.context, answer)
+            self._put_away()  # before anything else, for a guest may be paused until it is known
+            now = time.monotonic()
+            message.task.after_answer(now)
+            self._progress_by = now + self._progress_timeout_s if self._under_way else float("inf")

@@ -1,0 +1,1 @@
+"""One session between a sender and a receiver: connections, greeting, encryption, closing."""

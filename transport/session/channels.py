@@ -1,0 +1,367 @@
+"""What both ends of a session keep track of: ordered records, the tunnel, credit, liveness.
+
+Owns the rules of the control and tunnel lanes behind the greeting; the layouts are in `records`.
+Pure: messages and the time in, messages out, `RecordError` for a peer that breaks the rules.
+Not thread-safe: `link` holds a lock around it and owns sockets, threads and trio.
+
+Credit works the same way in both directions of both channels. A sender never has more under way
+than the window, which counts what the peer's *application* has not taken yet; so a slow application
+stops its peer, and neither side holds more than a window for each channel. Beside it the peer says
+what its *transport* has got: that is what a flush waits for::
+
+    application   queue ──► under way ──► arrived ──► taken     application
+                  └─────────────── window ─────────────┘
+                  └────── flush ──────────┘
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from dataclasses import dataclass
+
+from transport.wire.errors import PeerClosed, PeerLost, RecordError
+from transport.wire.records import (
+    MAX_RECORD_BYTES,
+    MAX_TUNNEL_CHUNK_BYTES,
+    MIN_PEER_TIMEOUT_MS,
+    Attached,
+    Bye,
+    ControlMessage,
+    Ping,
+    Pong,
+    RecordCredit,
+    RecordMessage,
+    TunnelCredit,
+    TunnelEof,
+    TunnelHead,
+)
+
+RECORD_WINDOW_BYTES = 4 << 20
+"""Cost of the records under way in one direction: a few of the longest, thousands of short ones."""
+RECORD_COST_BYTES = 256
+"""What a record costs beside its payload, so that empty records are bounded, too."""
+TUNNEL_WINDOW_BYTES = 4 << 20
+"""Bytes of the tunnel under way in one direction: 10 Gbit/s at 3 ms."""
+COALESCE_BYTES = 64 << 10
+"""Tunnel chunks shorter than this are joined on arrival: a peer that sends single bytes must not
+cost an object for each."""
+PINGS_PER_TIMEOUT = 5
+"""A peer may lose four answers to our scheduling before it counts as gone."""
+GREETING_PING_S = MIN_PEER_TIMEOUT_MS / 1000 / PINGS_PER_TIMEOUT
+"""Between two pings as long as the peer's timeout is not known: often enough for any."""
+LISTENING_S = 0.5
+"""A longer time between two looks at the peer's silence is one in which this side did not run."""
+
+MAX_KIND = 0xFFFF
+
+
+@dataclass(frozen=True, slots=True)
+class Record:
+    """One message of the ordered control lane, opaque to `transport`."""
+
+    kind: int
+    """0 to 65535, meaning given by the layer above."""
+    payload: bytes
+    """At most `MAX_RECORD_BYTES` (1 MiB)."""
+
+
+class RecordChannel:
+    """Records in both directions, exactly once and in order."""
+
+    def __init__(self) -> None:
+        self.sent = 0
+        """Records queued so far, which is the next one's sequence number."""
+        self.delivered = 0
+        """Of these, records that the peer's transport has."""
+        self.received = 0
+        """Records that arrived."""
+        self._outbox: deque[RecordMessage] = deque()
+        self._sent_cost = 0
+        self._peer_consumed_cost = 0
+        self._inbox: deque[Record] = deque()
+        self._received_cost = 0
+        self._consumed_cost = 0
+        self._told = RecordCredit(0, 0)
+
+    @staticmethod
+    def check(kind: int, payload: bytes) -> None:
+        """Raise ValueError for a record that cannot be sent."""
+        if not 0 <= kind <= MAX_KIND:
+            raise ValueError(f"a record's kind is 0 to {MAX_KIND}, not {kind}")
+        if len(payload) > MAX_RECORD_BYTES:
+            raise ValueError(
+                f"a record has at most {MAX_RECORD_BYTES} bytes, this one {len(payload)}"
+            )
+
+    def try_queue(self, kind: int, payload: bytes) -> bool:
+        """Queue a record that `check` has passed; False: the window is full."""
+        cost = _cost(payload)
+        if self._sent_cost - self._peer_consumed_cost + cost > RECORD_WINDOW_BYTES:
+            return False
+        self._outbox.append(RecordMessage(self.sent, kind, payload))
+        self.sent += 1
+        self._sent_cost += cost
+        return True
+
+    def take(self) -> Record | None:
+        """The next record that arrived, if there is one."""
+        if not self._inbox:
+            return None
+        record = self._inbox.popleft()
+        self._consumed_cost += _cost(record.payload)
+        return record
+
+    def on_record(self, message: RecordMessage) -> None:
+        """A record arrived."""
+        if message.sequence != self.received:
+            raise RecordError(f"record {message.sequence} instead of {self.received}")
+        self._received_cost += _cost(message.payload)
+        if self._received_cost - self._consumed_cost > RECORD_WINDOW_BYTES:
+            raise RecordError("the peer sends records beyond the window")
+        self.received += 1
+        self._inbox.append(Record(message.kind, message.payload))
+
+    def on_credit(self, message: RecordCredit) -> None:
+        """The peer says what it has got and taken."""
+        if not self.delivered <= message.received <= self.sent - len(self._outbox):
+            raise RecordError("the peer acknowledges records that were not sent")
+        if not self._peer_consumed_cost <= message.consumed_cost <= self._sent_cost:
+            raise RecordError("the peer gives credit for records that were not sent")
+        self.delivered = message.received
+        self._peer_consumed_cost = message.consumed_cost
+
+    def owes_credit(self) -> bool:
+        """Whether the peer has to hear what arrived or was taken."""
+        unsaid = self._consumed_cost - self._told.consumed_cost
+        return self.received != self._told.received or unsaid >= RECORD_WINDOW_BYTES // 4
+
+    def next_message(self) -> bytes | None:
+        """The next message for the wire, if there is one; it must then be sent."""
+        if self.owes_credit():
+            self._told = RecordCredit(self.received, self._consumed_cost)
+            return self._told.pack()
+        return self._outbox.popleft().pack() if self._outbox else None
+
+
+class TunnelChannel:
+    """A stream of bytes in both directions, each of which can end by itself."""
+
+    def __init__(self, chunk_bytes: int = MAX_TUNNEL_CHUNK_BYTES) -> None:
+        """`chunk_bytes`: how much to put into one message."""
+        self.sent = 0
+        """Bytes queued so far."""
+        self.delivered = 0
+        """Of these, bytes that the peer's transport has."""
+        self.received = 0
+        """Bytes that arrived."""
+        self.ended = False
+        """Whether this side has closed its direction."""
+        self._chunk_bytes = chunk_bytes
+        self._outbox: deque[tuple[TunnelHead, memoryview]] = deque()
+        self._outbox_bytes = 0
+        self._eof_unsent = False
+        self._peer_consumed = 0
+        self._inbox: deque[bytes | bytearray] = deque()
+        self._consumed = 0
+        self._peer_ended = False
+        self._told = TunnelCredit(0, 0)
+
+    def try_queue(self, data: memoryview) -> int:
+        """Queue as much of `data` (of immutable bytes) as the window allows; returns how much."""
+        room = TUNNEL_WINDOW_BYTES - (self.sent - self._peer_consumed)
+        taken = min(room, len(data))
+        for start in range(0, taken, self._chunk_bytes):
+            chunk = data[start : min(start + self._chunk_bytes, taken)]
+            self._outbox.append((TunnelHead(self.sent), chunk))
+            self.sent += len(chunk)
+            self._outbox_bytes += len(chunk)
+        return taken
+
+    def end(self) -> None:
+        """Close this direction; nothing may be queued afterwards."""
+        self._eof_unsent = not self.ended
+        self.ended = True
+
+    def take(self, max_bytes: int) -> bytes | None:
+        """The next bytes that arrived; b"" at the end, None: nothing there yet."""
+        if not self._inbox:
+            return b"" if self._peer_ended else None
+        chunk = self._inbox.popleft()
+        if len(chunk) > max_bytes:
+            self._inbox.appendleft(chunk[max_bytes:])
+            chunk = chunk[:max_bytes]
+        self._consumed += len(chunk)
+        return bytes(chunk)
+
+    def on_data(self, head: TunnelHead, data: bytes) -> None:
+        """Bytes arrived."""
+        if self._peer_ended or head.value != self.received or not data:
+            raise RecordError("the peer's tunnel bytes are out of order, empty, or after their end")
+        if len(data) > MAX_TUNNEL_CHUNK_BYTES:
+            raise RecordError(f"a tunnel chunk of {len(data)} bytes")
+        self.received += len(data)
+        if self.received - self._consumed > TUNNEL_WINDOW_BYTES:
+            raise RecordError("the peer sends tunnel bytes beyond the window")
+        if len(data) >= COALESCE_BYTES:
+            self._inbox.append(data)
+        elif (
+            self._inbox
+            and isinstance(last := self._inbox[-1], bytearray)
+            and len(last) < COALESCE_BYTES
+        ):
+            last += data
+        else:
+            self._inbox.append(bytearray(data))
+
+    def on_eof(self, message: TunnelEof) -> None:
+        """The peer closed its direction."""
+        if self._peer_ended or message.value != self.received:
+            raise RecordError("the peer's tunnel ends twice or at the wrong place")
+        self._peer_ended = True
+
+    def on_credit(self, message: TunnelCredit) -> None:
+        """The peer says what it has got and taken."""
+        if not self.delivered <= message.received <= self.sent - self._outbox_bytes:
+            raise RecordError("the peer acknowledges tunnel bytes that were not sent")
+        if not self._peer_consumed <= message.consumed <= message.received:
+            raise RecordError("the peer gives credit for tunnel bytes that were not sent")
+        self.delivered = message.received
+        self._peer_consumed = message.consumed
+
+    def owes_credit(self) -> bool:
+        """Whether the peer has to hear what arrived or was taken."""
+        unsaid = self._consumed - self._told.consumed
+        return self.received != self._told.received or unsaid >= TUNNEL_WINDOW_BYTES // 4
+
+    def next_credit(self) -> bytes | None:
+        """The credit message to send now, if one is due."""
+        if not self.owes_credit():
+            return None
+        self._told = TunnelCredit(self.received, self._consumed)
+        return self._told.pack()
+
+    def next_message(self) -> tuple[bytes, memoryview | None] | None:
+        """The next head and data for the wire, if there is one; it must then be sent."""
+        if self._outbox:
+            head, data = self._outbox.popleft()
+            self._outbox_bytes -= len(data)
+            return head.pack(), data
+        if self._eof_unsent:
+            self._eof_unsent = False
+            return TunnelEof(self.sent).pack(), None
+        return None
+
+    @property
+    def idle(self) -> bool:
+        """Whether the peer's transport has everything that was queued."""
+        return not self._outbox and not self._eof_unsent and self.delivered == self.sent
+
+
+class Conversation:
+    """Both channels of a session and the liveness of the peer, the same for both roles."""
+
+    def __init__(
+        self,
+        *,
+        now: float,
+        peer_timeout_s: float,
+        pings: bool,
+        chunk_bytes: int = MAX_TUNNEL_CHUNK_BYTES,
+    ) -> None:
+        """`now`: monotonic seconds, as everywhere below. `pings`: it is this side that asks."""
+        self.records = RecordChannel()
+        self.tunnel = TunnelChannel(chunk_bytes)
+        self.peer_pages: int | None = None
+        """Pages that the receiver has attached."""
+        self.round_trip_ns = 0
+        """Of the last ping; 0 before the first answer."""
+        self._peer_timeout_s = peer_timeout_s
+        self._ping_every_s = GREETING_PING_S
+        self._next_ping = now if pings else None
+        self._heard = now
+        self._looked = now
+        self._urgent: deque[bytes] = deque()
+
+    def ping_for(self, peer_timeout_s: float) -> None:
+        """Ping as often as this side's timeout and the peer's ask for."""
+        self._ping_every_s = min(self._peer_timeout_s, peer_timeout_s) / PINGS_PER_TIMEOUT
+
+    def attach(self, n_pages: int) -> None:
+        """Tell the peer that memory of this size is attached."""
+        self._urgent.append(Attached(n_pages).pack())
+
+    def on_control(self, message: ControlMessage, now: float) -> None:
+        """A message of the control lane arrived. PeerClosed: the peer said goodbye."""
+        self._heard = now
+        match message:
+            case RecordMessage():
+                self.records.on_record(message)
+            case RecordCredit():
+                self.records.on_credit(message)
+            case Ping():
+                # Answers that the peer does not read must not pile up here.
+                if len(self._urgent) < 2 * PINGS_PER_TIMEOUT:
+                    self._urgent.append(Pong(message.value).pack())
+            case Pong():
+                self.round_trip_ns = max(0, int(now * 1e9) - message.value)
+            case Attached():
+                if self.peer_pages is not None or self._next_ping is None:
+                    raise RecordError("the peer attaches memory twice, or is not the receiver")
+                self.peer_pages = message.value
+            case Bye():
+                raise PeerClosed(message.reason)
+
+    def on_tunnel(
+        self, message: TunnelHead | TunnelEof | TunnelCredit, data: bytes | None, now: float
+    ) -> None:
+        """A message of the tunnel lane arrived, with its second part if it had one."""
+        self._heard = now
+        if isinstance(message, TunnelHead) != (data is not None):
+            raise RecordError("a tunnel message has the wrong number of parts")
+        match message:
+            case TunnelHead():
+                self.tunnel.on_data(message, data or b"")
+            case TunnelEof():
+                self.tunnel.on_eof(message)
+            case TunnelCredit():
+                self.tunnel.on_credit(message)
+
+    def heard(self, now: float) -> None:
+        """The peer has shown by something else that it is there."""
+        self._heard = now
+
+    def next_control(self, now: float) -> bytes | None:
+        """The next message for the control lane, if there is one; it must then be sent."""
+        if self._next_ping is not None and now >= self._next_ping:
+            self._next_ping = now + self._ping_every_s
+            return Ping(int(now * 1e9)).pack()
+        if self._urgent:
+            return self._urgent.popleft()
+        return self.records.next_message()
+
+    def deadline(self) -> float:
+        """When to call `check_alive` and `next_control` again if nothing arrives before; the former
+        several times in `LISTENING_S`."""
+        lost = self._heard + self._peer_timeout_s
+        return lost if self._next_ping is None else min(lost, self._next_ping)
+
+    def check_alive(self, now: float) -> None:
+        """Raise PeerLost if the peer has been silent for too long while this side listened.
+
+        A process that was stopped, or found no processor, has not yet read what the peer said
+        meanwhile: that may well be why it leaves.
+        """
+        if now - self._looked > LISTENING_S:
+            self._heard = min(now, self._heard + now - self._looked)
+        self._looked = now
+        if now - self._heard > self._peer_timeout_s:
+            raise PeerLost(f"the peer has been silent for {self._peer_timeout_s:g} s")
+
+    @property
+    def flushed(self) -> bool:
+        """Whether the peer's transport has everything that was queued."""
+        return self.records.delivered == self.records.sent and self.tunnel.idle
+
+
+def _cost(payload: bytes) -> int:
+    return len(payload) + RECORD_COST_BYTES
