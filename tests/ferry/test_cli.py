@@ -142,7 +142,6 @@ def test_events_that_nobody_takes_are_no_reason_to_stop(
             "/none/g",
         ),
         (["doctor", "--profile", "/none/p"], Exit.USAGE, "from /none/p"),
-        (["tune", "--output", "/none/t"], Exit.LOCAL, "/none/t"),
         (["bench", "run", "pages", "--set", "mib=0"], Exit.USAGE, "mib='0'"),
         (["bench", "run", "link", "--set", "lanes=17"], Exit.USAGE, "from 1 to 16"),
         (["bench", "run", "pages", "--out", "/none/o"], Exit.LOCAL, "/none/o"),

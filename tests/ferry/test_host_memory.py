@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from ferry.commands import receive
+from ferry import host_memory
 from ferry.errors import Exit, LocalError
 from sync.memory import MemoryRegion
 
@@ -20,12 +20,12 @@ def region(length: int) -> MemoryRegion:
 
 def test_memory_that_is_short(monkeypatch: pytest.MonkeyPatch) -> None:
     guest = region(64 * MIB)
-    monkeypatch.setattr(receive, "memory_available", lambda: 63 * MIB)
+    monkeypatch.setattr(host_memory, "memory_available", lambda: 63 * MIB)
     with pytest.raises(LocalError, match="64 MiB more memory, this host has 63 MiB") as refused:
-        receive.check_room([guest])
+        host_memory.check_room([guest])
     assert refused.value.exit_code is Exit.LOCAL
-    monkeypatch.setattr(receive, "memory_available", lambda: 64 * MIB)
-    receive.check_room([guest])
+    monkeypatch.setattr(host_memory, "memory_available", lambda: 64 * MIB)
+    host_memory.check_room([guest])
 
 
 def test_pages_that_are_there_already_are_not_asked_for_again(
@@ -33,8 +33,8 @@ def test_pages_that_are_there_already_are_not_asked_for_again(
 ) -> None:
     guest = region(8 * MIB)
     os.pwrite(guest.fd, bytes(6 * MIB), 0)
-    monkeypatch.setattr(receive, "memory_available", lambda: 2 * MIB)
-    receive.check_room([guest, guest._replace(iova=1 << 32)])
+    monkeypatch.setattr(host_memory, "memory_available", lambda: 2 * MIB)
+    host_memory.check_room([guest, guest._replace(iova=1 << 32)])
 
 
 def test_a_file_system_that_is_full(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
@@ -43,8 +43,8 @@ def test_a_file_system_that_is_full(monkeypatch: pytest.MonkeyPatch, tmp_path: P
         full = os.statvfs_result((4096, 4096, 1000, 10, 10, 0, 0, 0, 0, 255))
         monkeypatch.setattr(os, "fstatvfs", lambda _: full)
         with pytest.raises(LocalError, match="make room"):
-            receive.check_room([MemoryRegion(0, 64 * MIB, 0, True, ram.fileno())])
+            host_memory.check_room([MemoryRegion(0, 64 * MIB, 0, True, ram.fileno())])
 
 
 def test_this_host_tells_how_much_is_available() -> None:
-    assert receive.memory_available() > 0
+    assert host_memory.memory_available() > 0

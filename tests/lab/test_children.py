@@ -18,7 +18,7 @@ ROOM = Path(__file__).parents[2]
 STARTER = """
 import os, threading, time
 from pathlib import Path
-from ferry.children import start_child
+from lab.children import start_child
 asker = []
 def start():
     asker.append(threading.get_native_id())

@@ -9,13 +9,13 @@ from pathlib import Path
 
 import pytest
 
-from perf import processes
+from perf import child
 from perf.child import Stopwatch, cpu_seconds_of, process, stolen_seconds
 from perf.errors import BenchmarkFailed
 
 HARNESS = """
 import sys, time
-from perf.processes import process
+from perf.child import process
 with process(["sh", "-c", "echo; exec sleep 60"], name="sleep") as child:
     child.line()
     print(child.pid, flush=True)
@@ -40,7 +40,7 @@ def test_it_goes_on_when_told_and_answers() -> None:
 def test_time_that_the_host_took_is_that_of_all_processors(monkeypatch, tmp_path) -> None:
     stat = tmp_path / "stat"
     stat.write_text("cpu  1 2 3 4 5 6 7 800 9 10\ncpu0 1 2 3 4 5 6 7 300 9 10\nintr 4\n")
-    monkeypatch.setattr(processes, "_PROC_STAT", stat)
+    monkeypatch.setattr(child, "_PROC_STAT", stat)
     assert stolen_seconds() == 800 / os.sysconf("SC_CLK_TCK")
 
 

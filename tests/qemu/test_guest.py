@@ -24,7 +24,7 @@ DEADLINE_S = 200.0
 PASSES = "ferry.workload=disk ferry.passes=2"
 DEVICE = """
 import sys
-from sync.devices.main import DeviceOptions, run
+from lab.devices.main import DeviceOptions, run
 run(DeviceOptions(socket_path=sys.argv[1], image_path=sys.argv[2]))
 """
 GATEWAY = """

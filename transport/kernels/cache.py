@@ -46,7 +46,7 @@ _OURS: Final = re.compile(r"[0-9a-f]{32}\.image|\.[0-9a-f]{32}\.image\.[0-9]+")
 """An image, or one that was being written when its writer died."""
 _LOCK_POLL_S: Final = 0.05
 _HERE = Path(__file__).parent
-SOURCES: Final = (*sorted(_HERE.glob("*.py")), _HERE.parent / "frames.py")
+SOURCES: Final = (*sorted(_HERE.glob("*.py")), _HERE.parent / "wire" / "frames.py")
 """What the code is made from: this room, and the file that its constants come from."""
 
 

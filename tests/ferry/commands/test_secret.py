@@ -69,7 +69,6 @@ def test_what_is_no_file_is_refused(tmp_path: Path) -> None:
     [
         ["send", "--gateway", "g", "--qmp", "q", "--to", "tcp://127.0.0.1:1"],
         ["receive", "--gateway", "g", "--qmp", "q", "--listen", "tcp://127.0.0.1:0"],
-        ["tune", "--listen", "tcp://127.0.0.1:0"],
     ],
     ids=lambda command: command[0],
 )

@@ -26,7 +26,7 @@ from tests.listening import wait_until_listening
 DEADLINE_S = 20
 NIC = """
 import sys
-from sync.devices.e1000_main import NicOptions, run
+from lab.devices.e1000.main import NicOptions, run
 run(NicOptions(socket_path=sys.argv[1], link_path=sys.argv[2]))
 """
 

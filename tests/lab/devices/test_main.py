@@ -18,7 +18,7 @@ from tests.listening import wait_until_listening
 DEADLINE_S = 20
 CODE = """
 import json, sys
-from sync.devices.main import DeviceOptions, run
+from lab.devices.main import DeviceOptions, run
 print("numba" in sys.modules, flush=True)
 run(DeviceOptions(**json.loads(sys.argv[1])))
 """

@@ -40,7 +40,7 @@ BANK = (
 
 def test_the_format_as_documented_is_read() -> None:
     """The example in the documentation is a profile."""
-    import sync.registers.profile_toml as documented
+    import sync.registers.profile.toml as documented
 
     lines = (documented.__doc__ or "").splitlines()
     start = next(place for place, line in enumerate(lines) if "format = 1" in line)

@@ -19,7 +19,7 @@ START = """
 import sys
 import numpy as np
 from transport.kernels.bitmap import count
-from transport.kernels.compiled import warm_up
+from transport.kernels.declare import warm_up
 done = warm_up(lambda: print("compiling"))
 print(done.cache_hit, count(np.array([5], np.uint64)))
 print({"numba", "llvmlite"} & set(sys.modules))
