@@ -4,6 +4,8 @@ Owns the order of things on the target. Nothing here starts the guest before the
 and the first gateway's ownership record says so.
 """
 
+from contextlib import AsyncExitStack
+from functools import partial
 from urllib.parse import urlsplit
 
 import trio
@@ -13,10 +15,10 @@ from ferry.errors import (
     Exit,
     Interrupted,
 )
-from ferry.migration.conclusion import Shell, conclude
+from ferry.migration.conclusion import StopRequest, conclude, stopped_by_signals
 from ferry.migration.receive_options import Options, receiver_options
-from ferry.migration.target import Target, _reason
-from ferry.nurseries import first_error
+from ferry.migration.target import Target, reason_of
+from ferry.nurseries import alongside, first_error
 from ferry.progress import Reporter
 from sync.handover.machine import Event
 from sync.handover.states import State
@@ -44,14 +46,21 @@ ADVICE = {
 
 def run(options: Options) -> int:
     """Waits for one migration to this host; returns the exit code."""
-    return trio.run(_main, options)
+    reporter = Reporter("receive", as_json=options.json)
+    return trio.run(stopped_by_signals, partial(receive, options, reporter))
 
 
-async def _main(options: Options) -> Exit:
+async def receive(options: Options, reporter: Reporter, stop: StopRequest | None = None) -> Exit:
+    """One migration to this host and the checks before it, until `stop` asks for its end, or by
+    itself. Any number of them may run in one process.
+
+    Cancelled, it does what the end of its process would do: it closes every descriptor and
+    connection, tells the peer nothing and fences nothing. Raises what `exit_code_of` knows.
+    """
     if not options.gateway:
         raise ConfigError("--gateway is missing; see: vfio-ferry receive --help")
     link_options = receiver_options(options)
-    reporter = Reporter("receive", as_json=options.json)
+    stop = stop or StopRequest()
     url = options.listen
     if link_options.secret is None and not _is_of_this_host(url):
         reporter.event(
@@ -60,13 +69,15 @@ async def _main(options: Options) -> Exit:
             "and the guest's memory crosses the network as it is.",
         )
     try:
-        async with await Vmm.connect(options.qmp) as vmm:
+        async with AsyncExitStack() as held:
+            async with alongside(stop.wait_and_raise):
+                vmm = await held.enter_async_context(await Vmm.connect(options.qmp))
             while True:
-                url, target, state = await _receive(options, link_options, reporter, vmm, url)
+                url, target, state = await _receive(options, link_options, reporter, stop, vmm, url)
                 error = target.runner.first_error
                 if not target.only_check or isinstance(error, Interrupted):
                     break
-                outcome = "it would work" if state is State.CHECKED else f"no: {_reason(error)}"
+                outcome = "it would work" if state is State.CHECKED else f"no: {reason_of(error)}"
                 reporter.event("checked", outcome=outcome, state=state.value)
     except* Exception as group:
         raise first_error(group) from group
@@ -79,17 +90,25 @@ def _is_of_this_host(url: str) -> bool:
 
 
 async def _receive(
-    options: Options, link_options: ReceiverOptions, reporter: Reporter, vmm: Vmm, url: str
+    options: Options,
+    link_options: ReceiverOptions,
+    reporter: Reporter,
+    stop: StopRequest,
+    vmm: Vmm,
+    url: str,
 ) -> tuple[str, Target, State]:
     """One sender, who asks for a migration or for a check. Returns where it was listened."""
-    async with open_receiver(url, link_options) as link, trio.open_nursery() as nursery:
+    async with (
+        AsyncExitStack() as held,
+        open_receiver(url, link_options) as link,
+        trio.open_nursery() as nursery,
+    ):
         await vmm.check_target()
-        target = Target(options, reporter, nursery, link, vmm)
-        await nursery.start(Shell(reporter, options.break_at).watch_signals, target.runner)
+        target = Target(options, reporter, nursery, held, link, vmm)
+        nursery.start_soon(stop.pass_to, target.runner)
         nursery.start_soon(target.listen)
         nursery.start_soon(target.kernels.load)
         reporter.event("listening", url=link.url)
         state = await target.runner.run(Event.START)
-        await target.close()
         nursery.cancel_scope.cancel()
     return link.url, target, state

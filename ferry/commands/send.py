@@ -1,9 +1,12 @@
 """`vfio-ferry send`: one migration from this host, and what is told at its end."""
 
+from contextlib import AsyncExitStack
+from functools import partial
+
 import trio
 
 from ferry.errors import ConfigError, Exit
-from ferry.migration.conclusion import Shell, conclude
+from ferry.migration.conclusion import StopRequest, conclude, stopped_by_signals
 from ferry.migration.send_options import Options, sender_options
 from ferry.migration.source import Source
 from ferry.nurseries import first_error
@@ -30,18 +33,25 @@ ADVICE = {
 
 def run(options: Options) -> int:
     """Runs one migration from this host; returns the exit code."""
-    return trio.run(_main, options)
+    reporter = Reporter("send", as_json=options.json)
+    return trio.run(stopped_by_signals, partial(send, options, reporter))
 
 
-async def _main(options: Options) -> Exit:
+async def send(options: Options, reporter: Reporter, stop: StopRequest | None = None) -> Exit:
+    """One migration from this host, until `stop` asks for its end, or by itself. Any number of
+    them may run in one process.
+
+    Cancelled, it does what the end of its process would do: it closes every descriptor and
+    connection, tells the peer nothing and restores nothing. The gateways then do what they do when
+    a `send` was killed. Raises what `exit_code_of` knows.
+    """
     if not options.gateway:
         raise ConfigError("--gateway is missing; see: vfio-ferry send --help")
     sender_options(options)  # what cannot be is refused before anything is begun
-    reporter = Reporter("send", as_json=options.json)
     try:
-        async with trio.open_nursery() as nursery:
-            source = Source(options, reporter, nursery)
-            await nursery.start(Shell(reporter, options.break_at).watch_signals, source.runner)
+        async with AsyncExitStack() as held, trio.open_nursery() as nursery:
+            source = Source(options, reporter, nursery, held)
+            nursery.start_soon((stop or StopRequest()).pass_to, source.runner)
             nursery.start_soon(source.kernels.load)
             state = await source.runner.run(Event.START)
             await source.close(state)

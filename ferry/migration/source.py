@@ -75,7 +75,15 @@ class Device:
 class Source:
     """The actions of the source. Each method named in `perform` does one phase's work."""
 
-    def __init__(self, options: "Options", reporter: Reporter, nursery: trio.Nursery) -> None:
+    def __init__(
+        self,
+        options: "Options",
+        reporter: Reporter,
+        nursery: trio.Nursery,
+        held: contextlib.AsyncExitStack,
+    ) -> None:
+        """What is opened is put into `held`, which has to be closed when `nursery` has ended."""
+        self._held = held
         self._options = options
         self._reporter = reporter
         self._nursery = nursery
@@ -95,7 +103,6 @@ class Source:
         self._pump_stop = trio.Event()
         self._pump_ended = trio.Event()
         self._pump_ended.set()
-        self._gateways: list[GatewayClient] = []
         self._downtime = Downtime(0.0, 0.0)
         self._started = trio.current_time()
         self.kernels = Kernels(reporter)
@@ -131,12 +138,13 @@ class Source:
     async def _prepare(self) -> Event:
         for path in self._options.gateway:
             await self._attach(path)
-        self._vmm = await Vmm.connect(self._options.qmp)
+        self._vmm = await self._held.enter_async_context(await Vmm.connect(self._options.qmp))
         await self._vmm.check_source()
         identity = await identify(self._vmm)
         self._platform = await PciPlatform.attach(self._vmm, self._options.qmp)
         platform = b""
         if self._platform is not None:
+            self._held.push_async_callback(self._platform.aclose)
             if self._platform.n_devices != len(self._devices):
                 raise Mismatch(
                     f"the VMM has {self._platform.n_devices} vfio-user-pci devices, --gateway was "
@@ -171,8 +179,9 @@ class Source:
     async def _attach(self, path: str) -> None:
         """Takes the gateway's lease, and chooses how the device's state and pages move."""
         options = self._options
-        gateway = await GatewayClient.connect(path, role="source", session=self._session.hex())
-        self._gateways.append(gateway)
+        gateway = await self._held.enter_async_context(
+            await GatewayClient.connect(path, role="source", session=self._session.hex())
+        )
         info = await check_gateway(path, gateway, vmm=True)
         if info.state == "released":
             raise NotOwner(
@@ -182,8 +191,7 @@ class Source:
         regions = await gateway.memory()
         try:
             if self._memory is None:
-                # Unmapped by the end of the process: lane threads may read it until then.
-                self._memory = GuestMemory.map(regions)
+                self._memory = self._held.enter_context(GuestMemory.map(regions))
                 self._layout = MemoryLayout.of(regions)
             elif [(r.iova, r.length) for r in regions] != [*self._memory.layout]:
                 raise Mismatch(
@@ -197,6 +205,7 @@ class Source:
         profiles = load_profiles([Path(item) for item in options.profile])
         registers = source_for(view, gateway, profiles, options.registers)
         tracker = self._tracker(gateway, logging=info.supports.logging)
+        self._held.push_async_callback(tracker.stop)
         self._devices.append(Device(path, gateway, registers, tracker))
         self.report.methods.append({"registers": registers.method, "dirty": tracker.method})
 
@@ -432,19 +441,13 @@ class Source:
                 await device.gateway.passthrough()
 
     async def close(self, state: State) -> None:
-        """Ends the link, with a goodbye where there is somebody to take it, and frees the rest."""
+        """Ends the link, with a goodbye where there is somebody to take it."""
         if state is State.COMMITTED:
             self._finish_report()
             if self._options.quit_source and self._vmm is not None:
                 with contextlib.suppress(VmmError):
                     await self._vmm.quit()
         await self._link.close()
-        for gateway in self._gateways:
-            await gateway.aclose()
-        if self._platform is not None:
-            await self._platform.aclose()
-        if self._vmm is not None:
-            await self._vmm.aclose()
 
     def _finish_report(self) -> None:
         downtime = self._downtime

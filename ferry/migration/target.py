@@ -32,7 +32,7 @@ from ferry.migration.receive_options import Options
 from ferry.migration.tunnel import run_tunnel
 from ferry.progress import Reporter
 from sync.gateway.control.client import GatewayClient
-from sync.gateway.errors import DeviceLost, GatewayError, GatewayLost, VmmLost, WrongState
+from sync.gateway.errors import DeviceLost, GatewayLost, VmmLost, WrongState
 from sync.handover.machine import Action, Event, Handover
 from sync.handover.states import Deadlines, Role
 from sync.memory import GuestMemory
@@ -62,8 +62,16 @@ class Target:
     """The actions of the target. Each method named in `perform` does one phase's work."""
 
     def __init__(
-        self, options: Options, reporter: Reporter, nursery: trio.Nursery, link: Receiver, vmm: Vmm
+        self,
+        options: Options,
+        reporter: Reporter,
+        nursery: trio.Nursery,
+        held: contextlib.AsyncExitStack,
+        link: Receiver,
+        vmm: Vmm,
     ) -> None:
+        """What is opened is put into `held`, which has to be closed when `link` has ended."""
+        self._held = held
         self._options = options
         self._reporter = reporter
         self._nursery = nursery
@@ -155,7 +163,9 @@ class Target:
             )
         profiles = load_profiles([Path(item) for item in self._options.profile])
         for number, (path, theirs) in enumerate(zip(paths, hello.devices, strict=True)):
-            gateway = await GatewayClient.connect(path, role="target", session=hello.session)
+            gateway = await self._held.enter_async_context(
+                await GatewayClient.connect(path, role="target", session=hello.session)
+            )
             self._gateways.append(gateway)
             info = await check_gateway(path, gateway, vmm=True)
             ours = offer_of(info, b"")
@@ -178,6 +188,8 @@ class Target:
         await self._vmm.check_target()
         self._check_vmm(await identify(self._vmm))
         self._platform = await PciPlatform.attach(self._vmm, self._options.qmp)
+        if self._platform is not None:
+            self._held.push_async_callback(self._platform.aclose)
         await self._check_platform()
         return Event.CHECKED
 
@@ -207,8 +219,7 @@ class Target:
             pages = same_pages(theirs, regions)
             check_room(regions)
             if self._memory is None and not self.only_check:
-                # Unmapped by the end of the process: apply threads may write to it until then.
-                self._memory = GuestMemory.map(pages, writable=True)
+                self._memory = self._held.enter_context(GuestMemory.map(pages, writable=True))
         finally:
             for region in regions:
                 os.close(region.fd)
@@ -225,7 +236,9 @@ class Target:
             socket_path = f"{folder}/vmm.sock"
             await self._vmm.start_incoming(f"unix:{socket_path}")
             with trio.fail_after(CONNECT_S):
-                self._vmm_stream = await trio.open_unix_socket(socket_path)
+                self._vmm_stream = await self._held.enter_async_context(
+                    await trio.open_unix_socket(socket_path)
+                )
         return Event.STOOD_BY
 
     async def _send_prepared(self) -> None:
@@ -342,20 +355,13 @@ class Target:
         await self._tell(Kind.START_FAILED)
 
     async def _tell(self, kind: Kind) -> None:
-        reason = Notice({"reason": _reason(self.runner.first_error)[:1000]}).pack()
+        reason = Notice({"reason": reason_of(self.runner.first_error)[:1000]}).pack()
         with trio.move_on_after(TELL_S), contextlib.suppress(TransportError):
             if self._accepted.is_set():
                 await self._link.send_record(kind, reason, flush=True)
             else:
                 await self._link.refuse(reason)
 
-    async def close(self) -> None:
-        if self._platform is not None:
-            await self._platform.aclose()
-        for gateway in self._gateways:
-            with contextlib.suppress(GatewayError):
-                await gateway.aclose()
 
-
-def _reason(error: BaseException | None) -> str:
+def reason_of(error: BaseException | None) -> str:
     return describe(error) if error else "no reason"
