@@ -15,30 +15,31 @@ from ferry.errors import (
     Exit,
     Interrupted,
 )
-from ferry.migration.conclusion import StopRequest, conclude, stopped_by_signals
+from ferry.migration.conclusion import conclude
 from ferry.migration.receive_options import Options, receiver_options
+from ferry.migration.stop_request import StopRequest, stopped_by_signals
 from ferry.migration.target import Target, reason_of
 from ferry.nurseries import alongside, first_error
 from ferry.progress import Reporter
 from sync.handover.machine import Event
-from sync.handover.states import State
+from sync.handover.states import HandoverState
 from sync.vmm.driver import Vmm
 from transport.receiver import ReceiverOptions, open_receiver
 
 ADVICE = {
-    State.ABORTED: (
+    HandoverState.ABORTED: (
         "This side has fenced the session and will never start the guest; the source keeps it. "
         "Restart the target's VMM before the next attempt."
     ),
-    State.IN_DOUBT: (
+    HandoverState.IN_DOUBT: (
         "Whether this side owns the guest could not be established: run "
         "`vfio-ferry resolve --role target` when the gateway answers again."
     ),
-    State.BROKEN: (
+    HandoverState.BROKEN: (
         "This side never took the guest, but its gateway is not in order: restart the gateway "
         "and the VMM here before the next attempt."
     ),
-    State.OWNER_FAILED: (
+    HandoverState.OWNER_FAILED: (
         "This side owns the guest and could not start it: run `vfio-ferry resolve --role target`."
     ),
 }
@@ -77,7 +78,9 @@ async def receive(options: Options, reporter: Reporter, stop: StopRequest | None
                 error = target.runner.first_error
                 if not target.only_check or isinstance(error, Interrupted):
                     break
-                outcome = "it would work" if state is State.CHECKED else f"no: {reason_of(error)}"
+                outcome = (
+                    "it would work" if state is HandoverState.CHECKED else f"no: {reason_of(error)}"
+                )
                 reporter.event("checked", outcome=outcome, state=state.value)
     except* Exception as group:
         raise first_error(group) from group
@@ -96,7 +99,7 @@ async def _receive(
     stop: StopRequest,
     vmm: Vmm,
     url: str,
-) -> tuple[str, Target, State]:
+) -> tuple[str, Target, HandoverState]:
     """One sender, who asks for a migration or for a check. Returns where it was listened."""
     async with (
         AsyncExitStack() as held,

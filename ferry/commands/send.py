@@ -6,25 +6,26 @@ from functools import partial
 import trio
 
 from ferry.errors import ConfigError, Exit
-from ferry.migration.conclusion import StopRequest, conclude, stopped_by_signals
+from ferry.migration.conclusion import conclude
 from ferry.migration.send_options import Options, sender_options
 from ferry.migration.source import Source
+from ferry.migration.stop_request import StopRequest, stopped_by_signals
 from ferry.nurseries import first_error
 from ferry.progress import Reporter
 from sync.handover.machine import Event
-from sync.handover.states import State
+from sync.handover.states import HandoverState
 
 ADVICE = {
-    State.ABORTED: "The guest continues on this host with its device in passthrough.",
-    State.IN_DOUBT: (
+    HandoverState.ABORTED: "The guest continues on this host with its device in passthrough.",
+    HandoverState.IN_DOUBT: (
         "The commit was sent and not answered, so this side neither resumes nor claims success. "
         "Run `vfio-ferry resolve --role target` on the other host; it says what to do here."
     ),
-    State.BROKEN: (
+    HandoverState.BROKEN: (
         "The guest belongs to this host, but it or its device could not be set going again: run "
         "`vfio-ferry resolve --role source`."
     ),
-    State.OWNER_FAILED: (
+    HandoverState.OWNER_FAILED: (
         "The target owns the guest but could not start it: run `vfio-ferry resolve --role target` "
         "there. The guest must not be resumed here."
     ),
@@ -58,8 +59,8 @@ async def send(options: Options, reporter: Reporter, stop: StopRequest | None = 
             nursery.cancel_scope.cancel()
     except* Exception as group:
         raise first_error(group) from group
-    if state is State.COMMITTED:
+    if state is HandoverState.COMMITTED:
         reporter.event("report", text=source.report.text(), **source.report.values())
-    if state is State.CHECKED:
+    if state is HandoverState.CHECKED:
         reporter.event("message", text="It would work; nothing was touched.")
     return conclude(reporter, state, source.runner, ADVICE)

@@ -14,7 +14,7 @@ import trio
 from numpy.typing import NDArray
 
 from ferry.findings import Finding, ok
-from ferry.migration.messages import Kind, Notice
+from ferry.migration.messages import MessageKind, Notice
 from ferry.progress import bytes_text
 from sync.memory import PAGE_BYTES
 from sync.vmm.identity import VmmIdentity
@@ -86,7 +86,7 @@ async def measure(link: Sender) -> Sample:
     round_trips = []
     for _ in range(PROBES):
         began = trio.current_time()
-        await link.send_record(Kind.PROBE, b"", flush=True)
+        await link.send_record(MessageKind.PROBE, b"", flush=True)
         round_trips.append(trio.current_time() - began)
     link.attach_memory(scratch(os.urandom(SAMPLE_PAGES * PAGE_BYTES)), cache_bytes=0)
     first, count, round_no = 0, FIRST_PAGES, 1

@@ -13,7 +13,7 @@ import trio
 
 from ferry.errors import DeadlinePassed
 from sync.handover.machine import Action, Event, Handover, RemoteProtocolError
-from sync.handover.states import State
+from sync.handover.states import HandoverState
 
 Perform = Callable[[], Awaitable[Event | None]]
 
@@ -21,7 +21,7 @@ BEST_EFFORT = frozenset({Action.TELL_ABORT, Action.TELL_START_FAILED, Action.SEN
 """Telling the peer may fail; what follows it must not be left out because of that."""
 
 
-class Runner:
+class HandoverRunner:
     """Runs `machine` to a terminal state.
 
     `perform` gives a coroutine function for every action that the machine may ask for; it returns
@@ -36,7 +36,7 @@ class Runner:
         perform: Mapping[Action, Perform],
         *,
         failure_events: Mapping[Action, Event],
-        on_state: Callable[[State], Awaitable[None]],
+        on_state: Callable[[HandoverState], Awaitable[None]],
     ) -> None:
         self._machine = machine
         self._perform = perform
@@ -57,7 +57,7 @@ class Runner:
             self.first_error = error
         self._events_in.send_nowait((event, None))
 
-    async def run(self, first: Event) -> State:
+    async def run(self, first: Event) -> HandoverState:
         """Feeds `first`, then runs until the machine has reached a terminal state."""
         async with trio.open_nursery() as nursery:
             await self._feed(nursery, first)
@@ -69,7 +69,7 @@ class Runner:
                     if started not in (None, self._started):
                         continue  # from an action that something else has overtaken
                 if scope.cancelled_caught:
-                    phase = self._machine.state.name.lower()
+                    phase = self._machine.state.value
                     passed = DeadlinePassed(f"{phase} took longer than {deadline_s:.0f} s")
                     if self.first_error is None:
                         self.first_error = passed

@@ -39,7 +39,7 @@ T = TypeVar("T")
 _DEVICE = struct.Struct("<H")
 
 
-class Kind(IntEnum):
+class MessageKind(IntEnum):
     """The kinds of control record."""
 
     STATE = 1
@@ -70,7 +70,7 @@ class DeviceOffer:
 
 
 @dataclass(frozen=True)
-class Hello:
+class MigrationHello:
     """The sender's greeting. `layout` is the guest memory as `memory_layout` has it: [IOVA, length,
     file, offset] in bytes, ascending, `files` the size of each file, [size]. `platform` is what
     the VMM knows of the devices by itself, in hexadecimal (`sync.vmm.pci`); QEMU only. `vmm` is
@@ -89,7 +89,7 @@ class Hello:
         return json.dumps(asdict(self), separators=(",", ":")).encode()
 
     @classmethod
-    def unpack(cls, payload: bytes) -> "Hello":
+    def unpack(cls, payload: bytes) -> "MigrationHello":
         """Raises `PeerProtocolError` where the greeting is not what this version sends."""
         data = load_object(payload)
         if data.get("version") != PROTOCOL_VERSION:

@@ -6,7 +6,7 @@ from ferry.config import endpoint, option, seconds
 from ferry.errors import (
     ConfigError,
 )
-from ferry.migration.conclusion import break_at_choices
+from ferry.migration.phases import BREAK_AT_CHOICES
 from ferry.secret_file import HELP, read_secret
 from transport.receiver import ReceiverOptions
 
@@ -30,7 +30,7 @@ class Options:
     break_at: str = option(
         "failure drill: stop this process (SIGSTOP) on entering this phase",
         "",
-        choices=("", *break_at_choices()),
+        choices=BREAK_AT_CHOICES,
     )
 
 

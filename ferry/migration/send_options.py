@@ -5,7 +5,7 @@ from typing import Literal
 
 from ferry.config import endpoint, log_page, natural, option, positive, seconds, size
 from ferry.errors import ConfigError
-from ferry.migration.conclusion import break_at_choices
+from ferry.migration.phases import BREAK_AT_CHOICES
 from ferry.secret_file import HELP, read_secret
 from transport.sender import SenderOptions
 from transport.wire.codec import Codec
@@ -81,7 +81,7 @@ class Options:
     break_at: str = option(
         "failure drill: stop this process (SIGSTOP) on entering this phase",
         "",
-        choices=("", *break_at_choices()),
+        choices=BREAK_AT_CHOICES,
     )
 
 

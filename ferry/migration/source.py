@@ -20,13 +20,13 @@ from numpy.typing import NDArray
 from ferry.errors import Mismatch, NotOwner
 from ferry.findings import methods_text, ok
 from ferry.migration.check import findings_of
-from ferry.migration.conclusion import Shell
 from ferry.migration.devices import check_gateway, offer_of
 from ferry.migration.downtime import Downtime
-from ferry.migration.handover_runner import Runner
+from ferry.migration.handover_runner import HandoverRunner
 from ferry.migration.kernels import Kernels
 from ferry.migration.memory_layout import MemoryLayout
-from ferry.migration.messages import Hello, Kind
+from ferry.migration.messages import MessageKind, MigrationHello
+from ferry.migration.phases import Phases
 from ferry.migration.precopy import Precopy
 from ferry.migration.report import Report
 from ferry.migration.source_link import SourceLink
@@ -40,7 +40,7 @@ from sync.dirty.tracker import Tracker, choose_method
 from sync.gateway.control.client import GatewayClient
 from sync.gateway.errors import DeviceLost, GatewayError, GatewayLost
 from sync.handover.machine import Action, Event, Handover
-from sync.handover.states import Deadlines, Role, State
+from sync.handover.states import Deadlines, HandoverState, Role
 from sync.memory import GuestMemory
 from sync.registers.choose import load_profiles, source_for
 from sync.registers.interface import SourceRegisters
@@ -109,10 +109,10 @@ class Source:
         self.report = Report(session=self._session.hex())
         # A scan reads all of the guest's memory before the rounds.
         limits = Deadlines(
-            starting_s=options.timeout + 10.0, precopy_s=options.timeout + 60.0, pausing_s=30.0
+            mediating_s=options.timeout + 10.0, precopy_s=options.timeout + 60.0, pausing_s=30.0
         )
         machine = Handover(Role.SOURCE, limits)
-        self.runner = Runner(
+        self.runner = HandoverRunner(
             machine,
             {
                 Action.PREPARE: self._prepare,
@@ -129,7 +129,7 @@ class Source:
                 Action.RESTORE: self._restore,
             },
             failure_events={Action.RESTORE: Event.RESTORE_FAILED},
-            on_state=Shell(reporter, options.break_at).on_state,
+            on_state=Phases(reporter, options.break_at).enter,
         )
         self._link = SourceLink(options, self._session, self.runner, nursery)
 
@@ -154,7 +154,7 @@ class Source:
             platform = await self._platform.peek()
         assert self._memory is not None
         files, layout = self._layout.rows()
-        hello = Hello(
+        hello = MigrationHello(
             session=self._session.hex(),
             devices=[
                 offer_of(device.gateway.info, await device.registers.offer())
@@ -338,7 +338,7 @@ class Source:
             await self._vmm.settle()
             return
         state = await self._platform.save()
-        await self._link.send(Kind.PLATFORM, state)
+        await self._link.send(MessageKind.PLATFORM, state)
         self._downtime.lap("PCI save")
 
     async def _send_final(self) -> Event:
@@ -351,7 +351,7 @@ class Source:
             await work()
             took_ms[what] = (time.monotonic() - began) * 1e3
 
-        await self._link.send(Kind.ASK_LOADED)
+        await self._link.send(MessageKind.ASK_LOADED)
         with ungrouped():
             async with trio.open_nursery() as nursery:
                 nursery.start_soon(timed, "VMM transfer", self._finish_vmm)
@@ -385,7 +385,7 @@ class Source:
         return Event.VERIFIED
 
     async def _ask_ready(self) -> None:
-        await self._link.send(Kind.ASK)
+        await self._link.send(MessageKind.ASK)
 
     async def _release(self) -> Event:
         self.report.registers = self._link.registers
@@ -396,7 +396,7 @@ class Source:
         return Event.RELEASED
 
     async def _send_commit(self) -> None:
-        await self._link.send(Kind.COMMIT, flush=True)
+        await self._link.send(MessageKind.COMMIT, flush=True)
 
     # --- the ways out ---
 
@@ -440,9 +440,9 @@ class Source:
             finally:
                 await device.gateway.passthrough()
 
-    async def close(self, state: State) -> None:
+    async def close(self, state: HandoverState) -> None:
         """Ends the link, with a goodbye where there is somebody to take it."""
-        if state is State.COMMITTED:
+        if state is HandoverState.COMMITTED:
             self._finish_report()
             if self._options.quit_source and self._vmm is not None:
                 with contextlib.suppress(VmmError):

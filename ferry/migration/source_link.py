@@ -15,8 +15,8 @@ import trio
 from numpy.typing import NDArray
 
 from ferry.errors import FerryError, Mismatch, PeerAborted
-from ferry.migration.handover_runner import Runner
-from ferry.migration.messages import Kind, Notice, pack_state
+from ferry.migration.handover_runner import HandoverRunner
+from ferry.migration.messages import MessageKind, Notice, pack_state
 from ferry.migration.send_options import sender_options
 from ferry.migration.tunnel import run_tunnel
 from sync.handover.machine import Event
@@ -34,7 +34,7 @@ class SourceLink:
     """One session with a receiver. What goes wrong with it, and what it says, goes to `runner`."""
 
     def __init__(
-        self, options: "Options", session: bytes, runner: Runner, nursery: trio.Nursery
+        self, options: "Options", session: bytes, runner: HandoverRunner, nursery: trio.Nursery
     ) -> None:
         self._options = options
         self._session = session
@@ -101,33 +101,33 @@ class SourceLink:
         while True:
             record = await self.sender.receive_record()
             notice = Notice.unpack(record.payload)
-            if record.kind == Kind.LOADED:
+            if record.kind == MessageKind.LOADED:
                 self.loaded.set()
-            elif record.kind == Kind.READY:
+            elif record.kind == MessageKind.READY:
                 self.registers = notice.register_reports(len(self._options.gateway))
                 self.ready_ms = notice.mapping("ms")
                 self._runner.post(Event.PEER_READY)
-            elif record.kind == Kind.COMMITTED:
+            elif record.kind == MessageKind.COMMITTED:
                 self.committed_ms = notice.mapping("ms")
                 self._runner.post(Event.PEER_COMMITTED)
-            elif record.kind == Kind.START_FAILED:
+            elif record.kind == MessageKind.START_FAILED:
                 self._runner.post(
                     Event.PEER_START_FAILED, PeerAborted(f"target: {notice.text('reason')}")
                 )
-            elif record.kind == Kind.ABORT:
+            elif record.kind == MessageKind.ABORT:
                 self._runner.post(
                     Event.PEER_ABORTED,
                     PeerAborted(f"the target gave up: {notice.text('reason')}"),
                 )
 
-    async def send(self, kind: Kind, payload: bytes = b"", *, flush: bool = False) -> None:
+    async def send(self, kind: MessageKind, payload: bytes = b"", *, flush: bool = False) -> None:
         """A record, in the order of the calls."""
         async with self._record_lock:
             await self.sender.send_record(kind, payload, flush=flush)
 
     async def send_state(self, device: int, payload: bytes) -> None:
         """Register state of the device of this number."""
-        await self.send(Kind.STATE, pack_state(device, payload))
+        await self.send(MessageKind.STATE, pack_state(device, payload))
 
     async def send_pages(self, indices: NDArray[np.uint32]) -> RoundStatistics:
         """One round, of a number of its own. Returns when the target has these pages."""
@@ -164,7 +164,7 @@ class SourceLink:
             return
         with trio.move_on_after(TELL_S), contextlib.suppress(TransportError):
             await self._sender.send_record(
-                Kind.ABORT, Notice({"reason": reason[:1000]}).pack(), flush=True
+                MessageKind.ABORT, Notice({"reason": reason[:1000]}).pack(), flush=True
             )
 
     async def close(self) -> None:

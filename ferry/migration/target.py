@@ -22,12 +22,18 @@ from ferry.errors import (
 from ferry.exit_codes import describe
 from ferry.host_memory import check_room
 from ferry.migration.check import answer_check
-from ferry.migration.conclusion import Shell
 from ferry.migration.devices import check_gateway, offer_of
-from ferry.migration.handover_runner import Runner
+from ferry.migration.handover_runner import HandoverRunner
 from ferry.migration.kernels import Kernels
 from ferry.migration.memory_layout import MemoryLayout, same_pages
-from ferry.migration.messages import Hello, Kind, Notice, asks_for_check, unpack_state
+from ferry.migration.messages import (
+    MessageKind,
+    MigrationHello,
+    Notice,
+    asks_for_check,
+    unpack_state,
+)
+from ferry.migration.phases import Phases
 from ferry.migration.receive_options import Options
 from ferry.migration.tunnel import run_tunnel
 from ferry.progress import Reporter
@@ -79,7 +85,7 @@ class Target:
         self._vmm = vmm
         self._platform: PciPlatform | None = None
         self._platform_state = b""
-        self._hello = Hello("", [], [], [])
+        self._hello = MigrationHello("", [], [], [])
         self._greeting = b""
         self._accepted = trio.Event()
         self.only_check = False
@@ -96,7 +102,7 @@ class Target:
         self._ready_ms: dict[str, float] = {}
         self._started_ms: dict[str, float] = {}
         machine = Handover(Role.TARGET, Deadlines(listening_s=options.wait))
-        self.runner = Runner(
+        self.runner = HandoverRunner(
             machine,
             {
                 Action.CHECK: self._check,
@@ -113,7 +119,7 @@ class Target:
                 Action.FENCE: self._fence,
             },
             failure_events={Action.FENCE: Event.FENCE_FAILED},
-            on_state=Shell(reporter, options.break_at).on_state,
+            on_state=Phases(reporter, options.break_at).enter,
         )
 
     async def listen(self) -> None:
@@ -129,18 +135,18 @@ class Target:
             await self._accepted.wait()
             while True:
                 record = await self._link.receive_record()
-                if record.kind == Kind.STATE:
+                if record.kind == MessageKind.STATE:
                     number, payload = unpack_state(record.payload, len(self._registers))
                     await self._registers[number].receive(payload)
-                elif record.kind == Kind.PLATFORM:
+                elif record.kind == MessageKind.PLATFORM:
                     self._platform_state = record.payload
-                elif record.kind == Kind.ASK_LOADED:
+                elif record.kind == MessageKind.ASK_LOADED:
                     self._nursery.start_soon(self._answer_loaded)
-                elif record.kind == Kind.ASK:
+                elif record.kind == MessageKind.ASK:
                     self.runner.post(Event.PEER_ASKS)
-                elif record.kind == Kind.COMMIT:
+                elif record.kind == MessageKind.COMMIT:
                     self.runner.post(Event.PEER_COMMIT)
-                elif record.kind == Kind.ABORT:
+                elif record.kind == MessageKind.ABORT:
                     reason = Notice.unpack(record.payload).text("reason")
                     self.runner.post(
                         Event.PEER_ABORTED, PeerAborted(f"the source gave up: {reason}")
@@ -154,7 +160,7 @@ class Target:
 
     async def _check(self) -> Event:
         """Whether what the source has fits what is here; touches nothing."""
-        hello = self._hello = Hello.unpack(self._greeting)
+        hello = self._hello = MigrationHello.unpack(self._greeting)
         paths = self._options.gateway
         if len(hello.devices) != len(paths):
             raise Mismatch(
@@ -261,7 +267,7 @@ class Target:
     async def _answer_loaded(self) -> None:
         try:
             await self._wait_loaded()
-            await self._link.send_record(Kind.LOADED, b"")
+            await self._link.send_record(MessageKind.LOADED, b"")
             # Now, while the source compares the memories.
             await self._complete_platform()
         except TransportError as error:
@@ -297,7 +303,7 @@ class Target:
 
     async def _send_ready(self) -> None:
         await self._link.send_record(
-            Kind.READY, Notice({"registers": self._reports, "ms": self._ready_ms}).pack()
+            MessageKind.READY, Notice({"registers": self._reports, "ms": self._ready_ms}).pack()
         )
 
     async def _own(self) -> Event:
@@ -322,7 +328,7 @@ class Target:
     async def _send_committed(self) -> None:
         with trio.move_on_after(TELL_S), contextlib.suppress(TransportError):
             await self._link.send_record(
-                Kind.COMMITTED, Notice({"ms": self._started_ms}).pack(), flush=True
+                MessageKind.COMMITTED, Notice({"ms": self._started_ms}).pack(), flush=True
             )
 
     # --- the ways out ---
@@ -349,12 +355,12 @@ class Target:
         return Event.FENCED
 
     async def _tell_abort(self) -> None:
-        await self._tell(Kind.ABORT)
+        await self._tell(MessageKind.ABORT)
 
     async def _tell_start_failed(self) -> None:
-        await self._tell(Kind.START_FAILED)
+        await self._tell(MessageKind.START_FAILED)
 
-    async def _tell(self, kind: Kind) -> None:
+    async def _tell(self, kind: MessageKind) -> None:
         reason = Notice({"reason": reason_of(self.runner.first_error)[:1000]}).pack()
         with trio.move_on_after(TELL_S), contextlib.suppress(TransportError):
             if self._accepted.is_set():

@@ -5,7 +5,7 @@ from collections.abc import Awaitable, Callable
 
 import trio
 
-from ferry.migration.handover_runner import Runner
+from ferry.migration.handover_runner import HandoverRunner
 from ferry.nurseries import first_error
 from sync.handover.machine import Event
 from transport.session.link import Link
@@ -50,7 +50,7 @@ async def tunnel_in(stream: trio.SocketStream, link: Link) -> None:
 async def run_tunnel(
     stream: trio.SocketStream,
     link: Link,
-    runner: Runner,
+    runner: HandoverRunner,
     complete: Callable[[], Awaitable[bool]] | None = None,
 ) -> None:
     """Both directions of the VMM's stream. A link that breaks is the peer's loss.

@@ -18,45 +18,45 @@ second owner, and where an answer is lost the record still says what the side ma
     SOURCE                                          TARGET
     IDLE                                            IDLE
      | START                                         | START
-    PREPARING   [PREPARE]         hello ------->    LISTENING
+    PREPARING       [PREPARE]     hello ------->    LISTENING
      |                                               | PEER_HELLO
-     |                                              CHECKING   [CHECK]
+     |                                              CHECKING          [CHECK]
      |                                               | CHECKED
-     |                                              ENTERING   [ENTER_STANDBY]
+     |                                              ENTERING_STANDBY  [ENTER_STANDBY]
      |                                               | STOOD_BY
-     | PREPARED                   <---- prepared    RECEIVING  [SEND_PREPARED]
-    STARTING    [MEDIATE]                            |
+     | PREPARED                   <---- prepared    RECEIVING         [SEND_PREPARED]
+    MEDIATING       [MEDIATE]                        |
      | MEDIATED                                      |
-    PRECOPY     [RUN_ROUNDS]      pages, state -->   |
+    PRECOPY         [RUN_ROUNDS]  pages, state -->   |
      | CONVERGED                                     |
-    PAUSING     [PAUSE_VMM]                          |
+    PAUSING         [PAUSE_VMM]                      |
      | PAUSED                                        |
-    STOPPING    [STOP_DEVICES]                       |
+    STOPPING        [STOP_DEVICES]                   |
      | STOPPED                                       |
-    FINALIZING  [SEND_FINAL]      pages, state -->   |
+    FINALIZING      [SEND_FINAL]  pages, state -->   |
      | FINAL_SENT                                    |
-    VERIFYING   [VERIFY]          <--- digests --->  |
+    VERIFYING       [VERIFY]      <--- digests --->  |
      | VERIFIED                                      |
-    ASKING      [ASK_READY]       ask --------->     | PEER_ASKS
-     |                                              READYING   [MAKE_READY]
+    AWAITING_READY  [ASK_READY]   ask --------->     | PEER_ASKS
+     |                                              READYING          [MAKE_READY]
      |                                               | MADE_READY
-     | PEER_READY                 <------- ready    READY      [SEND_READY]
-    RELEASING   [RELEASE]                            |
+     | PEER_READY                 <------- ready    READY             [SEND_READY]
+    RELEASING       [RELEASE]                        |
      | RELEASED                                      |
-    COMMITTING  [SEND_COMMIT]     commit ------>     | PEER_COMMIT
-     |                                              OWNING     [OWN]
+    COMMITTING      [SEND_COMMIT] commit ------>     | PEER_COMMIT
+     |                                              OWNING            [OWN]
      |                                               | OWNED
-     |                                              RISING     [START_GUEST]
+     |                                              STARTING_GUEST    [START_GUEST]
      |                                               | STARTED
-     | PEER_COMMITTED             <--- committed    COMMITTED  [SEND_COMMITTED]
+     | PEER_COMMITTED             <--- committed    COMMITTED         [SEND_COMMITTED]
     COMMITTED
 
     A check compares both sides and ends there:
-    PREPARING   [PREPARE]         check ------->    LISTENING
+    PREPARING       [PREPARE]     check ------->    LISTENING
      |                                               | PEER_CHECKS
-     |                                              JUDGING    [CHECK]
+     |                                              CHECKING_ONLY     [CHECK]
      |                                               | CHECKED
-     | CHECKED                    <----- checked    ANSWERING  [ANSWER_CHECK]
+     | CHECKED                    <----- checked    ANSWERING         [ANSWER_CHECK]
     CHECKED                                          | ANSWERED
                                                     CHECKED
 
@@ -69,16 +69,16 @@ second owner, and where an answer is lost the record still says what the side ma
 
     Target, LISTENING on FAILED, PEER_LOST, TIMEOUT, INTERRUPTED:
         ABORTED (there is no session to fence)
-    Target, JUDGING and ANSWERING, on FAILED, PEER_LOST, TIMEOUT, INTERRUPTED, PEER_ABORTED:
+    Target, CHECKING_ONLY and ANSWERING, on FAILED, PEER_LOST, TIMEOUT, INTERRUPTED, PEER_ABORTED:
         ABORTED [TELL_ABORT] (a check leads nowhere near the guest)
     Target, CHECKING to READY, on FAILED, PEER_LOST, TIMEOUT, INTERRUPTED, PEER_ABORTED:
         FENCING [FENCE] --FENCED--> ABORTED [TELL_ABORT]
                         --FENCE_FAILED, TIMEOUT--> BROKEN [TELL_ABORT]
     Target, OWNING on FAILED, TIMEOUT (whether the record was written is not known):
         DISOWNING [FENCE] --FENCED--> ABORTED [TELL_ABORT]
-                          --ALREADY_OWNED--> RISING [START_GUEST]
+                          --ALREADY_OWNED--> STARTING_GUEST [START_GUEST]
                           --FENCE_FAILED, TIMEOUT--> IN_DOUBT (it tells nothing: it knows nothing)
-    Target, RISING on FAILED, TIMEOUT:                  OWNER_FAILED [TELL_START_FAILED]
+    Target, STARTING_GUEST on FAILED, TIMEOUT:          OWNER_FAILED [TELL_START_FAILED]
 
 Both machines rely on a link that keeps the order of messages and loses none but by breaking.
 
@@ -98,7 +98,7 @@ from types import MappingProxyType
 from typing import NamedTuple
 
 from sync.errors import SyncError
-from sync.handover.states import TERMINAL, Deadlines, Role, State
+from sync.handover.states import TERMINAL, Deadlines, HandoverState, Role
 
 
 class HandoverError(SyncError):
@@ -229,19 +229,19 @@ class Action(Enum):
 class Transition(NamedTuple):
     """What an event does in a state. An event that is ignored leads back without actions."""
 
-    state: State
+    state: HandoverState
     actions: tuple[Action, ...] = ()
 
 
 Row = Mapping[Event, Transition]
-Table = Mapping[State, Row]
+Table = Mapping[HandoverState, Row]
 
-_S, _E, _A = State, Event, Action
+_S, _E, _A = HandoverState, Event, Action
 
 _WRONG = (_E.FAILED, _E.PEER_LOST, _E.TIMEOUT, _E.INTERRUPTED, _E.PEER_ABORTED)
 
 
-def _on(events: Iterable[Event], state: State, *actions: Action) -> dict[Event, Transition]:
+def _on(events: Iterable[Event], state: HandoverState, *actions: Action) -> dict[Event, Transition]:
     return {event: Transition(state, actions) for event in events}
 
 
@@ -286,15 +286,15 @@ _TARGET_LATE = (
 SOURCE: Table = {
     _S.IDLE: _on([_E.START], _S.PREPARING, _A.PREPARE),
     _S.PREPARING: (
-        _on([_E.PREPARED], _S.STARTING, _A.MEDIATE) | _on([_E.CHECKED], _S.CHECKED) | _abort()
+        _on([_E.PREPARED], _S.MEDIATING, _A.MEDIATE) | _on([_E.CHECKED], _S.CHECKED) | _abort()
     ),
-    _S.STARTING: _on([_E.MEDIATED], _S.PRECOPY, _A.RUN_ROUNDS) | _abort(),
+    _S.MEDIATING: _on([_E.MEDIATED], _S.PRECOPY, _A.RUN_ROUNDS) | _abort(),
     _S.PRECOPY: _on([_E.CONVERGED], _S.PAUSING, _A.PAUSE_VMM) | _abort(),
     _S.PAUSING: _on([_E.PAUSED], _S.STOPPING, _A.STOP_DEVICES) | _abort(),
     _S.STOPPING: _on([_E.STOPPED], _S.FINALIZING, _A.SEND_FINAL) | _abort(),
     _S.FINALIZING: _on([_E.FINAL_SENT], _S.VERIFYING, _A.VERIFY) | _abort(),
-    _S.VERIFYING: _on([_E.VERIFIED], _S.ASKING, _A.ASK_READY) | _abort(),
-    _S.ASKING: _on([_E.PEER_READY], _S.RELEASING, _A.RELEASE) | _abort(),
+    _S.VERIFYING: _on([_E.VERIFIED], _S.AWAITING_READY, _A.ASK_READY) | _abort(),
+    _S.AWAITING_READY: _on([_E.PEER_READY], _S.RELEASING, _A.RELEASE) | _abort(),
     _S.RELEASING: _on([_E.RELEASED], _S.COMMITTING, _A.SEND_COMMIT) | _abort(),
     _S.COMMITTING: (
         _on([_E.PEER_COMMITTED], _S.COMMITTED)
@@ -324,31 +324,31 @@ TARGET: Table = {
     _S.IDLE: _on([_E.START], _S.LISTENING),
     _S.LISTENING: (
         _on([_E.PEER_HELLO], _S.CHECKING, _A.CHECK)
-        | _on([_E.PEER_CHECKS], _S.JUDGING, _A.CHECK)
+        | _on([_E.PEER_CHECKS], _S.CHECKING_ONLY, _A.CHECK)
         | _on([_E.FAILED, _E.PEER_LOST, _E.TIMEOUT, _E.INTERRUPTED], _S.ABORTED)
     ),
-    _S.CHECKING: _on([_E.CHECKED], _S.ENTERING, _A.ENTER_STANDBY) | _fence(),
-    _S.JUDGING: _on([_E.CHECKED], _S.ANSWERING, _A.ANSWER_CHECK) | _turn_away(),
+    _S.CHECKING: _on([_E.CHECKED], _S.ENTERING_STANDBY, _A.ENTER_STANDBY) | _fence(),
+    _S.CHECKING_ONLY: _on([_E.CHECKED], _S.ANSWERING, _A.ANSWER_CHECK) | _turn_away(),
     _S.ANSWERING: _on([_E.ANSWERED], _S.CHECKED) | _turn_away(),
-    _S.ENTERING: _on([_E.STOOD_BY], _S.RECEIVING, _A.SEND_PREPARED) | _fence(),
+    _S.ENTERING_STANDBY: _on([_E.STOOD_BY], _S.RECEIVING, _A.SEND_PREPARED) | _fence(),
     _S.RECEIVING: _on([_E.PEER_ASKS], _S.READYING, _A.MAKE_READY) | _fence(),
     _S.READYING: _on([_E.MADE_READY], _S.READY, _A.SEND_READY) | _fence(),
     _S.READY: _on([_E.PEER_COMMIT], _S.OWNING, _A.OWN) | _fence(),
     _S.OWNING: (
-        _on([_E.OWNED], _S.RISING, _A.START_GUEST)
+        _on([_E.OWNED], _S.STARTING_GUEST, _A.START_GUEST)
         | _on([_E.FAILED, _E.TIMEOUT], _S.DISOWNING, _A.FENCE)
         | _on([_E.PEER_LOST, _E.INTERRUPTED], _S.OWNING)
     ),
     _S.DISOWNING: (
         _on([_E.FENCED], _S.ABORTED, _A.TELL_ABORT)
-        | _on([_E.ALREADY_OWNED], _S.RISING, _A.START_GUEST)
+        | _on([_E.ALREADY_OWNED], _S.STARTING_GUEST, _A.START_GUEST)
         | _on([_E.FENCE_FAILED, _E.TIMEOUT], _S.IN_DOUBT)
         | _on([_E.OWNED, _E.FAILED, _E.PEER_LOST, _E.INTERRUPTED], _S.DISOWNING)
     ),
-    _S.RISING: (
+    _S.STARTING_GUEST: (
         _on([_E.STARTED], _S.COMMITTED, _A.SEND_COMMITTED)
         | _on([_E.FAILED, _E.TIMEOUT], _S.OWNER_FAILED, _A.TELL_START_FAILED)
-        | _on([_E.PEER_LOST, _E.INTERRUPTED], _S.RISING)
+        | _on([_E.PEER_LOST, _E.INTERRUPTED], _S.STARTING_GUEST)
     ),
     _S.FENCING: (
         _on(_TARGET_LATE, _S.FENCING)
@@ -376,7 +376,7 @@ class Handover:
 
     def __init__(self, role: Role, deadlines: Deadlines | None = None) -> None:
         self.role = role
-        self.state = State.IDLE
+        self.state = HandoverState.IDLE
         self.cause: Event | None = None
         self._deadlines = deadlines or Deadlines()
         self._table = TABLES[role]

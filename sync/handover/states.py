@@ -9,34 +9,34 @@ class Role(Enum):
     TARGET = "target"
 
 
-class State(Enum):
+class HandoverState(Enum):
     """Where a side stands. Terminal states say who owns the guest, as far as this side knows."""
 
     IDLE = "idle"
     # source
     PREPARING = "preparing"
-    STARTING = "starting"
+    MEDIATING = "mediating"
     PRECOPY = "precopy"
     PAUSING = "pausing"
     STOPPING = "stopping"
     FINALIZING = "finalizing"
     VERIFYING = "verifying"
-    ASKING = "asking"
+    AWAITING_READY = "awaiting-ready"
     RELEASING = "releasing"
     COMMITTING = "committing"
     ABORTING = "aborting"
     # target
     LISTENING = "listening"
     CHECKING = "checking"
-    JUDGING = "judging"
+    CHECKING_ONLY = "checking-only"
     ANSWERING = "answering"
-    ENTERING = "entering"
+    ENTERING_STANDBY = "entering-standby"
     RECEIVING = "receiving"
     READYING = "readying"
     READY = "ready"
     OWNING = "owning"
     DISOWNING = "disowning"
-    RISING = "rising"
+    STARTING_GUEST = "starting-guest"
     FENCING = "fencing"
     # terminal
     COMMITTED = "committed"
@@ -56,12 +56,12 @@ class State(Enum):
 
 TERMINAL = frozenset(
     {
-        State.COMMITTED,
-        State.ABORTED,
-        State.CHECKED,
-        State.BROKEN,
-        State.IN_DOUBT,
-        State.OWNER_FAILED,
+        HandoverState.COMMITTED,
+        HandoverState.ABORTED,
+        HandoverState.CHECKED,
+        HandoverState.BROKEN,
+        HandoverState.IN_DOUBT,
+        HandoverState.OWNER_FAILED,
     }
 )
 
@@ -70,32 +70,33 @@ TERMINAL = frozenset(
 class Deadlines:
     """Seconds that a side may stay in each state; `None` is without limit.
 
-    The target's answer to a commit takes at most `ready_s + owning_s + disowning_s + rising_s`;
-    `committing_s` has to be longer, or the source is in doubt without need.
+    The target's answer to a commit takes at most
+    `ready_s + owning_s + disowning_s + starting_guest_s`; `committing_s` has to be longer, or the
+    source is in doubt without need.
     """
 
     preparing_s: float | None = 60.0
-    starting_s: float | None = 10.0
+    mediating_s: float | None = 10.0
     precopy_s: float | None = 3600.0
     pausing_s: float | None = 10.0
     stopping_s: float | None = 10.0
     finalizing_s: float | None = 30.0
     verifying_s: float | None = 30.0
-    asking_s: float | None = 30.0
+    awaiting_ready_s: float | None = 30.0
     releasing_s: float | None = 5.0
     committing_s: float | None = 45.0
     aborting_s: float | None = 15.0
     listening_s: float | None = None
     checking_s: float | None = 10.0
-    judging_s: float | None = 10.0
+    checking_only_s: float | None = 10.0
     answering_s: float | None = 60.0
-    entering_s: float | None = 30.0
+    entering_standby_s: float | None = 30.0
     receiving_s: float | None = 7200.0
     readying_s: float | None = 20.0
     ready_s: float | None = 15.0
     owning_s: float | None = 5.0
     disowning_s: float | None = 5.0
-    rising_s: float | None = 15.0
+    starting_guest_s: float | None = 15.0
     fencing_s: float | None = 5.0
 
     def __post_init__(self) -> None:
@@ -104,9 +105,9 @@ class Deadlines:
             if seconds is not None and not 0 < seconds < float("inf"):
                 raise ValueError(f"{field.name} has to be a positive number of seconds")
 
-    def of(self, state: State) -> float | None:
+    def of(self, state: HandoverState) -> float | None:
         """The limit for `state`; `IDLE` and the terminal states have none."""
-        if state is State.IDLE or state in TERMINAL:
+        if state is HandoverState.IDLE or state in TERMINAL:
             return None
-        seconds: float | None = getattr(self, f"{state.value}_s")
+        seconds: float | None = getattr(self, f"{state.name.lower()}_s")
         return seconds

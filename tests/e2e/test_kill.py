@@ -31,7 +31,7 @@ PHASES = {
     "stopping": "send",
     "finalizing": "send",
     "committing": "send",
-    "rising": "receive",
+    "starting-guest": "receive",
 }
 """Phase: which of the two processes enters it."""
 VICTIMS = (

@@ -4,9 +4,9 @@ import trio
 import trio.testing
 
 from ferry.errors import DeadlinePassed, PeerAborted
-from ferry.migration.handover_runner import Perform, Runner
+from ferry.migration.handover_runner import HandoverRunner, Perform
 from sync.handover.machine import Action, Event, Handover, RemoteProtocolError
-from sync.handover.states import Deadlines, Role, State
+from sync.handover.states import Deadlines, HandoverState, Role
 
 
 class Script:
@@ -50,13 +50,15 @@ class Script:
         return perform
 
 
-def run(script: Script, post: tuple[Event, Exception | None] | None = None) -> tuple[State, Runner]:
-    async def main() -> tuple[State, Runner]:
-        async def on_state(state: State) -> None:
-            if post is not None and state is State.PRECOPY:
+def run(
+    script: Script, post: tuple[Event, Exception | None] | None = None
+) -> tuple[HandoverState, HandoverRunner]:
+    async def main() -> tuple[HandoverState, HandoverRunner]:
+        async def on_state(state: HandoverState) -> None:
+            if post is not None and state is HandoverState.PRECOPY:
                 runner.post(*post)
 
-        runner = Runner(
+        runner = HandoverRunner(
             Handover(Role.SOURCE, Deadlines(precopy_s=5.0)),
             script.actions(),
             failure_events={Action.RESTORE: Event.RESTORE_FAILED},
@@ -70,7 +72,7 @@ def run(script: Script, post: tuple[Event, Exception | None] | None = None) -> t
 def test_everything_goes_well() -> None:
     script = Script()
     state, runner = run(script)
-    assert state is State.COMMITTED
+    assert state is HandoverState.COMMITTED
     assert runner.first_error is None
     # Each action has ended before the next one begins.
     assert script.log[::2] == [entry.replace("-", "+") for entry in script.log[1::2]]
@@ -80,7 +82,7 @@ def test_i8_a_failure_leads_back_with_its_reason() -> None:
     script = Script()
     script.fail[Action.VERIFY] = error = RuntimeError("differs")
     state, runner = run(script)
-    assert state is State.ABORTED
+    assert state is HandoverState.ABORTED
     assert runner.first_error is error
     assert script.log[-4:] == ["+TELL_ABORT", "-TELL_ABORT", "+RESTORE", "-RESTORE"]
 
@@ -89,7 +91,7 @@ def test_i8_a_hanging_phase_ends_at_its_deadline() -> None:
     script = Script()
     script.hang.add(Action.RUN_ROUNDS)
     state, runner = run(script)
-    assert state is State.ABORTED
+    assert state is HandoverState.ABORTED
     assert isinstance(runner.first_error, DeadlinePassed)
     assert script.log.index("-RUN_ROUNDS") < script.log.index("+TELL_ABORT")
 
@@ -98,7 +100,7 @@ def test_i8_an_interrupt_cancels_what_runs() -> None:
     script = Script()
     script.hang.add(Action.RUN_ROUNDS)
     state, _ = run(script, (Event.INTERRUPTED, None))
-    assert state is State.ABORTED
+    assert state is HandoverState.ABORTED
     assert "+RESTORE" in script.log
 
 
@@ -120,7 +122,7 @@ def test_i8_an_action_that_fails_in_part_when_it_is_cancelled_is_no_obstacle() -
 
     reason = PeerAborted("no room")
     state, runner = run(Parts(), (Event.PEER_ABORTED, reason))
-    assert state is State.ABORTED
+    assert state is HandoverState.ABORTED
     assert runner.first_error is reason
 
 
@@ -129,7 +131,7 @@ def test_the_peers_reason_is_kept() -> None:
     script.hang.add(Action.RUN_ROUNDS)
     reason = PeerAborted("no room")
     state, runner = run(script, (Event.PEER_ABORTED, reason))
-    assert state is State.ABORTED
+    assert state is HandoverState.ABORTED
     assert runner.first_error is reason
 
 
@@ -137,7 +139,7 @@ def test_i7_without_an_answer_to_the_commit_nothing_is_restored() -> None:
     script = Script()
     script.hang.add(Action.SEND_COMMIT)
     state, _ = run(script)
-    assert state is State.IN_DOUBT
+    assert state is HandoverState.IN_DOUBT
     assert "+RESTORE" not in script.log
 
 
@@ -146,7 +148,7 @@ def test_a_restore_that_fails_is_told_apart() -> None:
     script.fail[Action.RUN_ROUNDS] = first = RuntimeError()
     script.fail[Action.RESTORE] = then = RuntimeError()
     state, runner = run(script)
-    assert state is State.BROKEN
+    assert state is HandoverState.BROKEN
     assert (runner.first_error, runner.cleanup_error) == (first, then)
 
 
@@ -155,7 +157,7 @@ def test_a_restore_that_hangs_is_told_apart() -> None:
     script.fail[Action.RUN_ROUNDS] = first = RuntimeError()
     script.hang.add(Action.RESTORE)
     state, runner = run(script)
-    assert state is State.BROKEN
+    assert state is HandoverState.BROKEN
     assert runner.first_error is first
     assert isinstance(runner.cleanup_error, DeadlinePassed)
 
@@ -164,7 +166,7 @@ def test_a_peer_out_of_turn_counts_as_lost() -> None:
     script = Script()
     script.hang.add(Action.RUN_ROUNDS)
     state, runner = run(script, (Event.PEER_COMMITTED, None))
-    assert state is State.ABORTED
+    assert state is HandoverState.ABORTED
     assert isinstance(runner.first_error, RemoteProtocolError)
 
 
@@ -173,5 +175,5 @@ def test_i8_a_peer_that_cannot_be_told_does_not_keep_us_from_restoring() -> None
     script.fail[Action.RUN_ROUNDS] = RuntimeError()
     script.fail[Action.TELL_ABORT] = RuntimeError()
     state, _ = run(script)
-    assert state is State.ABORTED
+    assert state is HandoverState.ABORTED
     assert "+RESTORE" in script.log

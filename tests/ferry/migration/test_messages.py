@@ -11,7 +11,7 @@ from ferry.errors import PeerProtocolError
 from ferry.migration.messages import (
     PROTOCOL_VERSION,
     DeviceOffer,
-    Hello,
+    MigrationHello,
     Notice,
     asks_for_check,
     pack_state,
@@ -30,7 +30,7 @@ DEVICES = st.builds(
     registers=st.binary(max_size=32).map(bytes.hex),
 )
 HELLOS = st.builds(
-    Hello,
+    MigrationHello,
     session=st.binary(min_size=16, max_size=16).map(bytes.hex),
     devices=st.lists(DEVICES, min_size=1, max_size=3),
     layout=st.lists(st.lists(NUMBERS, min_size=4, max_size=4), max_size=4),
@@ -55,36 +55,38 @@ JSON = st.recursive(
 
 
 @given(HELLOS)
-def test_a_greeting_arrives_as_it_was_sent(hello: Hello) -> None:
-    assert Hello.unpack(hello.pack()) == hello
+def test_a_greeting_arrives_as_it_was_sent(hello: MigrationHello) -> None:
+    assert MigrationHello.unpack(hello.pack()) == hello
 
 
 @given(HELLOS)
-def test_a_check_is_told_apart_before_the_rest_is_read(hello: Hello) -> None:
+def test_a_check_is_told_apart_before_the_rest_is_read(hello: MigrationHello) -> None:
     assert asks_for_check(hello.pack()) == hello.check
 
 
 @given(st.binary(max_size=200) | JSON.map(lambda value: json.dumps(value).encode()))
 def test_any_other_greeting_is_refused(payload: bytes) -> None:
     with pytest.raises(PeerProtocolError):
-        Hello.unpack(payload)
+        MigrationHello.unpack(payload)
 
 
 @given(HELLOS, st.data())
-def test_i9_a_greeting_with_one_thing_wrong_is_refused(hello: Hello, data: st.DataObject) -> None:
+def test_i9_a_greeting_with_one_thing_wrong_is_refused(
+    hello: MigrationHello, data: st.DataObject
+) -> None:
     fields = json.loads(hello.pack())
     wrong = data.draw(
         st.sampled_from(["session", "devices", "layout", "files", "platform", "vmm", "check"])
     )
     fields[wrong] = data.draw(st.none() | st.integers() | st.just("no hex") | st.just([[-1, 0]]))
     with pytest.raises(PeerProtocolError):
-        Hello.unpack(json.dumps(fields).encode())
+        MigrationHello.unpack(json.dumps(fields).encode())
 
 
 def test_another_version_is_told_apart() -> None:
     payload = json.dumps({"version": PROTOCOL_VERSION + 1}).encode()
     with pytest.raises(PeerProtocolError, match="install the same version"):
-        Hello.unpack(payload)
+        MigrationHello.unpack(payload)
 
 
 def test_deeply_nested_json_is_refused() -> None:

@@ -15,13 +15,13 @@ import pytest
 
 from sync.handover import machine as handover
 from sync.handover.machine import SOURCE, TARGET, Action, Event, Handover, HandoverError, Transition
-from sync.handover.states import TERMINAL, Role, State
+from sync.handover.states import TERMINAL, HandoverState, Role
 
-A, E, S = Action, Event, State
+A, E, S = Action, Event, HandoverState
 
 
 class Side(NamedTuple):
-    state: State
+    state: HandoverState
     running: Action | None = None
     """The action that the process waits for."""
     queue: tuple[Action, ...] = ()
@@ -100,7 +100,9 @@ def failure(command: Action) -> Event:
 
 
 @cache
-def step(role: Role, state: State, event: Event) -> tuple[State, tuple[Action, ...]]:
+def step(
+    role: Role, state: HandoverState, event: Event
+) -> tuple[HandoverState, tuple[Action, ...]]:
     machine = Handover(role)
     machine.state = state
     actions = machine.handle(event)
@@ -108,7 +110,7 @@ def step(role: Role, state: State, event: Event) -> tuple[State, tuple[Action, .
 
 
 @cache
-def has_deadline(role: Role, state: State) -> bool:
+def has_deadline(role: Role, state: HandoverState) -> bool:
     machine = Handover(role)
     machine.state = state
     return machine.deadline_s is not None
@@ -405,7 +407,7 @@ BREAKAGES = {
     ),
     "the source commits before it has released": (
         Role.SOURCE,
-        S.ASKING,
+        S.AWAITING_READY,
         E.PEER_READY,
         Transition(S.COMMITTING, (A.SEND_COMMIT,)),
     ),
@@ -413,7 +415,7 @@ BREAKAGES = {
         Role.TARGET,
         S.READY,
         E.PEER_COMMIT,
-        Transition(S.RISING, (A.START_GUEST,)),
+        Transition(S.STARTING_GUEST, (A.START_GUEST,)),
     ),
     "the target owns before the commit": (
         Role.TARGET,
@@ -441,7 +443,7 @@ BREAKAGES = {
     ),
     "the target fences when the peer is lost though it owns": (
         Role.TARGET,
-        S.RISING,
+        S.STARTING_GUEST,
         E.PEER_LOST,
         Transition(S.ABORTED, (A.TELL_ABORT,)),
     ),
@@ -471,13 +473,13 @@ def test_i7_the_search_finds_a_table_that_is_broken(
     ("event", "transition"),
     [
         (E.FAILED, Transition(S.FENCING, (A.FENCE,))),
-        (E.CHECKED, Transition(S.ENTERING, (A.ENTER_STANDBY,))),
+        (E.CHECKED, Transition(S.ENTERING_STANDBY, (A.ENTER_STANDBY,))),
     ],
 )
 def test_the_search_finds_a_check_that_goes_too_far(
     event: Event, transition: Transition, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    target = {**TARGET, S.JUDGING: {**TARGET[S.JUDGING], event: transition}}
+    target = {**TARGET, S.CHECKING_ONLY: {**TARGET[S.CHECKING_ONLY], event: transition}}
     monkeypatch.setattr(handover, "TABLES", {Role.SOURCE: SOURCE, Role.TARGET: target})
     worlds = explore(faults=True, greeting=E.PEER_CHECKS)
     step.cache_clear()

@@ -14,20 +14,20 @@ from sync.handover.machine import (
     LocalProtocolError,
     RemoteProtocolError,
 )
-from sync.handover.states import TERMINAL, Deadlines, Role, State
+from sync.handover.states import TERMINAL, Deadlines, HandoverState, Role
 
-A, E, S = Action, Event, State
+A, E, S = Action, Event, HandoverState
 
 COURSES = {
     Role.SOURCE: [
         (E.START, S.PREPARING, (A.PREPARE,)),
-        (E.PREPARED, S.STARTING, (A.MEDIATE,)),
+        (E.PREPARED, S.MEDIATING, (A.MEDIATE,)),
         (E.MEDIATED, S.PRECOPY, (A.RUN_ROUNDS,)),
         (E.CONVERGED, S.PAUSING, (A.PAUSE_VMM,)),
         (E.PAUSED, S.STOPPING, (A.STOP_DEVICES,)),
         (E.STOPPED, S.FINALIZING, (A.SEND_FINAL,)),
         (E.FINAL_SENT, S.VERIFYING, (A.VERIFY,)),
-        (E.VERIFIED, S.ASKING, (A.ASK_READY,)),
+        (E.VERIFIED, S.AWAITING_READY, (A.ASK_READY,)),
         (E.PEER_READY, S.RELEASING, (A.RELEASE,)),
         (E.RELEASED, S.COMMITTING, (A.SEND_COMMIT,)),
         (E.PEER_COMMITTED, S.COMMITTED, ()),
@@ -35,12 +35,12 @@ COURSES = {
     Role.TARGET: [
         (E.START, S.LISTENING, ()),
         (E.PEER_HELLO, S.CHECKING, (A.CHECK,)),
-        (E.CHECKED, S.ENTERING, (A.ENTER_STANDBY,)),
+        (E.CHECKED, S.ENTERING_STANDBY, (A.ENTER_STANDBY,)),
         (E.STOOD_BY, S.RECEIVING, (A.SEND_PREPARED,)),
         (E.PEER_ASKS, S.READYING, (A.MAKE_READY,)),
         (E.MADE_READY, S.READY, (A.SEND_READY,)),
         (E.PEER_COMMIT, S.OWNING, (A.OWN,)),
-        (E.OWNED, S.RISING, (A.START_GUEST,)),
+        (E.OWNED, S.STARTING_GUEST, (A.START_GUEST,)),
         (E.STARTED, S.COMMITTED, (A.SEND_COMMITTED,)),
     ],
 }
@@ -51,7 +51,7 @@ CHECKS = {
     ],
     Role.TARGET: [
         (E.START, S.LISTENING, ()),
-        (E.PEER_CHECKS, S.JUDGING, (A.CHECK,)),
+        (E.PEER_CHECKS, S.CHECKING_ONLY, (A.CHECK,)),
         (E.CHECKED, S.ANSWERING, (A.ANSWER_CHECK,)),
         (E.ANSWERED, S.CHECKED, ()),
     ],
@@ -59,7 +59,7 @@ CHECKS = {
 WRONG = [E.FAILED, E.PEER_LOST, E.TIMEOUT, E.INTERRUPTED, E.PEER_ABORTED]
 
 
-def run_to(role: Role, state: State) -> Handover:
+def run_to(role: Role, state: HandoverState) -> Handover:
     machine = Handover(role)
     for event, _, _ in COURSES[role]:
         if machine.state is state:
@@ -69,7 +69,7 @@ def run_to(role: Role, state: State) -> Handover:
     return machine
 
 
-def states_between(role: Role, first: State, last: State) -> list[State]:
+def states_between(role: Role, first: HandoverState, last: HandoverState) -> list[HandoverState]:
     states = [state for _, state, _ in COURSES[role]]
     return states[states.index(first) : states.index(last) + 1]
 
@@ -77,7 +77,7 @@ def states_between(role: Role, first: State, last: State) -> list[State]:
 @pytest.mark.parametrize("courses", [COURSES, CHECKS], ids=["handover", "check"])
 @pytest.mark.parametrize("role", Role)
 def test_the_straight_course(
-    role: Role, courses: dict[Role, list[tuple[Event, State, tuple[Action, ...]]]]
+    role: Role, courses: dict[Role, list[tuple[Event, HandoverState, tuple[Action, ...]]]]
 ) -> None:
     machine = Handover(role)
     for event, state, actions in courses[role]:
@@ -91,7 +91,7 @@ def test_the_straight_course(
 @pytest.mark.parametrize("event", WRONG)
 @pytest.mark.parametrize("state", states_between(Role.SOURCE, S.PREPARING, S.RELEASING))
 def test_i8_the_source_restores_whatever_happens_before_the_commit(
-    state: State, event: Event
+    state: HandoverState, event: Event
 ) -> None:
     machine = run_to(Role.SOURCE, state)
     assert machine.handle(event) == (A.TELL_ABORT, A.RESTORE)
@@ -107,7 +107,7 @@ def test_i8_the_source_restores_whatever_happens_before_the_commit(
 
 @pytest.mark.parametrize("event", WRONG)
 @pytest.mark.parametrize("state", states_between(Role.TARGET, S.CHECKING, S.READY))
-def test_i7_the_target_fences_before_it_tells(state: State, event: Event) -> None:
+def test_i7_the_target_fences_before_it_tells(state: HandoverState, event: Event) -> None:
     machine = run_to(Role.TARGET, state)
     assert machine.handle(event) == (A.FENCE,)
     assert machine.handle(E.PEER_COMMIT) == ()
@@ -152,7 +152,7 @@ def test_i7_a_target_that_may_own_already_asks_its_gateway() -> None:
 
     machine = disowning()
     assert machine.handle(E.ALREADY_OWNED) == (A.START_GUEST,)
-    assert machine.state is S.RISING
+    assert machine.state is S.STARTING_GUEST
     machine = disowning()
     assert machine.handle(E.FENCED) == (A.TELL_ABORT,)
     assert machine.state is S.ABORTED
@@ -163,7 +163,7 @@ def test_i7_a_target_that_may_own_already_asks_its_gateway() -> None:
 
 @pytest.mark.parametrize("event", [E.FAILED, E.TIMEOUT])
 def test_a_start_that_fails_is_named_to_the_peer(event: Event) -> None:
-    target = run_to(Role.TARGET, S.RISING)
+    target = run_to(Role.TARGET, S.STARTING_GUEST)
     assert target.handle(event) == (A.TELL_START_FAILED,)
     source = run_to(Role.SOURCE, S.COMMITTING)
     source.handle(E.PEER_START_FAILED)
@@ -201,7 +201,7 @@ def test_each_state_has_its_deadline() -> None:
     assert deadlines.of(S.READY) == 3.5
     assert deadlines.of(S.LISTENING) is None
     assert all(deadlines.of(state) is None for state in {S.IDLE, *TERMINAL})
-    waiting = set(State) - TERMINAL - {S.IDLE, S.LISTENING}
+    waiting = set(HandoverState) - TERMINAL - {S.IDLE, S.LISTENING}
     assert all((deadlines.of(state) or 0) > 0 for state in waiting)
     with pytest.raises(ValueError, match="ready_s"):
         Deadlines(ready_s=0)
@@ -209,7 +209,7 @@ def test_each_state_has_its_deadline() -> None:
 
 def test_by_default_the_source_waits_for_all_that_the_target_may_take() -> None:
     limits = Deadlines()
-    answer_s = [limits.ready_s, limits.owning_s, limits.disowning_s, limits.rising_s]
+    answer_s = [limits.ready_s, limits.owning_s, limits.disowning_s, limits.starting_guest_s]
     assert (limits.committing_s or 0) > sum(seconds or 0 for seconds in answer_s)
 
 
