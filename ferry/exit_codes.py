@@ -51,7 +51,13 @@ _ROOM_CODES: tuple[tuple[frozenset[str], Exit], ...] = (
         Exit.REFUSED,
     ),
     (
-        frozenset({"transport.wire.errors.FrameError", "transport.wire.errors.RecordError"}),
+        frozenset(
+            {
+                "transport.wire.errors.FrameError",
+                "transport.wire.errors.RecordError",
+                "sync.handover.machine.RemoteProtocolError",
+            }
+        ),
         Exit.PEER_PROTOCOL,
     ),
     (frozenset({"sync.vmm.errors.VmmError", "sync.gateway.errors.VmmLost"}), Exit.VMM),

@@ -5,8 +5,10 @@ random and belong to nobody: what is measured is the link with the frames, lanes
 migration has, at its worst.
 """
 
+import contextlib
 import mmap
 import os
+from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
 
 import numpy as np
@@ -14,7 +16,7 @@ import trio
 from numpy.typing import NDArray
 
 from ferry.findings import Finding, ok
-from ferry.migration.messages import MessageKind, Notice
+from ferry.migration.messages import PROBES, MessageKind, Notice
 from ferry.progress import bytes_text
 from sync.memory import PAGE_BYTES
 from sync.vmm.identity import VmmIdentity
@@ -28,7 +30,6 @@ FIRST_PAGES = 64
 GROWTH = 4
 ENOUGH_S = 0.1
 """A round of this length tells the rate."""
-PROBES = 5
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,18 +68,18 @@ async def findings_of(link: Sender, vmm: VmmIdentity, n_pages: int) -> list[Find
     ]
 
 
-async def answer_check(link: Receiver, vmm: VmmIdentity) -> None:
-    """The target's side: it would work. Takes pages until the source says goodbye.
+async def answer_check(
+    link: Receiver, vmm: VmmIdentity, hear_out: Callable[[], Awaitable[None]]
+) -> None:
+    """The target's side: it would work. Takes pages until the source says goodbye, while
+    `hear_out` reads its messages.
 
-    Raises `TransportError`.
+    Raises `TransportError` and what `hear_out` does.
     """
     await link.accept(Notice({"vmm": str(vmm)}).pack())
     link.attach_memory(scratch())
-    try:
-        while True:
-            await link.receive_record()
-    except PeerClosed:
-        return
+    with contextlib.suppress(PeerClosed):
+        await hear_out()
 
 
 async def measure(link: Sender) -> Sample:

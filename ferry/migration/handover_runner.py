@@ -8,17 +8,26 @@ of them talk to a gateway at once.
 
 import math
 from collections.abc import Awaitable, Callable, Mapping
+from typing import NamedTuple
 
 import trio
 
 from ferry.errors import DeadlinePassed
 from sync.handover.machine import Action, Event, Handover, RemoteProtocolError
-from sync.handover.states import HandoverState
+from sync.handover.states import HandoverState, Role
 
 Perform = Callable[[], Awaitable[Event | None]]
 
 BEST_EFFORT = frozenset({Action.TELL_ABORT, Action.TELL_START_FAILED, Action.SEND_COMMITTED})
 """Telling the peer may fail; what follows it must not be left out because of that."""
+
+
+class _Occurrence(NamedTuple):
+    event: Event
+    started: int | None = None
+    """The number of the action that brought it about, if one did."""
+    taken: trio.Event | None = None
+    """Who waits for the machine to take it."""
 
 
 class HandoverRunner:
@@ -42,7 +51,7 @@ class HandoverRunner:
         self._perform = perform
         self._failure_events = failure_events
         self._on_state = on_state
-        self._events_in, self._events = trio.open_memory_channel[tuple[Event, int | None]](math.inf)
+        self._events_in, self._events = trio.open_memory_channel[_Occurrence](math.inf)
         self._started = 0
         self._entered = 0.0
         self._running: trio.CancelScope | None = None
@@ -55,7 +64,25 @@ class HandoverRunner:
         """Tells the machine of something that happened; `error` is why, where there is one."""
         if error is not None and self.first_error is None:
             self.first_error = error
-        self._events_in.send_nowait((event, None))
+        self._events_in.send_nowait(_Occurrence(event))
+
+    async def tell(self, event: Event, error: BaseException | None = None) -> None:
+        """As `post`, and waits until the machine has taken it: `state` is what follows from it.
+        Waits for ever where the machine has come to its end before."""
+        if error is not None and self.first_error is None:
+            self.first_error = error
+        taken = trio.Event()
+        self._events_in.send_nowait(_Occurrence(event, taken=taken))
+        await taken.wait()
+
+    @property
+    def role(self) -> Role:
+        return self._machine.role
+
+    @property
+    def state(self) -> HandoverState:
+        """Where the machine stands."""
+        return self._machine.state
 
     async def run(self, first: Event) -> HandoverState:
         """Feeds `first`, then runs until the machine has reached a terminal state."""
@@ -65,7 +92,7 @@ class HandoverRunner:
                 deadline_s = self._machine.deadline_s
                 until = math.inf if deadline_s is None else self._entered + deadline_s
                 with trio.move_on_at(until) as scope:
-                    event, started = await self._events.receive()
+                    event, started, taken = await self._events.receive()
                     if started not in (None, self._started):
                         continue  # from an action that something else has overtaken
                 if scope.cancelled_caught:
@@ -75,8 +102,10 @@ class HandoverRunner:
                         self.first_error = passed
                     else:
                         self.cleanup_error = passed
-                    event = Event.TIMEOUT
+                    event, taken = Event.TIMEOUT, None
                 await self._feed(nursery, event)
+                if taken is not None:
+                    taken.set()
             # What a terminal state asks for (telling the peer) is bounded by itself.
             await self._idle.wait()
         return self._machine.state
@@ -120,10 +149,10 @@ class HandoverRunner:
                         if action in self._failure_events:
                             self.cleanup_error = error
                         event = self._failure_events.get(action, Event.FAILED)
-                        self._events_in.send_nowait((event, started))
+                        self._events_in.send_nowait(_Occurrence(event, started))
                         return
                     if event is not None:
-                        self._events_in.send_nowait((event, started))
+                        self._events_in.send_nowait(_Occurrence(event, started))
         except Exception:
             # Parts of it failed while the others were cancelled.
             if not scope.cancel_called:

@@ -2,17 +2,17 @@
 
 `transport` carries both without looking at them. Everything of the handover is a small JSON
 object; register state is a device number followed by the bytes that `sync.registers` made.
-The peer is not trusted: every payload is bounded by the transport, and what is read out of it
-is checked here.
+The peer is not trusted: every payload is bounded by the transport, what is read out of it is
+checked here, and which message may come when stands in `ferry.migration.conversation`.
 
     send                                receive
-    greeting: Hello       ->
+    greeting              ->            `MigrationHello`
                           <-            answer: accepted (PREPARED) or refused with a reason
     PROBE                 ->            only after a greeting that asks for a check: nothing is
                                         done with it but to acknowledge it
     STATE n               ->            register state, journal; in the order of capture
     PLATFORM              ->            what the VMM itself knows of the devices; QEMU only
-    LOADED?               ->            may the VMM's memory be compared now?
+    ASK_LOADED            ->            may the VMM's memory be compared now?
                           <-            LOADED
     ASK                   ->            can you take over?
                           <-            READY, with what the register check found
@@ -36,6 +36,9 @@ MAX_REGIONS = 65536
 """Regions of guest memory, as many as vfio-user's default of max_dma_maps."""
 
 T = TypeVar("T")
+PROBES = 5
+"""So many of them a check sends at most: the shortest round trip is what counts."""
+
 _DEVICE = struct.Struct("<H")
 
 

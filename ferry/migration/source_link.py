@@ -14,12 +14,15 @@ import numpy as np
 import trio
 from numpy.typing import NDArray
 
-from ferry.errors import FerryError, Mismatch, PeerAborted
+from ferry.errors import Mismatch, PeerAborted
+from ferry.migration.conversation import EVENTS
 from ferry.migration.handover_runner import HandoverRunner
+from ferry.migration.listener import Listener
 from ferry.migration.messages import MessageKind, Notice, pack_state
 from ferry.migration.send_options import sender_options
 from ferry.migration.tunnel import run_tunnel
 from sync.handover.machine import Event
+from sync.handover.states import Role
 from transport.sender import RoundStatistics, Sender, open_sender
 from transport.wire.errors import PeerRefused, TransportError
 
@@ -68,6 +71,10 @@ class SourceLink:
         self._sender = await self._nursery.start(self._keep, hello)
         self._nursery.start_soon(self._listen)
 
+    async def _listen(self) -> None:
+        with self._listening:
+            await Listener(self.sender, self._runner, self._act).run()
+
     async def _keep(self, hello: bytes, task_status: trio.TaskStatus[Sender]) -> None:
         """Holds the link open until the migration has come to its end."""
         options = self._options
@@ -89,36 +96,23 @@ class SourceLink:
         finally:
             self._closed.set()
 
-    async def _listen(self) -> None:
-        """What the receiver says, until the link ends."""
-        try:
-            with self._listening:
-                await self._hear()
-        except (TransportError, FerryError) as error:
-            self._runner.post(Event.PEER_LOST, error)
-
-    async def _hear(self) -> None:
-        while True:
-            record = await self.sender.receive_record()
-            notice = Notice.unpack(record.payload)
-            if record.kind == MessageKind.LOADED:
-                self.loaded.set()
-            elif record.kind == MessageKind.READY:
-                self.registers = notice.register_reports(len(self._options.gateway))
-                self.ready_ms = notice.mapping("ms")
-                self._runner.post(Event.PEER_READY)
-            elif record.kind == MessageKind.COMMITTED:
-                self.committed_ms = notice.mapping("ms")
-                self._runner.post(Event.PEER_COMMITTED)
-            elif record.kind == MessageKind.START_FAILED:
-                self._runner.post(
-                    Event.PEER_START_FAILED, PeerAborted(f"target: {notice.text('reason')}")
-                )
-            elif record.kind == MessageKind.ABORT:
-                self._runner.post(
-                    Event.PEER_ABORTED,
-                    PeerAborted(f"the target gave up: {notice.text('reason')}"),
-                )
+    async def _act(self, kind: MessageKind, payload: bytes) -> None:
+        """What the receiver says."""
+        if kind is MessageKind.LOADED:
+            self.loaded.set()
+            return
+        notice = Notice.unpack(payload)
+        error: PeerAborted | None = None
+        if kind is MessageKind.READY:
+            self.registers = notice.register_reports(len(self._options.gateway))
+            self.ready_ms = notice.mapping("ms")
+        elif kind is MessageKind.COMMITTED:
+            self.committed_ms = notice.mapping("ms")
+        elif kind is MessageKind.START_FAILED:
+            error = PeerAborted(f"target: {notice.text('reason')}")
+        else:
+            error = PeerAborted(f"the target gave up: {notice.text('reason')}")
+        await self._runner.tell(EVENTS[Role.SOURCE][kind], error)
 
     async def send(self, kind: MessageKind, payload: bytes = b"", *, flush: bool = False) -> None:
         """A record, in the order of the calls."""

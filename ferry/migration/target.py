@@ -22,9 +22,11 @@ from ferry.errors import (
 from ferry.exit_codes import describe
 from ferry.host_memory import check_room
 from ferry.migration.check import answer_check
+from ferry.migration.conversation import EVENTS
 from ferry.migration.devices import check_gateway, offer_of
 from ferry.migration.handover_runner import HandoverRunner
 from ferry.migration.kernels import Kernels
+from ferry.migration.listener import Listener
 from ferry.migration.memory_layout import MemoryLayout, same_pages
 from ferry.migration.messages import (
     MessageKind,
@@ -121,6 +123,7 @@ class Target:
             failure_events={Action.FENCE: Event.FENCE_FAILED},
             on_state=Phases(reporter, options.break_at).enter,
         )
+        self._listener = Listener(link, self.runner, self._act)
 
     async def listen(self) -> None:
         """Waits for a sender, then hears it out until the link ends."""
@@ -133,28 +136,26 @@ class Target:
             await self.kernels.ready()
             self.runner.post(Event.PEER_HELLO)
             await self._accepted.wait()
-            while True:
-                record = await self._link.receive_record()
-                if record.kind == MessageKind.STATE:
-                    number, payload = unpack_state(record.payload, len(self._registers))
-                    await self._registers[number].receive(payload)
-                elif record.kind == MessageKind.PLATFORM:
-                    self._platform_state = record.payload
-                elif record.kind == MessageKind.ASK_LOADED:
-                    self._nursery.start_soon(self._answer_loaded)
-                elif record.kind == MessageKind.ASK:
-                    self.runner.post(Event.PEER_ASKS)
-                elif record.kind == MessageKind.COMMIT:
-                    self.runner.post(Event.PEER_COMMIT)
-                elif record.kind == MessageKind.ABORT:
-                    reason = Notice.unpack(record.payload).text("reason")
-                    self.runner.post(
-                        Event.PEER_ABORTED, PeerAborted(f"the source gave up: {reason}")
-                    )
+            await self._listener.run()
         except (TransportError, FerryError) as error:
             self.runner.post(Event.PEER_LOST, error)
         except Exception as error:
             self.runner.post(Event.FAILED, error)
+
+    async def _act(self, kind: MessageKind, payload: bytes) -> None:
+        """What the source says."""
+        if kind is MessageKind.STATE:
+            number, state = unpack_state(payload, len(self._registers))
+            await self._registers[number].receive(state)
+        elif kind is MessageKind.PLATFORM:
+            self._platform_state = payload
+        elif kind is MessageKind.ASK_LOADED:
+            self._nursery.start_soon(self._answer_loaded)
+        elif kind is MessageKind.ABORT:
+            reason = Notice.unpack(payload).text("reason")
+            await self.runner.tell(Event.PEER_ABORTED, PeerAborted(f"the source gave up: {reason}"))
+        elif kind is not MessageKind.PROBE:
+            await self.runner.tell(EVENTS[Role.TARGET][kind])
 
     # --- prepare ---
 
@@ -231,7 +232,7 @@ class Target:
                 os.close(region.fd)
 
     async def _answer_check(self) -> Event:
-        await answer_check(self._link, await identify(self._vmm))
+        await answer_check(self._link, await identify(self._vmm), self._listener.hear_out)
         return Event.ANSWERED
 
     async def _enter_standby(self) -> Event:

@@ -1,0 +1,44 @@
+"""How both sides listen to each other, by the rules of `ferry.migration.conversation`."""
+
+from collections.abc import Awaitable, Callable
+
+from ferry.errors import FerryError
+from ferry.migration.conversation import Conversation
+from ferry.migration.handover_runner import HandoverRunner
+from ferry.migration.messages import MessageKind
+from sync.handover.machine import Event, RemoteProtocolError
+from transport.session.link import Link
+from transport.wire.errors import TransportError
+
+
+class Listener:
+    """Hears the peer on `link`. `act` is called with each message that is to be acted on and its
+    payload, and is over before the next one is read."""
+
+    def __init__(
+        self,
+        link: Link,
+        runner: HandoverRunner,
+        act: Callable[[MessageKind, bytes], Awaitable[None]],
+    ) -> None:
+        self._link = link
+        self._runner = runner
+        self._act = act
+        self._conversation = Conversation(runner.role)
+
+    async def run(self) -> None:
+        """Until the link ends or the peer breaks the protocol; the handover hears of either."""
+        try:
+            await self.hear_out()
+        except (TransportError, FerryError, RemoteProtocolError) as error:
+            self._runner.post(Event.PEER_LOST, error)
+        except Exception as error:
+            self._runner.post(Event.FAILED, error)
+
+    async def hear_out(self) -> None:
+        """As `run`, but raises what ends it."""
+        while True:
+            record = await self._link.receive_record()
+            kind = self._conversation.take(record.kind, self._runner.state)
+            if kind is not None:
+                await self._act(kind, record.payload)

@@ -1,0 +1,150 @@
+"""A peer that does not keep to the protocol, over a real link, against a real `send` and `receive`.
+
+The peer is played by the test, which runs `send` or `receive` in its own process.
+"""
+
+import io
+import os
+import secrets
+from dataclasses import asdict
+from pathlib import Path
+
+import numpy as np
+import pytest
+import trio
+
+from ferry.commands.receive import receive
+from ferry.commands.send import send
+from ferry.errors import Exit
+from ferry.migration.devices import offer_of
+from ferry.migration.memory_layout import MemoryLayout
+from ferry.migration.messages import MessageKind, MigrationHello, pack_state
+from ferry.migration.receive_options import Options as ReceiveOptions
+from ferry.migration.send_options import Options as SendOptions
+from ferry.progress import Reporter
+from lab.testbed import Host
+from sync.gateway.control.client import GatewayClient
+from sync.registers.choose import load_profiles, source_for
+from sync.registers.profile.locate import DeviceView
+from sync.vmm.driver import Vmm
+from sync.vmm.identity import identify
+from tests.e2e.two_hosts import Method, assert_sound, new_bed, small_setup, start_both
+from transport.receiver import open_receiver
+from transport.sender import open_sender
+from transport.wire.errors import TransportError
+
+METHOD = Method("v2", "message")
+REPEATED = 20_000
+PATIENCE_S = 60.0
+
+
+class TaskCount(trio.abc.Instrument):
+    """How many tasks the loop has ever started."""
+
+    def __init__(self) -> None:
+        self.spawned = 0
+
+    def task_spawned(self, task: trio.lowlevel.Task) -> None:
+        self.spawned += 1
+
+
+async def greeting_of(host: Host, session: bytes) -> bytes:
+    """What a `send` would say whose devices and memory are those of `host`."""
+    async with await Vmm.connect(str(host.qmp_socket)) as vmm:
+        identity = await identify(vmm)
+    async with await GatewayClient.connect(host.control_socket) as gateway:
+        info = await gateway.status()
+        regions = await gateway.memory()
+        registers = source_for(DeviceView.from_info(info), gateway, load_profiles(), "v2")
+        files, layout = MemoryLayout.of(regions).rows()
+        for region in regions:
+            os.close(region.fd)
+        return MigrationHello(
+            session=session.hex(),
+            devices=[offer_of(info, await registers.offer())],
+            layout=layout,
+            files=files,
+            vmm=asdict(identity),
+        ).pack()
+
+
+@pytest.mark.parametrize(
+    ("kind", "payload", "times"),
+    [
+        (MessageKind.ASK_LOADED, b"", REPEATED),
+        (MessageKind.PLATFORM, b"", 2),
+        (MessageKind.COMMIT, b"", 1),
+        (MessageKind.READY, b"", 1),
+        (MessageKind.PROBE, b"", 1),
+        (MessageKind.STATE, pack_state(1, b""), 1),
+        (200, b"", 1),
+    ],
+)
+def test_i9_a_hostile_sender(tmp_path: Path, kind: int, payload: bytes, times: int) -> None:
+    """`receive` takes it for what it is, and nothing that is repeated is begun twice."""
+    counted = TaskCount()
+    codes: list[Exit] = []
+
+    async def listen(host: Host, url: str) -> None:
+        options = ReceiveOptions(
+            gateway=(str(host.control_socket),), listen=url, qmp=str(host.qmp_socket)
+        )
+        codes.append(
+            await receive(options, Reporter("receive", as_json=True, stream=io.StringIO()))
+        )
+
+    async def attack(host: Host) -> None:
+        url = f"ipc://{host.folder}/link.sock"
+        session = secrets.token_bytes(16)
+        hello = await greeting_of(host, session)
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(listen, host, url)
+            with pytest.raises(TransportError):
+                async with open_sender(url, session, hello) as link:
+                    before = counted.spawned
+                    for _ in range(times):
+                        await link.send_record(kind, payload)
+                    await link.tunnel_receive()  # until the receiver has had enough
+        assert counted.spawned - before < 200
+
+    async def main() -> None:
+        trio.lowlevel.add_instrument(counted)
+        with trio.fail_after(PATIENCE_S):
+            await attack(bed.hosts["b"])
+
+    with new_bed(tmp_path, small_setup(METHOD)) as bed:
+        bed.start_host(bed.hosts["b"], incoming=True)
+        trio.run(main)
+    assert codes == [Exit.PEER_PROTOCOL]
+
+
+@pytest.mark.parametrize(
+    "kind", [MessageKind.READY, MessageKind.LOADED, MessageKind.COMMITTED, 200]
+)
+def test_i8_i9_a_hostile_receiver(tmp_path: Path, kind: int) -> None:
+    """`send` takes it for what it is, and the guest goes on at the source."""
+
+    async def answer(url: str) -> None:
+        async with open_receiver(url) as link:
+            await link.wait_hello()
+            await link.accept(b"")
+            link.attach_memory(np.zeros(48 << 20, np.uint8))
+            with pytest.raises(TransportError):
+                await link.send_record(kind, b"{}")
+                await link.tunnel_send(bytes(1 << 30))  # until the sender has had enough
+
+    async def main(host: Host) -> Exit:
+        url = f"ipc://{host.folder}/hostile.sock"
+        options = SendOptions(
+            gateway=(str(host.control_socket),), to=url, qmp=str(host.qmp_socket), dirty="message"
+        )
+        with trio.fail_after(PATIENCE_S):
+            async with trio.open_nursery() as nursery:
+                nursery.start_soon(answer, url)
+                reporter = Reporter("send", as_json=True, stream=io.StringIO())
+                return await send(options, reporter)
+
+    with new_bed(tmp_path, small_setup(METHOD)) as bed:
+        a, _ = start_both(bed)
+        assert trio.run(main, a) == Exit.PEER_PROTOCOL
+        assert_sound(bed, a)
