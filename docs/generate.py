@@ -32,7 +32,7 @@ from sync.gateway.control import wire as control_wire
 from sync.gateway.engine import core, custody
 from sync.gateway.errors import BY_CODE
 from sync.handover.machine import TABLES, Action, Event
-from sync.handover.states import TERMINAL, Deadlines, Role, State
+from sync.handover.states import TERMINAL, Deadlines, HandoverState, Role
 from sync.registers import interface, payload, record
 from sync.registers.profile import locate, model, toml
 from sync.vmm import platform_state
@@ -89,7 +89,7 @@ def handover(role: Role) -> str:
     """One role's side of `sync.handover.machine`. States that all leave alike when something goes
     wrong stand in one frame; what is ignored is left out."""
     rows = TABLES[role]
-    ways_out: dict[frozenset[Any], list[State]] = defaultdict(list)
+    ways_out: dict[frozenset[Any], list[HandoverState]] = defaultdict(list)
     for state, row in rows.items():
         out = frozenset((event, way) for event, way in row.items() if event in WRONG)
         if len(out) == len(WRONG) and all(way.state is not state for _, way in out):
@@ -207,9 +207,9 @@ def deadlines() -> str:
     """How long either side may stay in each state, where no option says otherwise."""
     limits = Deadlines()
     rows = []
-    for state in State:
+    for state in HandoverState:
         sides = [role.value for role in Role if state in TABLES[role]]
-        if state is State.IDLE or state in TERMINAL:
+        if state is HandoverState.IDLE or state in TERMINAL:
             continue
         seconds = limits.of(state)
         limit = "none" if seconds is None else f"{seconds:g} s"
@@ -335,7 +335,7 @@ PARTS: dict[str, Callable[[], str]] = {
     "frame-codings": partial(documented, frames.Coding),
     "page-kinds": partial(documented, frames.PageKind),
     "handover-messages": partial(drawing, messages),
-    "handover-kinds": partial(kinds, messages.Kind),
+    "handover-kinds": partial(kinds, messages.MessageKind),
     "payload-layout": partial(drawing, payload),
     "payload-kinds": partial(documented, payload.Kind),
     "record-layout": partial(drawing, record),

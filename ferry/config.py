@@ -89,8 +89,8 @@ def option(
     choices: Sequence[str] = (),
     repeat: bool = False,
 ) -> Any:
-    """A field of an options dataclass. Without a `default` it has to be given; `repeat` makes it
-    a tuple; a default of `False` makes it a switch."""
+    """A field of an options dataclass, which becomes a flag and a key. Without a `default` it has
+    to be given; `repeat` makes it a tuple; a default of `False` makes it a switch."""
     metadata = {"help": help, "parse": parse, "choices": tuple(choices), "repeat": repeat}
     return dataclasses.field(default=default, metadata=metadata)
 

@@ -1,4 +1,4 @@
-"""What an examination finds: one judgement on one thing, with what to do about it."""
+"""What the doctor and a check find: one judgement on one thing, with what to do about it."""
 
 from dataclasses import dataclass
 from enum import StrEnum
@@ -14,7 +14,8 @@ class Level(StrEnum):
 
 @dataclass(frozen=True, slots=True)
 class Finding:
-    """`check` names what was looked at, `advice` says what to do, if anything."""
+    """One judgement: `check` names what was looked at, `text` says what was seen, `advice` what to
+    do about it, if anything."""
 
     level: Level
     check: str
@@ -23,7 +24,7 @@ class Finding:
 
 
 def methods_text(registers: str, dirty: str) -> str:
-    """How a device would move."""
+    """By which methods a device moves, in words."""
     return f"registers by {registers}, dirty pages by {dirty}"
 
 

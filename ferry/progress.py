@@ -19,7 +19,7 @@ from ferry.findings import Finding
 
 
 def bytes_text(value: float) -> str:
-    """`12.3 MiB`."""
+    """An amount of bytes in the largest unit that fits, such as `12.3 MiB`."""
     for unit in ("B", "KiB", "MiB", "GiB"):
         if value < 1024:
             return f"{value:.0f} {unit}" if unit == "B" else f"{value:.1f} {unit}"
@@ -75,14 +75,14 @@ _RENDER: dict[str, Callable[[dict[str, Any]], str]] = {
 
 
 def silence(stream: TextIO) -> None:
-    """What is written to `stream` from now on, and what its buffer still has, goes nowhere: else
-    Python would try again at its end, and end with a code of its own."""
+    """Has what is written to `stream` from now on, and what its buffer still has, go nowhere: else
+    Python would try again when it ends, and end with an exit code of its own."""
     with contextlib.suppress(OSError), Path(os.devnull).open("wb") as nowhere:
         os.dup2(nowhere.fileno(), stream.fileno())
 
 
 def complain(text: str) -> None:
-    """A line on standard error; if nobody takes that either, nothing happens."""
+    """Prints a line on standard error; if nobody takes that either, nothing happens."""
     with contextlib.suppress(OSError):
         print(text, file=sys.stderr)
 
@@ -99,8 +99,9 @@ class Reporter:
         self.event("finding", **asdict(finding))
 
     def event(self, name: str, /, **values: Any) -> None:
-        """One event. That nobody takes it (a reader that went away, a full disk) is no reason to
-        stop a migration: it is said on standard error, once, and nothing is written any more."""
+        """Writes one event. That nobody takes it (a reader that went away, a full disk) is no
+        reason to stop a migration: it is said on standard error, once, and nothing is written any
+        more."""
         if self._json:
             values.pop("text", None) if name == "report" else None
             line = json.dumps({"event": name, "time": time.time(), "role": self._role, **values})

@@ -33,5 +33,6 @@ def start_child(
 
 
 def _die_with_parent() -> tuple[str, ...]:
-    """Nothing where there is no setpriv: what it does is a convenience."""
+    """The words by which setpriv(1) has a command end with its parent; none where there is no
+    setpriv, for that is a convenience."""
     return ("setpriv", "--pdeathsig", "KILL", "--") if shutil.which("setpriv") else ()

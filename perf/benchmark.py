@@ -32,7 +32,7 @@ class Context:
     """What a benchmark is run with."""
 
     settings: Settings
-    """Every setting that the benchmark's entry in the table has."""
+    """Values of every setting that the benchmark's entry in the table has, by name."""
     repeat: int
     """Repetitions that count: each gives one measurement of every metric."""
 
@@ -72,7 +72,7 @@ class Bar:
     metric: str
     limit: float
     wants: Better
-    """`higher`: at least `limit`; `lower`: at most."""
+    """Whether the quantile has to be at least `limit` (`higher`) or at most (`lower`)."""
     where: Settings = field(default_factory=dict)
     """The bar holds for the series that have these dimensions, each of them."""
     at: float = 0.5
@@ -82,7 +82,7 @@ class Bar:
         return metric == self.metric and self.where.items() <= dimensions.items()
 
     def verdict(self, values: list[float]) -> tuple[bool, str]:
-        """Whether it is met, and a line that says so."""
+        """Whether the bar is met by these values, and a line that says so."""
         value = quantile(values, self.at)
         if self.wants == "higher":
             met = value >= self.limit
@@ -100,7 +100,8 @@ class Benchmark:
     """An entry of the table."""
 
     module: str
-    """Has a function `run(context: Context) -> Iterable[Measurement]`; imported when run."""
+    """The module that has a function `run(context: Context) -> Iterable[Measurement]`; it is
+    imported when the benchmark is run."""
     what: str
     """What it measures, in one line."""
     settings: Settings = field(default_factory=dict)

@@ -1,4 +1,4 @@
-"""Children of a benchmark: parties in processes of their own, and what they consume.
+"""Children of a benchmark: whatever takes part as a process of its own, and what that consumes.
 
 A child ends with the harness, also when that is killed.
 """
@@ -19,7 +19,7 @@ from perf.errors import BenchmarkFailed
 
 MAX_LINE_BYTES = 4096
 ANSWER_S = 90.0
-"""For one line: a first start compiles the kernels."""
+"""How long a child may take to print a line: a first start compiles the kernels."""
 END_S = 10.0
 _PROC_STAT = Path("/proc/stat")
 _STEAL = 8  # the field of its first line
@@ -103,16 +103,16 @@ class Cost:
 
     wall_s: float
     cpu_s_of: dict[int, float]
-    """By process."""
+    """Seconds of CPU time, by process id."""
 
     @property
     def cpu_s(self) -> float:
-        """Of all processes together."""
+        """CPU time of all processes together."""
         return sum(self.cpu_s_of.values())
 
 
 class Stopwatch:
-    """Measures some processes from its making on."""
+    """Measures time, and the CPU time of some processes, from its making on."""
 
     def __init__(self, *pids: int) -> None:
         self._cpu = {pid: cpu_seconds_of(pid) for pid in pids}

@@ -41,7 +41,7 @@ class Comparison:
 
     @property
     def change(self) -> float:
-        """Of the center, as a share of that of A."""
+        """How far the center moved from A to B, as a share of that of A."""
         a, b = self.centers
         if a == b:
             return 0.0
@@ -56,7 +56,7 @@ class Comparison:
 
 
 def compare(a: Sequence[Sample], b: Sequence[Sample], criteria: Criteria) -> list[Comparison]:
-    """Every series that both hold. Raises `BenchUsageError` if there is none."""
+    """Compares every series that both hold. Raises `BenchUsageError` if there is none."""
     apart = differing_settings(a, b)
     of_a, of_b = (_series_without(samples, apart) for samples in (a, b))
     common = [key for key in of_a if key in of_b]

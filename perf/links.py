@@ -37,9 +37,9 @@ class Link:
 
     name: str
     bits_per_s: int | None = None
-    """None: not limited."""
+    """The rate in each direction; None: not limited."""
     delay_s: float = 0.0
-    """One way."""
+    """The delay in one direction."""
     source_prefix: tuple[str, ...] = ()
     """The source's command is put behind these words."""
     target_prefix: tuple[str, ...] = ()

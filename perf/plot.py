@@ -109,7 +109,7 @@ def timeline(events: Sequence[Event], out: Path) -> None:
 def _plot_known(
     axes: "Axes", ends: list[float], rounds: list[Event], key: str, scale: float, label: str
 ) -> None:
-    """What is not known of a round (None) is left out."""
+    """Draws a line through what is known of the rounds; what is not known (None) is left out."""
     known = [(end, event[key]) for end, event in zip(ends, rounds, strict=True) if event[key]]
     if known:
         x, y = zip(*known, strict=True)
@@ -167,7 +167,7 @@ def sweep(samples: Sequence[Sample], metric: str, over: str, out: Path) -> None:
 
 
 def _figure(rows: int, size: tuple[float, float]) -> "tuple[Figure, list[Axes]]":
-    """Drawn to files only, so neither pyplot nor a display is touched."""
+    """An empty figure for a file, which needs neither pyplot nor a display."""
     try:
         from matplotlib.figure import Figure
     except ImportError:

@@ -43,8 +43,8 @@ def choose(
 
 
 def obstacle(benchmark: Benchmark, given: Mapping[str, str]) -> str | None:
-    """Why it cannot run: the machine lacks something, or a setting without a default is not
-    given. None: nothing is in the way."""
+    """Why a benchmark cannot run: the machine lacks something, or a setting without a default is
+    not given. None: nothing is in the way."""
     for name, default in benchmark.settings.items():
         if default == "" and name not in given:
             return f"--set {name}=... has to be given"
@@ -82,7 +82,7 @@ def _typed(name: str, text: str, like: Dimension) -> Dimension:
 
 
 def samples_of(name: str, benchmark: Benchmark, context: Context) -> Iterator[Sample]:
-    """Runs it; gives samples as they come."""
+    """Runs a benchmark; gives its samples as they come."""
     for found in _measurements(benchmark, context):
         yield Sample(
             benchmark=name,
@@ -97,7 +97,7 @@ def samples_of(name: str, benchmark: Benchmark, context: Context) -> Iterator[Sa
 
 
 def _measurements(benchmark: Benchmark, context: Context) -> Iterator[Measurement]:
-    """The benchmark's own, then how much the machine was disturbed meanwhile."""
+    """The benchmark's own measurements, then how much the machine was disturbed meanwhile."""
     run: Run = importlib.import_module(benchmark.module).run
     began, stolen_s = time.monotonic(), stolen_seconds()
     yield from run(context)

@@ -84,7 +84,7 @@ def _all_deals(n: int, k: int) -> npt.NDArray[np.intp]:
 def _differences(
     rows: npt.NDArray[np.float64], n_a: int, statistic: Statistic
 ) -> npt.NDArray[np.float64]:
-    """Of each row, the center of its values from `n_a` on less that of the first `n_a`."""
+    """For each row, the center of its values from `n_a` on, less that of the first `n_a`."""
     return _centers(rows[:, n_a:], statistic) - _centers(rows[:, :n_a], statistic)
 
 

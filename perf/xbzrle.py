@@ -59,7 +59,7 @@ def decode(data: bytes, base: Bytes) -> Bytes:
 
 
 def encoded_bytes(page: Bytes, base: Bytes) -> int:
-    """How long the code is, also where it is longer than a page."""
+    """How many bytes `page` becomes, also where that is longer than a page."""
     starts, ends = _changes(page, base)
     equal = starts - np.concatenate([[0], ends])[: starts.size]
     lengths = np.concatenate([equal, ends - starts])

@@ -33,7 +33,7 @@ OFFERS = {
 
 @dataclass(frozen=True, slots=True)
 class Wish:
-    """What `send` would be asked for."""
+    """The options of `send` for which the doctor predicts how a device would move."""
 
     registers: RequestedMethod
     dirty: RequestedTracker
@@ -41,7 +41,8 @@ class Wish:
 
 
 async def examine_gateway(path: str, wish: Wish) -> AsyncIterator[Finding]:
-    """The gateway whose control socket is at `path`."""
+    """Findings on the gateway whose control socket is at `path`, its device and its VMM's
+    memory."""
     name = f"gateway {path}"
     socket = _socket(name, Path(path))
     if socket is not None:
@@ -60,7 +61,7 @@ async def examine_gateway(path: str, wish: Wish) -> AsyncIterator[Finding]:
 
 
 def _socket(name: str, path: Path) -> Finding | None:
-    """What is wrong with the socket itself."""
+    """What is wrong with the control socket at `path` before anything is asked; None: nothing."""
     try:
         mode = path.stat().st_mode
     except OSError as error:
@@ -108,7 +109,7 @@ def _state(name: str, info: GatewayInfo) -> Finding:
 
 
 def _device(info: GatewayInfo, wish: Wish, gateway: GatewayClient) -> list[Finding]:
-    """What the device offers, and what would be made of it."""
+    """What the device offers, and by which methods it would move."""
     view = DeviceView.from_info(info)
     name = f"device {view.ids}"
     offers = [text for field, text in OFFERS.items() if getattr(info.supports, field)]

@@ -30,7 +30,8 @@ SHARED_MEMORY = Path("/dev/shm")
 
 
 async def examine_host(listen: tuple[str, ...]) -> AsyncIterator[Finding]:
-    """`listen`: the endpoints to try; by default one of each kind."""
+    """Findings on this machine. `listen`: the endpoints to try to bind; by default one of each
+    kind."""
     yield _machine()
     for finding in await trio.to_thread.run_sync(_kernels):
         yield finding
@@ -73,7 +74,7 @@ def _kernels() -> list[Finding]:
 
 
 def _shared_memory() -> Finding:
-    """Guest memory is a file that several processes map."""
+    """Whether memory can be made that several processes map, as guest memory is."""
     try:
         descriptor = os.memfd_create("vfio-ferry", os.MFD_CLOEXEC)
         try:

@@ -16,7 +16,7 @@ HOW_TO_GET_ONE = (
 
 
 async def examine_qemu(program: str | None) -> AsyncIterator[Finding]:
-    """Looks at `program`, or else in $PATH."""
+    """A finding on the QEMU `program`, or on the one in $PATH."""
     yield await trio.to_thread.run_sync(_search if program is None else lambda: _named(program))
 
 
@@ -28,7 +28,8 @@ def _named(program: str) -> Finding:
 
 
 def _search() -> Finding:
-    """A VMM may run that was started from elsewhere, so that none is no problem yet."""
+    """A finding on the QEMU in $PATH. That there is none is only a note: the VMM may have been
+    started from elsewhere."""
     try:
         return _usable(find_qemu())
     except QemuMissing as error:

@@ -44,7 +44,7 @@ def has_device(device_help: str) -> bool:
 
 
 def probe(program: Path) -> Qemu:
-    """Raises `QemuMissing` saying why `program` cannot be used."""
+    """What QEMU `program` is. Raises `QemuMissing` saying why it cannot be used."""
     version = parse_version(_output(program, "--version"))
     if version is None:
         raise QemuMissing(f"{program} does not say its version; is it QEMU?")

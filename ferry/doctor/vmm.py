@@ -23,11 +23,13 @@ PART = {"running": "the source", "inmigrate": "the target"}
 """Run states in which a VMM can take part in a migration, and as what."""
 NEEDED = ("events", "pause-before-switchover")
 UNWANTED = ("multifd", "mapped-ram", "x-ignore-shared", "postcopy-ram", "x-colo")
-"""They need another stream than the one that is carried, or leave memory out of it."""
+"""Capabilities with which the VMM's stream is another than the one that is carried, or leaves
+memory out."""
 
 
 async def examine_vmm(path: str, n_gateways: int) -> AsyncIterator[Finding]:
-    """`n_gateways`: how many were named beside it; 0 if that is not the question."""
+    """Findings on the VMM whose QMP socket is at `path`. `n_gateways`: how many gateways were named
+    beside it; 0 if that is not the question."""
     socket = _socket(path)
     if socket is not None:
         yield socket
@@ -48,7 +50,7 @@ async def examine_vmm(path: str, n_gateways: int) -> AsyncIterator[Finding]:
 
 
 def _socket(path: str) -> Finding | None:
-    """What is wrong with the socket itself."""
+    """What is wrong with the QMP socket at `path` before anything is asked; None: nothing."""
     if not Path(path).exists():
         return problem(
             "QMP", f"there is nothing at {path}", "start the VMM with a QMP socket there"

@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 
 DEADLINE_S = 300.0
-"""For one copy: 2 GiB at 100 Mbit/s take 170 s."""
+"""How long one copy may take: 2 GiB at 100 Mbit/s take 170 s."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -20,5 +20,5 @@ class Copy:
 
     @property
     def cpu_s(self) -> float:
-        """Of both sides together."""
+        """CPU time of both sides together."""
         return self.source_cpu_s + self.target_cpu_s

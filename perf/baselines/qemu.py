@@ -28,9 +28,9 @@ from sync.vmm.client import QmpClient
 
 POLL_S = 0.01
 COMPARED_BYTES = 64 << 20
-"""How much is compared at once."""
+"""Bytes of the two memories that are compared at once, at the end of a copy."""
 UNLIMITED = 1 << 40
-"""Bytes a second: QEMU's limit has to be some number."""
+"""A bandwidth limit, in bytes a second, that no link reaches: QEMU wants some number."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,7 +51,7 @@ SETTINGS: Mapping[str, Setting] = {
 
 
 def setting(name: str) -> Setting:
-    """Raises `BenchUsageError` if there is none of that name."""
+    """The setting of that name. Raises `BenchUsageError` if there is none."""
     if name not in SETTINGS:
         raise BenchUsageError(f"QEMU has no peer {name!r}; there are {', '.join(SETTINGS)}")
     return SETTINGS[name]
@@ -139,14 +139,14 @@ def _arguments(
 
 
 def _listen_address(link: Link, folder: Path) -> dict[str, str]:
-    """A SocketAddress of QAPI; the port is one that is free."""
+    """Where the target listens, as a SocketAddress of QAPI; the port is one that is free."""
     if link.sockets:
         return {"type": "unix", "path": str(folder / "link")}
     return {"type": "inet", "host": link.target_address, "port": "0"}
 
 
 def _to(address: Mapping[str, Any]) -> dict[str, Any]:
-    """Arguments of `migrate` and `migrate-incoming`."""
+    """The arguments of `migrate` and `migrate-incoming` that name an address."""
     return {"channels": [{"channel-type": "main", "addr": {"transport": "socket", **address}}]}
 
 

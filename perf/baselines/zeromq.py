@@ -56,7 +56,7 @@ class BareStream:
             self._notices.register(int(dealer.get(zmq.FD)), select.EPOLLIN)
 
     def round(self) -> Cost:
-        """From the first message to the answer to the last."""
+        """How long a round takes: from the first message to the answer to the last."""
         watch = Stopwatch(os.getpid(), self._process)
         for number in range(self._messages):
             dealer = self._dealers[number % len(self._dealers)]
@@ -83,7 +83,7 @@ class BareStream:
 
 
 def _connect(dealer: zmq.Socket[bytes], url: str) -> None:
-    """With the options that this project's own connections have."""
+    """Connects to `url`, and waits until both ends have agreed on ZMTP."""
     watch = Watch(dealer)
     dealer.connect(url)
     events: set[ConnectionEvent] = set()

@@ -17,7 +17,7 @@ Words = npt.NDArray[np.uint64]
 
 
 def bitmap(density: float, n_bytes: int) -> Words:
-    """`density` of its bits are set, at random."""
+    """A bitmap of which the share `density` of the bits are set, at random."""
     if density == 0:
         # Written, because pages never touched would all be the same one, out of the cache.
         return np.full(n_bytes // 8, 0, np.uint64)
@@ -28,7 +28,7 @@ def bitmap(density: float, n_bytes: int) -> Words:
 
 
 def numpy_scan(words: Words) -> npt.NDArray[np.intp]:
-    """The same in two lines of numpy."""
+    """The numbers of the bits that are set, found in two lines of numpy."""
     return np.flatnonzero(np.unpackbits(words.view(np.uint8), bitorder="little"))
 
 

@@ -67,7 +67,8 @@ def _stream(level: int) -> Callable[[memoryview], bytes]:
 def _packed(
     memory: Bytes, pages: int, compress: Callable[[memoryview], bytes]
 ) -> tuple[int, float]:
-    """Bytes, and CPU seconds, of packing so many pages at once."""
+    """How many bytes the pages become, and how many CPU seconds it takes, packed so many at
+    once."""
     step = pages * PAGE_BYTES
     began = time.thread_time()
     n_bytes = sum(len(compress(memory.data[at : at + step])) for at in range(0, memory.size, step))

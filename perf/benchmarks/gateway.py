@@ -149,5 +149,5 @@ async def _repetition(
 
 
 def _cpu_us(process: int) -> float:
-    """CPU time of its main thread so far."""
+    """Microseconds of CPU time that the main thread of a process has used so far."""
     return int(Path(f"/proc/{process}/schedstat").read_text().split()[0]) / 1e3

@@ -30,12 +30,12 @@ from sync.registers.record import RECORD_BYTES, Op
 from sync.registers.replay import Replayer
 
 BATCH_BYTES = 4096 * RECORD_BYTES
-"""What the target executes in one go."""
+"""Bytes of the register operations that the target executes in one go."""
 READ, WRITE = int(Op.READ), int(Op.WRITE)
 DISK_BYTES = 1 << 20
 
 Step = tuple[int, int, int, bytes]
-"""Operation, region, offset, and the data written or read."""
+"""One access: operation, region, offset, and the data written or read."""
 
 
 def virtio_blk() -> tuple[Layout, list[Step]]:
@@ -88,7 +88,8 @@ def journal_port(journal: Journal) -> GatewayPort:
 
 
 class Pipeline:
-    """From the access to the batch that the target's gateway would execute."""
+    """The way of register operations from the access to the batch that the target's gateway would
+    execute."""
 
     def __init__(self, layout: Layout, steps: list[Step]) -> None:
         self._steps = steps
@@ -100,7 +101,8 @@ class Pipeline:
         self.asked = 0
 
     def encode(self, n: int) -> None:
-        """About `n` operations: whole cycles of the driver's. Sets `asked` to how many."""
+        """Enters about `n` operations, whole cycles of the driver's, into the journal. Sets `asked`
+        to how many."""
         journal = self._journal
         cycles = n // len(self._steps)
         self.asked = cycles * len(self._steps)
@@ -130,7 +132,7 @@ class Pipeline:
 
     @property
     def done(self) -> int:
-        """Operations that have come through."""
+        """How many operations have come through to the end."""
         return self._replayer.statistics.captured
 
 

@@ -32,7 +32,8 @@ def run(context: Context) -> Iterator[Measurement]:
 
 
 def _start(environment: dict[str, str]) -> tuple[float, float]:
-    """Seconds for imports, seconds until the kernels are ready."""
+    """How many seconds a new process takes for imports, and how many until the kernels are
+    ready."""
     done = subprocess.run(
         [sys.executable, "-c", PROGRAM],
         capture_output=True,

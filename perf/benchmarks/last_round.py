@@ -37,7 +37,7 @@ from transport.wire.frames import PAGE_BYTES
 CASES = {"hot": ("hot", 0.1), "new": ("uniform", 1.0)}
 """The pattern of writes, and the share of a page that each changes."""
 FEW = 16
-"""Some for each lane."""
+"""Pages of a round that carries next to nothing: some for each lane."""
 
 
 def run(context: Context) -> Iterator[Measurement]:

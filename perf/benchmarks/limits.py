@@ -23,7 +23,7 @@ from transport.wire.frames import PAGE_BYTES
 
 CONNECTIONS = 2
 WRITTEN_BYTES = 256 << 10
-"""At once, where the target's memory is written by pwrite(2)."""
+"""Bytes of one pwrite(2) where the target's memory is written by that."""
 GIB = 1 << 30
 
 

@@ -38,7 +38,7 @@ def run(context: Context) -> Iterator[Measurement]:
 
 
 def _measure(context: Context, url: str, rounds: int) -> dict[int, dict[str, int]]:
-    """What `perf.processes.rounds` says, by the number of rounds."""
+    """What `perf.processes.rounds` says of its memory, by the number of rounds that were over."""
     arguments = (
         url,
         *(context.text(name) for name in ("mib", "cache-mib", "codec", "rounds", "dirty")),

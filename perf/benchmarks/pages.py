@@ -38,7 +38,8 @@ def run(context: Context) -> Iterator[Measurement]:
                     yield Measurement(f"{name}_of_memcpy", ratio, "x", "higher")
 
     def changing(prepare: Callable[[], object]) -> tuple[Callable[[], float], Callable[[], float]]:
-        """Of pages that change each time: how long to encode them, and to decode them."""
+        """Two functions that encode and decode pages which change each time, and return how long it
+        took."""
         decoded = 0.0
 
         def encode() -> float:

@@ -29,13 +29,13 @@ from perf.statistics import permutation_test
 MIB = 1 << 20
 WARM_UP_OPERATIONS = 1000
 SETTLE_S = 0.05
-"""From one state to the next."""
+"""How long the guest is left alone between one state and the next."""
 SLOW = ("--bandwidth", "64K", "--peer-timeout", "120")
 PAIRS = (("slow", "passthrough"), ("dead", "passthrough"), ("dead", "slow"))
 
 
 class Interval(NamedTuple):
-    """What was seen of one."""
+    """What was seen in one interval of a state."""
 
     mib_per_s: float
     cores: Mapping[str, float]

@@ -46,7 +46,7 @@ def run(context: Context) -> Iterator[Measurement]:
 
 @contextmanager
 def _environment(**values: str) -> Iterator[None]:
-    """Variables of the processes that are started meanwhile."""
+    """Sets environment variables, for the block, for the processes that are started in it."""
     before = dict(os.environ)
     os.environ.update(values)
     try:

@@ -24,9 +24,10 @@ from transport.wire.codec import Codec
 from transport.wire.frames import PAGE_BYTES
 
 SAMPLE_PAGES = 32
-"""Neighbours in a block of the floor's sample."""
+"""Neighbouring pages in one block of the floor's sample."""
 FLOOR_WINDOW_LOG = 27
-"""128 MiB: the pages of a round and what they held before."""
+"""zstandard's window for the floor, as a power of two: 128 MiB hold the pages of a round and what
+they held before."""
 
 
 def run(context: Context) -> Iterator[Measurement]:
@@ -60,7 +61,7 @@ def run(context: Context) -> Iterator[Measurement]:
 
 
 def _changes(trace: Trace) -> Iterator[tuple[Bytes, Bytes]]:
-    """Of each round, what its pages held and what they hold then, uint8[n, 4096] both."""
+    """For each round, what its pages held before and what they hold then, uint8[n, 4096] both."""
     now = trace.base.copy()
     for indices, content in trace.rounds:
         yield now[indices], content

@@ -1,1 +1,2 @@
-"""Programs that a benchmark starts as processes of their own: peers, devices, receivers."""
+"""Programs that a benchmark starts as processes of their own: senders, receivers, devices,
+guests."""

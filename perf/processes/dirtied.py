@@ -88,7 +88,7 @@ class Guest:
         return self._ask(COLLECT)
 
     def pause(self) -> Words:
-        """The same, and it writes no more."""
+        """The bitmap of what it has written since the last time; it writes no more."""
         return self._ask(PAUSE)
 
     def _ask(self, command: bytes) -> Words:

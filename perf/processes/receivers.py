@@ -31,7 +31,7 @@ def fresh_memory(n_bytes: int) -> tuple[npt.NDArray[np.uint8], int]:
 
 
 async def receive_pages(url: str, n_pages: int, secret: bytes | None) -> None:
-    """Applies until the sender says goodbye."""
+    """Receives and applies pages until the sender says goodbye."""
     memory, descriptor = fresh_memory(n_pages * PAGE_BYTES)
     async with open_receiver(url, ReceiverOptions(secret=secret)) as receiver:
         print(receiver.url, flush=True)

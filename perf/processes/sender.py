@@ -27,7 +27,7 @@ READY = "ready"
 
 
 def mapped(image: Path) -> tuple[npt.NDArray[np.uint8], int]:
-    """The file, uint8, mapped shared and read-only. And its descriptor."""
+    """A file as an array, uint8, mapped shared and read-only, and its descriptor."""
     descriptor = os.open(image, os.O_RDONLY)
     return np.frombuffer(mmap.mmap(descriptor, 0, prot=mmap.PROT_READ), np.uint8), descriptor
 

@@ -23,8 +23,8 @@ from transport.session.watch import do_not_pace
 from transport.wire.frames import PAGE_BYTES
 
 PIECE_BYTES = 256 << 10
-"""Received at once. Written to the file of the memory, which costs less than to receive into a
-mapping of it that has no pages yet."""
+"""Bytes that are received at once. They are written to the file of the memory, which costs less
+than to receive into a mapping of it that has no pages yet."""
 DONE = b"done"
 
 
@@ -37,7 +37,8 @@ def nonzero_runs(image: npt.NDArray[np.uint8]) -> list[tuple[int, int]]:
 
 
 def deal(runs: list[tuple[int, int]], n_parts: int) -> list[list[tuple[int, int]]]:
-    """The same bytes in `n_parts` parts of equal length, but for pages."""
+    """The bytes of these runs dealt into `n_parts` parts, as equal in length as whole pages
+    allow."""
     left = sum(end - start for start, end in runs)
     parts: list[list[tuple[int, int]]] = []
     waiting = runs[::-1]

@@ -59,8 +59,8 @@ class Dirtier:
         self._owed = 0.0
 
     def advance(self, seconds: float) -> Indices:
-        """What is written in so many seconds at `pages_per_s`; fractions of a page are kept for
-        the next time. Returns as `write`."""
+        """Writes what a guest writes in so many seconds at `pages_per_s`; fractions of a page are
+        kept for the next time. Returns as `write`."""
         self._owed += seconds * self._pages_per_s
         due = int(self._owed)
         self._owed -= due

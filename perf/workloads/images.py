@@ -28,7 +28,7 @@ _BATCH_EXTENTS = 256
 
 Bytes = npt.NDArray[np.uint8]
 MakePages = Callable[[np.random.Generator, int], Bytes]
-"""Makes so many pages."""
+"""What makes so many pages, uint8[n, 4096], by a generator of random numbers."""
 
 
 @dataclass(frozen=True)
@@ -85,7 +85,7 @@ class KeptMemory:
         self.give_back()
 
     def give_back(self) -> None:
-        """To be called right before the clock starts."""
+        """Gives the memory back to the system; to be called right before the clock starts."""
         self._memory.close()
 
 

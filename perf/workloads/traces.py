@@ -18,7 +18,7 @@ from perf.errors import BenchUsageError, NeedMissing
 from transport.wire.frames import PAGE_BYTES
 
 MAX_BYTES = 8 << 30
-"""Of a trace when unpacked."""
+"""The size of a trace when it is unpacked, at most."""
 
 Bytes = npt.NDArray[np.uint8]
 Indices = npt.NDArray[np.uint32]
@@ -34,7 +34,7 @@ class Trace:
 
 
 def load(path: Path) -> Trace:
-    """Raises `BenchUsageError` if the file is not a trace."""
+    """The trace in a file. Raises `BenchUsageError` if it is not one."""
     try:
         import zstandard
     except ImportError:

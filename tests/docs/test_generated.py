@@ -46,17 +46,15 @@ def test_every_part_that_can_be_made_stands_somewhere() -> None:
 def test_a_diagram_has_every_way_from_a_state_to_another(role: Role) -> None:
     """Counted from the table, not by the code that draws."""
     diagram = generate.handover(role)
-    frames = re.findall(r"state (\w+) \{(.*?)\n    \}", diagram, re.DOTALL)
     edges = set(re.findall(r"(\w+) --> (\w+)", diagram))
-    for name, body in frames:
-        members = set(re.findall(r"\b[A-Z_]{4,}\b(?= -->)", body)) | set(
-            re.findall(r"--> ([A-Z_]{4,})", body)
-        )
-        edges |= {(state, to) for state in members for start, to in set(edges) if start == name}
+    for frame, body in re.findall(r"state (\w+) \{(.*?)\}", diagram, re.DOTALL):
+        members = {name for edge in re.findall(r"(\w+) --> (\w+)", body) for name in edge}
+        ends = {end for start, end in edges if start == frame}
+        edges |= {(member, end) for member in members for end in ends}
     for state, row in TABLES[role].items():
         for event, way in row.items():
             if way.state is not state:
-                assert (state.name, way.state.name) in edges, (state, event)
+                assert (state.name, way.state.name) in edges, event
 
 
 def test_the_table_of_exit_codes_has_exactly_those_that_there_are() -> None:
@@ -119,7 +117,8 @@ def test_what_a_document_names_is_there(path: Path) -> None:
 
 def _is_there(dotted: str) -> bool:
     """Whether it is a module, or something in one."""
-    module, attributes = dotted, []
+    attributes: list[str] = []
+    module = dotted
     while module:
         try:
             if importlib.util.find_spec(module) is not None:
