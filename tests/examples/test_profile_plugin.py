@@ -150,6 +150,7 @@ def test_the_device_goes_on_where_it_was_and_starts_nothing_before(pair: Pair) -
         await pair.switch()
         await pair.target.finish()
         assert pair.target_device.effects == []
+        assert pair.target_device.get(TAIL) == 0
         started: Any = pair.target.start_records()
         await pair.target_gateway.batch(started)
 
