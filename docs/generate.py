@@ -28,6 +28,7 @@ from ferry.cli import COMMANDS
 from ferry.config import flag_of
 from ferry.errors import EXIT_MEANING
 from ferry.migration import messages
+from ferry.migration.conversation import RULES
 from sync.gateway.control import wire as control_wire
 from sync.gateway.engine import core, custody
 from sync.gateway.errors import BY_CODE
@@ -163,9 +164,22 @@ def _first_line(thing: Any) -> str:
     return (inspect.getdoc(thing) or "").split("\n\n")[0].replace("\n", " ")
 
 
-def kinds(enumeration: Any) -> str:
-    """Numbers and names of an enumeration on the wire."""
-    return table(["number", "name"], ([str(int(each)), f"`{each.name}`"] for each in enumeration))
+def conversation() -> str:
+    """Which message the hearer may be told in which of its states, and how often."""
+    rows = []
+    for kind in messages.MessageKind:
+        for role in Role:
+            rule = RULES[role].get(kind)
+            if rule is not None:
+                often = "any number" if rule.at_most is None else str(rule.at_most)
+                states = [_states(rule.heard_in), _states(rule.ignored_in)]
+                rows.append([str(int(kind)), f"`{kind.name}`", role.value, *states, often])
+    head = ["kind", "message", "said to the", "acted on in", "ignored in", "at most"]
+    return table(head, rows)
+
+
+def _states(chosen: Iterable[HandoverState]) -> str:
+    return ", ".join(sorted(state.value for state in chosen))
 
 
 def documented(enumeration: Any) -> str:
@@ -335,7 +349,7 @@ PARTS: dict[str, Callable[[], str]] = {
     "frame-codings": partial(documented, frames.Coding),
     "page-kinds": partial(documented, frames.PageKind),
     "handover-messages": partial(drawing, messages),
-    "handover-kinds": partial(kinds, messages.MessageKind),
+    "handover-rules": conversation,
     "payload-layout": partial(drawing, payload),
     "payload-kinds": partial(documented, payload.Kind),
     "record-layout": partial(drawing, record),
