@@ -1,7 +1,7 @@
 """The command line: parses, calls the command's main, turns errors into exit codes.
 
 Commands are imported when they are run: `gateway` and `device` start in a fraction of the time
-that the compiled kernels of `send` and `receive` need.
+that numba and the kernels of `send` and `receive` need.
 """
 
 import argparse

@@ -33,6 +33,7 @@ _ROOM_CODES: tuple[tuple[frozenset[str], Exit], ...] = (
             {
                 "transport.wire.errors.EndpointError",
                 "transport.kernels.clib.NativeLibraryError",
+                "transport.kernels.declare.CompilationFailed",
                 "lab.devices.errors.DeviceError",
                 "sync.gateway.errors.SocketInUse",
             }

@@ -7,8 +7,15 @@ CACHE_VARIABLE = "VFIO_FERRY_CACHE"
 
 
 def default_cache() -> Path:
-    """$VFIO_FERRY_CACHE, or vfio-ferry in $XDG_CACHE_HOME or ~/.cache."""
+    """$VFIO_FERRY_CACHE, or vfio-ferry in $XDG_CACHE_HOME or ~/.cache.
+
+    Raises FileNotFoundError for a user without a home.
+    """
     if chosen := os.environ.get(CACHE_VARIABLE):
         return Path(chosen).absolute()
-    base = os.environ.get("XDG_CACHE_HOME")
-    return (Path(base) if base else Path.home() / ".cache").absolute() / "vfio-ferry"
+    if base := os.environ.get("XDG_CACHE_HOME"):
+        return Path(base).absolute() / "vfio-ferry"
+    try:
+        return Path.home().absolute() / ".cache" / "vfio-ferry"
+    except RuntimeError as error:
+        raise FileNotFoundError(f"there is no home folder: set ${CACHE_VARIABLE}") from error

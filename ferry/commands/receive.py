@@ -16,6 +16,7 @@ from ferry.errors import (
     Interrupted,
 )
 from ferry.migration.conclusion import conclude
+from ferry.migration.kernels import make_kernels_ready
 from ferry.migration.receive_options import Options, receiver_options
 from ferry.migration.stop_request import StopRequest, stopped_by_signals
 from ferry.migration.target import Target, reason_of
@@ -72,6 +73,7 @@ async def receive(options: Options, reporter: Reporter, stop: StopRequest | None
     try:
         async with AsyncExitStack() as held:
             async with alongside(stop.wait_and_raise):
+                await make_kernels_ready(reporter)
                 vmm = await held.enter_async_context(await Vmm.connect(options.qmp))
             while True:
                 url, target, state = await _receive(options, link_options, reporter, stop, vmm, url)
@@ -110,7 +112,6 @@ async def _receive(
         target = Target(options, reporter, nursery, held, link, vmm)
         nursery.start_soon(stop.pass_to, target.runner)
         nursery.start_soon(target.listen)
-        nursery.start_soon(target.kernels.load)
         reporter.event("listening", url=link.url)
         state = await target.runner.run(Event.START)
         nursery.cancel_scope.cancel()

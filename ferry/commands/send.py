@@ -7,10 +7,11 @@ import trio
 
 from ferry.errors import ConfigError, Exit
 from ferry.migration.conclusion import conclude
+from ferry.migration.kernels import make_kernels_ready
 from ferry.migration.send_options import Options, sender_options
 from ferry.migration.source import Source
 from ferry.migration.stop_request import StopRequest, stopped_by_signals
-from ferry.nurseries import first_error
+from ferry.nurseries import alongside, first_error
 from ferry.progress import Reporter
 from sync.handover.machine import Event
 from sync.handover.states import HandoverState
@@ -49,11 +50,13 @@ async def send(options: Options, reporter: Reporter, stop: StopRequest | None = 
     if not options.gateway:
         raise ConfigError("--gateway is missing; see: vfio-ferry send --help")
     sender_options(options)  # what cannot be is refused before anything is begun
+    stop = stop or StopRequest()
     try:
+        async with alongside(stop.wait_and_raise):
+            await make_kernels_ready(reporter)
         async with AsyncExitStack() as held, trio.open_nursery() as nursery:
             source = Source(options, reporter, nursery, held)
-            nursery.start_soon((stop or StopRequest()).pass_to, source.runner)
-            nursery.start_soon(source.kernels.load)
+            nursery.start_soon(stop.pass_to, source.runner)
             state = await source.runner.run(Event.START)
             await source.close(state)
             nursery.cancel_scope.cancel()

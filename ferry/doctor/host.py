@@ -15,14 +15,15 @@ from ferry.findings import Finding, note, ok, problem
 from ferry.host_memory import memory_available
 from ferry.progress import bytes_text
 from sync.memory import PAGE_BYTES
-from transport.kernels.cache import CompilationFailed
 from transport.kernels.clib import NativeLibraryError, addresses
-from transport.kernels.declare import warm_up
+from transport.kernels.declare import CompilationFailed
+from transport.kernels.load import warm_up
 from transport.receiver import open_receiver
 from transport.session.buffers import MessageBuffer
+from transport.user_cache import CACHE_VARIABLE
 from transport.wire.errors import EndpointError
 
-ARCHITECTURE = "x86_64"
+TESTED_ARCHITECTURE = "x86_64"
 DESCRIPTORS = 1024
 """Linux's usual limit. A gateway holds one for each region of guest memory and each interrupt
 vector, `send` one for each region."""
@@ -46,8 +47,11 @@ async def examine_host(listen: tuple[str, ...]) -> AsyncIterator[Finding]:
 def _machine() -> Finding:
     text = f"{platform.system()} {platform.release()} on {platform.machine()}, Python "
     text += platform.python_version()
-    if sys.platform != "linux" or platform.machine() != ARCHITECTURE:
-        return problem("machine", text, f"use Linux on {ARCHITECTURE}")
+    if sys.platform != "linux":
+        return problem("machine", text, "use Linux")
+    if platform.machine() != TESTED_ARCHITECTURE:
+        advice = f"try it out first: it has been tested on {TESTED_ARCHITECTURE} alone"
+        return note("machine", text, advice)
     return ok("machine", text)
 
 
@@ -64,13 +68,13 @@ def _kernels() -> list[Finding]:
         advice = "install numba again, and look at what it says"
         return [*found, problem("kernels", str(error), advice)]
     if done.cache_hit:
-        text = f"{done.kernels} kernels, loaded from the cache in {done.seconds * 1e3:.0f} ms"
-    else:
-        text = (
-            f"{done.kernels} kernels compiled in {done.seconds:.0f} s; from now on they come from "
-        )
-        text += "the cache"
-    return [*found, ok("kernels", text)]
+        text = f"{done.kernels} numba kernels, found in the cache in {done.seconds:.1f} s"
+        return [*found, ok("kernels", text)]
+    text = f"{done.kernels} numba kernels compiled in {done.seconds:.1f} s"
+    if done.not_kept:
+        text += f"; they cannot be kept, so every start compiles them: {done.not_kept}"
+        return [*found, note("kernels", text, f"set ${CACHE_VARIABLE} to a folder of your own")]
+    return [*found, ok("kernels", f"{text}; from now on they are found in the cache")]
 
 
 def _shared_memory() -> Finding:

@@ -1,26 +1,25 @@
-"""The compiled kernels, made ready beside a command's first steps."""
+"""The data plane's compiled kernels, made ready before a migration counts its time."""
 
 import trio
 
 from ferry.progress import Reporter
-from transport.kernels.declare import warm_up
+from transport.kernels.load import warm_up
 
 
-class Kernels:
-    """The compiled kernels, made ready while a command finds those that it needs."""
+async def make_kernels_ready(reporter: Reporter) -> None:
+    """Load the kernels, or compile them, and say so: no phase's deadline has to allow for that.
 
-    def __init__(self, reporter: Reporter) -> None:
-        self._reporter = reporter
-        self._loaded = trio.Event()
+    Raises `NativeLibraryError` and `CompilationFailed`.
+    """
 
-    async def load(self) -> None:
-        """Where they have to be compiled first, says that it takes a while."""
-        await trio.to_thread.run_sync(warm_up, self._explain, abandon_on_cancel=True)
-        self._loaded.set()
+    def explain() -> None:
+        text = "compiling the data plane's numba kernels, once on each machine: some ten seconds"
+        reporter.event("message", text=text)
 
-    async def ready(self) -> None:
-        await self._loaded.wait()
-
-    def _explain(self) -> None:
-        text = "compiling the kernels, once on each machine: some seconds"
-        self._reporter.event("message", text=text)
+    done = await trio.to_thread.run_sync(warm_up, explain, abandon_on_cancel=True)
+    if done.cache_hit:
+        return
+    text = f"the numba kernels are compiled, in {done.seconds:.1f} s"
+    if done.not_kept:
+        text += f"; they cannot be kept, so every start compiles them: {done.not_kept}"
+    reporter.event("message", text=text)

@@ -23,7 +23,6 @@ from ferry.migration.check import findings_of
 from ferry.migration.devices import check_gateway, offer_of
 from ferry.migration.downtime import Downtime
 from ferry.migration.handover_runner import HandoverRunner
-from ferry.migration.kernels import Kernels
 from ferry.migration.memory_layout import MemoryLayout
 from ferry.migration.messages import MessageKind, MigrationHello
 from ferry.migration.phases import Phases
@@ -105,7 +104,6 @@ class Source:
         self._pump_ended.set()
         self._downtime = Downtime(0.0, 0.0)
         self._started = trio.current_time()
-        self.kernels = Kernels(reporter)
         self.report = Report(session=self._session.hex())
         # A scan reads all of the guest's memory before the rounds.
         limits = Deadlines(
@@ -173,7 +171,6 @@ class Source:
             for finding in await findings_of(self._link.sender, identity, self._memory.n_pages):
                 self._reporter.finding(finding)
             return Event.CHECKED
-        await self.kernels.ready()
         return Event.PREPARED
 
     async def _attach(self, path: str) -> None:

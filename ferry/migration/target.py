@@ -25,7 +25,6 @@ from ferry.migration.check import answer_check
 from ferry.migration.conversation import EVENTS
 from ferry.migration.devices import check_gateway, offer_of
 from ferry.migration.handover_runner import HandoverRunner
-from ferry.migration.kernels import Kernels
 from ferry.migration.listener import Listener
 from ferry.migration.memory_layout import MemoryLayout, same_pages
 from ferry.migration.messages import (
@@ -92,7 +91,6 @@ class Target:
         self._accepted = trio.Event()
         self.only_check = False
         """The sender asks whether it would work, and nothing else."""
-        self.kernels = Kernels(reporter)
         self._gateways: list[GatewayClient] = []
         self._registers: list[TargetRegisters] = []
         self._memory: GuestMemory | None = None
@@ -133,7 +131,6 @@ class Target:
                 self.only_check = True
                 self.runner.post(Event.PEER_CHECKS)
                 return
-            await self.kernels.ready()
             self.runner.post(Event.PEER_HELLO)
             await self._accepted.wait()
             await self._listener.run()

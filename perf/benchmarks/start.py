@@ -22,8 +22,8 @@ from perf.errors import BenchmarkFailed
 
 END_S = 120.0
 FILL_CACHES = (
-    "import ferry.commands.send, ferry.commands.receive, transport.kernels.compiler\n"
-    "from transport.kernels.declare import warm_up\nwarm_up()"
+    "import ferry.commands.send, ferry.commands.receive\n"
+    "from transport.kernels.load import warm_up\nwarm_up()"
 )
 
 

@@ -22,7 +22,7 @@ from perf.workloads.dirtying import Dirtier
 from perf.workloads.images import Mix, file_pages, fill
 from sync.convergence import Convergence, Limits, Reason, Round, Verdict
 from transport.kernels.bitmap import bitmap_to_indices, words_for
-from transport.kernels.declare import warm_up
+from transport.kernels.load import warm_up
 from transport.sender import RoundStatistics, SenderOptions, open_sender
 from transport.wire.codec import Codec
 from transport.wire.frames import PAGE_BYTES

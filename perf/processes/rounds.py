@@ -61,7 +61,7 @@ async def send(
     import numpy as np
 
     from ferry.migration.send_options import Options
-    from transport.kernels.declare import warm_up
+    from transport.kernels.load import warm_up
     from transport.sender import SenderOptions, open_sender
     from transport.wire.codec import Codec
     from transport.wire.frames import PAGE_BYTES

@@ -9,32 +9,25 @@ from __future__ import annotations
 
 import numpy as np
 import numpy.typing as npt
+from numba import types
 
 from transport.kernels.declare import inlined, kernel, readonly, writable
-from transport.kernels.intrinsics import (
-    HAS_COMPRESS,
-    compress_numbers,
-    count_ones,
-    trailing_zeros,
-)
+from transport.kernels.externals import count_ones, store_sums, trailing_zeros
 
 Bitmap = npt.NDArray[np.uint64]
 Indices = npt.NDArray[np.uint32]
 
 MAX_PAGES = (1 << 32) - 1  # so that a run of all pages has a length of 32 bits, too
 _BLOCK_WORDS = 64  # words counted at once; large enough to be vectorised
-# With more bits in a block, how many a word has is no longer predicted well, and a branch on it
-# costs more than writing numbers that do not count.
-_DENSE_BITS = 16 if HAS_COMPRESS else _BLOCK_WORDS * 64
-_SPARSE_BITS = 1 if HAS_COMPRESS else 6  # up to here, finding bits one by one is faster
-_SLACK = 64  # numbers are written eight or sixty-four at a time
+_SPARSE_BITS = 1  # with more bits in a word, eight numbers at once are faster than one by one
+_SLACK = 8  # numbers are written eight at a time
 _ALL = np.uint64(0xFFFFFFFFFFFFFFFF)
 
-# Row b: the positions of the set bits of byte b, ascending, then zeros.
-_BIT_POSITIONS = np.zeros((256, 8), np.uint8)
+# Entry b: the positions of the set bits of byte b, ascending from the lowest byte on, then zeros.
+_BIT_POSITIONS = np.zeros(256, np.uint64)
 for _byte in range(256):
     _set = [bit for bit in range(8) if _byte >> bit & 1]
-    _BIT_POSITIONS[_byte, : len(_set)] = _set
+    _BIT_POSITIONS[_byte] = sum(bit << 8 * place for place, bit in enumerate(_set))
 
 
 def words_for(n_pages: int) -> int:
@@ -158,9 +151,9 @@ def _set_or_fail(bitmap: Bitmap, indices: Indices, n_pages: int, value: bool) ->
         raise IndexError(f"page {indices[done]} of {n_pages}")
 
 
-_WORDS = readonly(np.uint64)
-_INDICES = readonly(np.uint32)
-_OUT_INDICES = writable(np.uint32)
+_WORDS = readonly(types.uint64)
+_INDICES = readonly(types.uint32)
+_OUT_INDICES = writable(types.uint32)
 
 
 @inlined
@@ -171,7 +164,7 @@ def _count_block(words, first, last):  # type: ignore[no-untyped-def]
     return total
 
 
-@kernel(_WORDS, np.uint64)
+@kernel(_WORDS, types.uint64)
 def _count(words, tail):  # type: ignore[no-untyped-def]
     if words.size == 0:
         return 0
@@ -184,55 +177,44 @@ def _count(words, tail):  # type: ignore[no-untyped-def]
 @inlined
 def _write_by_table(word, page, indices, found):  # type: ignore[no-untyped-def]
     """Eight numbers are written whether they count or not, which spares the branches."""
+    at = np.uint64(indices.ctypes.data) + np.uint64(4 * found)
     for byte in range(8):
         bits = (word >> np.uint64(8 * byte)) & np.uint64(255)
-        start = page + np.uint32(8 * byte)
-        for k in range(8):
-            indices[found + k] = start + np.uint32(_BIT_POSITIONS[bits, k])
-        found += count_ones(bits)
+        store_sums(at, page + np.uint32(8 * byte), _BIT_POSITIONS[bits])
+        at += np.uint64(4 * count_ones(bits))
 
 
 @inlined
-def _write_by_compress(word, page, indices, found):  # type: ignore[no-untyped-def]
-    compress_numbers(np.uint64(indices.ctypes.data + 4 * found), page, word)
-
-
-_write_numbers = _write_by_compress if HAS_COMPRESS else _write_by_table
-
-
-@inlined
-def _write_bits(word, page, indices, found, dense):  # type: ignore[no-untyped-def]
+def _write_bits(word, page, indices, found):  # type: ignore[no-untyped-def]
     """Write the numbers of the bits set in a word from `found` on; returns how many there are then.
 
-    `dense`: without a branch on how many the word has. Up to `_SLACK` numbers behind them are
-    overwritten.
+    Up to `_SLACK` numbers behind them are overwritten.
     """
     n_bits = count_ones(word)
-    if dense or n_bits > _SPARSE_BITS:
-        _write_numbers(word, page, indices, found)
+    if n_bits > _SPARSE_BITS:
+        _write_by_table(word, page, indices, found)
         return found + n_bits
     while word != 0:
-        indices[found] = page + np.uint32(trailing_zeros(word))
+        indices[np.uint64(found)] = page + np.uint32(trailing_zeros(word))
         word &= word - np.uint64(1)
         found += 1
     return found
 
 
-@kernel(_WORDS, np.uint64, _OUT_INDICES)
+@kernel(_WORDS, types.uint64, _OUT_INDICES)
 def _to_indices(words, tail, indices):  # type: ignore[no-untyped-def]
     """One pass over the words, in blocks that cost a read only if they are empty."""
     found = 0
     for block in range(0, words.size, _BLOCK_WORDS):
         end = min(block + _BLOCK_WORDS, words.size)
-        n_bits = _count_block(words, block, end)
-        if n_bits == 0:
+        if _count_block(words, block, end) == 0:
             continue
         for w in range(block, end):
             word = words[w] if w < words.size - 1 else words[w] & tail
-            found = _write_bits(word, np.uint32(w * 64), indices, found, n_bits > _DENSE_BITS)
+            found = _write_bits(word, np.uint32(w * 64), indices, found)
 
 
-@kernel(_WORDS, np.uint64)
+@kernel(_WORDS, types.uint64)
 def _count_runs(words, tail):  # type: ignore[no-untyped-def]
     last = words.size - 1
     if last < 0:
@@ -249,7 +231,7 @@ def _count_runs(words, tail):  # type: ignore[no-untyped-def]
     return runs
 
 
-@kernel(_WORDS, np.uint64, _OUT_INDICES, _OUT_INDICES)
+@kernel(_WORDS, types.uint64, _OUT_INDICES, _OUT_INDICES)
 def _to_runs(words, tail, starts, lengths):  # type: ignore[no-untyped-def]
     """One pass over the words, as `_to_indices`, and one over the runs, block by block, while they
     are in the cache.
@@ -260,10 +242,8 @@ def _to_runs(words, tail, starts, lengths):  # type: ignore[no-untyped-def]
     n_starts = n_ends = n_runs = 0
     for block in range(0, words.size, _BLOCK_WORDS):
         stop = min(block + _BLOCK_WORDS, words.size)
-        n_bits = _count_block(words, block, stop)
-        if n_bits == 0:
+        if _count_block(words, block, stop) == 0:
             continue
-        dense = n_bits > _DENSE_BITS
         for w in range(block, stop):
             word = words[w] if w < last else words[w] & tail
             before = words[w - 1] >> np.uint64(63) if w > 0 else np.uint64(0)
@@ -273,8 +253,8 @@ def _to_runs(words, tail, starts, lengths):  # type: ignore[no-untyped-def]
             page = np.uint32(w * 64)
             first = word & ~((word << np.uint64(1)) | before)
             final = word & ~((word >> np.uint64(1)) | behind)
-            n_starts = _write_bits(first, page, starts, n_starts, dense)
-            n_ends = _write_bits(final, page, lengths, n_ends, dense)
+            n_starts = _write_bits(first, page, starts, n_starts)
+            n_ends = _write_bits(final, page, lengths, n_ends)
         begun, ended = starts[n_runs:n_ends], lengths[n_runs:n_ends]
         for run in range(ended.size):
             ended[run] += np.uint32(1) - begun[run]
@@ -290,7 +270,7 @@ def _fill_runs(starts, lengths, indices):  # type: ignore[no-untyped-def]
         filled += np.int64(lengths[run])
 
 
-@kernel(writable(np.uint64), _INDICES, np.int64, np.bool_)
+@kernel(writable(types.uint64), _INDICES, types.int64, types.boolean)
 def _assign(bitmap, indices, n_pages, value):  # type: ignore[no-untyped-def]
     for position in range(indices.size):
         page = np.int64(indices[position])
@@ -304,7 +284,7 @@ def _assign(bitmap, indices, n_pages, value):  # type: ignore[no-untyped-def]
     return indices.size
 
 
-@kernel(_WORDS, np.uint64, np.int64, np.int64, writable(np.uint64))
+@kernel(_WORDS, types.uint64, types.int64, types.int64, writable(types.uint64))
 def _expand(coarse, tail, pages_per_bit, n_pages, bitmap):  # type: ignore[no-untyped-def]
     for w in range(coarse.size):
         word = coarse[w]

@@ -1,27 +1,21 @@
-"""The C functions that kernels call: LZ4 blocks, XXH3, memcpy, and two system calls on files.
+"""Where the C functions are that kernels call: LZ4 blocks, XXH3, memcpy, two system calls on files.
 
-Owns their declaration and their address. They come out of the extension modules of the `lz4` and
+They are declared in `externals`. They come out of the extension modules of the `lz4` and
 `xxhash` packages, which export the C libraries that they contain (or link to); calling them there
 spares the microsecond, and the GIL, that the Python functions cost for each page. Only functions of
-the libraries' stable public API are used (lz4.h and xxhash.h). Addresses are passed as integers.
+the libraries' stable public API are used (lz4.h and xxhash.h).
 """
 
 from __future__ import annotations
 
 import ctypes
 import importlib
-from dataclasses import dataclass
-from typing import Any, Final
-
-import numpy as np
+from typing import Final
 
 from transport.wire.errors import TransportError
 
 LZ4_STATE_WORDS: Final = 2056
 """uint64 words, a little more than what LZ4 asks for its state (16416 bytes since 1.9)."""
-
-_ADDRESS = np.uintp
-_INT = np.int32
 
 _LZ4_FUNCTIONS = (
     "LZ4_compress_fast_extState",
@@ -29,46 +23,6 @@ _LZ4_FUNCTIONS = (
     "LZ4_compress_fast_continue",
     "LZ4_decompress_safe_usingDict",
 )
-_LIBC_FUNCTIONS = ("memcpy", "lseek", "pwrite")
-# What the compiler calls by itself, for loops that do the same.
-_LIBC_IMPLIED = ("memset", "memmove")
-
-
-@dataclass(frozen=True)
-class CFunction:
-    """A C function for use inside kernels."""
-
-    name: str
-    result: type[np.integer[Any]]
-    arguments: tuple[type[np.integer[Any]], ...]
-
-
-def _declare(name: str, result: Any, *arguments: Any) -> Any:
-    return CFunction(name, result, arguments)
-
-
-lz4_compress = _declare(
-    "LZ4_compress_fast_extState", _INT, _ADDRESS, _ADDRESS, _ADDRESS, _INT, _INT, _INT
-)
-"""(state, source, destination, source bytes, room, acceleration) -> bytes, 0: did not fit"""
-lz4_load_dictionary = _declare("LZ4_loadDict", _INT, _ADDRESS, _ADDRESS, _INT)
-"""(state, dictionary, bytes) -> bytes loaded"""
-lz4_compress_with_dictionary = _declare(
-    "LZ4_compress_fast_continue", _INT, _ADDRESS, _ADDRESS, _ADDRESS, _INT, _INT, _INT
-)
-"""As `lz4_compress`, with the state that `lz4_load_dictionary` left."""
-lz4_decompress = _declare(
-    "LZ4_decompress_safe_usingDict", _INT, _ADDRESS, _ADDRESS, _INT, _INT, _ADDRESS, _INT
-)
-"""(source, destination, source bytes, room, dictionary, its bytes) -> bytes, negative: malformed"""
-xxh3_64 = _declare("XXH3_64bits_withSeed", np.uint64, _ADDRESS, np.uintp, np.uint64)
-"""(data, bytes, seed) -> digest"""
-memcpy = _declare("memcpy", _ADDRESS, _ADDRESS, _ADDRESS, np.uintp)
-"""(destination, source, bytes)"""
-lseek = _declare("lseek", np.int64, _INT, np.int64, _INT)
-"""(descriptor, offset, whence) -> offset, negative: error. It also moves the file's position."""
-pwrite = _declare("pwrite", np.int64, _INT, _ADDRESS, np.uintp, np.int64)
-"""(descriptor, source, bytes, offset) -> bytes written, negative: error"""
 
 
 class NativeLibraryError(TransportError):
@@ -86,17 +40,16 @@ class NativeLibraryError(TransportError):
 
 
 def addresses() -> dict[str, int]:
-    """Where each of the functions is, by name. Raises `NativeLibraryError`."""
+    """Where each of the functions is that are not libc's, which every process finds by their
+    names. Raises `NativeLibraryError`."""
     lz4 = load_library("lz4.block._block")
     xxhash = load_library("xxhash._xxhash")
     found = {name: address_of(lz4, name) for name in _LZ4_FUNCTIONS}
-    # The plain function is compiled for any x86-64; where the package chooses a faster one by the
-    # processor (xxh_x86dispatch.h), so do we.
+    # The plain function is compiled for any processor of its kind; where the package chooses a
+    # faster one by what this processor has (xxh_x86dispatch.h), so do we.
     fast = "XXH3_64bits_withSeed_dispatch"
     name = fast if hasattr(xxhash, fast) else "XXH3_64bits_withSeed"
     found["XXH3_64bits_withSeed"] = address_of(xxhash, name)
-    libc = ctypes.CDLL(None)
-    found |= {name: address_of(libc, name) for name in (*_LIBC_FUNCTIONS, *_LIBC_IMPLIED)}
     # A larger state would let LZ4 write behind ours.
     address_of(lz4, "LZ4_sizeofState")
     state_bytes = lz4.LZ4_sizeofState()

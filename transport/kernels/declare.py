@@ -1,206 +1,147 @@
-"""How a kernel is declared, made ready and called.
+"""How a kernel is declared and called.
 
-A kernel is a function in the part of Python that numba compiles, with one explicit signature.
-`compiler` compiles all of them at once, in a process of its own, to an image of machine code
-(`image`), which `cache` keeps for the processes to come. Whoever only calls kernels imports neither
-numba nor LLVM, which would take longer and need more memory than all the rest of `send` does, and
-importing this room loads nothing: whoever starts a migration wants to say how long a first
-compilation takes.
+A kernel is a function in the part of Python that numba compiles, with one explicit signature. It
+is loaded from numba's cache, or compiled, when it is first called, or with all the others by
+`load.warm_up`: importing the file that declares it does neither.
 """
 
 from __future__ import annotations
 
-import ctypes
-import struct
+import functools
 import threading
-import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from contextlib import suppress
+from enum import Enum
+from pathlib import Path
 from typing import Any, Final
 
-import numpy as np
+import llvmlite.binding as llvm
+from numba import config, njit, types
 
-from transport.kernels import cache, clib
-from transport.kernels.image import LoadedImage
+from transport.kernels import clib
+from transport.kernels.cache import open_folder
+from transport.wire.errors import TransportError
 
-Scalar = type[np.generic]
+Type = Any
+"""A type of numba's."""
 
-RAISED: Final = -(1 << 63)
-"""What the machine code of a kernel returns if the kernel raised an exception. None should."""
-
-
-@dataclass(frozen=True)
-class Array:
-    """A 1-D contiguous array."""
-
-    element: Scalar
-    writable: bool
+_OPTIONS: Final[Any] = {"nogil": True, "error_model": "numpy"}
+"""Without the GIL; divisions are not checked."""
+_config: Final[Any] = config  # what numba sets there has no types
+_lock: Final = threading.Lock()
+"""Held to load or compile, and while numba's cache is directed to our folder."""
 
 
-@dataclass(frozen=True)
-class Struct:
-    """A NamedTuple of arrays."""
-
-    fields: tuple[Array, ...]
-    of: type[tuple[Any, ...]]
+class CompilationFailed(TransportError):
+    """A kernel cannot be compiled."""
 
 
-Parameter = Scalar | Array | Struct
+class Origin(Enum):
+    """Where the machine code of a kernel has come from."""
+
+    FOUND = "found in the cache"
+    KEPT = "compiled, and put into the cache"
+    IN_MEMORY = "compiled for this process alone"
 
 
-def readonly(element: Scalar) -> Array:
+def readonly(element: Type) -> Type:
     """A 1-D contiguous array that the kernel only reads; takes writable arrays, too."""
-    return Array(element, writable=False)
+    return types.Array(element, 1, "C", readonly=True)
 
 
-def writable(element: Scalar) -> Array:
+def writable(element: Type) -> Type:
     """A 1-D contiguous array that the kernel writes."""
-    return Array(element, writable=True)
+    return types.Array(element, 1, "C")
 
 
-def named_tuple(fields: tuple[Array, ...], of: type[tuple[Any, ...]]) -> Struct:
+def named_tuple(fields: tuple[Type, ...], of: type[tuple[Any, ...]]) -> Type:
     """A NamedTuple class with fields of these types."""
-    return Struct(fields, of)
-
-
-@dataclass(frozen=True)
-class Inlined:
-    """A function that only kernels call; see `inlined`."""
-
-    function: Callable[..., Any]
+    return types.BaseTuple.from_types(fields, of)  # type: ignore[no-untyped-call]
 
 
 def inlined(function: Callable[..., Any]) -> Any:
     """Declare a module-level function for use inside kernels, which have a copy of it each."""
-    return Inlined(function)
+    return njit(inline="always", **_OPTIONS)(function)
 
 
 class Kernel:
-    """A compiled function with one signature, without the GIL; compiled when first needed.
+    """A compiled function with one signature, without the GIL.
 
-    Integers come back as integers, for what returns nothing 0. Raises TypeError for an argument
-    that is not of the signature.
+    Raises TypeError for what is not of the signature; numbers are converted as C does.
     """
 
-    def __init__(self, function: Callable[..., Any], signature: tuple[Parameter, ...]) -> None:
-        self.function = function
-        self.signature = signature
-        self._entry: Callable[[bytes], int] | None = None
-        flat: list[Scalar | Array] = []
-        for parameter in signature:
-            flat += parameter.fields if isinstance(parameter, Struct) else [parameter]
-        self._n_words = len(flat)
-        self._arrays = [
-            (position, np.dtype(word.element), word.writable)
-            for position, word in enumerate(flat)
-            if isinstance(word, Array)
-        ]
-        # An array is passed as the address of NumPy's object, where the machine code finds data
-        # and length: to ask for these here would take longer than all the rest of the call.
-        formats = ("Q" if isinstance(word, Array) else _FORMAT[word] for word in flat)
-        self._words = struct.Struct("".join(formats))
+    def __init__(self, function: Callable[..., Any], signature: tuple[Type, ...]) -> None:
+        self._function = function
+        self._signature = signature
+        self._compiled: Any = None
+        self.origin: Origin | None = None
+        """None: it is not ready."""
 
-    @property
-    def name(self) -> str:
-        """Unique among kernels."""
-        return f"{self.function.__module__.rpartition('.')[2]}.{self.function.__name__}"
+    def __call__(self, *arguments: Any) -> Any:
+        if self._compiled is None:
+            with open_folder() as folder:
+                self.load(folder.path)
+        return self._compiled(*arguments)
 
-    def bind(self, address: int) -> None:
-        """The machine code is at `address`: `int64_t entry(const uint64_t *words)`."""
-        self._entry = ctypes.CFUNCTYPE(ctypes.c_int64, ctypes.c_char_p)(address)
+    def load(self, folder: Path | None) -> None:
+        """Make it ready: out of numba's cache in `folder`, or by compiling it to there.
 
-    def __call__(self, *arguments: Any) -> int:
-        if self._entry is None:
-            warm_up()
-            assert self._entry is not None
-        words: list[Any] = []
-        for argument in arguments:
-            if isinstance(argument, tuple):
-                words += argument
-            else:
-                words.append(argument)
-        if len(words) != self._n_words:
-            raise TypeError(f"{self.name}: {len(words)} arguments for {self._n_words}")
-        for position, dtype, written in self._arrays:
-            array = words[position]
-            if (
-                not isinstance(array, np.ndarray)
-                or array.dtype != dtype
-                or array.ndim != 1
-                or not (flags := array.flags).c_contiguous
-                or (written and not flags.writeable)
-            ):
-                raise TypeError(f"{self.name}: argument {position} is no array as it was declared")
-            words[position] = id(array)
+        A folder that is damaged or full is no reason to fail. Raises `CompilationFailed`, and
+        `NativeLibraryError` if the C libraries are missing or too old.
+        """
+        with _lock:
+            if self._compiled is not None:
+                return
+            _name_c_functions()
+            made, origin = None, Origin.IN_MEMORY
+            if folder is not None:
+                made, origin = self._by_cache(folder)
+            if made is None:
+                made = njit(**_OPTIONS)(self._function)
+                try:
+                    made.compile(self._signature)
+                except Exception as error:
+                    reason = " ".join(str(error).splitlines()[:2])
+                    raise CompilationFailed(
+                        f"{self._function.__name__} cannot be compiled: {reason}"
+                    ) from error
+            made.disable_compile()
+            self._compiled, self.origin = made, origin
+
+    def _by_cache(self, folder: Path) -> tuple[Any, Origin]:
+        """What numba has made; None if it could not, this way."""
+        made = njit(**_OPTIONS)(self._function)
+        before, _config.CACHE_DIR = _config.CACHE_DIR, str(folder)
         try:
-            packed = self._words.pack(*words)
-        except struct.error as error:
-            raise TypeError(f"{self.name}: {error}") from error
-        result = self._entry(packed)
-        if result == RAISED:
-            raise RuntimeError(f"{self.name} raised an exception")
-        return result
+            made.enable_caching()
+        except RuntimeError:
+            return None, Origin.IN_MEMORY
+        finally:
+            _config.CACHE_DIR = before
+        if not Path(made.stats.cache_path).is_relative_to(folder):
+            return None, Origin.IN_MEMORY  # numba has looked for another place to write to
+        try:
+            made.compile(self._signature)
+        except Exception as error:
+            if not isinstance(error, OSError):
+                _forget(folder, self._function.__name__)
+            return made if made.signatures else None, Origin.IN_MEMORY
+        return made, Origin.FOUND if made.stats.cache_hits else Origin.KEPT
 
 
-_FORMAT: Final[dict[Scalar, str]] = {np.int64: "q", np.uint64: "Q", np.bool_: "Q"}
-_kernels: list[Kernel] = []
-_lock = threading.Lock()
-_loaded: LoadedImage | None = None
+@functools.cache
+def _name_c_functions() -> None:
+    for name, address in clib.addresses().items():
+        llvm.add_symbol(name, address)
 
 
-def kernel(*signature: Parameter) -> Callable[[Callable[..., Any]], Kernel]:
+def _forget(folder: Path, name: str) -> None:
+    """What numba has kept of this kernel is damaged: the next process makes it anew."""
+    with suppress(OSError):
+        for index in folder.rglob(f"*.{name}-*.nbi"):
+            index.unlink()
+
+
+def kernel(*signature: Type) -> Callable[[Callable[..., Any]], Kernel]:
     """Declare a module-level function as a kernel with these argument types."""
-
-    def declare(function: Callable[..., Any]) -> Kernel:
-        declared = Kernel(function, signature)
-        _kernels.append(declared)
-        return declared
-
-    return declare
-
-
-def all_kernels() -> list[Kernel]:
-    """Every kernel of this room."""
-    # Imported here because these modules declare their kernels by this one.
-    from transport.kernels import bitmap, digests, pages, tables, unpack  # noqa: F401
-
-    return _kernels
-
-
-@dataclass(frozen=True, slots=True)
-class WarmUp:
-    """What `warm_up` has done."""
-
-    seconds: float
-    """Time it took: milliseconds from the cache, some seconds for a first compilation."""
-    kernels: int
-    """Kernels that are ready now."""
-    cache_hit: bool
-    """Nothing had to be compiled."""
-
-
-def warm_up(compiling: Callable[[], None] | None = None) -> WarmUp:
-    """Load every kernel, or compile them; may be called again and from any thread.
-
-    `compiling` is called once before they are compiled, or before another process is waited for
-    that compiles them already. Raises `NativeLibraryError` if the C libraries are missing or too
-    old, `CompilationFailed` if there is no image in the cache and none can be made.
-    """
-    global _loaded
-    began = time.monotonic()
-    hit = True
-
-    def missing() -> None:
-        nonlocal hit
-        hit = False
-        if compiling is not None:
-            compiling()
-
-    with _lock:
-        kernels = all_kernels()
-        if _loaded is None:
-            functions = clib.addresses()
-            _loaded = cache.get_image(missing).load(functions)
-            for each in kernels:
-                each.bind(_loaded.address + _loaded.entries[each.name])
-    return WarmUp(time.monotonic() - began, len(kernels), hit)
+    return lambda function: Kernel(function, signature)

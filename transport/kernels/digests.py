@@ -14,10 +14,11 @@ from __future__ import annotations
 
 import numpy as np
 import numpy.typing as npt
+from numba import types
 
 from transport.kernels.bitmap import Bitmap, Indices, empty_bitmap
-from transport.kernels.clib import xxh3_64
 from transport.kernels.declare import kernel, readonly, writable
+from transport.kernels.externals import xxh3_64
 from transport.kernels.files import FILES, Files, forget_hole, in_hole, new_files
 from transport.wire.frames import PAGE_BYTES
 
@@ -97,17 +98,17 @@ def page_count(memory: npt.NDArray[np.uint8]) -> int:
     return memory.size // PAGE_BYTES
 
 
-_MEMORY = readonly(np.uint8)
-_OUT_WORDS = writable(np.uint64)
+_MEMORY = readonly(types.uint8)
+_OUT_WORDS = writable(types.uint64)
 
 
-@kernel(_MEMORY, np.uint64, _OUT_WORDS)
+@kernel(_MEMORY, types.uint64, _OUT_WORDS)
 def _digest_all(memory, seed, digests):  # type: ignore[no-untyped-def]
     for page in range(digests.size):
         digests[page] = xxh3_64(memory.ctypes.data + page * PAGE_BYTES, PAGE_BYTES, seed)
 
 
-@kernel(_MEMORY, FILES, readonly(np.uint32), np.uint64, np.uint64, _OUT_WORDS)
+@kernel(_MEMORY, FILES, readonly(types.uint32), types.uint64, types.uint64, _OUT_WORDS)
 def _digest_pages(memory, files, indices, seed, zero_digest, digests):  # type: ignore[no-untyped-def]
     forget_hole(files)
     for position in range(indices.size):
@@ -119,7 +120,7 @@ def _digest_pages(memory, files, indices, seed, zero_digest, digests):  # type: 
             digests[position] = xxh3_64(address, PAGE_BYTES, seed)
 
 
-@kernel(readonly(np.uint64), np.uint64, _OUT_WORDS)
+@kernel(readonly(types.uint64), types.uint64, _OUT_WORDS)
 def _digest_blocks(digests, seed, blocks):  # type: ignore[no-untyped-def]
     for block in range(blocks.size):
         first = block * BLOCK_PAGES
@@ -127,7 +128,7 @@ def _digest_blocks(digests, seed, blocks):  # type: ignore[no-untyped-def]
         blocks[block] = xxh3_64(digests.ctypes.data + first * 8, n_bytes, seed)
 
 
-@kernel(_MEMORY, np.uint64, _OUT_WORDS, _OUT_WORDS)
+@kernel(_MEMORY, types.uint64, _OUT_WORDS, _OUT_WORDS)
 def _scan_changed(memory, seed, seen, changed):  # type: ignore[no-untyped-def]
     for page in range(seen.size):
         digest = xxh3_64(memory.ctypes.data + page * PAGE_BYTES, PAGE_BYTES, seed)

@@ -18,8 +18,9 @@ from typing import Any, Final, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
+from numba import types
 
-from transport.kernels import clib
+from transport.kernels import externals
 from transport.kernels.declare import inlined, named_tuple, writable
 from transport.wire.extents import Extent, check_extents
 from transport.wire.frames import PAGE_BYTES
@@ -45,7 +46,7 @@ class Files(NamedTuple):
     If its owner makes it a hole after that, it is touched, which costs memory and nothing else."""
 
 
-FILES = named_tuple((*(writable(np.int64),) * 5, writable(np.uint64)), Files)
+FILES = named_tuple((*(writable(types.int64),) * 5, writable(types.uint64)), Files)
 
 
 def new_files(extents: Sequence[Extent], n_pages: int) -> Files:
@@ -82,11 +83,11 @@ def end_of_hole(files, page):  # type: ignore[no-untyped-def]
         return page
     end = files.first_page[extent] + files.n_pages[extent]
     at = files.offset[extent] + (page - files.first_page[extent]) * PAGE_BYTES
-    data = clib.lseek(files.descriptor[extent], at, _SEEK_DATA)
+    data = externals.lseek(files.descriptor[extent], at, _SEEK_DATA)
     if data >= 0:
         return min(end, page + (data - at) // PAGE_BYTES)
     # No data up to the file's end, or an error: only the former is a hole here.
-    return end if clib.lseek(files.descriptor[extent], at, _SEEK_HOLE) == at else page
+    return end if externals.lseek(files.descriptor[extent], at, _SEEK_HOLE) == at else page
 
 
 @inlined
@@ -133,4 +134,4 @@ def write_pages(files, page, source, count):  # type: ignore[no-untyped-def]
     extent = _extent_of(files, page)
     at = files.offset[extent] + (page - files.first_page[extent]) * PAGE_BYTES
     n_bytes = count * PAGE_BYTES
-    return np.int64(clib.pwrite(files.descriptor[extent], source, n_bytes, at)) == n_bytes
+    return np.int64(externals.pwrite(files.descriptor[extent], source, n_bytes, at)) == n_bytes

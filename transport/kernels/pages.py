@@ -41,11 +41,12 @@ from typing import Any, Final, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
+from numba import types
 
-from transport.kernels import clib
+from transport.kernels import externals
 from transport.kernels.declare import inlined, kernel, named_tuple, readonly, writable
+from transport.kernels.externals import count_ones, prefetch, trailing_zeros
 from transport.kernels.files import FILES, forget_hole, in_hole
-from transport.kernels.intrinsics import count_ones, prefetch, trailing_zeros
 from transport.wire.frames import (
     BASE_BYTES,
     ENTRY_BYTES,
@@ -159,12 +160,12 @@ def words_and_bytes(memory: npt.NDArray[np.uint8]) -> Workspace:
     return Workspace(memory[: memory.size // 8 * 8].view(np.uint64), memory)
 
 
-_BYTES = readonly(np.uint8)
-_OUT_BYTES = writable(np.uint8)
-_OUT_U16 = writable(np.uint16)
-_OUT_U32 = writable(np.uint32)
-_OUT_U64 = writable(np.uint64)
-_OUT_I64 = writable(np.int64)
+_BYTES = readonly(types.uint8)
+_OUT_BYTES = writable(types.uint8)
+_OUT_U16 = writable(types.uint16)
+_OUT_U32 = writable(types.uint32)
+_OUT_U64 = writable(types.uint64)
+_OUT_I64 = writable(types.int64)
 _KNOWLEDGE = named_tuple(
     (_OUT_U64, _OUT_U32, _OUT_U64, _OUT_U32, _OUT_BYTES, _OUT_I64, _OUT_U32), Knowledge
 )
@@ -281,7 +282,7 @@ def _make_delta(workspace, space, room):  # type: ignore[no-untyped-def]
             return 0
         at = _put_number(space, at, start - kept_from)
         at = _put_number(space, at, end - start)
-        clib.memcpy(space.ctypes.data + at, space.ctypes.data + PAGE_AT + start, end - start)
+        externals.memcpy(space.ctypes.data + at, space.ctypes.data + PAGE_AT + start, end - start)
         at += end - start
         kept_from = end
         start = following
@@ -367,7 +368,9 @@ def _compress(workspace, lz4_state, address, room):  # type: ignore[no-untyped-d
     """LZ4 of the snapshot to `address`; returns its length, 0 if it does not fit."""
     page = workspace.ctypes.data + PAGE_AT
     return np.int64(
-        clib.lz4_compress(lz4_state.ctypes.data, page, address, PAGE_BYTES, room, _ACCELERATION)
+        externals.lz4_compress(
+            lz4_state.ctypes.data, page, address, PAGE_BYTES, room, _ACCELERATION
+        )
     )
 
 
@@ -376,9 +379,9 @@ def _compress_with_base(workspace, lz4_state, address, room):  # type: ignore[no
     """As `_compress`, with the base as dictionary."""
     space = workspace.ctypes.data
     state = lz4_state.ctypes.data
-    clib.lz4_load_dictionary(state, space + BASE_AT, PAGE_BYTES)
+    externals.lz4_load_dictionary(state, space + BASE_AT, PAGE_BYTES)
     return np.int64(
-        clib.lz4_compress_with_dictionary(
+        externals.lz4_compress_with_dictionary(
             state, space + PAGE_AT, address, PAGE_BYTES, room, _ACCELERATION
         )
     )
@@ -434,7 +437,7 @@ def _write_page(  # type: ignore[no-untyped-def]
     if kind == _RAW:
         length = PAGE_BYTES
     source = PAGE_AT if kind == _RAW else _DELTA
-    clib.memcpy(address, workspace.ctypes.data + source, length)
+    externals.memcpy(address, workspace.ctypes.data + source, length)
     return kind, length
 
 
@@ -442,25 +445,25 @@ def _write_page(  # type: ignore[no-untyped-def]
 def _put_tables(out, at, tables, pages, bases):  # type: ignore[no-untyped-def]
     """Copy the tables to `out[at:]`, behind the payload. Returns where they end."""
     start = out.ctypes.data
-    clib.memcpy(start + at, tables.base.ctypes.data, bases * BASE_BYTES)
+    externals.memcpy(start + at, tables.base.ctypes.data, bases * BASE_BYTES)
     at += bases * BASE_BYTES
-    clib.memcpy(start + at, tables.index.ctypes.data, pages * 4)
-    clib.memcpy(start + at + pages * 4, tables.length.ctypes.data, pages * 2)
-    clib.memcpy(start + at + pages * 6, tables.kind.ctypes.data, pages)
+    externals.memcpy(start + at, tables.index.ctypes.data, pages * 4)
+    externals.memcpy(start + at + pages * 4, tables.length.ctypes.data, pages * 2)
+    externals.memcpy(start + at + pages * 6, tables.kind.ctypes.data, pages)
     return at + pages * ENTRY_BYTES
 
 
 @kernel(
-    readonly(np.uint64),
-    readonly(np.uint32),
-    np.int64,
-    np.int64,
-    np.int64,
-    np.int64,
-    np.uint64,
-    np.uint64,
-    np.int64,
-    np.bool_,
+    readonly(types.uint64),
+    readonly(types.uint32),
+    types.int64,
+    types.int64,
+    types.int64,
+    types.int64,
+    types.uint64,
+    types.uint64,
+    types.int64,
+    types.boolean,
     FILES,
     _KNOWLEDGE,
     WORKSPACE,
@@ -537,7 +540,7 @@ def encode_pages(  # type: ignore[no-untyped-def]
             prefetch_page(memory.ctypes.data + np.int64(indices[position]) * PAGE_BYTES)
         digest = zero_digest
         if not is_zero:
-            digest = clib.xxh3_64(words.ctypes.data + first * 8, PAGE_BYTES, seed)
+            digest = externals.xxh3_64(words.ctypes.data + first * 8, PAGE_BYTES, seed)
         changes = held != digest or held == UNKNOWN
         if not changes:
             counters[COUNT_SAME] += 1

@@ -9,8 +9,9 @@ from __future__ import annotations
 from typing import Any, Final, NamedTuple
 
 import numpy as np
+from numba import types
 
-from transport.kernels import clib
+from transport.kernels import externals
 from transport.kernels.declare import inlined, kernel, named_tuple, readonly, writable
 from transport.wire.frames import (
     BASE_BYTES,
@@ -60,11 +61,11 @@ def new_tables(pages: int) -> ReadTables:
 
 _TABLES = named_tuple(
     (
-        writable(np.uint32),
-        writable(np.uint8),
-        writable(np.uint16),
-        writable(np.uint32),
-        writable(np.uint64),
+        writable(types.uint32),
+        writable(types.uint8),
+        writable(types.uint16),
+        writable(types.uint32),
+        writable(types.uint64),
     ),
     ReadTables,
 )
@@ -79,7 +80,7 @@ def original_of_copy(payload, at):  # type: ignore[no-untyped-def]
     return page
 
 
-@kernel(readonly(np.uint8), np.int64, np.int64, np.int64, np.int64, _TABLES)
+@kernel(readonly(types.uint8), types.int64, types.int64, types.int64, types.int64, _TABLES)
 def read_tables(body, n_pages, lane, lanes, last_kind, tables):  # type: ignore[no-untyped-def]
     """Copy the tables at the end of `body` and check them against each other and the limits.
 
@@ -92,7 +93,7 @@ def read_tables(body, n_pages, lane, lanes, last_kind, tables):  # type: ignore[
     pages = tables.index.size
     start = body.ctypes.data
     kinds_at = body.size - pages
-    clib.memcpy(tables.kind.ctypes.data, start + kinds_at, pages)
+    externals.memcpy(tables.kind.ctypes.data, start + kinds_at, pages)
     bases = 0
     for position in range(pages):
         if tables.kind[position] > last_kind:
@@ -102,8 +103,8 @@ def read_tables(body, n_pages, lane, lanes, last_kind, tables):  # type: ignore[
     if payload_bytes < 0:
         return NO_ROOM
     indices_at = payload_bytes + bases * BASE_BYTES
-    clib.memcpy(tables.index.ctypes.data, start + indices_at, pages * 4)
-    clib.memcpy(tables.length.ctypes.data, start + indices_at + pages * 4, pages * 2)
+    externals.memcpy(tables.index.ctypes.data, start + indices_at, pages * 4)
+    externals.memcpy(tables.length.ctypes.data, start + indices_at + pages * 4, pages * 2)
 
     base_at = start + payload_bytes
     offset = np.int64(0)
@@ -123,7 +124,7 @@ def read_tables(body, n_pages, lane, lanes, last_kind, tables):  # type: ignore[
         tables.offset[position] = offset
         offset += length
         if kind >= _FIRST_WITH_BASE:
-            clib.memcpy(tables.base.ctypes.data + position * BASE_BYTES, base_at, BASE_BYTES)
+            externals.memcpy(tables.base.ctypes.data + position * BASE_BYTES, base_at, BASE_BYTES)
             base_at += BASE_BYTES
     if offset != payload_bytes:
         return BAD_SUM

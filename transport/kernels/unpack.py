@@ -10,11 +10,12 @@ from __future__ import annotations
 from typing import Final
 
 import numpy as np
+from numba import types
 
-from transport.kernels import clib
+from transport.kernels import externals
 from transport.kernels.declare import inlined, kernel, readonly, writable
+from transport.kernels.externals import prefetch
 from transport.kernels.files import FILES, fill_hole, forget_hole, in_hole, write_pages
-from transport.kernels.intrinsics import prefetch
 from transport.kernels.pages import BASE_AT, PAGE_AT, WORKSPACE, prefetch_page
 from transport.kernels.tables import original_of_copy
 from transport.wire.frames import PAGE_BYTES, PageKind
@@ -63,7 +64,7 @@ def _apply_delta(payload, at, end, page):  # type: ignore[no-untyped-def]
         keep, at = _get_number(payload, at, end)
         replace, at = _get_number(payload, at, end)
         page += keep
-        clib.memcpy(page, payload.ctypes.data + at, replace)
+        externals.memcpy(page, payload.ctypes.data + at, replace)
         page += replace
         at += replace
 
@@ -89,13 +90,13 @@ def _decode(held_at, in_place, form, source, n_bytes, base, payload, seed, works
     changed there."""
     work = workspace.words.ctypes.data
     if form == _LZ4:
-        n_decoded = clib.lz4_decompress(source, work + PAGE_AT, n_bytes, PAGE_BYTES, 0, 0)
+        n_decoded = externals.lz4_decompress(source, work + PAGE_AT, n_bytes, PAGE_BYTES, 0, 0)
         return 1 if n_decoded == PAGE_BYTES else -1
     held = held_at
     if not in_place:
         held = work + (BASE_AT if form == _LZ4_BASE else PAGE_AT)
-        clib.memcpy(held, held_at, PAGE_BYTES)
-    if clib.xxh3_64(held, PAGE_BYTES, seed) != base:
+        externals.memcpy(held, held_at, PAGE_BYTES)
+    if externals.xxh3_64(held, PAGE_BYTES, seed) != base:
         return 0
     if form == _COPY:
         return 1
@@ -105,24 +106,24 @@ def _decode(held_at, in_place, form, source, n_bytes, base, payload, seed, works
             return -1
         _apply_delta(payload, at, at + n_bytes, held)
         return 1
-    n_decoded = clib.lz4_decompress(
+    n_decoded = externals.lz4_decompress(
         source, work + PAGE_AT, n_bytes, PAGE_BYTES, work + BASE_AT, PAGE_BYTES
     )
     return 1 if n_decoded == PAGE_BYTES else -1
 
 
 @kernel(
-    writable(np.uint8),
+    writable(types.uint8),
     FILES,
-    readonly(np.uint32),
-    readonly(np.uint8),
-    readonly(np.uint16),
-    readonly(np.uint32),
-    readonly(np.uint64),
-    readonly(np.uint8),
-    np.uint64,
+    readonly(types.uint32),
+    readonly(types.uint8),
+    readonly(types.uint16),
+    readonly(types.uint32),
+    readonly(types.uint64),
+    readonly(types.uint8),
+    types.uint64,
     WORKSPACE,
-    writable(np.uint32),
+    writable(types.uint32),
 )
 def apply_pages(  # type: ignore[no-untyped-def]
     memory, files, index, kind, length, offset, base, payload, seed, workspace, rejected
@@ -200,7 +201,7 @@ def apply_pages(  # type: ignore[no-untyped-def]
                 continue
             source = work + PAGE_AT
         if not (untouched and write_pages(files, page, source, count)):
-            clib.memcpy(target, source, count * PAGE_BYTES)
+            externals.memcpy(target, source, count * PAGE_BYTES)
         if untouched:
             fill_hole(files, page, count)
         position += count

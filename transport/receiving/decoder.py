@@ -14,9 +14,9 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
-from transport.kernels.declare import warm_up
 from transport.kernels.digests import page_count
 from transport.kernels.files import new_files, was_found
+from transport.kernels.load import warm_up
 from transport.kernels.pages import new_workspace
 from transport.kernels.unpack import apply_pages
 from transport.receiving.parse import Buffer, parse_frame

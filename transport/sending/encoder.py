@@ -16,9 +16,9 @@ import numpy.typing as npt
 
 from transport.kernels import pages as kernels
 from transport.kernels.clib import LZ4_STATE_WORDS
-from transport.kernels.declare import warm_up
 from transport.kernels.digests import digest_all, page_count
 from transport.kernels.files import new_files
+from transport.kernels.load import warm_up
 from transport.sending.replica import Replica
 from transport.wire.codec import LZ4, Method, Packer
 from transport.wire.extents import Extent
@@ -99,7 +99,7 @@ class Encoder:
         `files` says which pages are shared mappings of which descriptors, which stay the caller's:
         pages that nobody has touched yet are found, and not touched, there. Makes the kernels
         ready, which takes long if they were never compiled (see
-        `transport.kernels.declare.warm_up`). Raises ValueError for arguments that do not suit,
+        `transport.kernels.load.warm_up`). Raises ValueError for arguments that do not suit,
         `NativeLibraryError` if the C libraries are not there.
         """
         if page_count(memory) != replica.n_pages:

@@ -6,8 +6,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from transport.kernels import bitmap as bm
-from transport.kernels.declare import warm_up
-from transport.kernels.intrinsics import HAS_COMPRESS
+from transport.kernels.load import warm_up
 
 # Beyond one block of the scan (64 words), and no whole number of words.
 MAX_PAGES = 64 * 130 + 17
@@ -66,30 +65,12 @@ def test_scans_find_what_is_set(case: tuple[int, set[int]], dirt: bool) -> None:
     assert bm.runs_to_indices(starts, lengths).tolist() == sorted(pages)
 
 
-@pytest.mark.parametrize(
-    "name",
-    [
-        "_write_by_table",
-        pytest.param(
-            "_write_by_compress",
-            marks=pytest.mark.skipif(not HAS_COMPRESS, reason="the processor has no AVX-512"),
-        ),
-    ],
-)
-def test_either_way_to_write_the_numbers_of_a_word_finds_its_bits(name: str) -> None:
-    """A machine uses only one of them."""
-    from numba import njit
-
-    from transport.kernels.compiler import use_numba_in
-
-    use_numba_in(vars(bm))
-    inlined = vars(bm)[name]
-    write = njit(lambda *arguments: inlined(*arguments))
+def test_the_numbers_of_a_word_are_those_of_its_bits() -> None:
     words = np.random.default_rng(5).integers(0, 1 << 64, 200, np.uint64)
     words[::3] &= words[1::3]
     for word in [*words.tolist(), 0, (1 << 64) - 1, 1, 1 << 63]:
         indices = np.zeros(5 + 64 + bm._SLACK, np.uint32)
-        write(np.uint64(word), np.uint32(640), indices, 5)
+        bm._write_by_table(np.uint64(word), np.uint32(640), indices, 5)
         bits = [bit for bit in range(64) if word >> bit & 1]
         assert indices[5 : 5 + len(bits)].tolist() == [640 + bit for bit in bits]
         assert not indices[:5].any()

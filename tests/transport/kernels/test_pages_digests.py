@@ -7,7 +7,6 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from transport.kernels.bitmap import bitmap_to_indices
-from transport.kernels.declare import warm_up
 from transport.kernels.digests import (
     BLOCK_PAGES,
     digest_all,
@@ -15,6 +14,7 @@ from transport.kernels.digests import (
     digest_pages,
     scan_changed,
 )
+from transport.kernels.load import warm_up
 
 SEED = 0xFEDCBA9876543210
 

@@ -1,7 +1,6 @@
 """What happens before the first page: kernels out of the cache, C functions found or not."""
 
 import os
-import stat
 import subprocess
 import sys
 from pathlib import Path
@@ -11,33 +10,37 @@ import pytest
 
 from transport.kernels import clib
 from transport.kernels.bitmap import _assign, _count
-from transport.kernels.declare import kernel, readonly, warm_up
-from transport.kernels.files import FILES
+from transport.kernels.digests import _digest_pages
+from transport.kernels.load import warm_up
 from transport.wire.errors import TransportError
 
 START = """
-import sys
 import numpy as np
 from transport.kernels.bitmap import count
-from transport.kernels.declare import warm_up
+from transport.kernels.load import all_kernels, warm_up
+assert not any(each.origin for each in all_kernels())
 done = warm_up(lambda: print("compiling"))
-print(done.cache_hit, count(np.array([5], np.uint64)))
-print({"numba", "llvmlite"} & set(sys.modules))
+print(done.cache_hit, done.not_kept or "kept", count(np.array([5], np.uint64)))
 """
 
 
-def test_a_first_compilation_is_told_and_a_second_process_needs_no_compiler(tmp_path: Path) -> None:
-    environment = {**os.environ, "VFIO_FERRY_CACHE": str(tmp_path)}
-    said = [
-        subprocess.run(
-            [sys.executable, "-c", START], stdout=subprocess.PIPE, check=True, env=environment
-        ).stdout.split()
-        for _ in range(2)
-    ]
-    assert said == [[b"compiling", b"False", b"2", b"set()"], [b"True", b"2", b"set()"]]
-    [image] = (tmp_path / "kernels").iterdir()
-    assert stat.S_IMODE(image.stat().st_mode) == 0o600
-    assert stat.S_IMODE(image.parent.stat().st_mode) == 0o700
+def start(**environment: str) -> list[str]:
+    """What a process of its own says."""
+    command = [sys.executable, "-c", START]
+    return subprocess.check_output(command, env={**os.environ, **environment}, text=True).split()
+
+
+def test_a_first_compilation_is_told_and_a_second_process_needs_none(tmp_path: Path) -> None:
+    said = [start(VFIO_FERRY_CACHE=str(tmp_path)) for _ in range(2)]
+    assert said == [["compiling", "False", "kept", "2"], ["True", "kept", "2"]]
+
+
+def test_a_process_that_may_keep_nothing_says_why_and_works(tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    said = start(VFIO_FERRY_CACHE=str(tmp_path / "file"), NUMBA_OPT="0")
+    assert said[:2] == ["compiling", "False"]
+    assert "exists:" in said
+    assert said[-1] == "2"
 
 
 def test_kernels_are_loaded_once() -> None:
@@ -45,13 +48,10 @@ def test_kernels_are_loaded_once() -> None:
     assert warm_up().cache_hit
 
 
-def test_importing_the_encoder_and_decoder_loads_no_kernel() -> None:
-    program = (
-        "import transport.sending.encoder, transport.receiving.decoder\n"
-        "from transport.kernels import compiled\n"
-        "assert compiled._kernels and not any(each._entry for each in compiled._kernels)"
-    )
-    subprocess.run([sys.executable, "-c", program], check=True)
+@pytest.mark.parametrize("command", ["gateway", "resolve", "secret"])
+def test_commands_that_need_no_kernels_do_without_numba(command: str) -> None:
+    program = f"import sys, ferry.cli, ferry.commands.{command}\nprint('numba' in sys.modules)"
+    assert subprocess.check_output([sys.executable, "-c", program]).split() == [b"False"]
 
 
 WORDS = np.zeros(4, np.uint64)
@@ -70,8 +70,8 @@ WORDS = np.zeros(4, np.uint64)
     ids=["list", "scalar", "other type", "2-D", "stride", "other byte order"],
 )
 def test_what_is_no_array_of_the_signature_is_refused(unfit: object) -> None:
-    with pytest.raises(TypeError, match=r"bitmap\._count: argument 0"):
-        _count(unfit, 0)
+    with pytest.raises(TypeError):
+        _count(unfit, np.uint64(0))
 
 
 def test_a_kernel_writes_to_no_array_that_is_readonly() -> None:
@@ -79,29 +79,21 @@ def test_a_kernel_writes_to_no_array_that_is_readonly() -> None:
     bitmap = WORDS.copy()
     assert _assign(bitmap, pages, 256, True) == 1
     bitmap.flags.writeable = False
-    with pytest.raises(TypeError, match="argument 0"):
+    with pytest.raises(TypeError):
         _assign(bitmap, pages, 256, False)
     assert bitmap[0] == 1
 
 
-@pytest.mark.parametrize(
-    "arguments", [(WORDS,), (WORDS, 1, 2), (WORDS, -1), (WORDS, 1 << 64), (WORDS, 1.5)]
-)
-def test_scalars_that_do_not_fit_the_signature_are_refused(arguments: tuple[object, ...]) -> None:
-    with pytest.raises(TypeError, match=r"bitmap\._count"):
+@pytest.mark.parametrize("arguments", [(WORDS,), (WORDS, np.uint64(1), np.uint64(2))])
+def test_another_number_of_arguments_is_refused(arguments: tuple[object, ...]) -> None:
+    with pytest.raises(TypeError):
         _count(*arguments)
 
 
-def test_too_short_a_tuple_is_no_tuple_of_the_signature() -> None:
-    @kernel(FILES, readonly(np.uint8))
-    def unused(files: object, other: object) -> None: ...
-
-    from transport.kernels import compiled
-
-    compiled._kernels.remove(unused)
-    unused.bind(1)  # it must not get so far
-    with pytest.raises(TypeError, match="2 arguments for 7"):
-        unused((WORDS,), np.zeros(1, np.uint8))
+def test_another_tuple_than_that_of_the_signature_is_refused() -> None:
+    numbers, seed = np.zeros(0, np.uint32), np.uint64(1)
+    with pytest.raises(TypeError):
+        _digest_pages(np.zeros(1, np.uint8), (WORDS,), numbers, seed, seed, WORDS)
 
 
 def test_a_missing_c_function_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
