@@ -12,17 +12,18 @@ from numba import njit, types
 from transport.kernels import externals
 from transport.kernels.declare import Kernel, readonly
 
-SEEK_CUR = os.SEEK_CUR
+SEEK_SET, SEEK_CUR = os.SEEK_SET, os.SEEK_CUR
 MANY = 50_000_000
 
 
 def wait_for_a_seek(descriptor: Any) -> Any:
-    """The position of a file that another thread has changed; 0 if it never does."""
+    """Seeks to 1, and returns the position that another thread has then sought; 1 if none does."""
+    position = externals.lseek(descriptor[0], 1, SEEK_SET)
     for _ in range(MANY):
+        if position != 1:
+            break
         position = externals.lseek(descriptor[0], 0, SEEK_CUR)
-        if position > 0:
-            return position
-    return 0
+    return position
 
 
 def test_other_threads_run_while_a_kernel_does() -> None:
@@ -32,7 +33,9 @@ def test_other_threads_run_while_a_kernel_does() -> None:
     found = []
     thread = threading.Thread(target=lambda: found.append(kernel(np.array([descriptor]))))
     thread.start()
-    os.lseek(descriptor, 7, os.SEEK_SET)
+    while os.lseek(descriptor, 0, SEEK_CUR) == 0:
+        pass
+    os.lseek(descriptor, 7, SEEK_SET)
     thread.join()
     os.close(descriptor)
     assert found == [7]
