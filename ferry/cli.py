@@ -5,16 +5,15 @@ that numba and the kernels of `send` and `receive` need.
 """
 
 import argparse
-import contextlib
-import gc
 import importlib
 import importlib.metadata
 import os
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
+from ferry.collector import collector_off
 from ferry.config import add_arguments, load
 from ferry.errors import EXIT_MEANING, Exit
 from ferry.exit_codes import describe, exit_code_of
@@ -65,7 +64,7 @@ def main(arguments: list[str] | None = None) -> int:
     for name, command in known.items():
         sub = commands.add_parser(name, help=command.help, description=command.help)
         if name == wanted:
-            with _collector_off():
+            with collector_off():
                 module = importlib.import_module(command.module)
             add_arguments(sub, module.Options)
             sub.add_argument("--debug", action="store_true", help="print tracebacks")
@@ -93,18 +92,6 @@ def _print_exit_codes() -> int:
     for code, meaning in EXIT_MEANING.items():
         print(f"{code.value:>3}  {code.name.lower():<14} {meaning}")
     return Exit.OK
-
-
-@contextlib.contextmanager
-def _collector_off() -> Iterator[None]:
-    """What an import makes stays: looking for garbage in it, again and again meanwhile and once
-    afterwards, takes a quarter of the time that `send` needs to start."""
-    gc.disable()
-    try:
-        yield
-    finally:
-        gc.freeze()
-        gc.enable()
 
 
 def _run_bench(arguments: list[str]) -> int:

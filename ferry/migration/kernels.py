@@ -2,6 +2,7 @@
 
 import trio
 
+from ferry.collector import collector_off
 from ferry.progress import Reporter
 from transport.kernels.load import warm_up
 
@@ -16,7 +17,8 @@ async def make_kernels_ready(reporter: Reporter) -> None:
         text = "compiling the data plane's numba kernels, once on each machine: some ten seconds"
         reporter.event("message", text=text)
 
-    done = await trio.to_thread.run_sync(warm_up, explain, abandon_on_cancel=True)
+    with collector_off():
+        done = await trio.to_thread.run_sync(warm_up, explain, abandon_on_cancel=True)
     if done.cache_hit:
         return
     text = f"the numba kernels are compiled, in {done.seconds:.1f} s"

@@ -8,6 +8,7 @@ may rename a folder on that path could put another one in its place.
 
 from __future__ import annotations
 
+import fcntl
 import hashlib
 import os
 import re
@@ -30,6 +31,9 @@ from transport.user_cache import default_cache
 
 UNUSED_S: Final = 30 * 86400.0
 """A folder that no process has used for so long is removed: a new version has taken its place."""
+TURN_S: Final = 60.0
+"""For so long a process waits for another one that compiles: no compilation takes longer."""
+_POLL_S: Final = 0.1
 _OURS: Final = re.compile(r"kernels-[0-9a-f]{32}")
 _HERE = Path(__file__).parent
 SOURCES: Final = (*sorted(_HERE.glob("*.py")), _HERE.parent / "wire" / "frames.py")
@@ -44,10 +48,27 @@ class Folder:
     """None: nowhere, each process compiles for itself."""
     why_not: str = ""
     """Why there is none."""
+    descriptor: int = -1
 
     def is_complete(self) -> bool:
         """Whether `mark_complete` was called for it."""
         return self.path is not None and (self.path / "complete").exists()
+
+    def wait_for_turn(self) -> None:
+        """Return when no other process compiles to it, or after `TURN_S`: two may do no harm.
+
+        The turn lasts until the folder is closed, or its process dies.
+        """
+        deadline = time.monotonic() + TURN_S
+        while self.path is not None and time.monotonic() < deadline:
+            try:
+                fcntl.flock(self.descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                time.sleep(_POLL_S)
+            except OSError:
+                return  # a file system without locks
+            else:
+                return
 
     def mark_complete(self) -> None:
         """All kernels are in it."""
@@ -65,7 +86,7 @@ def open_folder() -> Iterator[Folder]:
         why_not = str(error)
     else:
         try:
-            yield Folder(Path(f"/proc/self/fd/{descriptor}"))
+            yield Folder(Path(f"/proc/self/fd/{descriptor}"), "", descriptor)
         finally:
             os.close(descriptor)
         return

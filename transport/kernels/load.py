@@ -34,7 +34,8 @@ class WarmUp:
 def warm_up(compiling: Callable[[], None] | None = None) -> WarmUp:
     """Load every kernel, or compile them; may be called again and from any thread.
 
-    `compiling` is called once before they are compiled. Raises `NativeLibraryError` if the C
+    `compiling` is called once before they are compiled, or before another process is waited for
+    that compiles them already. Raises `NativeLibraryError` if the C
     libraries are missing or too old, `CompilationFailed` if numba cannot compile a kernel.
     """
     began = time.monotonic()
@@ -43,8 +44,10 @@ def warm_up(compiling: Callable[[], None] | None = None) -> WarmUp:
     not_kept = ""
     if missing:
         with open_folder() as folder:
-            if compiling is not None and not folder.is_complete():
-                compiling()
+            if not folder.is_complete():
+                if compiling is not None:
+                    compiling()
+                folder.wait_for_turn()
             for each in missing:
                 each.load(folder.path)
             if folder.path is None:

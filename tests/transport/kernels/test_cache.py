@@ -1,12 +1,14 @@
 """Kernels in numba's cache: what is taken from it, what is not, and what makes another one."""
 
 import ast
+import fcntl
 import os
 import pickle
 import subprocess
 import sys
 import time
 from collections.abc import Callable
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -194,6 +196,32 @@ def test_two_that_start_at_once_do_not_disturb_each_other(base: Path) -> None:
     assert said <= {"KEPT", "FOUND"}
     with start() as third:
         assert third.communicate()[0].strip() == "FOUND"
+
+
+def test_one_process_compiles_at_a_time(base: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    waited = 0
+
+    def until_it_is_closed(_seconds: float) -> None:
+        nonlocal waited
+        waited += 1
+        if waited == 3:
+            first.close()
+
+    monkeypatch.setattr(cache.time, "sleep", until_it_is_closed)
+    first = ExitStack()
+    first.enter_context(open_folder()).wait_for_turn()
+    with open_folder() as second:
+        second.wait_for_turn()
+        assert waited == 3
+
+
+def test_nobody_waits_for_ever(base: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(cache, "TURN_S", 0.2)
+    with open_folder() as first, open_folder() as second:
+        first.wait_for_turn()
+        second.wait_for_turn()
+        with pytest.raises(BlockingIOError):
+            fcntl.flock(second.descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
 
 
 def test_whatever_the_code_depends_on_makes_another_folder(
