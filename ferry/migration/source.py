@@ -38,6 +38,7 @@ from sync.dirty.scan import ScanTracker
 from sync.dirty.shared import LoggingTracker, MessageTracker
 from sync.dirty.tracker import Tracker, choose_method
 from sync.gateway.control.client import GatewayClient
+from sync.gateway.engine.custody import ClientRole
 from sync.gateway.errors import DeviceLost, GatewayError, GatewayLost
 from sync.handover.machine import Action, Event, Handover
 from sync.handover.states import Deadlines, HandoverState, Role
@@ -180,7 +181,7 @@ class Source:
         """Takes the gateway's lease, and chooses how the device's state and pages move."""
         options = self._options
         gateway = await self._held.enter_async_context(
-            await GatewayClient.connect(path, role="source", session=self._session.hex())
+            await GatewayClient.connect(path, role=ClientRole.SOURCE, session=self._session.hex())
         )
         info = await check_gateway(path, gateway, vmm=True)
         if info.state == "released":

@@ -40,6 +40,7 @@ from ferry.migration.receive_options import Options
 from ferry.migration.tunnel import run_tunnel
 from ferry.progress import Reporter
 from sync.gateway.control.client import GatewayClient
+from sync.gateway.engine.custody import ClientRole
 from sync.gateway.errors import DeviceLost, GatewayLost, VmmLost, WrongState
 from sync.handover.machine import Action, Event, Handover
 from sync.handover.states import Deadlines, Role
@@ -171,7 +172,7 @@ class Target:
         profiles = load_profiles([Path(item) for item in self._options.profile])
         for number, (path, theirs) in enumerate(zip(paths, hello.devices, strict=True)):
             gateway = await self._held.enter_async_context(
-                await GatewayClient.connect(path, role="target", session=hello.session)
+                await GatewayClient.connect(path, role=ClientRole.TARGET, session=hello.session)
             )
             self._gateways.append(gateway)
             info = await check_gateway(path, gateway, vmm=True)

@@ -37,7 +37,7 @@ class NoTracker(SyncError):
 
 
 class Mediation(Protocol):
-    """What of the answer to `mediate` (`sync.gateway.control.client.Mediation`) a tracker needs."""
+    """What a tracker needs of the answer to `mediate` (`gateway.control.requests.Mediation`)."""
 
     @property
     def page_size(self) -> int: ...

@@ -40,6 +40,12 @@ class BadRequest(GatewayError):
     code = "bad-request"
 
 
+class ControlVersionMismatch(GatewayError):
+    """The gateway speaks another version of the control protocol: use one release of both."""
+
+    code = "version"
+
+
 class GatewayUnreachable(GatewayError):
     """No gateway answers at this control socket: start it, or check the path."""
 

@@ -27,6 +27,8 @@ from collections.abc import AsyncIterator, Mapping
 from dataclasses import dataclass, field
 from typing import ClassVar, Literal, Protocol
 
+from sync.vfio_user.features import MigrationState
+
 Method = Literal["v2", "replay"]
 
 
@@ -37,7 +39,7 @@ class GatewayPort(Protocol):
 
     async def journal(self, max_records: int = ...) -> tuple[bytes, bool]: ...
 
-    async def mig_state(self, state: int) -> None: ...
+    async def mig_state(self, state: MigrationState) -> None: ...
 
     async def mig_read(self, max_bytes: int) -> bytes: ...
 

@@ -1,13 +1,12 @@
 """What a gateway tells about itself: the shapes that cross the control socket in a status.
 
-Owned here: the dataclasses and their way to JSON and back. The state words themselves stand in
-`state`.
+Not owned: their way to JSON and back (`shapes`), and what the states mean (`custody`).
 """
 
-from dataclasses import asdict, dataclass
-from typing import Any, Self
+from dataclasses import dataclass
+from typing import Self
 
-from sync.gateway.errors import ControlProtocolError
+from sync.gateway.engine.custody import ClientRole, CustodyState, Owner
 
 
 @dataclass(frozen=True, slots=True)
@@ -76,18 +75,16 @@ class Recovery:
 class GatewayInfo:
     """A gateway's status. The device's part is that of its last connection."""
 
-    state: str
-    """A word of `state.State`."""
-    owner: str
-    """A word of `state.Owner`."""
+    state: CustodyState
+    owner: Owner
     session: str
     """The session of the ownership record, or ''."""
-    verdicts: dict[str, str]
-    """The latest sessions that are settled here for good: 'owned' (at some time) or 'fenced'."""
+    verdicts: dict[str, Owner]
+    """The latest sessions that are settled here for good: owned (at some time) or fenced."""
     device_connected: bool
     vmm_connected: bool
-    lease: str
-    """The role that holds the lease: 'source', 'target' or ''."""
+    lease: ClientRole | None
+    """The role that holds the lease."""
     regions: dict[int, RegionDescription]
     irqs: dict[int, IrqDescription]
     config_space: bytes
@@ -104,43 +101,3 @@ class GatewayInfo:
     journal_records: int
     journal_overflow: bool
     last_recovery: Recovery | None
-
-    def to_fields(self) -> dict[str, Any]:
-        """As JSON-ready fields."""
-        fields = asdict(self)
-        fields["config_space"] = self.config_space.hex()
-        return fields
-
-    @classmethod
-    def from_fields(cls, fields: dict[str, Any]) -> Self:
-        """From a reply. Raises `ControlProtocolError` when a field is missing or has no sense."""
-        try:
-            recovery = fields["last_recovery"]
-            return cls(
-                state=str(fields["state"]),
-                owner=str(fields["owner"]),
-                session=str(fields["session"]),
-                verdicts={str(name): str(word) for name, word in fields["verdicts"].items()},
-                device_connected=bool(fields["device_connected"]),
-                vmm_connected=bool(fields["vmm_connected"]),
-                lease=str(fields["lease"]),
-                regions={
-                    int(index): RegionDescription(int(region["flags"]), int(region["size"]))
-                    for index, region in fields["regions"].items()
-                },
-                irqs={
-                    int(index): IrqDescription(int(irq["flags"]), int(irq["count"]))
-                    for index, irq in fields["irqs"].items()
-                },
-                config_space=bytes.fromhex(fields["config_space"]),
-                identity=Identity(**fields["identity"]),
-                supports=Supports(**fields["supports"]),
-                layout_generation=int(fields["layout_generation"]),
-                memory_pages=int(fields["memory_pages"]),
-                dropped_writes=int(fields["dropped_writes"]),
-                journal_records=int(fields["journal_records"]),
-                journal_overflow=bool(fields["journal_overflow"]),
-                last_recovery=None if recovery is None else Recovery(**recovery),
-            )
-        except (KeyError, TypeError, ValueError, AttributeError) as error:
-            raise ControlProtocolError("the gateway's status does not parse") from error

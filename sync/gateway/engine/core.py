@@ -17,7 +17,7 @@ from sync.gateway.datapath.journal import DEFAULT_RECORDS
 from sync.gateway.datapath.relay import Send, VmmCommand
 from sync.gateway.engine import device_steps as steps
 from sync.gateway.engine import jobs
-from sync.gateway.engine.custody import Custody, LeaseLoss, Role, State
+from sync.gateway.engine.custody import ClientRole, Custody, CustodyState, LeaseLoss
 from sync.gateway.engine.device_handshake import DeviceFacts, handshake
 from sync.gateway.engine.device_link import Link
 from sync.gateway.engine.job_runner import Job
@@ -55,7 +55,7 @@ class Lease:
     """The right of one controller to change things."""
 
     holder: Holder
-    role: Role
+    role: ClientRole
     since: float
     """When it last asked for something."""
     broken: GatewayError | None = None
@@ -155,7 +155,7 @@ class Core:
         }
 
     def _wake(self, link: Link) -> None:
-        if link is not self.link or self.custody.state is not State.PASSTHROUGH:
+        if link is not self.link or self.custody.state is not CustodyState.PASSTHROUGH:
             return
 
         def done(problem: SyncError | None) -> None:
@@ -241,7 +241,7 @@ class Core:
     def silent_holder(self, now: float) -> Holder | None:
         """The holder that keeps a stopped guest waiting without asking for anything."""
         lease = self.lease
-        if lease is None or lease.role is not Role.SOURCE or self.busy:
+        if lease is None or lease.role is not ClientRole.SOURCE or self.busy:
             return None
         stopped = self.custody.on_lease_loss(lease.role) is LeaseLoss.RESTORE
         late = now - lease.since > self.limits.lease_silence_s
@@ -303,13 +303,13 @@ class Core:
         facts = self.facts
         regions = link.memory.regions if link else []
         return GatewayInfo(
-            state=custody.state.value,
-            owner=custody.owner.value,
+            state=custody.state,
+            owner=custody.owner,
             session=custody.session,
             verdicts=custody.verdicts(MAX_VERDICTS_TOLD),
             device_connected=self.ready,
             vmm_connected=custody.vmm_connected,
-            lease=self.lease.role.value if self.lease else "",
+            lease=self.lease.role if self.lease else None,
             regions=facts.regions,
             irqs=facts.irqs,
             config_space=facts.config_space,

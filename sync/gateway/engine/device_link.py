@@ -16,7 +16,7 @@ from sync.gateway.datapath.owed import Owed
 from sync.gateway.datapath.relay import Relay, Send
 from sync.gateway.datapath.snoops import Snoops
 from sync.gateway.datapath.traps import Capture, Gate, owed_reads, refusals
-from sync.gateway.engine.custody import State
+from sync.gateway.engine.custody import CustodyState
 from sync.gateway.engine.device_handshake import MAX_DATA_BYTES, DeviceFacts
 from sync.gateway.engine.job_runner import Runner
 from sync.vfio_user.protocol import Capabilities, Version
@@ -78,15 +78,15 @@ class Link:
             ),
         )
 
-    def enter(self, state: State) -> None:
+    def enter(self, state: CustodyState) -> None:
         """From here on the VMM's commands are treated as `state` says."""
         commands = dict(self.snoops.commands)
-        self.snoops.keep_intx_masked = state is State.STOPPED
+        self.snoops.keep_intx_masked = state is CustodyState.STOPPED
         if self.owed:
             commands |= owed_reads(self.relay, self.owed)
-        if state in (State.MEDIATED, State.STOPPED):
+        if state in (CustodyState.MEDIATED, CustodyState.STOPPED):
             commands |= self._capture.commands if self.capturing else refusals(self.relay)
-        elif state in (State.STANDBY, State.RELEASED):
+        elif state in (CustodyState.STANDBY, CustodyState.RELEASED):
             commands |= self.gate.commands
             self.gate.dropped = 0
         else:

@@ -7,14 +7,13 @@ when a step fails. Not owned: who may ask (`requests`), how a job is run and bou
 accesses held back. So the guest sees each of them as happening between two of its accesses.
 """
 
-from dataclasses import dataclass
-
 from sync.errors import SyncError
+from sync.gateway.control.requests import DirtyHalf, Mediate, Mediation
 from sync.gateway.datapath.bitmap import DirtyBitmap
 from sync.gateway.datapath.dma import PAGE_BYTES, AtDevice
 from sync.gateway.engine import device_handshake as device
 from sync.gateway.engine import device_steps as steps
-from sync.gateway.engine.custody import Custody, State
+from sync.gateway.engine.custody import Custody, CustodyState
 from sync.gateway.engine.device_link import Link
 from sync.gateway.engine.job_runner import Call, Job
 from sync.gateway.errors import BadRequest, GatewayError, Unsupported, WrongState
@@ -28,42 +27,15 @@ from sync.vfio_user.protocol import (
     SetIrqs,
 )
 
-TRACKERS = ("logging", "message", "none")
 
+def mediate(link: Link, custody: Custody, request: Mediate) -> Job[Mediation]:
+    """passthrough -> mediated. What fails is undone; the state is then what it was.
 
-@dataclass(frozen=True, slots=True)
-class Mediated:
-    """The outcome of `mediate`. `dirty_fd` stays the gateway's; None without a tracker."""
-
-    values: bytes
-    journal_seq: int
-    page_bytes: int
-    dirty_fd: int | None
-    n_pages: int
-    half_bytes: int
-    layout_generation: int
-
-
-@dataclass(frozen=True, slots=True)
-class Collected:
-    """The outcome of `dirty`."""
-
-    half: int
-    complete: bool
-
-
-def mediate(
-    link: Link,
-    custody: Custody,
-    *,
-    tracker: str,
-    page_bytes: int,
-    capture: bool,
-    snapshot: bytes,
-) -> Job[Mediated]:
-    """passthrough -> mediated. What fails is undone; the state is then what it was."""
+    The bitmap's descriptor stays the gateway's.
+    """
+    tracker = request.tracker
     custody.check_mediate()
-    steps.parse_records(link, snapshot)
+    steps.parse_records(link, request.snapshot)
     bitmap = _new_bitmap(link) if tracker != "none" else None
     if tracker == "logging" and not link.facts.supports.logging:
         raise Unsupported("the device does not log its DMA writes: use another tracker")
@@ -71,13 +43,13 @@ def mediate(
         link.track(bitmap)
     try:
         if tracker == "logging" and bitmap is not None:
-            yield from steps.start_logging(link, bitmap.layout, page_bytes)
+            yield from steps.start_logging(link, bitmap.layout, request.page_size)
         elif tracker == "message":
             link.snoops.sharing = AtDevice.MESSAGE
             problem = yield from steps.share(link, AtDevice.MESSAGE)
             if problem is not None:
                 raise problem
-        values = yield from steps.execute(link, snapshot)
+        values = yield from steps.execute(link, request.snapshot)
     except ProtocolError:
         raise
     except SyncError:
@@ -87,14 +59,14 @@ def mediate(
         link.untrack()
         raise
     link.journal.restart()
-    link.capturing = capture
+    link.capturing = request.capture
     custody.mediate()
     link.enter(custody.state)
-    return Mediated(
+    return Mediation(
         values=values,
         journal_seq=link.journal.next_seq,
-        page_bytes=max(link.logging_page_bytes, PAGE_BYTES),
-        dirty_fd=bitmap.descriptor if bitmap else None,
+        page_size=max(link.logging_page_bytes, PAGE_BYTES),
+        dirty=(bitmap.descriptor,) if bitmap else (),
         n_pages=bitmap.n_pages if bitmap else 0,
         half_bytes=bitmap.half_bytes if bitmap else 0,
         layout_generation=link.memory.generation,
@@ -111,7 +83,7 @@ def _new_bitmap(link: Link) -> DirtyBitmap:
         raise GatewayError(f"no room for the dirty bitmap: {error.strerror}") from error
 
 
-def dirty(link: Link) -> Job[Collected]:
+def dirty(link: Link) -> Job[DirtyHalf]:
     """Reads and clears the tracker: the device's own log first, then the halves are swapped."""
     bitmap = link.service.bitmap
     if bitmap is None:
@@ -119,7 +91,7 @@ def dirty(link: Link) -> Job[Collected]:
     complete = True
     if link.logging_page_bytes:
         complete = yield from steps.collect_log(link)
-    return Collected(bitmap.swap(), complete)
+    return DirtyHalf(bitmap.swap(), link.memory.generation, complete)
 
 
 def batch(link: Link, records: bytes) -> Job[bytes]:
@@ -128,7 +100,7 @@ def batch(link: Link, records: bytes) -> Job[bytes]:
 
 def stop(link: Link, custody: Custody, *, fence: bool, resume: bytes) -> Job[None]:
     """mediated -> stopped. If a fence fails, the state stays and `passthrough` gives all back."""
-    custody.check("stop")
+    custody.check_stop()
     steps.parse_records(link, resume)
     if fence:
         link.snoops.sharing = AtDevice.NOT
@@ -140,10 +112,10 @@ def stop(link: Link, custody: Custody, *, fence: bool, resume: bytes) -> Job[Non
 
 def restore(link: Link, custody: Custody) -> Job[None]:
     """mediated | stopped -> passthrough. Everything is tried; what failed first is raised then."""
-    custody.check("passthrough")
-    if custody.state is State.PASSTHROUGH:
+    custody.check_restore()
+    if custody.state is CustodyState.PASSTHROUGH:
         return
-    was_stopped = custody.state is State.STOPPED
+    was_stopped = custody.state is CustodyState.STOPPED
     yield from steps.stop_logging(link)
     link.snoops.sharing = AtDevice.DIRECT
     problem = yield from steps.share_and_run(link, run_device=link.migration_touched)
@@ -199,7 +171,7 @@ def abandon(link: Link, custody: Custody) -> Job[None]:
     """standby -> passthrough without the guest: the device is as after a reset."""
     custody.check_abandon()
     problem: SyncError | None = None
-    if custody.state is State.STANDBY:
+    if custody.state is CustodyState.STANDBY:
         if link.facts.supports.reset:
             (answer,) = yield [Call(Command.DEVICE_RESET)]
             link.migration_touched = link.migration_touched and bool(answer.error)

@@ -22,7 +22,7 @@ from pathlib import Path
 from sync.errors import SyncError
 from sync.gateway.control.info import Recovery
 from sync.gateway.control.peer import ControlPeer
-from sync.gateway.control.requests import Requests
+from sync.gateway.control.server import ControlServer
 from sync.gateway.datapath.peer import Peer
 from sync.gateway.engine.busy_poll import WINDOW_S, BusyPoll, usable_window_s
 from sync.gateway.engine.core import Core, Limits
@@ -101,7 +101,7 @@ class Gateway:
         """Clients that have something to send, or may have something to ask."""
         self._recoveries: deque[Recovery] = deque()
         self.core = Core(options.limits, self._clock, log, self._recover)
-        self._requests = Requests(self.core)
+        self._server = ControlServer(self.core)
         self._listeners: list[Listener] = []
         self._wake = os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC)
         self._watch(self._wake, self._woken)
@@ -458,7 +458,7 @@ class Gateway:
                 continue
             request = client.next_request()
             if request is not None:
-                self._requests.handle(client, request)
+                self._server.handle(client, request)
             if not client.closed:
                 mask = (_IN if client.wants_read else 0) | (_OUT if client.wants_write else 0)
                 self._mask(client.fileno(), mask)

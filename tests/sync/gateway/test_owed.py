@@ -6,10 +6,11 @@ from hypothesis import strategies as st
 
 from sync.gateway.datapath.owed import MAX_BYTES, Owed
 from sync.gateway.engine import jobs
-from sync.gateway.engine.custody import State
+from sync.gateway.engine.custody import CustodyState
 from sync.gateway.errors import BadRequest
 from sync.registers.record import Access, Op, pack_accesses, unpack_accesses
 from sync.vfio_user.protocol import Command, RegionAccess, Version
+from tests.sync.gateway.mediation import mediating
 
 CAUSE = 0x40
 """A register of the model device; the test clears it where a real one would by being read."""
@@ -29,13 +30,7 @@ def _take(bench) -> bytes:
 
 
 def _mediate_and_stop(bench, *, capture: bool = True) -> None:
-    job = jobs.mediate(
-        *(bench.link, bench.custody),
-        tracker="none",
-        page_bytes=4096,
-        capture=capture,
-        snapshot=b"",
-    )
+    job = mediating(bench, capture=capture)
     bench.job(job, held=True)
     bench.job(jobs.stop(bench.link, bench.custody, fence=False, resume=b""), held=True)
 
@@ -157,7 +152,7 @@ def test_i8_too_great_a_debt_does_not_keep_the_source_from_going_on(make_bench) 
     bench.link.resume_records = pack_accesses([debt])
     with pytest.raises(BadRequest):
         bench.job(jobs.restore(bench.link, bench.custody), held=True)
-    assert bench.custody.state is State.PASSTHROUGH
+    assert bench.custody.state is CustodyState.PASSTHROUGH
     assert not bench.link.relay.holding
 
 
