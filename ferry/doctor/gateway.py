@@ -13,6 +13,7 @@ from pathlib import Path
 import trio
 
 from ferry.findings import Finding, methods_text, note, ok, problem
+from ferry.migration.devices import view_of
 from ferry.progress import bytes_text
 from sync.dirty.tracker import NoTracker, RequestedTracker, choose_method
 from sync.gateway.control.client import GatewayClient
@@ -20,7 +21,6 @@ from sync.gateway.control.info import GatewayInfo
 from sync.gateway.errors import GatewayError
 from sync.registers.choose import Origin, RequestedMethod, find_profile, source_for
 from sync.registers.errors import RegisterError
-from sync.registers.profile.locate import DeviceView
 
 ANSWER_S = 5.0
 OFFERS = {
@@ -109,7 +109,7 @@ def _state(name: str, info: GatewayInfo) -> Finding:
 
 def _device(info: GatewayInfo, wish: Wish, gateway: GatewayClient) -> list[Finding]:
     """What the device offers, and what would be made of it."""
-    view = DeviceView.from_info(info)
+    view = view_of(info)
     name = f"device {view.ids}"
     offers = [text for field, text in OFFERS.items() if getattr(info.supports, field)]
     profile = find_profile(view, wish.profiles)

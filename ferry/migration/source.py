@@ -20,7 +20,7 @@ from numpy.typing import NDArray
 from ferry.errors import Mismatch, NotOwner
 from ferry.findings import methods_text, ok
 from ferry.migration.check import findings_of
-from ferry.migration.devices import check_gateway, offer_of
+from ferry.migration.devices import check_gateway, offer_of, view_of
 from ferry.migration.downtime import Downtime
 from ferry.migration.handover_runner import HandoverRunner
 from ferry.migration.kernels import Kernels
@@ -45,7 +45,6 @@ from sync.handover.states import Deadlines, HandoverState, Role
 from sync.memory import GuestMemory
 from sync.registers.choose import load_profiles, source_for
 from sync.registers.interface import SourceRegisters
-from sync.registers.profile.locate import DeviceView
 from sync.vmm.driver import Vmm, resume_source
 from sync.vmm.errors import VmmError
 from sync.vmm.identity import identify
@@ -202,7 +201,7 @@ class Source:
         finally:
             for region in regions:
                 os.close(region.fd)
-        view = DeviceView.from_info(info)
+        view = view_of(info)
         profiles = load_profiles([Path(item) for item in options.profile])
         registers = source_for(view, gateway, profiles, options.registers)
         tracker = self._tracker(gateway, logging=info.supports.logging)

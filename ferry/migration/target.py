@@ -23,7 +23,7 @@ from ferry.exit_codes import describe
 from ferry.host_memory import check_room
 from ferry.migration.check import answer_check
 from ferry.migration.conversation import EVENTS
-from ferry.migration.devices import check_gateway, offer_of
+from ferry.migration.devices import check_gateway, offer_of, view_of
 from ferry.migration.handover_runner import HandoverRunner
 from ferry.migration.kernels import Kernels
 from ferry.migration.listener import Listener
@@ -53,7 +53,6 @@ from sync.registers.errors import (
     ProfileMismatch,
 )
 from sync.registers.interface import TargetRegisters
-from sync.registers.profile.locate import DeviceView
 from sync.vmm.driver import Vmm
 from sync.vmm.errors import VmmError, VmmGone
 from sync.vmm.identity import VmmIdentity, identify
@@ -186,7 +185,7 @@ class Target:
                     )
             try:
                 registers = target_for(
-                    bytes.fromhex(theirs.registers), DeviceView.from_info(info), gateway, profiles
+                    bytes.fromhex(theirs.registers), view_of(info), gateway, profiles
                 )
                 await registers.check()
             except (IdentityMismatch, MethodMismatch, NoMethod, ProfileMismatch) as error:

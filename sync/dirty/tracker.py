@@ -19,8 +19,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from sync.errors import SyncError
-
-PAGE_BYTES = 4096
+from sync.memory import PAGE_BYTES
 
 Bitmap = NDArray[np.uint64]
 Method = Literal["logging", "message", "scan"]

@@ -6,7 +6,7 @@ class here and nothing else.
 
 from typing import ClassVar
 
-from sync.errors import SyncError
+from sync.errors import DeviceRefusal, SyncError
 
 
 class GatewayError(SyncError):
@@ -118,7 +118,7 @@ class VmmLost(GatewayError):
     code = "vmm-lost"
 
 
-class DeviceRefused(GatewayError):
+class DeviceRefused(GatewayError, DeviceRefusal):
     """The device answered with an error."""
 
     code = "device-error"

@@ -39,7 +39,8 @@ class GatewayPort(Protocol):
 
     async def journal(self, max_records: int = ...) -> tuple[bytes, bool]: ...
 
-    async def mig_state(self, state: MigrationState) -> None: ...
+    async def mig_state(self, state: MigrationState) -> None:
+        """Raises `DeviceRefusal`."""
 
     async def mig_read(self, max_bytes: int) -> bytes: ...
 

@@ -17,7 +17,7 @@ docs/interop/vfio-user.rst.
 from collections.abc import AsyncIterator
 from typing import Any, ClassVar
 
-from sync.gateway.errors import DeviceRefused
+from sync.errors import DeviceRefusal
 from sync.registers.errors import PayloadError, RegisterError, RestartRefused, SequenceError
 from sync.registers.interface import (
     GatewayPort,
@@ -156,7 +156,7 @@ class StreamTarget(TargetRegisters):
         if not self._stopped:
             try:
                 await self._port.mig_state(MigrationState.STOP)
-            except DeviceRefused as error:
+            except DeviceRefusal as error:
                 raise RestartRefused(
                     f"the target's device does not accept its state: {error}"
                 ) from error

@@ -23,18 +23,20 @@ from collections.abc import Iterable, Mapping
 from dataclasses import replace
 from typing import Any
 
-from sync.vmm.driver import Vmm
-from sync.vmm.errors import QmpProtocolError, VmmNotReady, VmmRefused
-from sync.vmm.platform_state import (
-    BARS,
+from sync.pci import (
+    BAR0,
     CACHE_LINE,
     COMMAND,
     CONFIG_BYTES,
     INTERRUPT_LINE,
-    MAX_FUNCTIONS,
-    MSI,
-    MSIX,
+    MSI_CAPABILITY,
+    MSIX_CAPABILITY,
     ROM,
+)
+from sync.vmm.driver import Vmm
+from sync.vmm.errors import QmpProtocolError, VmmNotReady, VmmRefused
+from sync.vmm.platform_state import (
+    MAX_FUNCTIONS,
     STATE_OFFSETS,
     Function,
     Msix,
@@ -118,10 +120,11 @@ class PciPlatform:
             return list(range(0, CONFIG_BYTES, 4))
         capabilities = find_capabilities(known)
         offsets = [*STATE_OFFSETS]
-        if MSIX in capabilities:
-            offsets.append(capabilities[MSIX])
-        if MSI in capabilities:
-            offsets += range(capabilities[MSI], min(capabilities[MSI] + 24, CONFIG_BYTES), 4)
+        if MSIX_CAPABILITY in capabilities:
+            offsets.append(capabilities[MSIX_CAPABILITY])
+        if MSI_CAPABILITY in capabilities:
+            msi_at = capabilities[MSI_CAPABILITY]
+            offsets += range(msi_at, min(msi_at + 24, CONFIG_BYTES), 4)
         return offsets
 
     async def peek(self) -> bytes:
@@ -220,9 +223,9 @@ class PciPlatform:
         msix = msix_at(function.msix_at, config) if function.msix_at else None
         if (
             int.from_bytes(config[:4], "little") != function.ids
-            or (msix and config[msix.at] != MSIX)
+            or (msix and config[msix.at] != MSIX_CAPABILITY)
             or (msix and (msix.control ^ function.msix_control) & 0x7FF)
-            or (function.msi_at and config[function.msi_at] != MSI)
+            or (function.msi_at and config[function.msi_at] != MSI_CAPABILITY)
         ):
             raise PlatformError(
                 f"the device at {function.name} is not the source's: start both VMMs with the same "
@@ -264,7 +267,7 @@ def _restoring(function: Function, msix: Msix | None) -> list[str]:
 
     commands: list[str] = []
     for index, bar in enumerate(function.bars):
-        commands += write(BARS + 4 * index, 4, bar)
+        commands += write(BAR0 + 4 * index, 4, bar)
     commands += write(ROM, 4, function.rom)
     commands += write(INTERRUPT_LINE, 1, function.interrupt_line)
     commands += write(CACHE_LINE, 2, function.cache_line)

@@ -26,7 +26,7 @@ from sync.gateway.errors import (
     LayoutChanged,
     error_for,
 )
-from sync.memory import MemoryRegion
+from sync.memory import PAGE_BYTES, MemoryRegion
 from sync.vfio_user.protocol import MigrationState
 
 HELLO_DEADLINE_S = 5.0
@@ -140,7 +140,7 @@ class GatewayClient:
         self,
         *,
         tracker: Tracker,
-        page_size: int = 4096,
+        page_size: int = PAGE_BYTES,
         capture: bool,
         snapshot: bytes = b"",
     ) -> Mediation:

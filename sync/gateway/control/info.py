@@ -4,9 +4,9 @@ Not owned: their way to JSON and back (`shapes`), and what the states mean (`cus
 """
 
 from dataclasses import dataclass
-from typing import Self
 
 from sync.gateway.engine.custody import ClientRole, CustodyState, Owner
+from sync.pci import Identity
 
 
 @dataclass(frozen=True, slots=True)
@@ -23,31 +23,6 @@ class IrqDescription:
 
     flags: int
     count: int
-
-
-@dataclass(frozen=True, slots=True)
-class Identity:
-    """Who the device is, from its PCI configuration header."""
-
-    vendor: int
-    device: int
-    subsystem_vendor: int
-    subsystem: int
-    revision: int
-    class_code: int
-
-    @classmethod
-    def from_config_space(cls, config: bytes) -> Self:
-        """Reads a type 0 header (PCI 3.0, 6.1); a space shorter than 64 bytes reads as zeros."""
-        header = config[:64].ljust(64, b"\0")
-        return cls(
-            vendor=int.from_bytes(header[0x00:0x02], "little"),
-            device=int.from_bytes(header[0x02:0x04], "little"),
-            subsystem_vendor=int.from_bytes(header[0x2C:0x2E], "little"),
-            subsystem=int.from_bytes(header[0x2E:0x30], "little"),
-            revision=header[0x08],
-            class_code=int.from_bytes(header[0x09:0x0C], "little"),
-        )
 
 
 @dataclass(frozen=True, slots=True)
@@ -88,7 +63,7 @@ class GatewayInfo:
     regions: dict[int, RegionDescription]
     irqs: dict[int, IrqDescription]
     config_space: bytes
-    """Up to 256 bytes, as read when the device was connected."""
+    """As read when the device was connected: 256 bytes, 4096 of PCI Express, or nothing."""
     identity: Identity
     supports: Supports
     layout_generation: int

@@ -14,7 +14,8 @@ import fcntl
 import mmap
 import os
 
-from sync.gateway.datapath.dma import PAGE_BYTES, FlatRegion
+from sync.gateway.datapath.dma import FlatRegion
+from sync.memory import PAGE_BYTES
 
 _WORD_BYTES = 8
 _WORD_PAGES = 64

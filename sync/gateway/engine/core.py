@@ -12,7 +12,6 @@ from typing import Any, Protocol, TypeVar
 
 from sync.errors import SyncError
 from sync.gateway.control.info import GatewayInfo, Recovery
-from sync.gateway.datapath.dma import PAGE_BYTES
 from sync.gateway.datapath.journal import DEFAULT_RECORDS
 from sync.gateway.datapath.relay import Send, VmmCommand
 from sync.gateway.engine import device_steps as steps
@@ -22,6 +21,7 @@ from sync.gateway.engine.device_handshake import DeviceFacts, handshake
 from sync.gateway.engine.device_link import Link
 from sync.gateway.engine.job_runner import Job
 from sync.gateway.errors import DeviceLost, GatewayError, VmmLost
+from sync.memory import PAGE_BYTES
 from sync.vfio_user.protocol import Command, Version
 
 T = TypeVar("T")

@@ -6,12 +6,13 @@ Source: vfio-user, VFIO_USER_DMA_MAP, _DMA_UNMAP, _REGION_READ/WRITE and _DEVICE
 
 from sync.errors import SyncError
 from sync.gateway.datapath.bitmap import DirtyBitmap
-from sync.gateway.datapath.dma import PAGE_BYTES, AtDevice, DmaRegion, FlatRegion
+from sync.gateway.datapath.dma import AtDevice, DmaRegion, FlatRegion
 from sync.gateway.datapath.snoops import for_device
 from sync.gateway.engine.device_handshake import get_migration_state
 from sync.gateway.engine.device_link import Link
 from sync.gateway.engine.job_runner import Answer, Call, Job
 from sync.gateway.errors import BadRequest, DeviceRefused
+from sync.memory import PAGE_BYTES
 from sync.registers.record import (
     STRUCT,
     Access,

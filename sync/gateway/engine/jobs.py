@@ -10,13 +10,14 @@ accesses held back. So the guest sees each of them as happening between two of i
 from sync.errors import SyncError
 from sync.gateway.control.requests import DirtyHalf, Mediate, Mediation
 from sync.gateway.datapath.bitmap import DirtyBitmap
-from sync.gateway.datapath.dma import PAGE_BYTES, AtDevice
+from sync.gateway.datapath.dma import AtDevice
 from sync.gateway.engine import device_handshake as device
 from sync.gateway.engine import device_steps as steps
 from sync.gateway.engine.custody import Custody, CustodyState
 from sync.gateway.engine.device_link import Link
 from sync.gateway.engine.job_runner import Call, Job
 from sync.gateway.errors import BadRequest, GatewayError, Unsupported, WrongState
+from sync.memory import PAGE_BYTES
 from sync.vfio_user.errors import ProtocolError
 from sync.vfio_user.protocol import (
     Command,

@@ -8,12 +8,13 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from sync.errors import SyncError
-from sync.gateway.control.info import GatewayInfo, Identity
+from sync.gateway.control.info import GatewayInfo
 from sync.gateway.control.shapes import pack, unpack
 from sync.gateway.control.wire import ControlDecoder, encode
 from sync.gateway.engine.core import Core, Limits
 from sync.gateway.engine.device_handshake import handshake
 from sync.gateway.engine.device_link import Link
+from sync.pci import Identity
 from sync.vfio_user.errors import ProtocolError
 from sync.vfio_user.protocol import (
     FLAG_REPLY,
