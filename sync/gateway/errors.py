@@ -43,6 +43,8 @@ class BadRequest(GatewayError):
 class ControlVersionMismatch(GatewayError):
     """The gateway speaks another version of the control protocol: use one release of both."""
 
+    exit_name = "refused"
+
     code = "version"
 
 
@@ -60,6 +62,8 @@ class GatewayLost(GatewayError):
 
 class SocketInUse(GatewayError):
     """Another process listens at this socket path: stop it, or choose another path."""
+
+    exit_name = "local"
 
     code = "socket-in-use"
 
@@ -114,6 +118,8 @@ class DeviceLost(GatewayError):
 
 class VmmLost(GatewayError):
     """The VMM went away; the device's DMA and interrupts are gone with it."""
+
+    exit_name = "vmm"
 
     code = "vmm-lost"
 

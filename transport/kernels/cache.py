@@ -53,6 +53,8 @@ SOURCES: Final = (*sorted(_HERE.glob("*.py")), _HERE.parent / "wire" / "frames.p
 class CompilationFailed(TransportError):
     """The kernels are not in the cache and could not be compiled."""
 
+    exit_name = "local"
+
 
 def get_image(missing: Callable[[], None]) -> Image:
     """The image of all kernels for this machine. Calls `missing` if the cache does not hold it.
