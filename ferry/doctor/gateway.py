@@ -40,7 +40,7 @@ class Wish:
     profiles: tuple[Origin, ...]
 
 
-async def examine_gateway(path: str, wish: Wish) -> AsyncIterator[Finding]:
+async def gateway_findings(path: str, wish: Wish) -> AsyncIterator[Finding]:
     """The gateway whose control socket is at `path`."""
     name = f"gateway {path}"
     socket = _socket(name, Path(path))
@@ -51,7 +51,7 @@ async def examine_gateway(path: str, wish: Wish) -> AsyncIterator[Finding]:
     try:
         with trio.fail_after(ANSWER_S):
             async with await GatewayClient.connect(path) as gateway:
-                for finding in await _examine(name, gateway, wish):
+                for finding in await _findings(name, gateway, wish):
                     yield finding
     except trio.TooSlowError:
         yield problem(name, f"it has not answered for {ANSWER_S:g} s", "restart it with its VM")
@@ -76,7 +76,7 @@ def _socket(name: str, path: Path) -> Finding | None:
     return None
 
 
-async def _examine(name: str, gateway: GatewayClient, wish: Wish) -> list[Finding]:
+async def _findings(name: str, gateway: GatewayClient, wish: Wish) -> list[Finding]:
     info = await gateway.status()
     found = [_state(name, info)]
     if info.last_recovery is not None:

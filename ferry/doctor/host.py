@@ -29,7 +29,7 @@ vector, `send` one for each region."""
 SHARED_MEMORY = Path("/dev/shm")
 
 
-async def examine_host(listen: tuple[str, ...]) -> AsyncIterator[Finding]:
+async def host_findings(listen: tuple[str, ...]) -> AsyncIterator[Finding]:
     """`listen`: the endpoints to try; by default one of each kind."""
     yield _machine()
     for finding in await trio.to_thread.run_sync(_kernels):

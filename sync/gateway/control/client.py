@@ -80,7 +80,7 @@ class GatewayClient:
         client = cls(sock)
         try:
             with trio.move_on_after(HELLO_DEADLINE_S) as waiting:
-                hello = requests.Hello(requests.VERSION, role, session)
+                hello = requests.ControlHello(requests.VERSION, role, session)
                 client.info = await client._call(hello)
             if waiting.cancelled_caught:
                 raise GatewayUnreachable(

@@ -158,7 +158,7 @@ class DeviceMigrationState:
 
 
 @dataclass(frozen=True, slots=True)
-class Hello(Request[GatewayInfo]):
+class ControlHello(Request[GatewayInfo]):
     """The first request, once: who asks, and with a role other than `observer` for the lease."""
 
     op = "hello"
@@ -355,7 +355,7 @@ class Abandon(Request[Done]):
 REQUESTS: dict[str, type[Request[Any]]] = {
     request.op: request
     for request in (
-        Hello,
+        ControlHello,
         Status,
         Memory,
         ArmRecovery,

@@ -20,7 +20,7 @@ from sync.gateway.engine import device_steps as steps
 from sync.gateway.engine import jobs
 from sync.gateway.engine.core import Core, Lease
 from sync.gateway.engine.custody import ClientRole, CustodyState
-from sync.gateway.engine.device_link import Link
+from sync.gateway.engine.device_link import DeviceLink
 from sync.gateway.engine.job_runner import Job
 from sync.gateway.errors import (
     BadRequest,
@@ -59,7 +59,7 @@ class ControlServer:
         self._core = core
         # Each returns its reply, or None if a job will give it later.
         self._handlers: dict[type[Request[Any]], Callable[[Client, Any], object | None]] = {
-            requests.Hello: self._hello,
+            requests.ControlHello: self._hello,
             requests.Status: self._status,
             requests.Memory: self._memory,
             requests.ArmRecovery: self._arm_recovery,
@@ -119,7 +119,7 @@ class ControlServer:
 
     def _check(self, client: Client, request: Request[Any]) -> None:
         """Raises unless this client may ask for this now."""
-        if isinstance(request, requests.Hello):
+        if isinstance(request, requests.ControlHello):
             return
         lease = self._core.lease
         if client.role is None:
@@ -134,7 +134,7 @@ class ControlServer:
 
     # --- answered at once ---
 
-    def _hello(self, client: Client, request: requests.Hello) -> GatewayInfo:
+    def _hello(self, client: Client, request: requests.ControlHello) -> GatewayInfo:
         if client.role is not None:
             raise BadRequest("'hello' is said once")
         if request.role is not ClientRole.OBSERVER:
@@ -299,7 +299,7 @@ class ControlServer:
 
     # --- what they share ---
 
-    def _link(self) -> Link:
+    def _link(self) -> DeviceLink:
         link = self._core.link
         if link is None or not self._core.ready:
             raise NoDevice
@@ -319,7 +319,7 @@ def _request(message: ControlMessage) -> Request[Any]:
     if shape is None:
         raise BadRequest(f"there is no request {op!r}")
     # Before anything else is looked at, for other versions may have other fields.
-    if shape is requests.Hello and (theirs := message.fields.get("version")) != VERSION:
+    if shape is requests.ControlHello and (theirs := message.fields.get("version")) != VERSION:
         raise ControlVersionMismatch(
             f"the gateway speaks version {VERSION} of the control protocol, its client "
             f"{theirs!r:.20}: use the same release of vfio-ferry for both"

@@ -18,7 +18,7 @@ from sync.gateway.engine import device_steps as steps
 from sync.gateway.engine import jobs
 from sync.gateway.engine.custody import ClientRole, Custody, CustodyState, LeaseLoss
 from sync.gateway.engine.device_handshake import DeviceFacts, handshake
-from sync.gateway.engine.device_link import Link
+from sync.gateway.engine.device_link import DeviceLink
 from sync.gateway.engine.job_runner import Job
 from sync.gateway.errors import DeviceLost, GatewayError, VmmLost
 from sync.memory import PAGE_BYTES
@@ -79,7 +79,7 @@ class Core:
         self.limits = limits
         self.clock = clock
         self.custody = Custody()
-        self.link: Link | None = None
+        self.link: DeviceLink | None = None
         self.ready = False
         """Whether the device is connected and has been asked everything."""
         self.facts = DeviceFacts()
@@ -93,9 +93,11 @@ class Core:
 
     # --- device and VMM ---
 
-    def device_came(self, to_device: Send, on_ready: Callable[[SyncError | None], None]) -> Link:
+    def device_came(
+        self, to_device: Send, on_ready: Callable[[SyncError | None], None]
+    ) -> DeviceLink:
         """A device was connected; `on_ready` is called when it has been asked everything."""
-        link = Link(
+        link = DeviceLink(
             to_device,
             self.clock,
             deadline_s=self.limits.device_deadline_s,
@@ -128,7 +130,7 @@ class Core:
             self._wake_on_access(self.link)
         return answer
 
-    def _wake_on_access(self, link: Link) -> None:
+    def _wake_on_access(self, link: DeviceLink) -> None:
         """A migration that ended with its gateway has left the device stopped: it is set running
         with the first register access, for by then the VMM has shared its memory again."""
         link.migration_touched = True
@@ -154,7 +156,7 @@ class Core:
             **{command: trap(command) for command in accesses},
         }
 
-    def _wake(self, link: Link) -> None:
+    def _wake(self, link: DeviceLink) -> None:
         if link is not self.link or self.custody.state is not CustodyState.PASSTHROUGH:
             return
 

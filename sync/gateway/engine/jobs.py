@@ -14,7 +14,7 @@ from sync.gateway.datapath.dma import AtDevice
 from sync.gateway.engine import device_handshake as device
 from sync.gateway.engine import device_steps as steps
 from sync.gateway.engine.custody import Custody, CustodyState
-from sync.gateway.engine.device_link import Link
+from sync.gateway.engine.device_link import DeviceLink
 from sync.gateway.engine.job_runner import Call, Job
 from sync.gateway.errors import BadRequest, GatewayError, Unsupported, WrongState
 from sync.memory import PAGE_BYTES
@@ -29,7 +29,7 @@ from sync.vfio_user.protocol import (
 )
 
 
-def mediate(link: Link, custody: Custody, request: Mediate) -> Job[Mediation]:
+def mediate(link: DeviceLink, custody: Custody, request: Mediate) -> Job[Mediation]:
     """passthrough -> mediated. What fails is undone; the state is then what it was.
 
     The bitmap's descriptor stays the gateway's.
@@ -74,7 +74,7 @@ def mediate(link: Link, custody: Custody, request: Mediate) -> Job[Mediation]:
     )
 
 
-def _new_bitmap(link: Link) -> DirtyBitmap:
+def _new_bitmap(link: DeviceLink) -> DirtyBitmap:
     layout = link.memory.flat()
     if not layout:
         raise Unsupported("the guest has shared no memory with a descriptor: nothing to track")
@@ -84,7 +84,7 @@ def _new_bitmap(link: Link) -> DirtyBitmap:
         raise GatewayError(f"no room for the dirty bitmap: {error.strerror}") from error
 
 
-def dirty(link: Link) -> Job[DirtyHalf]:
+def dirty(link: DeviceLink) -> Job[DirtyHalf]:
     """Reads and clears the tracker: the device's own log first, then the halves are swapped."""
     bitmap = link.service.bitmap
     if bitmap is None:
@@ -95,11 +95,11 @@ def dirty(link: Link) -> Job[DirtyHalf]:
     return DirtyHalf(bitmap.swap(), link.memory.generation, complete)
 
 
-def batch(link: Link, records: bytes) -> Job[bytes]:
+def batch(link: DeviceLink, records: bytes) -> Job[bytes]:
     return (yield from steps.execute(link, records))
 
 
-def stop(link: Link, custody: Custody, *, fence: bool, resume: bytes) -> Job[None]:
+def stop(link: DeviceLink, custody: Custody, *, fence: bool, resume: bytes) -> Job[None]:
     """mediated -> stopped. If a fence fails, the state stays and `passthrough` gives all back."""
     custody.check_stop()
     steps.parse_records(link, resume)
@@ -111,7 +111,7 @@ def stop(link: Link, custody: Custody, *, fence: bool, resume: bytes) -> Job[Non
     link.enter(custody.state)
 
 
-def restore(link: Link, custody: Custody) -> Job[None]:
+def restore(link: DeviceLink, custody: Custody) -> Job[None]:
     """mediated | stopped -> passthrough. Everything is tried; what failed first is raised then."""
     custody.check_restore()
     if custody.state is CustodyState.PASSTHROUGH:
@@ -125,7 +125,7 @@ def restore(link: Link, custody: Custody) -> Job[None]:
             yield from steps.execute(link, link.resume_records)
         except BadRequest as error:
             problem = problem or error
-    if link.snoops.unmask_owed:
+    if link.snoops.unmask_pending:
         unmask = SetIrqs(IrqSet.DATA_NONE | IrqSet.ACTION_UNMASK, PciIrq.INTX, 0, 1)
         yield [Call(Command.DEVICE_SET_IRQS, unmask.pack())]
     link.untrack()
@@ -137,7 +137,7 @@ def restore(link: Link, custody: Custody) -> Job[None]:
         raise problem
 
 
-def standby(link: Link, custody: Custody, session: str) -> Job[None]:
+def standby(link: DeviceLink, custody: Custody, session: str) -> Job[None]:
     """passthrough -> standby. What fails is undone; the state is then what it was."""
     custody.check_standby(session)
     link.snoops.sharing = AtDevice.NOT
@@ -155,7 +155,7 @@ def standby(link: Link, custody: Custody, session: str) -> Job[None]:
     link.enter(custody.state)
 
 
-def start(link: Link, custody: Custody, records: bytes) -> Job[None]:
+def start(link: DeviceLink, custody: Custody, records: bytes) -> Job[None]:
     """standby -> passthrough, once the guest is owned. Can be asked for again if it fails."""
     custody.check_start()
     steps.parse_records(link, records)
@@ -168,7 +168,7 @@ def start(link: Link, custody: Custody, records: bytes) -> Job[None]:
     link.interrupts.fire_all()
 
 
-def abandon(link: Link, custody: Custody) -> Job[None]:
+def abandon(link: DeviceLink, custody: Custody) -> Job[None]:
     """standby -> passthrough without the guest: the device is as after a reset."""
     custody.check_abandon()
     problem: SyncError | None = None
@@ -189,18 +189,18 @@ def reset_device() -> Job[None]:
     answer.expect("a reset")
 
 
-def set_migration_state(link: Link, state: MigrationState) -> Job[None]:
+def set_migration_state(link: DeviceLink, state: MigrationState) -> Job[None]:
     _require_v2(link)
     link.migration_touched = True
     yield from steps.set_migration_state(state)
 
 
-def get_migration_state(link: Link) -> Job[MigrationState]:
+def get_migration_state(link: DeviceLink) -> Job[MigrationState]:
     _require_v2(link)
     return (yield from device.get_migration_state())
 
 
-def read_migration_data(link: Link, max_bytes: int) -> Job[bytes]:
+def read_migration_data(link: DeviceLink, max_bytes: int) -> Job[bytes]:
     """Up to `max_bytes` of device state; less when the device has no more now."""
     _require_v2(link)
     parts: list[bytes] = []
@@ -218,7 +218,7 @@ def read_migration_data(link: Link, max_bytes: int) -> Job[bytes]:
     return b"".join(parts)
 
 
-def write_migration_data(link: Link, data: bytes) -> Job[None]:
+def write_migration_data(link: DeviceLink, data: bytes) -> Job[None]:
     _require_v2(link)
     size = _transfer_bytes(link)
     for start in range(0, len(data), size):
@@ -227,10 +227,10 @@ def write_migration_data(link: Link, data: bytes) -> Job[None]:
         answer.expect("the device state")
 
 
-def _require_v2(link: Link) -> None:
+def _require_v2(link: DeviceLink) -> None:
     if not link.facts.supports.v2:
         raise Unsupported("the device has no migration states (VFIO migration v2)")
 
 
-def _transfer_bytes(link: Link) -> int:
+def _transfer_bytes(link: DeviceLink) -> int:
     return min(link.facts.capabilities.max_data_xfer_size, 1 << 20)

@@ -27,7 +27,7 @@ from sync.gateway.datapath.peer import Peer
 from sync.gateway.engine.busy_poll import WINDOW_S, BusyPoll, usable_window_s
 from sync.gateway.engine.core import Core, Limits
 from sync.gateway.engine.device_handshake import MAX_DATA_BYTES
-from sync.gateway.engine.device_link import Link
+from sync.gateway.engine.device_link import DeviceLink
 from sync.gateway.engine.listener import Listener
 from sync.gateway.errors import ControlProtocolError
 from sync.vfio_user.errors import Disconnected, ProtocolError
@@ -92,7 +92,7 @@ class Gateway:
         self._vmm: Peer | None = None
         self._vmm_deadline: float | None = None
         self._greeting: tuple[int, Version] | None = None
-        self._link: Link | None = None
+        self._link: DeviceLink | None = None
         self._retry_at = 0.0
         self._device_fault = ""
         """Why the device cannot be used; found while its own message was being handled."""
@@ -243,7 +243,7 @@ class Gateway:
         self._log("device-connected", vendor=identity.vendor, device=identity.device)
         self._answer_greeting()
 
-    def _adopt_twin(self, link: Link) -> bool:
+    def _adopt_twin(self, link: DeviceLink) -> bool:
         number, link.facts.twin = link.facts.twin, -1
         try:
             sock = socket.socket(fileno=number)

@@ -61,7 +61,7 @@ class Unlisted(StrEnum):
     """Give the migration up: what the write meant is not known."""
 
 
-class Owed(StrEnum):
+class Deferral(StrEnum):
     """How what the guest is owed of a register comes to what it reads there."""
 
     BITS = "bits"
@@ -129,7 +129,7 @@ class Register:
     and it is not read again at the end, while the guest waits."""
     reads: bool = False
     """A guest's read is executed on the target, too, and its value compared."""
-    owed: Owed | None = None
+    owed: Deferral | None = None
     """`read-to-clear` only: what is in it at the end is given to the guest with its next read."""
     optional: bool = False
     """A device without the base, or with a shorter one, simply does not have the register."""

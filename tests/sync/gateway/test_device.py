@@ -13,7 +13,7 @@ from sync.gateway.control.shapes import pack, unpack
 from sync.gateway.control.wire import ControlDecoder, encode
 from sync.gateway.engine.core import Core, Limits
 from sync.gateway.engine.device_handshake import handshake
-from sync.gateway.engine.device_link import Link
+from sync.gateway.engine.device_link import DeviceLink
 from sync.pci import Identity
 from sync.vfio_user.errors import ProtocolError
 from sync.vfio_user.protocol import (
@@ -30,10 +30,10 @@ from sync.vfio_user.protocol import (
 )
 
 
-def _shake(device, bodies=None, twin: int = -1) -> Link:
+def _shake(device, bodies=None, twin: int = -1) -> DeviceLink:
     """Runs the handshake with `device`; `bodies` replaces its replies by command."""
     sent: list[bytes] = []
-    link = Link(
+    link = DeviceLink(
         lambda data, fds: sent.append(bytes(data)),
         lambda: 0.0,
         deadline_s=1.0,

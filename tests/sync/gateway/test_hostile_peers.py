@@ -9,7 +9,7 @@ from dataclasses import fields
 import trio
 
 from sync.gateway.control.client import GatewayClient
-from sync.gateway.control.requests import REQUESTS, VERSION, Hello, Status
+from sync.gateway.control.requests import REQUESTS, VERSION, ControlHello, Status
 from sync.gateway.control.wire import MAX_BLOB_BYTES, ControlMessage, encode
 from sync.gateway.errors import GatewayError
 from sync.vfio_user.protocol import (
@@ -60,7 +60,7 @@ def test_i9_nonsense_requests_are_answered_with_an_error(make_house, make_device
     async def main() -> None:
         async with await GatewayClient.connect(house.control_path, role="source") as gateway:
             for op in [*REQUESTS, "nonsense", long, 7, None]:
-                names = [field.name for field in fields(REQUESTS.get(op, Hello))]
+                names = [field.name for field in fields(REQUESTS.get(op, ControlHello))]
                 for sent in [{}, {long: 0}, *(dict.fromkeys(names, value) for value in values)]:
                     try:
                         message = ControlMessage({"op": op, **sent}, b"junk", [])
