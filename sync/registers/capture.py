@@ -330,6 +330,6 @@ def _parts(records: bytes, part_bytes: int) -> Iterator[bytes]:
 
 
 def _count(records: bytes) -> int:
-    """How many accesses they are."""
+    """How many accesses `records` hold."""
     flags = np.frombuffer(records, NUMPY_FIELDS)["flags"]
     return int(np.count_nonzero((flags & int(Flag.MORE)) == 0))

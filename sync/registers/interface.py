@@ -114,7 +114,7 @@ class SourceRegisters(ABC):
 
     @abstractmethod
     def report(self) -> RegisterReport:
-        """So far."""
+        """What has become of the registers so far."""
 
 
 class TargetRegisters(ABC):

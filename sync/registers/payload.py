@@ -24,9 +24,9 @@ _HEADER = struct.Struct("<4sBBHI")
 _MAGIC = b"VFRS"
 VERSION = 1
 MAX_BODY_BYTES = 256 << 10
-"""Of one payload, so that it fits a record of the transport with room to spare."""
+"""A payload's body has at most so many: it fits a message of the transport with room to spare."""
 MAX_WHOLE_BYTES = 4 << 20
-"""Of a body that is put together: what the receiver keeps in memory at most."""
+"""A body that is put together has at most so many: the receiver keeps them in memory."""
 
 
 class PayloadKind(IntEnum):

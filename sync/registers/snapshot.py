@@ -132,7 +132,7 @@ def _reading(layout: Layout, probed: Values, is_wanted: Callable[[Place], bool])
 
 
 def deferred_plan(layout: Layout) -> ReadPlan:
-    """Reads what the guest is owed of registers that a read clears; only for a device at rest."""
+    """Reads for the guest what registers that a read clears hold; only for a device at rest."""
     return ReadPlan(
         [
             planned._replace(

@@ -41,11 +41,11 @@ from sync.vmm.errors import VmmError
 
 _BARS = range(BAR0, BAR0 + 4 * BAR_COUNT, 4)
 STATE_OFFSETS = (0x00, COMMAND, CACHE_LINE, *_BARS, ROM, INTERRUPT_LINE)
-"""The 4 bytes that hold something that software may have changed, but for the capabilities."""
+"""Of the doublewords that hold what software may have changed, capabilities apart."""
 MAX_VECTORS = 2048
 MAX_FUNCTIONS = 64
 MAX_BLOB_BYTES = 1 << 20
-"""What one control record of the link carries."""
+"""What one control message of the link carries."""
 
 _MSI_ENABLED, _MSI_64, _MSI_MASKABLE = 1 << 0, 1 << 7, 1 << 8
 _ADDRESS = ~0xF

@@ -99,7 +99,7 @@ class DirtyBitmap:
 
 
 def _widen(bitmap: bytes, factor: int) -> bytes:
-    """Every bit of `bitmap` `factor` times."""
+    """A bitmap with every bit of `bitmap` repeated `factor` times."""
     ones = (1 << factor) - 1
     known: dict[int, bytes] = {}
     parts: list[bytes] = []

@@ -9,7 +9,7 @@ there. So is what a counter had come to.
 from sync.gateway.errors import BadRequest
 
 MAX_BYTES = 4096
-"""Of all registers of a device that a read clears; they are few."""
+"""What is kept of one device at most: its registers that a read clears are few."""
 
 
 class DeferredReads:
@@ -63,6 +63,6 @@ class DeferredReads:
 
 
 def _sum(counter: bytes, more: int) -> bytes:
-    """A counter stays at its highest value."""
+    """`counter` (little-endian) plus `more`, at most the highest value that its bytes can hold."""
     most = (1 << 8 * len(counter)) - 1
     return min(int.from_bytes(counter, "little") + more, most).to_bytes(len(counter), "little")

@@ -241,7 +241,7 @@ class Gate:
 
 
 def deferred_reads(relay: Relay, deferred: DeferredReads) -> dict[int, VmmCommand]:
-    """Commands that give the guest what it is owed with what it reads from the device."""
+    """Commands by which the guest gets deferred values with what it reads from the device."""
 
     def read(message_id: int, flags: int, message: memoryview, descriptors: list[int]) -> None:
         offset, region, _ = _access(message, 0)

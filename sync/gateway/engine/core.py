@@ -2,7 +2,7 @@
 
 Sans-IO: the event loop reports connections and requests; the answers go back through what it gave.
 Owned here: the lease, the queue of what waits for the device to be free, and what the gateway does
-by itself when a device, a VMM or a lease is lost. Not owned: what a request means (`requests`).
+by itself when a device, a VMM or a lease is lost. Not owned: what a request means (`server`).
 """
 
 from collections import deque
@@ -27,7 +27,7 @@ from sync.vfio_user.protocol import Command, Version
 T = TypeVar("T")
 
 MAX_VERDICTS_TOLD = 16
-"""In a status; a migration that is in doubt asks within minutes."""
+"""So many are in a status, the latest; a migration that is in doubt asks within minutes."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,7 +35,7 @@ class Limits:
     """What bounds the waiting."""
 
     device_deadline_s: float = 5.0
-    """For the device to do what makes the guest wait; after it the device counts as lost."""
+    """A device that takes longer than this for what makes the guest wait counts as lost."""
     lease_silence_s: float = 120.0
     """With the guest stopped, a controller that asks for nothing as long as this has failed."""
     device_wait_s: float = 10.0
@@ -276,8 +276,8 @@ class Core:
     def _resume_vmm(self, lease: Lease) -> None:
         """Has the VMM run again if that was armed, unless it may run elsewhere by now (I7).
 
-        What the record says at this time does not count: a VMM that has connected anew, after a
-        device was lost, is its own owner again even if its guest was released before.
+        What the ownership record says at this time does not count: a VMM that has connected anew,
+        after a device was lost, is its own owner again even if its guest was released before.
         """
         self.lease = None
         if lease.qmp_path and not lease.released:

@@ -1,4 +1,4 @@
-"""A gateway's states, who owns the guest, and what the end of a lease does: tables and a record.
+"""A gateway's states, who owns the guest, and what the end of a lease does.
 
 Sans-IO: events in, a new state or a typed error out. Not owned here: who may ask for what
 (`requests`), what is done to the device on the way from one state to the next (`jobs`), and what
@@ -20,7 +20,7 @@ the states mean for a message (`relay`, `traps`).
                          +---------+
 
 `lost` (the device or the VMM has gone) leads from every state to passthrough: what is left of a
-session is its record of owners. Losing the lease restores a source and abandons a target
+session is its verdicts. Losing the lease restores a source and abandons a target
 (`LEASE_LOSS`), except where that would break I7: a released source stays released, and a target
 that owns the guest stays in standby until somebody starts it.
 

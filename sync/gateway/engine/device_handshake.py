@@ -1,6 +1,6 @@
 """What the gateway finds out about a device when it has connected to it, and how.
 
-Owned here: the negotiation and the questions, as a job for `runner`. Nothing here changes the
+Owned here: the negotiation and the questions, as a job for `job_runner`. Nothing here changes the
 device; every answer is checked. Source: vfio-user, "Connection Initiation" and the GET_ messages.
 """
 

@@ -1,6 +1,6 @@
 """What is done to a device on the way between states, in pieces that `jobs` puts together.
 
-Sans-IO: each step is a generator that yields commands and is sent the answers (`runner`).
+Sans-IO: each step is a generator that yields commands and is sent the answers (`job_runner`).
 Source: vfio-user, VFIO_USER_DMA_MAP, _DMA_UNMAP, _REGION_READ/WRITE and _DEVICE_FEATURE.
 """
 
@@ -183,8 +183,11 @@ def collect_log(link: DeviceLink) -> Job[bool]:
 
 
 def _merge_edges(bitmap: DirtyBitmap, report: LoggingReport, device_page: int) -> None:
-    """A page of the device that lies only partly in the range was cleared as a whole: what else is
-    in it, of this region or another, counts as written, too."""
+    """Marks the whole of a device's page that lies only partly in the range of `report`.
+
+    The device has cleared all of it, so what else is in it, of this region or another, counts as
+    written, too.
+    """
     last = (report.length - 1) // report.page_size
     for number in {0, last}:
         if report.bitmap[number >> 3] >> (number & 7) & 1:

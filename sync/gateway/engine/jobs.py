@@ -1,7 +1,7 @@
-"""What each request does to the device: one job for each, made of `steps`.
+"""What each request does to the device: one job for each, made of `device_steps`.
 
 Sans-IO. Owned here: the order of the steps, the point at which the state changes, and the way back
-when a step fails. Not owned: who may ask (`requests`), how a job is run and bounded (`runner`).
+when a step fails. Not owned: who may ask (`requests`), how a job is run (`job_runner`).
 
 `mediate`, `passthrough`, `standby`, `start`, `stop`, `abandon` and `batch` run with the guest's
 accesses held back. So the guest sees each of them as happening between two of its accesses.

@@ -45,13 +45,13 @@ from sync.vfio_user.protocol import (
 from sync.vmm import recover
 
 TICK_S = 0.05
-"""How exact deadlines are."""
+"""Deadlines are kept to within this."""
 IDLE_TICKS = 10
 """Without a device or a deadline under way the loop wakes up this much more rarely."""
 RETRY_S = 0.1
-"""Between two attempts to connect to the device."""
+"""The pause between two attempts to connect to the device."""
 GREETING_S = 5.0
-"""For a VMM that has connected to say VERSION."""
+"""A VMM that has connected has to say VERSION within this time."""
 MAX_CONTROL_CLIENTS = 32
 FULL_BACKLOG_BYTES = 1 << 20
 """With this much not yet taken by one side, what would add to it is no longer read."""
@@ -350,8 +350,8 @@ class Gateway:
         self._flush()
 
     def _vmm_gone(self, reason: str) -> None:
-        """The device is reconnected: so it drops the VMM's memory and interrupts, keeps its state,
-        and nothing that was under way is left over."""
+        """Ends the VMM's session, and has the device connected anew: so it drops the VMM's memory
+        and interrupts, keeps its state, and nothing that was under way is left over."""
         if not self.core.custody.vmm_connected:
             self._log("vmm-refused", reason=reason)
             self._drop_vmm()
@@ -388,7 +388,7 @@ class Gateway:
         self._choose_what_to_read()
 
     def _flush_once(self) -> bool:
-        """False if a connection has ended over it, which may leave more to be sent."""
+        """Sends once; False if a connection has ended over it, which may leave more to be sent."""
         if self._answered:
             self._flush_clients()
         device, twin, vmm, link = self._device, self._twin, self._vmm, self._link

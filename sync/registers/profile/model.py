@@ -1,7 +1,7 @@
 """A register profile: what is known about the registers of a class of devices.
 
 Owns the model and its rules, and how the two sides tell that they use the same one. Reading TOML
-is `profile_toml`, where the format is described; fitting a profile to a device is `layout`.
+is `toml`, where the format is described; fitting a profile to a device is `layout`.
 
 What a register's class means:
 
@@ -62,7 +62,7 @@ class Unlisted(StrEnum):
 
 
 class Deferral(StrEnum):
-    """How what the guest is owed of a register comes to what it reads there."""
+    """How the guest gets, with its next read, what was in a register at the end."""
 
     BITS = "bits"
     """The bits are set, too."""
@@ -190,7 +190,7 @@ class Kick:
 
 @dataclass(frozen=True, slots=True)
 class Profile:
-    """See `profile_toml` for the rules that one keeps."""
+    """See `rules` for the rules that one keeps."""
 
     name: str
     version: str

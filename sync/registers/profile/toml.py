@@ -1,7 +1,7 @@
 """Register profiles as TOML: the format, and its strict reading.
 
-Owns the text form. What classes and steps mean stands in `profile`, what has to hold between the
-parts in `profile_rules`, what a base is in `device`.
+Owns the text form. What classes and steps mean stands in `model`, what has to hold between the
+parts in `rules`, what a base is in `locate`.
 
     format = 1                       # this format
     name = "virtio-pci"              # lower case letters, digits, '.', '_', '-'
