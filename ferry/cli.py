@@ -15,7 +15,7 @@ from typing import Any
 
 from ferry.collector import collector_off
 from ferry.config import add_arguments, load
-from ferry.errors import EXIT_MEANING, Exit
+from ferry.errors import Exit
 from ferry.exit_codes import describe, exit_code_of
 from ferry.progress import complain, silence
 
@@ -89,8 +89,8 @@ def _open_what_is_closed() -> None:
 
 
 def _print_exit_codes() -> int:
-    for code, meaning in EXIT_MEANING.items():
-        print(f"{code.value:>3}  {code.name.lower():<14} {meaning}")
+    for code in Exit:
+        print(f"{code.value:>3}  {code.name.lower():<14} {code.meaning}")
     return Exit.OK
 
 

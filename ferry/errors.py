@@ -1,61 +1,49 @@
 """What a user is told when something goes wrong, and the exit code that goes with it.
 
-An error's docstring says what happened and what to do. Errors of `transport` and `sync` keep
-their own classes; `exit_code_of` maps every class that may reach a user to its code, and
-`vfio-ferry exit-codes` prints the table.
+An error's docstring says what happened and what to do, and its class has the exit code. The classes
+of `transport` and `sync`, which know nothing of commands, have its name (`exit_name`), which
+`exit_code_of` looks up here. `vfio-ferry exit-codes` prints the table.
 """
 
 from enum import IntEnum
+from typing import Self
 
 
 class Exit(IntEnum):
-    """The exit codes of every command."""
+    """The exit codes of every command, each with what it means for the guest."""
 
-    OK = 0
-    INTERNAL = 1
-    USAGE = 2
-    LOCAL = 3
-    UNREACHABLE = 4
-    PEER_LOST = 5
-    REFUSED = 6
-    PEER_PROTOCOL = 7
-    DEVICE = 8
-    VMM = 9
-    NOT_CONVERGED = 10
-    TIMEOUT = 11
-    INTERRUPTED = 12
-    VERIFICATION = 13
-    PEER_ABORTED = 14
-    NOT_READY = 15
-    IN_DOUBT = 20
-    BROKEN = 21
-    OWNER_FAILED = 22
-    REGRESSED = 30
+    meaning: str
 
+    def __new__(cls, code: int, meaning: str = "") -> Self:
+        self = int.__new__(cls, code)
+        self._value_ = code
+        self.meaning = meaning
+        return self
 
-EXIT_MEANING = {
-    Exit.OK: "done; for send and receive: the target owns the guest and it runs there; for a "
-    "check: it would work",
-    Exit.INTERNAL: "a defect of vfio-ferry; please report it with the output of --debug",
-    Exit.USAGE: "an option or a configuration file is wrong; nothing was touched",
-    Exit.LOCAL: "something on this host is missing or not permitted (file, socket, memory, disk)",
-    Exit.UNREACHABLE: "nobody answers at the peer's address; the guest was not touched",
-    Exit.PEER_LOST: "the peer went away; the guest continues on the source",
-    Exit.REFUSED: "the two sides do not match (version, layout, device, profile); nothing touched",
-    Exit.PEER_PROTOCOL: "the peer broke the protocol; the guest continues on the source",
-    Exit.DEVICE: "a gateway or its device failed or does not fit; the guest stays on the source",
-    Exit.VMM: "the VMM failed or refused; the guest stays on the source",
-    Exit.NOT_CONVERGED: "the dirty set did not become small enough; the guest stays on the source",
-    Exit.TIMEOUT: "a deadline passed; the guest stays on the source",
-    Exit.INTERRUPTED: "stopped by a signal; the guest stays on the source",
-    Exit.VERIFICATION: "the two copies could not be made equal; the guest stays on the source",
-    Exit.PEER_ABORTED: "the peer gave up, its own message says why; the guest is on the source",
-    Exit.NOT_READY: "doctor found what stands in the way of a migration, and says what to do",
-    Exit.IN_DOUBT: "the commit was sent and not answered; run `vfio-ferry resolve` on both hosts",
-    Exit.BROKEN: "the source could not be restored; run `vfio-ferry resolve --role source`",
-    Exit.OWNER_FAILED: "the target owns the guest but could not start it; run `vfio-ferry resolve`",
-    Exit.REGRESSED: "bench compare: something got measurably worse",
-}
+    OK = (
+        0,
+        "done; for send and receive: the target owns the guest and it runs there; for a "
+        "check: it would work",
+    )
+    INTERNAL = 1, "a defect of vfio-ferry; please report it with the output of --debug"
+    USAGE = 2, "an option or a configuration file is wrong; nothing was touched"
+    LOCAL = 3, "something on this host is missing or not permitted (file, socket, memory, disk)"
+    UNREACHABLE = 4, "nobody answers at the peer's address; the guest was not touched"
+    PEER_LOST = 5, "the peer went away; the guest continues on the source"
+    REFUSED = 6, "the two sides do not match (version, layout, device, profile); nothing touched"
+    PEER_PROTOCOL = 7, "the peer broke the protocol; the guest continues on the source"
+    DEVICE = 8, "a gateway or its device failed or does not fit; the guest stays on the source"
+    VMM = 9, "the VMM failed or refused; the guest stays on the source"
+    NOT_CONVERGED = 10, "the dirty set did not become small enough; the guest stays on the source"
+    TIMEOUT = 11, "a deadline passed; the guest stays on the source"
+    INTERRUPTED = 12, "stopped by a signal; the guest stays on the source"
+    VERIFICATION = 13, "the two copies could not be made equal; the guest stays on the source"
+    PEER_ABORTED = 14, "the peer gave up, its own message says why; the guest is on the source"
+    NOT_READY = 15, "doctor found what stands in the way of a migration, and says what to do"
+    IN_DOUBT = 20, "the commit was sent and not answered; run `vfio-ferry resolve` on both hosts"
+    BROKEN = 21, "the source could not be restored; run `vfio-ferry resolve --role source`"
+    OWNER_FAILED = 22, "the target owns the guest but could not start it; run `vfio-ferry resolve`"
+    REGRESSED = 30, "bench compare: something got measurably worse"
 
 
 class FerryError(Exception):

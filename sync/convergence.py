@@ -24,12 +24,13 @@ from dataclasses import dataclass, fields
 from enum import Enum
 from typing import Literal
 
+from sync.memory import PAGE_BYTES
+
 _RATE_ROUNDS = 3
 """Rates are means over this many rounds: enough to even out a slow one, few enough to follow a
 link that changes."""
 _IMPROVEMENT = 0.95
 """Less left than this part of the least so far is progress; anything else is noise."""
-_PAGE_BYTES = 4096
 
 
 class Verdict(Enum):
@@ -179,7 +180,7 @@ class Convergence:
 
     def _judge(self, latest: Round) -> tuple[Verdict, Reason]:
         limits = self._limits
-        left_bytes = latest.dirty_pages * _PAGE_BYTES + latest.vmm_remaining_bytes
+        left_bytes = latest.dirty_pages * PAGE_BYTES + latest.vmm_remaining_bytes
         best_moment = left_bytes <= self._least_bytes
         self._least_bytes = min(self._least_bytes, left_bytes)
         if left_bytes < self._progress_bytes * _IMPROVEMENT:

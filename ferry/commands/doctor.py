@@ -12,10 +12,10 @@ from typing import Literal
 import trio
 
 from ferry.config import endpoint, option
-from ferry.doctor.gateway import Wish, examine_gateway
-from ferry.doctor.host import examine_host
-from ferry.doctor.qemu import examine_qemu
-from ferry.doctor.vmm import examine_vmm
+from ferry.doctor.gateway import Wish, gateway_findings
+from ferry.doctor.host import host_findings
+from ferry.doctor.qemu import qemu_findings
+from ferry.doctor.vmm import vmm_findings
 from ferry.errors import Exit
 from ferry.findings import Finding, Level
 from ferry.progress import Reporter
@@ -66,15 +66,15 @@ async def _main(options: Options) -> Exit:
 
 
 async def _findings(options: Options) -> AsyncIterator[Finding]:
-    async for finding in examine_host(options.listen):
+    async for finding in host_findings(options.listen):
         yield finding
-    async for finding in examine_qemu(options.qemu):
+    async for finding in qemu_findings(options.qemu):
         yield finding
     if options.qmp is not None:
-        async for finding in examine_vmm(options.qmp, len(options.gateway)):
+        async for finding in vmm_findings(options.qmp, len(options.gateway)):
             yield finding
     profiles = load_profiles([Path(item) for item in options.profile])
     wish = Wish(options.registers, options.dirty, profiles)
     for path in options.gateway:
-        async for finding in examine_gateway(path, wish):
+        async for finding in gateway_findings(path, wish):
             yield finding

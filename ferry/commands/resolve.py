@@ -14,6 +14,7 @@ from ferry.errors import ConfigError, Exit
 from ferry.progress import Reporter
 from sync.gateway.control.client import GatewayClient
 from sync.gateway.control.info import GatewayInfo
+from sync.gateway.engine.custody import ClientRole
 from sync.vmm.driver import Vmm
 from sync.vmm.recover import recover_source
 
@@ -83,7 +84,9 @@ async def _complete(paths: tuple[str, ...], session: str) -> None:
     """Starts the devices that the commit reached but that nobody was left to start."""
     for path in paths:
         if (await _status(path)).state == "standby":
-            async with await GatewayClient.connect(path, role="target", session=session) as gateway:
+            async with await GatewayClient.connect(
+                path, role=ClientRole.TARGET, session=session
+            ) as gateway:
                 await gateway.start()
 
 
@@ -92,7 +95,7 @@ async def _fence(path: str) -> None:
     # Owned without the first gateway's record: it stays in standby, and nobody will start it.
     if info.state == "standby" and info.owner != "owned":
         async with await GatewayClient.connect(
-            path, role="target", session=info.session
+            path, role=ClientRole.TARGET, session=info.session
         ) as gateway:
             await gateway.fence(info.session)
             await gateway.abandon()
@@ -121,7 +124,9 @@ async def _settle_source(options: Options, reporter: Reporter) -> Exit:
         return Exit.OK
     for path in released:
         session = (await _status(path)).session
-        async with await GatewayClient.connect(path, role="source", session=session) as gateway:
+        async with await GatewayClient.connect(
+            path, role=ClientRole.SOURCE, session=session
+        ) as gateway:
             await gateway.reclaim(session)
             await gateway.passthrough()
     done = await trio.to_thread.run_sync(recover_source, options.qmp, DEADLINE_S)

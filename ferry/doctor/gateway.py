@@ -13,6 +13,7 @@ from pathlib import Path
 import trio
 
 from ferry.findings import Finding, methods_text, note, ok, problem
+from ferry.migration.devices import view_of
 from ferry.progress import bytes_text
 from sync.dirty.tracker import NoTracker, RequestedTracker, choose_method
 from sync.gateway.control.client import GatewayClient
@@ -20,7 +21,6 @@ from sync.gateway.control.info import GatewayInfo
 from sync.gateway.errors import GatewayError
 from sync.registers.choose import Origin, RequestedMethod, find_profile, source_for
 from sync.registers.errors import RegisterError
-from sync.registers.profile.locate import DeviceView
 
 ANSWER_S = 5.0
 OFFERS = {
@@ -40,7 +40,7 @@ class Wish:
     profiles: tuple[Origin, ...]
 
 
-async def examine_gateway(path: str, wish: Wish) -> AsyncIterator[Finding]:
+async def gateway_findings(path: str, wish: Wish) -> AsyncIterator[Finding]:
     """Findings on the gateway whose control socket is at `path`, its device and its VMM's
     memory."""
     name = f"gateway {path}"
@@ -52,7 +52,7 @@ async def examine_gateway(path: str, wish: Wish) -> AsyncIterator[Finding]:
     try:
         with trio.fail_after(ANSWER_S):
             async with await GatewayClient.connect(path) as gateway:
-                for finding in await _examine(name, gateway, wish):
+                for finding in await _findings(name, gateway, wish):
                     yield finding
     except trio.TooSlowError:
         yield problem(name, f"it has not answered for {ANSWER_S:g} s", "restart it with its VM")
@@ -77,7 +77,7 @@ def _socket(name: str, path: Path) -> Finding | None:
     return None
 
 
-async def _examine(name: str, gateway: GatewayClient, wish: Wish) -> list[Finding]:
+async def _findings(name: str, gateway: GatewayClient, wish: Wish) -> list[Finding]:
     info = await gateway.status()
     found = [_state(name, info)]
     if info.last_recovery is not None:
@@ -109,8 +109,8 @@ def _state(name: str, info: GatewayInfo) -> Finding:
 
 
 def _device(info: GatewayInfo, wish: Wish, gateway: GatewayClient) -> list[Finding]:
-    """What the device offers, and by which methods it would move."""
-    view = DeviceView.from_info(info)
+    """What the device offers, and what would be made of it."""
+    view = view_of(info)
     name = f"device {view.ids}"
     offers = [text for field, text in OFFERS.items() if getattr(info.supports, field)]
     profile = find_profile(view, wish.profiles)

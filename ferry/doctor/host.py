@@ -30,7 +30,7 @@ vector, `send` one for each region."""
 SHARED_MEMORY = Path("/dev/shm")
 
 
-async def examine_host(listen: tuple[str, ...]) -> AsyncIterator[Finding]:
+async def host_findings(listen: tuple[str, ...]) -> AsyncIterator[Finding]:
     """Findings on this machine. `listen`: the endpoints to try to bind; by default one of each
     kind."""
     yield _machine()

@@ -15,7 +15,7 @@ HOW_TO_GET_ONE = (
 )
 
 
-async def examine_qemu(program: str | None) -> AsyncIterator[Finding]:
+async def qemu_findings(program: str | None) -> AsyncIterator[Finding]:
     """A finding on the QEMU `program`, or on the one in $PATH."""
     yield await trio.to_thread.run_sync(_search if program is None else lambda: _named(program))
 

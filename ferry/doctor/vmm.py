@@ -27,7 +27,7 @@ UNWANTED = ("multifd", "mapped-ram", "x-ignore-shared", "postcopy-ram", "x-colo"
 memory out."""
 
 
-async def examine_vmm(path: str, n_gateways: int) -> AsyncIterator[Finding]:
+async def vmm_findings(path: str, n_gateways: int) -> AsyncIterator[Finding]:
     """Findings on the VMM whose QMP socket is at `path`. `n_gateways`: how many gateways were named
     beside it; 0 if that is not the question."""
     socket = _socket(path)
@@ -36,7 +36,7 @@ async def examine_vmm(path: str, n_gateways: int) -> AsyncIterator[Finding]:
         return
     try:
         async with await Vmm.connect(path, deadline_s=CONNECT_S) as vmm:
-            async for finding in _examine(vmm, path, n_gateways):
+            async for finding in _findings(vmm, path, n_gateways):
                 yield finding
     except VmmBusy:
         yield problem(
@@ -60,7 +60,7 @@ def _socket(path: str) -> Finding | None:
     return None
 
 
-async def _examine(vmm: Vmm, path: str, n_gateways: int) -> AsyncIterator[Finding]:
+async def _findings(vmm: Vmm, path: str, n_gateways: int) -> AsyncIterator[Finding]:
     identity = await identify(vmm)
     version = parse_version(f"version {identity.version}")
     if version is not None and version < MINIMUM_VERSION:

@@ -1,26 +1,37 @@
 """What both sides look at before a gateway's device takes part in a migration."""
 
+from dataclasses import asdict
+
 from ferry.errors import LocalError
 from ferry.migration.messages import DeviceOffer
 from sync.gateway.control.client import GatewayClient
 from sync.gateway.control.info import GatewayInfo
+from sync.registers.profile.locate import DeviceView
 
 
 def offer_of(info: GatewayInfo, registers: bytes) -> DeviceOffer:
     """What the greeting says about a device."""
-    identity = info.identity
     return DeviceOffer(
-        identity={
-            "vendor": identity.vendor,
-            "device": identity.device,
-            "subsystem_vendor": identity.subsystem_vendor,
-            "subsystem": identity.subsystem,
-            "revision": identity.revision,
-            "class_code": identity.class_code,
-        },
+        identity=asdict(info.identity),
         regions=[[index, region.size] for index, region in sorted(info.regions.items())],
         irqs=[[index, irq.count] for index, irq in sorted(info.irqs.items())],
         registers=registers.hex(),
+    )
+
+
+def view_of(info: GatewayInfo) -> DeviceView:
+    """The device as the choice of a method and a profile looks at it."""
+    identity = info.identity
+    return DeviceView(
+        vendor=identity.vendor,
+        device=identity.device,
+        subsystem_vendor=identity.subsystem_vendor,
+        subsystem=identity.subsystem,
+        class_code=identity.class_code,
+        config_space=info.config_space,
+        region_sizes={index: region.size for index, region in info.regions.items()},
+        v2=info.supports.v2,
+        precopy=info.supports.precopy,
     )
 
 

@@ -20,7 +20,7 @@ from numpy.typing import NDArray
 from ferry.errors import Mismatch, NotOwner
 from ferry.findings import methods_text, ok
 from ferry.migration.check import findings_of
-from ferry.migration.devices import check_gateway, offer_of
+from ferry.migration.devices import check_gateway, offer_of, view_of
 from ferry.migration.downtime import Downtime
 from ferry.migration.handover_runner import HandoverRunner
 from ferry.migration.memory_layout import MemoryLayout
@@ -37,13 +37,13 @@ from sync.dirty.scan import ScanTracker
 from sync.dirty.shared import LoggingTracker, MessageTracker
 from sync.dirty.tracker import Tracker, choose_method
 from sync.gateway.control.client import GatewayClient
+from sync.gateway.engine.custody import ClientRole
 from sync.gateway.errors import DeviceLost, GatewayError, GatewayLost
 from sync.handover.machine import Action, Event, Handover
 from sync.handover.states import Deadlines, HandoverState, Role
 from sync.memory import GuestMemory
 from sync.registers.choose import load_profiles, source_for
 from sync.registers.interface import SourceRegisters
-from sync.registers.profile.locate import DeviceView
 from sync.vmm.driver import Vmm, resume_source
 from sync.vmm.errors import VmmError
 from sync.vmm.identity import identify
@@ -177,7 +177,7 @@ class Source:
         """Takes the gateway's lease, and chooses how the device's state and pages move."""
         options = self._options
         gateway = await self._held.enter_async_context(
-            await GatewayClient.connect(path, role="source", session=self._session.hex())
+            await GatewayClient.connect(path, role=ClientRole.SOURCE, session=self._session.hex())
         )
         info = await check_gateway(path, gateway, vmm=True)
         if info.state == "released":
@@ -198,7 +198,7 @@ class Source:
         finally:
             for region in regions:
                 os.close(region.fd)
-        view = DeviceView.from_info(info)
+        view = view_of(info)
         profiles = load_profiles([Path(item) for item in options.profile])
         registers = source_for(view, gateway, profiles, options.registers)
         tracker = self._tracker(gateway, logging=info.supports.logging)

@@ -23,7 +23,7 @@ from ferry.exit_codes import describe
 from ferry.host_memory import check_room
 from ferry.migration.check import answer_check
 from ferry.migration.conversation import EVENTS
-from ferry.migration.devices import check_gateway, offer_of
+from ferry.migration.devices import check_gateway, offer_of, view_of
 from ferry.migration.handover_runner import HandoverRunner
 from ferry.migration.listener import Listener
 from ferry.migration.memory_layout import MemoryLayout, same_pages
@@ -39,6 +39,7 @@ from ferry.migration.receive_options import Options
 from ferry.migration.tunnel import run_tunnel
 from ferry.progress import Reporter
 from sync.gateway.control.client import GatewayClient
+from sync.gateway.engine.custody import ClientRole
 from sync.gateway.errors import DeviceLost, GatewayLost, VmmLost, WrongState
 from sync.handover.machine import Action, Event, Handover
 from sync.handover.states import Deadlines, Role
@@ -51,7 +52,6 @@ from sync.registers.errors import (
     ProfileMismatch,
 )
 from sync.registers.interface import TargetRegisters
-from sync.registers.profile.locate import DeviceView
 from sync.vmm.driver import Vmm
 from sync.vmm.errors import VmmError, VmmGone
 from sync.vmm.identity import VmmIdentity, identify
@@ -168,7 +168,7 @@ class Target:
         profiles = load_profiles([Path(item) for item in self._options.profile])
         for number, (path, theirs) in enumerate(zip(paths, hello.devices, strict=True)):
             gateway = await self._held.enter_async_context(
-                await GatewayClient.connect(path, role="target", session=hello.session)
+                await GatewayClient.connect(path, role=ClientRole.TARGET, session=hello.session)
             )
             self._gateways.append(gateway)
             info = await check_gateway(path, gateway, vmm=True)
@@ -182,7 +182,7 @@ class Target:
                     )
             try:
                 registers = target_for(
-                    bytes.fromhex(theirs.registers), DeviceView.from_info(info), gateway, profiles
+                    bytes.fromhex(theirs.registers), view_of(info), gateway, profiles
                 )
                 await registers.check()
             except (IdentityMismatch, MethodMismatch, NoMethod, ProfileMismatch) as error:

@@ -13,6 +13,7 @@ from abc import abstractmethod
 from collections.abc import Callable, Hashable
 from typing import Generic, TypeVar
 
+from lab.devices.config_space import ConfigSpace, PciStateError
 from lab.devices.dirty_log import DirtyLog, DirtyLogError
 from lab.devices.errors import StateStreamError
 from lab.devices.interrupts import Interrupts, MsixTable
@@ -20,7 +21,7 @@ from lab.devices.memory import GuestMemory
 from lab.devices.migration import Migration
 from lab.devices.workers import Hold, Workers
 from lab.vfio_user.server import Device, DmaPort
-from sync.pci import Command, ConfigSpace, PciStateError
+from sync.pci import Command
 from sync.vfio_user.protocol import (
     PCI_NUM_IRQS,
     PCI_NUM_REGIONS,

@@ -14,10 +14,10 @@ from dataclasses import dataclass
 from typing import Literal
 
 from lab.guest.errors import DeviceLost, RamError
-from lab.guest.options import PAGE_BYTES
-from lab.guest.pci_function import BAR0, BAR_COUNT
 from lab.guest.ram import DmaRegion, Ram
 from lab.vfio_user.client import Client
+from sync.memory import PAGE_BYTES
+from sync.pci import BAR0, BAR_COUNT
 from sync.vfio_user.errors import Disconnected, ProtocolError, VfioUserError
 from sync.vfio_user.protocol import (
     Capabilities,

@@ -10,6 +10,8 @@ class GuestError(SyncError):
 class GuestOptionsError(GuestError):
     """An option of the guest does not make sense, alone or with the others."""
 
+    exit_name = "usage"
+
 
 class RamError(GuestError):
     """An access to guest-physical memory that is not there."""

@@ -11,9 +11,10 @@ import struct
 from dataclasses import dataclass
 
 from lab.guest.errors import GuestOptionsError
-from lab.guest.options import PAGE_BYTES, GuestOptions
+from lab.guest.options import GuestOptions
 from lab.guest.ram import HIGH_BASE, LOW_DMA_RESTART
 from lab.guest.virtqueue import queue_bytes
+from sync.memory import PAGE_BYTES
 
 REQUEST_BYTES = 128
 """A slot: header, status and indirect table of one request."""

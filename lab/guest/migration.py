@@ -20,9 +20,9 @@ from typing import Any
 
 from lab.guest.errors import MigrationRefused, StreamError
 from lab.guest.machine import EmitEvent, Machine, RunState
-from lab.guest.options import PAGE_BYTES
 from lab.guest.rounds import apply_record, dirty_chunks
 from lab.guest.stream import CHUNK_PAGES, StreamReader, StreamWriter, VmState
+from sync.memory import PAGE_BYTES
 from sync.vfio_user.sockets import listen_unix
 
 DEFAULT_DOWNTIME_LIMIT_MS = 300

@@ -7,8 +7,8 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from lab.guest.errors import GuestOptionsError
+from sync.memory import PAGE_BYTES
 
-PAGE_BYTES = 4096
 SECTOR_BYTES = 512
 MIB = 1 << 20
 LOW_LIMIT_BYTES = 2048 * MIB

@@ -9,25 +9,18 @@ from dataclasses import dataclass
 from typing import Protocol
 
 from lab.guest.errors import GuestPanic
+from sync.pci import (
+    BAR0,
+    BAR_COUNT,
+    CAPABILITIES_POINTER,
+    MAX_CAPABILITIES,
+    STATUS,
+    STATUS_CAPABILITIES,
+)
 
-COMMAND = 0x04
-STATUS = 0x06
-BAR0 = 0x10
-CAPABILITIES_POINTER = 0x34
-INTERRUPT_LINE = 0x3C
-COMMAND_MEMORY = 1 << 1
-COMMAND_BUS_MASTER = 1 << 2
-COMMAND_INTX_DISABLE = 1 << 10
-STATUS_CAPABILITIES = 1 << 4
-CAPABILITY_MSIX = 0x11
-CAPABILITY_VENDOR = 0x09
-MSIX_ENABLE = 1 << 15
-BAR_COUNT = 6
 MMIO_BASE = 0xE000_0000
 """BARs are placed from here on, in the hole between RAM and firmware."""
 MMIO_END = 0xFE00_0000
-_MAX_CAPABILITIES = 48
-"""As many as fit into 192 bytes: a longer list goes round in circles."""
 
 
 class ConfigAccess(Protocol):
@@ -63,7 +56,7 @@ def capabilities(access: ConfigAccess) -> Iterator[Capability]:
     if not access.config_read(STATUS, 2) & STATUS_CAPABILITIES:
         return
     at = access.config_read(CAPABILITIES_POINTER, 1) & ~3
-    for _ in range(_MAX_CAPABILITIES):
+    for _ in range(MAX_CAPABILITIES):
         if not at:
             return
         word = access.config_read(at, 2)

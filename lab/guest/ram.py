@@ -21,7 +21,7 @@ import numpy as np
 import numpy.typing as npt
 
 from lab.guest.errors import RamError
-from lab.guest.options import PAGE_BYTES
+from sync.memory import PAGE_BYTES
 
 LOW_DMA_END = 640 << 10
 LOW_DMA_RESTART = 1 << 20

@@ -27,8 +27,8 @@ import numpy.typing as npt
 from xxhash import xxh3_64_intdigest
 
 from lab.guest.errors import StreamError
-from lab.guest.options import PAGE_BYTES
 from lab.guest.ram import Pages
+from sync.memory import PAGE_BYTES
 
 MAGIC = b"FERRYVM\0"
 VERSION = 1

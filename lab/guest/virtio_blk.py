@@ -14,7 +14,7 @@ from lab.guest.errors import GuestPanic, StreamError
 from lab.guest.fields import U16, U64, Fields
 from lab.guest.layout import REQUEST_BYTES, Layout
 from lab.guest.options import SECTOR_BYTES, GuestOptions
-from lab.guest.pci_function import BAR_COUNT, AssignedBar
+from lab.guest.pci_function import AssignedBar
 from lab.guest.ram import Ram
 from lab.guest.requests import Kind, Request
 from lab.guest.virtio_pci import (
@@ -30,6 +30,7 @@ from lab.guest.virtio_pci import (
 )
 from lab.guest.virtqueue import Segment, SplitQueue
 from lab.guest.workload import Workload
+from sync.pci import BAR_COUNT
 
 DEVICE_TYPE = 2
 HEADER = struct.Struct("<IIQ")

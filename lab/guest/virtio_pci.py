@@ -9,10 +9,11 @@ from dataclasses import asdict, dataclass
 from enum import IntEnum, IntFlag
 from typing import Any, Literal
 
-from lab.guest import pci_function as pci
+from lab.guest import pci_function
 from lab.guest.device_link import DeviceLink
 from lab.guest.errors import GuestPanic
 from lab.guest.virtqueue import QueueAddresses
+from sync import pci
 
 VENDOR_ID = 0x1AF4
 MODERN_DEVICE_ID_BASE = 0x1040
@@ -74,7 +75,7 @@ class Structure:
 class Found:
     """What was found at boot. It is driver state, and moves with the guest."""
 
-    bars: list[pci.AssignedBar]
+    bars: list[pci_function.AssignedBar]
     msix_capability: int
     common: Structure
     notify: Structure
@@ -97,16 +98,16 @@ def probe(link: DeviceLink, device_type: int) -> Found:
 
     Raises `GuestPanic` if it is something else.
     """
-    vendor, device = pci.identity(link)
+    vendor, device = pci_function.identity(link)
     if (vendor, device) != (VENDOR_ID, MODERN_DEVICE_ID_BASE + device_type):
         raise GuestPanic(f"the device is {vendor:04x}:{device:04x}, no virtio {device_type}")
-    bars = pci.assign_bars(link)
+    bars = pci_function.assign_bars(link)
     structures: dict[str, Structure] = {}
     multiplier = msix = 0
-    for capability in pci.capabilities(link):
-        if capability.id == pci.CAPABILITY_MSIX:
+    for capability in pci_function.capabilities(link):
+        if capability.id == pci.MSIX_CAPABILITY:
             msix = capability.offset
-        if capability.id != pci.CAPABILITY_VENDOR:
+        if capability.id != pci.VENDOR_CAPABILITY:
             continue
         kind = link.config_read(capability.offset + 3, 1)
         name = _STRUCTURE_OF_TYPE.get(kind)
@@ -151,9 +152,9 @@ class VirtioPci:
         """From a device in any state to DRIVER_OK. Raises `GuestPanic` if it does not cooperate."""
         link = self._link
         self.found = found = probe(link, self._device_type)
-        command = pci.COMMAND_MEMORY | pci.COMMAND_BUS_MASTER
+        command = pci.Command.MEMORY | pci.Command.BUS_MASTER
         if self._irq == "msix":
-            command |= pci.COMMAND_INTX_DISABLE
+            command |= pci.Command.INTX_DISABLE
         link.config_write(pci.COMMAND, 2, command)
         self._reset()
         self._switch_irqs_on(found)
@@ -170,10 +171,10 @@ class VirtioPci:
         found = self._require_found()
         link = self._link
         for bar in found.bars:
-            pci.place_bar(link, bar)
-        command = pci.COMMAND_MEMORY | pci.COMMAND_BUS_MASTER
+            pci_function.place_bar(link, bar)
+        command = pci.Command.MEMORY | pci.Command.BUS_MASTER
         if self._irq == "msix":
-            command |= pci.COMMAND_INTX_DISABLE
+            command |= pci.Command.INTX_DISABLE
         link.config_write(pci.COMMAND, 2, command)
         if self._irq == "msix":
             self._write_msix_control(found, pci.MSIX_ENABLE)

@@ -20,10 +20,11 @@ from lab.guest.content import Content
 from lab.guest.errors import GuestPanic
 from lab.guest.fields import U64, Fields
 from lab.guest.layout import BLOCK_ENTRY, READ_ENTRY, Layout
-from lab.guest.options import PAGE_BYTES, GuestOptions
+from lab.guest.options import GuestOptions
 from lab.guest.ram import Ram
 from lab.guest.report import Counters, Verification
 from lab.guest.requests import Kind, Request
+from sync.memory import PAGE_BYTES
 
 STAMP = struct.Struct("<QQ")
 COUNTER = struct.Struct("<Q")

@@ -27,6 +27,7 @@ from perf.errors import BenchmarkFailed
 from perf.results import Better
 from perf.statistics import quantile
 from sync.gateway.control.client import GatewayClient
+from sync.gateway.engine.custody import ClientRole
 from sync.vfio_user.protocol import Command, RegionAccess, Version, encode_message
 
 READ_BYTES = 4
@@ -118,7 +119,7 @@ async def _repetition(
     latencies["relayed"] = ways["relayed"].read_latencies_us(reads)
     cpu["relayed"] = _cpu_us(gateway_process) - before
     rates = {way: vmm.posted_writes_per_s(writes) for way, vmm in ways.items()}
-    async with await GatewayClient.connect(control, role="source") as gateway:
+    async with await GatewayClient.connect(control, role=ClientRole.SOURCE) as gateway:
         await gateway.mediate(tracker="none", capture=True)
         vmm = ways["relayed"]
         # In this thread as the others: nothing else is to be done meanwhile.

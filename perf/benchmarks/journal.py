@@ -25,9 +25,10 @@ from sync.registers.choose import find_profile, load_profiles
 from sync.registers.interface import GatewayPort
 from sync.registers.payload import Assembler
 from sync.registers.profile.layout import Layout
-from sync.registers.profile.locate import CONFIG_REGION, DeviceView
+from sync.registers.profile.locate import DeviceView
 from sync.registers.record import RECORD_BYTES, Op
 from sync.registers.replay import Replayer
+from sync.vfio_user.protocol import PciRegion
 
 BATCH_BYTES = 4096 * RECORD_BYTES
 """Bytes of the register operations that the target executes in one go."""
@@ -44,7 +45,7 @@ def virtio_blk() -> tuple[Layout, list[Step]]:
         device = VirtioBlk(Disk(Path(image.name)), n_workers=1)
         try:
             config = device.config_read(0, 256)
-            sizes = {index: device.region_info(index).size for index in range(CONFIG_REGION + 1)}
+            sizes = {index: device.region_info(index).size for index in range(PciRegion.CONFIG + 1)}
         finally:
             device.close()
     layout = _layout(DeviceView(0x1AF4, 0x1042, 0x1AF4, 0x1100, 0x010000, config, sizes))
@@ -56,7 +57,7 @@ def virtio_blk() -> tuple[Layout, list[Step]]:
 
 
 def e1000() -> tuple[Layout, list[Step]]:
-    sizes = {0: 128 << 10, 2: 64, CONFIG_REGION: 256}
+    sizes = {0: 128 << 10, 2: 64, PciRegion.CONFIG: 256}
     layout = _layout(DeviceView(0x8086, 0x100E, 0x8086, 0x100E, 0x020000, bytes(256), sizes))
 
     def at(name: str) -> tuple[int, int]:

@@ -25,7 +25,7 @@ class MergedTrackers:
 
     @property
     def page_size(self) -> int:
-        """The coarsest, in bytes."""
+        """That of the coarsest tracker, in bytes."""
         return max(tracker.page_size for tracker in self._trackers)
 
     @property

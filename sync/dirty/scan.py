@@ -10,7 +10,8 @@ import numpy as np
 import trio
 from numpy.typing import NDArray
 
-from sync.dirty.tracker import PAGE_BYTES, Bitmap, DirtyError, Mediation, Tracker, n_words
+from sync.dirty.tracker import Bitmap, DirtyError, Mediation, Tracker, n_words
+from sync.memory import PAGE_BYTES
 
 PIECE_PAGES = 1 << 15
 """Pages that are read without a chance to give up, some 10 ms; a multiple of 64."""

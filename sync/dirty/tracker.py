@@ -19,8 +19,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from sync.errors import SyncError
-
-PAGE_BYTES = 4096
+from sync.memory import PAGE_BYTES
 
 Bitmap = NDArray[np.uint64]
 Method = Literal["logging", "message", "scan"]
@@ -37,7 +36,7 @@ class NoTracker(SyncError):
 
 
 class Mediation(Protocol):
-    """What of the answer to `mediate` (`sync.gateway.control.client.Mediation`) a tracker needs."""
+    """What a tracker needs of the answer to `mediate` (`gateway.control.requests.Mediation`)."""
 
     @property
     def page_size(self) -> int: ...

@@ -6,7 +6,7 @@ class here and nothing else.
 
 from typing import ClassVar
 
-from sync.errors import SyncError
+from sync.errors import DeviceRefusal, SyncError
 
 
 class GatewayError(SyncError):
@@ -40,6 +40,14 @@ class BadRequest(GatewayError):
     code = "bad-request"
 
 
+class ControlVersionMismatch(GatewayError):
+    """The gateway speaks another version of the control protocol: use one release of both."""
+
+    exit_name = "refused"
+
+    code = "version"
+
+
 class GatewayUnreachable(GatewayError):
     """No gateway answers at this control socket: start it, or check the path."""
 
@@ -54,6 +62,8 @@ class GatewayLost(GatewayError):
 
 class SocketInUse(GatewayError):
     """Another process listens at this socket path: stop it, or choose another path."""
+
+    exit_name = "local"
 
     code = "socket-in-use"
 
@@ -109,10 +119,12 @@ class DeviceLost(GatewayError):
 class VmmLost(GatewayError):
     """The VMM went away; the device's DMA and interrupts are gone with it."""
 
+    exit_name = "vmm"
+
     code = "vmm-lost"
 
 
-class DeviceRefused(GatewayError):
+class DeviceRefused(GatewayError, DeviceRefusal):
     """The device answered with an error."""
 
     code = "device-error"

@@ -108,9 +108,13 @@ class HandoverError(SyncError):
 class LocalProtocolError(HandoverError):
     """The event is of our own making: the caller does not keep to the protocol."""
 
+    exit_name = "internal"
+
 
 class RemoteProtocolError(HandoverError):
     """The event is the peer's: the peer does not keep to the protocol."""
+
+    exit_name = "peer_protocol"
 
 
 class Event(Enum):

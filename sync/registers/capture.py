@@ -36,7 +36,7 @@ from sync.registers.interface import (
 from sync.registers.payload import (
     MAX_WHOLE_BYTES,
     Assembler,
-    Kind,
+    PayloadKind,
     encode_json,
     split,
     take_number,
@@ -58,10 +58,10 @@ from sync.registers.snapshot import (
     Values,
     compare,
     constants,
+    deferred_plan,
+    deferred_writes,
     final_plan,
     kicks,
-    owed_plan,
-    owed_writes,
     probe_plan,
     restore_plan,
     snapshot_plan,
@@ -96,7 +96,7 @@ class CaptureSource(SourceRegisters):
         await self._probe()
         found = constants(self._layout, self._probed)
         document = {**self._offered, "constants": _named(self._layout, found)}
-        return encode_json(Kind.OFFER, document)
+        return encode_json(PayloadKind.OFFER, document)
 
     async def snapshot(self) -> bytes:
         await self._probe()
@@ -105,7 +105,7 @@ class CaptureSource(SourceRegisters):
     async def begin(self, values: bytes, journal_seq: int) -> AsyncIterator[bytes]:
         snapshot_plan(self._layout, self._probed).parse(values)
         self._next_seq = journal_seq
-        for payload in split(Kind.SNAPSHOT, with_number(journal_seq, values)):
+        for payload in split(PayloadKind.SNAPSHOT, with_number(journal_seq, values)):
             yield payload
 
     async def precopy(self) -> AsyncIterator[bytes]:
@@ -135,11 +135,11 @@ class CaptureSource(SourceRegisters):
             raise RegisterError("the journal ends in the middle of an access")
         # Only now: what was under way when the VMM was paused has left its mark by now.
         await self._read_final()
-        owed = await self._port.batch(owed_plan(self._layout).records())
+        deferred = await self._port.batch(deferred_plan(self._layout).records())
         for kind, body in (
-            (Kind.FINAL, self._final),
-            (Kind.OWED, owed),
-            (Kind.END, with_number(self._next_seq)),
+            (PayloadKind.FINAL, self._final),
+            (PayloadKind.DEFERRED, deferred),
+            (PayloadKind.END, with_number(self._next_seq)),
         ):
             for payload in split(kind, body):
                 yield payload
@@ -171,7 +171,7 @@ class CaptureSource(SourceRegisters):
         for part in _parts(records[:end], MAX_WHOLE_BYTES // 2):
             self._next_seq += len(part) // RECORD_BYTES
             self._captured += _count(part)
-            yield from split(Kind.JOURNAL, part)
+            yield from split(PayloadKind.JOURNAL, part)
 
 
 class CaptureTarget(TargetRegisters):
@@ -187,7 +187,7 @@ class CaptureTarget(TargetRegisters):
         self._assembler = Assembler()
         self._replayer: Replayer | None = None
         self._final: Values | None = None
-        self._owed: Values | None = None
+        self._deferred: Values | None = None
         self._differences: list[Difference] = []
         self._ended = False
 
@@ -240,31 +240,31 @@ class CaptureTarget(TargetRegisters):
         )
 
     def start_records(self) -> bytes:
-        if self._replayer is None or self._final is None or self._owed is None:
+        if self._replayer is None or self._final is None or self._deferred is None:
             raise PayloadError("the source did not send all of the register state")
         # First, for the guest's interrupt handler may run as soon as the device does.
-        owed = owed_writes(self._layout, self._owed)
-        return pack_accesses([*owed, *self._replayer.start(self._final)])
+        deferred = deferred_writes(self._layout, self._deferred)
+        return pack_accesses([*deferred, *self._replayer.start(self._final)])
 
-    async def _apply(self, kind: Kind, body: bytes) -> None:
+    async def _apply(self, kind: PayloadKind, body: bytes) -> None:
         replayer = self._replayer
-        if kind is Kind.SNAPSHOT and replayer is None:
+        if kind is PayloadKind.SNAPSHOT and replayer is None:
             await self._restore(body)
-        elif kind is Kind.JOURNAL and replayer is not None and self._final is None:
+        elif kind is PayloadKind.JOURNAL and replayer is not None and self._final is None:
             for part in _parts(body, _EXECUTE_BYTES):
                 replay = replayer.feed(part)
                 if replay.records:
                     replayer.executed(replay, await self._port.batch(replay.records))
-        elif kind is Kind.FINAL and replayer is not None and self._final is None:
+        elif kind is PayloadKind.FINAL and replayer is not None and self._final is None:
             plan = final_plan(self._layout, self._probed)
             self._final = self._values(plan, body)
             self._differences = compare(self._layout, self._final, await self._read(plan))
-        elif kind is Kind.OWED and self._final is not None and self._owed is None:
+        elif kind is PayloadKind.DEFERRED and self._final is not None and self._deferred is None:
             try:
-                self._owed = owed_plan(self._layout).parse(body)
+                self._deferred = deferred_plan(self._layout).parse(body)
             except RegisterError as error:
                 raise PayloadError(f"what the guest is owed is malformed: {error}") from error
-        elif kind is Kind.END and replayer is not None and self._owed is not None:
+        elif kind is PayloadKind.END and replayer is not None and self._deferred is not None:
             seq, rest = take_number(body)
             if rest or self._ended or seq != replayer.next_seq:
                 raise PayloadError("the register state does not end where the source says")
@@ -330,6 +330,6 @@ def _parts(records: bytes, part_bytes: int) -> Iterator[bytes]:
 
 
 def _count(records: bytes) -> int:
-    """How many accesses they are."""
+    """How many accesses `records` hold."""
     flags = np.frombuffer(records, NUMPY_FIELDS)["flags"]
     return int(np.count_nonzero((flags & int(Flag.MORE)) == 0))

@@ -24,7 +24,7 @@ from sync.registers.errors import (
     ProfileError,
 )
 from sync.registers.interface import GatewayPort, SourceRegisters, TargetRegisters
-from sync.registers.payload import Kind, decode_json
+from sync.registers.payload import PayloadKind, decode_json
 from sync.registers.profile.layout import Layout
 from sync.registers.profile.locate import DeviceView
 from sync.registers.profile.model import Profile
@@ -98,7 +98,7 @@ def target_for(
     Raises `IdentityMismatch`, `MethodMismatch`, `ProfileMismatch`, and `PayloadError` if the offer
     is malformed.
     """
-    document = decode_json(Kind.OFFER, offer)
+    document = decode_json(PayloadKind.OFFER, offer)
     method = document.get("method")
     if method not in ("v2", "replay"):
         raise MethodMismatch(

@@ -13,9 +13,13 @@ class RegisterError(SyncError):
 class ProfileError(RegisterError):
     """A register profile is malformed; the message names the key and what is allowed."""
 
+    exit_name = "usage"
+
 
 class ProfileMismatch(RegisterError):
     """A profile claims a device that does not have what the profile describes."""
+
+    exit_name = "refused"
 
 
 class NoMethod(RegisterError):
@@ -24,6 +28,8 @@ class NoMethod(RegisterError):
 
 class MethodMismatch(RegisterError):
     """The two sides cannot use the same method for a device, or differ in its profile."""
+
+    exit_name = "refused"
 
 
 class SnapshotFailed(RegisterError):
@@ -40,6 +46,8 @@ class RestartRefused(RegisterError):
 
 class PayloadError(RegisterError):
     """The peer sent register state that is malformed, out of bounds or not expected now."""
+
+    exit_name = "peer_protocol"
 
 
 class SequenceError(PayloadError):
@@ -75,6 +83,8 @@ class _Differ(RegisterError):
 
 class IdentityMismatch(_Differ):
     """The target's device is another one, or built differently: give it the same device."""
+
+    exit_name = "refused"
 
 
 class RegisterMismatch(_Differ):

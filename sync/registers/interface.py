@@ -27,6 +27,8 @@ from collections.abc import AsyncIterator, Mapping
 from dataclasses import dataclass, field
 from typing import ClassVar, Literal, Protocol
 
+from sync.vfio_user.features import MigrationState
+
 Method = Literal["v2", "replay"]
 
 
@@ -37,7 +39,8 @@ class GatewayPort(Protocol):
 
     async def journal(self, max_records: int = ...) -> tuple[bytes, bool]: ...
 
-    async def mig_state(self, state: int) -> None: ...
+    async def mig_state(self, state: MigrationState) -> None:
+        """Raises `DeviceRefusal`."""
 
     async def mig_read(self, max_bytes: int) -> bytes: ...
 
@@ -111,7 +114,7 @@ class SourceRegisters(ABC):
 
     @abstractmethod
     def report(self) -> RegisterReport:
-        """So far."""
+        """What has become of the registers so far."""
 
 
 class TargetRegisters(ABC):

@@ -24,12 +24,12 @@ _HEADER = struct.Struct("<4sBBHI")
 _MAGIC = b"VFRS"
 VERSION = 1
 MAX_BODY_BYTES = 256 << 10
-"""Of one payload, so that it fits a record of the transport with room to spare."""
+"""A payload's body has at most so many: it fits a message of the transport with room to spare."""
 MAX_WHOLE_BYTES = 4 << 20
-"""Of a body that is put together: what the receiver keeps in memory at most."""
+"""A body that is put together has at most so many: the receiver keeps them in memory."""
 
 
-class Kind(IntEnum):
+class PayloadKind(IntEnum):
     OFFER = 1
     """JSON: the method, the device and the profile, for the target to judge."""
     SNAPSHOT = 2
@@ -40,13 +40,13 @@ class Kind(IntEnum):
     """The executed records of the last reading, for the comparison."""
     STATE = 5
     """u64 position in the device's state stream, then bytes of it."""
-    OWED = 7
+    DEFERRED = 7
     """The executed records of what was in read-to-clear registers at the end."""
     END = 6
     """u64: the number that the journal's next record would have, or the length of the stream."""
 
 
-def split(kind: Kind, body: bytes) -> Iterator[bytes]:
+def split(kind: PayloadKind, body: bytes) -> Iterator[bytes]:
     """`body` as payloads; at least one."""
     for start in range(0, max(len(body), 1), MAX_BODY_BYTES):
         part = body[start : start + MAX_BODY_BYTES]
@@ -58,10 +58,10 @@ class Assembler:
     """Puts split bodies together again."""
 
     def __init__(self) -> None:
-        self._kind: Kind | None = None
+        self._kind: PayloadKind | None = None
         self._body = bytearray()
 
-    def add(self, payload: bytes) -> tuple[Kind, bytes] | None:
+    def add(self, payload: bytes) -> tuple[PayloadKind, bytes] | None:
         """The whole body once `payload` completes it. Raises `PayloadError`."""
         if len(payload) < _HEADER.size:
             raise PayloadError("register state arrived without a header")
@@ -76,7 +76,7 @@ class Assembler:
         if length > MAX_BODY_BYTES or len(self._body) + length > MAX_WHOLE_BYTES:
             raise PayloadError("register state is larger than allowed")
         try:
-            kind = Kind(number)
+            kind = PayloadKind(number)
         except ValueError as error:
             raise PayloadError(f"register state of kind {number} does not exist") from error
         if self._kind not in (None, kind):
@@ -90,13 +90,13 @@ class Assembler:
         return kind, body
 
 
-def encode_json(kind: Kind, document: dict[str, Any]) -> bytes:
+def encode_json(kind: PayloadKind, document: dict[str, Any]) -> bytes:
     """One payload. The document has to fit (it is ours: names, numbers, a profile's constants)."""
     (payload,) = split(kind, json.dumps(document, separators=(",", ":")).encode())
     return payload
 
 
-def decode_json(kind: Kind, payload: bytes) -> dict[str, Any]:
+def decode_json(kind: PayloadKind, payload: bytes) -> dict[str, Any]:
     """The document in a single payload of this kind. Raises `PayloadError`."""
     whole = Assembler().add(payload)
     if whole is None or whole[0] is not kind:

@@ -13,8 +13,8 @@ A write that carries `WRITE_BACK` belongs to a batch: who executes it writes wha
 the same register in the same batch returned, or `value` where there was none. So a batch can use
 a selector register and leave no trace, although nobody knows beforehand what it holds by then.
 
-`OWED` is for registers that a read clears: what a read with it returns, and what a write with it
-holds (which the device never sees), is given to the guest with its next read of that register:
+`DEFERRED` is for registers that a read clears: what a read with it returns, and what a write with
+it holds (which the device never sees), is given to the guest with its next read of that register:
 as further bits, or, with `COUNT`, added to what the counter there has come to by then.
 
 The gateway packs single records with `struct` (it does not want numpy's start-up time on its
@@ -55,7 +55,7 @@ class Flag(IntFlag):
     MORE = 1
     FAILED = 2
     WRITE_BACK = 4
-    OWED = 8
+    DEFERRED = 8
     COUNT = 16
 
 
@@ -73,7 +73,7 @@ class Access(NamedTuple):
     data: bytes = b""
     failed: bool = False
     write_back: bool = False
-    owed: bool = False
+    deferred: bool = False
     counts: bool = False
 
 
@@ -85,8 +85,8 @@ def pack_access(access: Access, seq: int) -> bytes:
     flags = Flag.FAILED if access.failed else Flag.NONE
     if access.write_back:
         flags |= Flag.WRITE_BACK
-    if access.owed:
-        flags |= Flag.OWED
+    if access.deferred:
+        flags |= Flag.DEFERRED
     if access.counts:
         flags |= Flag.COUNT
     for done in range(0, access.size, VALUE_BYTES):
@@ -143,7 +143,7 @@ def unpack_accesses(records: bytes) -> Iterator[Access]:
             bytes(data),
             bool(flags & Flag.FAILED),
             bool(flags & Flag.WRITE_BACK),
-            bool(flags & Flag.OWED),
+            bool(flags & Flag.DEFERRED),
             bool(flags & Flag.COUNT),
         )
         start = None

@@ -1,7 +1,7 @@
 """Replaying the guest's captured register operations on the target device.
 
-Owns what becomes of each operation (by its register's class, see `profile`), that each is taken
-exactly once and in order (I4), what is held back, and the count of it all. Executes nothing:
+Owns what becomes of each operation (by its register's class, see `profile.model`), that each is
+taken exactly once and in order (I4), what is held back, and the count of it all. Executes nothing:
 records in, records to execute out, results in.
 
 Whole batches are judged with numpy. An operation goes through `_Careful` one by one only where

@@ -10,7 +10,7 @@ from typing import NamedTuple
 
 from sync.registers.errors import Difference, ProfileMismatch, RegisterError, SnapshotFailed
 from sync.registers.profile.layout import Layout, Place
-from sync.registers.profile.model import Bank, Owed, RegisterClass, Step
+from sync.registers.profile.model import Bank, Deferral, RegisterClass, Step
 from sync.registers.record import Access, Op, pack_accesses, unpack_accesses
 
 MAX_PLAN_ACCESSES = 1 << 16
@@ -131,12 +131,14 @@ def _reading(layout: Layout, probed: Values, is_wanted: Callable[[Place], bool])
     return ReadPlan(planned)
 
 
-def owed_plan(layout: Layout) -> ReadPlan:
-    """Reads what the guest is owed of registers that a read clears; only for a device at rest."""
+def deferred_plan(layout: Layout) -> ReadPlan:
+    """Reads for the guest what registers that a read clears hold; only for a device at rest."""
     return ReadPlan(
         [
             planned._replace(
-                access=planned.access._replace(owed=True, counts=place.register.owed is Owed.COUNT)
+                access=planned.access._replace(
+                    deferred=True, counts=place.register.owed is Deferral.COUNT
+                )
             )
             for place in layout.members(None)
             if place.register.owed
@@ -145,14 +147,14 @@ def owed_plan(layout: Layout) -> ReadPlan:
     )
 
 
-def owed_writes(layout: Layout, values: Values) -> list[Access]:
-    """Hands `values`, which `owed_plan` read at the source, to the guest at the target."""
+def deferred_writes(layout: Layout, values: Values) -> list[Access]:
+    """Hands `values`, which `deferred_plan` read at the source, to the guest at the target."""
     writes: list[Access] = []
     for place in layout.members(None):
         if place.register.owed and any(value := values.get((place.index, None), b"")):
-            is_count = place.register.owed is Owed.COUNT
+            is_count = place.register.owed is Deferral.COUNT
             writes += [
-                access._replace(owed=True, counts=is_count)
+                access._replace(deferred=True, counts=is_count)
                 for access, _ in _write(place, None, value)
                 if any(access.data)
             ]

@@ -17,7 +17,7 @@ docs/interop/vfio-user.rst.
 from collections.abc import AsyncIterator
 from typing import Any, ClassVar
 
-from sync.gateway.errors import DeviceRefused
+from sync.errors import DeviceRefusal
 from sync.registers.errors import PayloadError, RegisterError, RestartRefused, SequenceError
 from sync.registers.interface import (
     GatewayPort,
@@ -26,7 +26,14 @@ from sync.registers.interface import (
     SourceRegisters,
     TargetRegisters,
 )
-from sync.registers.payload import Assembler, Kind, encode_json, split, take_number, with_number
+from sync.registers.payload import (
+    Assembler,
+    PayloadKind,
+    encode_json,
+    split,
+    take_number,
+    with_number,
+)
 from sync.vfio_user.features import MigrationState
 
 CHUNK_BYTES = 128 << 10
@@ -52,7 +59,7 @@ class StreamSource(SourceRegisters):
         self._sent_bytes = 0
 
     async def offer(self) -> bytes:
-        return encode_json(Kind.OFFER, self._offered)
+        return encode_json(PayloadKind.OFFER, self._offered)
 
     async def snapshot(self) -> bytes:
         return b""
@@ -79,7 +86,7 @@ class StreamSource(SourceRegisters):
             raise RegisterError("the device has to be at rest before its last state is read")
         async for payload in self._read(MAX_STREAM_BYTES):
             yield payload
-        for payload in split(Kind.END, with_number(self._sent_bytes)):
+        for payload in split(PayloadKind.END, with_number(self._sent_bytes)):
             yield payload
 
     async def rollback(self) -> None:
@@ -99,7 +106,7 @@ class StreamSource(SourceRegisters):
         while taken_bytes < limit_bytes:
             chunk = await self._port.mig_read(CHUNK_BYTES)
             if chunk:
-                for payload in split(Kind.STATE, with_number(self._sent_bytes, chunk)):
+                for payload in split(PayloadKind.STATE, with_number(self._sent_bytes, chunk)):
                     yield payload
                 self._sent_bytes += len(chunk)
                 taken_bytes += len(chunk)
@@ -131,13 +138,13 @@ class StreamTarget(TargetRegisters):
             return
         kind, body = whole
         position, data = take_number(body)
-        if self._ended or kind not in (Kind.STATE, Kind.END):
+        if self._ended or kind not in (PayloadKind.STATE, PayloadKind.END):
             raise PayloadError(f"{kind.name} is not expected now")
         if position != self._received_bytes:
             raise SequenceError(
                 f"byte {self._received_bytes} of the device's state was expected, {position} came"
             )
-        if kind is Kind.END:
+        if kind is PayloadKind.END:
             if data:
                 raise PayloadError("the end of the device's state carries bytes")
             self._ended = True
@@ -156,7 +163,7 @@ class StreamTarget(TargetRegisters):
         if not self._stopped:
             try:
                 await self._port.mig_state(MigrationState.STOP)
-            except DeviceRefused as error:
+            except DeviceRefusal as error:
                 raise RestartRefused(
                     f"the target's device does not accept its state: {error}"
                 ) from error

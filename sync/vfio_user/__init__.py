@@ -1,6 +1,6 @@
-"""The vfio-user protocol: codec, framing, migration states, a server and a client library.
+"""The vfio-user protocol: codec and framing.
 
-`protocol` has every message, `framing` turns bytes and descriptors into messages, `migration` is
-the device-state machine, `server` and `client` are the blocking shells.
+`protocol` has every message, `framing` turns bytes and descriptors into messages, `sockets` makes
+and connects UNIX sockets.
 Source: QEMU, docs/interop/vfio-user.rst.
 """

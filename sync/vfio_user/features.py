@@ -1,7 +1,7 @@
 """DEVICE_FEATURE with its payloads, and migration data.
 
 Source: vfio-user specification, sections VFIO_USER_DEVICE_FEATURE, _MIG_DATA_READ and
-_MIG_DATA_WRITE. The order of migration states is the business of `migration`.
+_MIG_DATA_WRITE. Which migration state may follow which is the business of whoever sets them.
 """
 
 import struct

@@ -1,7 +1,7 @@
 """VERSION, request and reply: protocol version and capabilities (JSON).
 
 Source: vfio-user specification, section VFIO_USER_VERSION. Which capabilities a session ends up
-with is `Capabilities.accept`; acting on them is the business of server and client.
+with is `Capabilities.accept`; acting on them is the business of either end.
 """
 
 import json

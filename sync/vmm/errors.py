@@ -6,6 +6,8 @@ from sync.errors import SyncError
 class VmmError(SyncError):
     """Something about a VMM or its control connection is not as it has to be."""
 
+    exit_name = "vmm"
+
 
 class QmpProtocolError(VmmError):
     """The VMM sent something that is no QMP. The connection is of no further use."""

@@ -23,18 +23,20 @@ from collections.abc import Iterable, Mapping
 from dataclasses import replace
 from typing import Any
 
-from sync.vmm.driver import Vmm
-from sync.vmm.errors import QmpProtocolError, VmmNotReady, VmmRefused
-from sync.vmm.platform_state import (
-    BARS,
+from sync.pci import (
+    BAR0,
     CACHE_LINE,
     COMMAND,
     CONFIG_BYTES,
     INTERRUPT_LINE,
-    MAX_FUNCTIONS,
-    MSI,
-    MSIX,
+    MSI_CAPABILITY,
+    MSIX_CAPABILITY,
     ROM,
+)
+from sync.vmm.driver import Vmm
+from sync.vmm.errors import QmpProtocolError, VmmNotReady, VmmRefused
+from sync.vmm.platform_state import (
+    MAX_FUNCTIONS,
     STATE_OFFSETS,
     Function,
     Msix,
@@ -48,13 +50,13 @@ from sync.vmm.qtest import Qtest, memory_read, memory_write, port_read, port_wri
 
 DRIVER = "vfio-user-pci"
 MAX_PEEK_BYTES = 1 << 17
-"""A greeting has to take it in."""
+"""What `peek` returns has to fit into a greeting."""
 
 _CF8, _CFC = 0xCF8, 0xCFC
 _CF8_ENABLE = 1 << 31
 _CONTAINERS = ("/machine/peripheral", "/machine/peripheral-anon")
 _MAX_BRIDGES = 16
-"""On the way to a device; a guest numbers at most 256 buses."""
+"""At most so many lie on the way to a device; a guest numbers at most 256 buses."""
 _ECAM_UNMAPPED = (1 << 64) - 1
 _ECAM_READ_BYTES = 16
 """In one go: QEMU asks the device for each 4 of them, and the guest may have to wait."""
@@ -118,10 +120,11 @@ class PciPlatform:
             return list(range(0, CONFIG_BYTES, 4))
         capabilities = find_capabilities(known)
         offsets = [*STATE_OFFSETS]
-        if MSIX in capabilities:
-            offsets.append(capabilities[MSIX])
-        if MSI in capabilities:
-            offsets += range(capabilities[MSI], min(capabilities[MSI] + 24, CONFIG_BYTES), 4)
+        if MSIX_CAPABILITY in capabilities:
+            offsets.append(capabilities[MSIX_CAPABILITY])
+        if MSI_CAPABILITY in capabilities:
+            msi_at = capabilities[MSI_CAPABILITY]
+            offsets += range(msi_at, min(msi_at + 24, CONFIG_BYTES), 4)
         return offsets
 
     async def peek(self) -> bytes:
@@ -220,9 +223,9 @@ class PciPlatform:
         msix = msix_at(function.msix_at, config) if function.msix_at else None
         if (
             int.from_bytes(config[:4], "little") != function.ids
-            or (msix and config[msix.at] != MSIX)
+            or (msix and config[msix.at] != MSIX_CAPABILITY)
             or (msix and (msix.control ^ function.msix_control) & 0x7FF)
-            or (function.msi_at and config[function.msi_at] != MSI)
+            or (function.msi_at and config[function.msi_at] != MSI_CAPABILITY)
         ):
             raise PlatformError(
                 f"the device at {function.name} is not the source's: start both VMMs with the same "
@@ -256,15 +259,18 @@ async def restore_platform(vmm: Vmm, qmp_path: str, blob: bytes) -> None:
 
 
 def _restoring(function: Function, msix: Msix | None) -> list[str]:
-    """What gives `function` its state. The MSI-X table needs memory decoding, so it comes behind
-    the command register; MSI-X is enabled last, with the vectors that the table then has."""
+    """The commands that give `function` its state.
+
+    The MSI-X table needs memory decoding, so it comes behind the command register; MSI-X is enabled
+    last, with the vectors that the table then has.
+    """
 
     def write(at: int, size: int, value: int) -> list[str]:
         return _config_write(function.bus, function.devfn, at, size, value)
 
     commands: list[str] = []
     for index, bar in enumerate(function.bars):
-        commands += write(BARS + 4 * index, 4, bar)
+        commands += write(BAR0 + 4 * index, 4, bar)
     commands += write(ROM, 4, function.rom)
     commands += write(INTERRUPT_LINE, 1, function.interrupt_line)
     commands += write(CACHE_LINE, 2, function.cache_line)
@@ -290,9 +296,11 @@ def _table_address(function: Function, msix: Msix | None) -> int:
 
 
 def _deassert(function: Function, msix: Msix | None) -> list[str]:
-    """QEMU takes any access to a BAR for the driver's answer to INTx. The MSI-X table does not
-    count, since it is QEMU's own. The first register of a device is the one least likely to have
-    side effects."""
+    """The commands that release INTx: QEMU takes any access to a BAR for the driver's answer to it.
+
+    The MSI-X table does not count, since it is QEMU's own. The first register of a device is the
+    one least likely to have side effects.
+    """
     if not function.decodes_memory:
         return []
     bars = [index for index in function.memory_bars() if msix is None or index != msix.table_bar]
@@ -389,7 +397,7 @@ async def _ecam(vmm: Vmm, host: str) -> int | None:
 
 
 def _devfn(address: Any) -> int:
-    """QEMU tells an address as a number, older ones as `slot.function`."""
+    """Device and function from an address: a number, in older QEMUs `slot.function`."""
     match = _ADDRESS.match(str(address)) if isinstance(address, str) else None
     value = int(match["slot"], 16) << 3 | int(match["function"]) if match else address
     if type(value) is not int or not 0 <= value < 256:

@@ -15,33 +15,40 @@ import struct
 from collections.abc import Iterator
 from dataclasses import dataclass
 
+from sync.pci import (
+    BAR0,
+    BAR_COUNT,
+    CACHE_LINE,
+    CAPABILITIES_POINTER,
+    COMMAND,
+    CONFIG_BYTES,
+    FIRST_CAPABILITY,
+    INTERRUPT_LINE,
+    MAX_CAPABILITIES,
+    MSI_CAPABILITY,
+    MSIX_CAPABILITY,
+    MSIX_ENABLE,
+    MSIX_ENTRY_BYTES,
+    MSIX_SIZE_MASK,
+    ROM,
+    STATUS,
+    STATUS_CAPABILITIES,
+    Command,
+    dword,
+    word,
+)
 from sync.vmm.errors import VmmError
 
-CONFIG_BYTES = 256
-COMMAND = 0x04
-CACHE_LINE = 0x0C
-BARS = 0x10
-N_BARS = 6
-CAPABILITIES = 0x34
-ROM = 0x30
-INTERRUPT_LINE = 0x3C
-STATE_OFFSETS = (0x00, COMMAND, CACHE_LINE, *range(BARS, BARS + 4 * N_BARS, 4), ROM, INTERRUPT_LINE)
-"""The 4 bytes that hold something that software may have changed, but for the capabilities."""
-MSI = 0x05
-MSIX = 0x11
-MSIX_ENTRY_BYTES = 16
+_BARS = range(BAR0, BAR0 + 4 * BAR_COUNT, 4)
+STATE_OFFSETS = (0x00, COMMAND, CACHE_LINE, *_BARS, ROM, INTERRUPT_LINE)
+"""Of the doublewords that hold what software may have changed, capabilities apart."""
 MAX_VECTORS = 2048
 MAX_FUNCTIONS = 64
 MAX_BLOB_BYTES = 1 << 20
-"""What one control record of the link carries."""
+"""What one control message of the link carries."""
 
-_IO, _MEMORY = 1 << 0, 1 << 1
-_INTX_DISABLE = 1 << 10
-_ENABLED = 1 << 15
 _MSI_ENABLED, _MSI_64, _MSI_MASKABLE = 1 << 0, 1 << 7, 1 << 8
-_STATUS_CAPABILITIES = 1 << 4
 _ADDRESS = ~0xF
-_MAX_CAPABILITIES = 48
 _MAGIC, _VERSION = b"VFpl", 1
 _HEADER = struct.Struct("<4sHHHI")
 _FUNCTION = struct.Struct("<BBBBBIHH6IIHHIH")
@@ -62,7 +69,7 @@ class Msix:
 
     @property
     def table_bytes(self) -> int:
-        return ((self.control & 0x7FF) + 1) * MSIX_ENTRY_BYTES
+        return ((self.control & MSIX_SIZE_MASK) + 1) * MSIX_ENTRY_BYTES
 
 
 @dataclass(frozen=True, slots=True)
@@ -87,7 +94,7 @@ class Function:
 
     @property
     def decodes_memory(self) -> bool:
-        return bool(self.command & _MEMORY)
+        return bool(self.command & Command.MEMORY)
 
     @property
     def name(self) -> str:
@@ -95,17 +102,17 @@ class Function:
 
     def bar_address(self, index: int) -> int:
         """Where a memory BAR was placed; 0 if it is none or was not."""
-        if not 0 <= index < N_BARS or self.bars[index] & 1:
+        if not 0 <= index < BAR_COUNT or self.bars[index] & 1:
             return 0
         low = self.bars[index] & _ADDRESS & 0xFFFFFFFF
         if self.bars[index] & 0b110 == 0b100:
-            return low | (self.bars[index + 1] << 32 if index + 1 < N_BARS else 0)
+            return low | (self.bars[index + 1] << 32 if index + 1 < BAR_COUNT else 0)
         return low
 
     def memory_bars(self) -> Iterator[int]:
         """The indices of memory BARs that have an address."""
         index = 0
-        while index < N_BARS:
+        while index < BAR_COUNT:
             if self.bar_address(index):
                 yield index
             index += 2 if self.bars[index] & 0b111 == 0b100 else 1
@@ -113,8 +120,8 @@ class Function:
     def uses_intx(self, pin: int) -> bool:
         return bool(
             pin
-            and not self.command & _INTX_DISABLE
-            and not self.msix_control & _ENABLED
+            and not self.command & Command.INTX_DISABLE
+            and not self.msix_control & MSIX_ENABLE
             and not self.msi_control & _MSI_ENABLED
         )
 
@@ -167,11 +174,11 @@ def _function(blob: bytes, at: int) -> tuple[Function, int]:
     at += _FUNCTION.size
     end = at + table_bytes + msi_bytes
     table, msi = blob[at : at + table_bytes], blob[at + table_bytes : end]
-    right_table = ((msix_control & 0x7FF) + 1) * MSIX_ENTRY_BYTES if msix_at else 0
+    right_table = ((msix_control & MSIX_SIZE_MASK) + 1) * MSIX_ENTRY_BYTES if msix_at else 0
     right_msi = msi_body_bytes(msi_control) if msi_at else 0
     if end > len(blob) or table_bytes not in (0, right_table) or msi_bytes != right_msi:
         raise PlatformError("the state of a PCI function has the wrong length")
-    if any(offset % 4 or 0 < offset < 0x40 for offset in (msix_at, msi_at)):
+    if any(offset % 4 or 0 < offset < FIRST_CAPABILITY for offset in (msix_at, msi_at)):
         raise PlatformError("a capability of a PCI function lies where none can be")
     if msi_at + 4 + msi_bytes > CONFIG_BYTES or msix_at + 12 > CONFIG_BYTES:
         raise PlatformError("a capability of a PCI function is cut off")
@@ -190,13 +197,13 @@ def msi_body_bytes(control: int) -> int:
 def find_capabilities(config: bytes) -> dict[int, int]:
     """Offset of the first capability of each kind. Raises `PlatformError` for an endless list."""
     found: dict[int, int] = {}
-    if not word(config, 0x06) & _STATUS_CAPABILITIES:
+    if not word(config, STATUS) & STATUS_CAPABILITIES:
         return found
-    at = config[CAPABILITIES] & ~3
-    for _ in range(_MAX_CAPABILITIES):
+    at = config[CAPABILITIES_POINTER] & ~3
+    for _ in range(MAX_CAPABILITIES):
         if not at:
             return found
-        if at < 0x40:
+        if at < FIRST_CAPABILITY:
             break
         found.setdefault(config[at], at)
         at = config[at + 1] & ~3
@@ -214,8 +221,9 @@ def msix_at(at: int, config: bytes | bytearray) -> Msix:
 def function_of(bus: int, devfn: int, config: bytes) -> Function:
     """What is kept of a configuration space of 256 bytes, but for the MSI-X table."""
     capabilities = find_capabilities(config)
-    msi_at = capabilities.get(MSI, 0)
-    msix = msix_at(capabilities[MSIX], config) if MSIX in capabilities else None
+    msi_at = capabilities.get(MSI_CAPABILITY, 0)
+    msix_found = capabilities.get(MSIX_CAPABILITY, 0)
+    msix = msix_at(msix_found, config) if msix_found else None
     msi_control = word(config, msi_at + 2) if msi_at else 0
     if msi_at + 4 + msi_body_bytes(msi_control) > CONFIG_BYTES:
         raise PlatformError("a device's MSI capability is cut off")
@@ -225,7 +233,7 @@ def function_of(bus: int, devfn: int, config: bytes) -> Function:
         ids=dword(config, 0),
         command=word(config, COMMAND),
         cache_line=word(config, CACHE_LINE),
-        bars=tuple(dword(config, BARS + 4 * index) for index in range(N_BARS)),
+        bars=tuple(dword(config, at) for at in _BARS),
         rom=dword(config, ROM),
         interrupt_line=config[INTERRUPT_LINE],
         msix_at=msix.at if msix else 0,
@@ -234,11 +242,3 @@ def function_of(bus: int, devfn: int, config: bytes) -> Function:
         msi_control=msi_control,
         msi=config[msi_at + 4 : msi_at + 4 + msi_body_bytes(msi_control)] if msi_at else b"",
     )
-
-
-def word(config: bytes | bytearray, at: int) -> int:
-    return int.from_bytes(config[at : at + 2], "little")
-
-
-def dword(config: bytes | bytearray, at: int) -> int:
-    return int.from_bytes(config[at : at + 4], "little")

@@ -29,7 +29,7 @@ MAX_IN_FLIGHT = 64
 JsonObject = dict[str, Any]
 
 
-class State(Enum):
+class QmpState(Enum):
     GREETING = auto()
     NEGOTIATING = auto()
     READY = auto()
@@ -97,7 +97,7 @@ class QmpCore:
     """One QMP connection. After a `QmpProtocolError` it stays broken."""
 
     def __init__(self) -> None:
-        self.state = State.GREETING
+        self.state = QmpState.GREETING
         self._lines = LineSplitter()
         self._ids = count(1)
         self._in_flight: dict[int, str] = {}
@@ -105,9 +105,9 @@ class QmpCore:
     def command(self, name: str, arguments: Mapping[str, Any] | None = None) -> tuple[int, bytes]:
         """The bytes of a command, and the id that its reply will bear."""
         if name == "qmp_capabilities":
-            allowed = State.NEGOTIATING
+            allowed = QmpState.NEGOTIATING
         else:
-            allowed = State.READY
+            allowed = QmpState.READY
         if self.state is not allowed:
             raise QmpProtocolError(f"{name} cannot be sent in state {self.state.name}")
         if len(self._in_flight) >= MAX_IN_FLIGHT:
@@ -125,23 +125,23 @@ class QmpCore:
 
     def next_message(self) -> QmpMessage | None:
         """The next message, or None if more bytes are needed. Raises `QmpProtocolError`."""
-        if self.state is State.BROKEN:
+        if self.state is QmpState.BROKEN:
             raise QmpProtocolError("the connection broke the protocol before")
         try:
             message = self._lines.next_object()
             return None if message is None else self._interpret(message)
         except QmpProtocolError:
-            self.state = State.BROKEN
+            self.state = QmpState.BROKEN
             raise
 
     def _interpret(self, message: JsonObject) -> QmpMessage:
         if "event" in message:
             return _event(message)
-        if self.state is State.GREETING:
+        if self.state is QmpState.GREETING:
             greeting = message.get("QMP")
             if not isinstance(greeting, dict) or not isinstance(greeting.get("version"), dict):
                 raise QmpProtocolError("the first message is no greeting")
-            self.state = State.NEGOTIATING
+            self.state = QmpState.NEGOTIATING
             return QmpGreeting(greeting["version"])
         if "return" in message or "error" in message:
             return self._reply(message)
@@ -154,7 +154,7 @@ class QmpCore:
         name = self._in_flight.pop(request_id)
         if "return" in message:
             if name == "qmp_capabilities":
-                self.state = State.READY
+                self.state = QmpState.READY
             return QmpReply(request_id, message["return"])
         error = message["error"]
         if not isinstance(error, dict):

@@ -23,8 +23,8 @@ from sync.vmm.driver import Vmm
 from sync.vmm.errors import QmpProtocolError, VmmError, VmmGone, VmmNotReady, VmmRefused
 
 NAME = "vfio-ferry"
-"""Of the chardev and of the object. QEMU takes one qtest object for its whole life, so what an
-earlier migration added is used again."""
+"""The chardev and the object are called so. QEMU takes one qtest object for its whole life, so what
+an earlier migration added is used again."""
 SOCKET_SUFFIX = ".qtest"
 """The socket lies beside the one for QMP: there QEMU is allowed to make it, and to keep it."""
 MAX_ACCESS_BYTES = 1 << 15

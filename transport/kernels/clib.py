@@ -32,6 +32,8 @@ class NativeLibraryError(TransportError):
     'xxhash>=3.4'`
     """
 
+    exit_name = "local"
+
     def __init__(self, what: str) -> None:
         super().__init__(
             f"{what}; install binary wheels: python -m pip install --force-reinstall"

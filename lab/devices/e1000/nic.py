@@ -28,6 +28,7 @@ import threading
 from collections.abc import Callable
 from enum import Enum
 
+from lab.devices.config_space import Bar, BarKind, ConfigSpace, PciIdentity
 from lab.devices.e1000.cable import Link
 from lab.devices.e1000.eeprom import Eeprom, eeprom_words
 from lab.devices.e1000.phy import INTERRUPT as MDIO_INTERRUPT
@@ -50,7 +51,7 @@ from lab.devices.errors import DeviceError, StateStreamError
 from lab.devices.interrupts import Interrupts
 from lab.devices.memory import MemoryAbsent, MemoryFault
 from lab.devices.pci_device import PciDevice
-from sync.pci import Bar, BarKind, Command, ConfigSpace, PciIdentity
+from sync.pci import Command
 
 logger = logging.getLogger(__name__)
 

@@ -38,6 +38,15 @@ from abc import abstractmethod
 from collections.abc import Callable
 from enum import IntEnum, IntFlag
 
+from lab.devices.config_space import (
+    Bar,
+    Capability,
+    ConfigSpace,
+    PciIdentity,
+    error_reporting,
+    express_capability,
+    msix_capability,
+)
 from lab.devices.errors import StateStreamError
 from lab.devices.interrupts import Interrupts
 from lab.devices.memory import MemoryAbsent, MemoryFault
@@ -52,16 +61,7 @@ from lab.devices.virtio.common_config import (
     Status,
 )
 from lab.devices.virtio.virtqueue import Chain, RingError, Virtqueue
-from sync.pci import (
-    Bar,
-    Capability,
-    Command,
-    ConfigSpace,
-    PciIdentity,
-    error_reporting,
-    express_capability,
-    msix_capability,
-)
+from sync.pci import Command
 
 logger = logging.getLogger(__name__)
 

@@ -1,26 +1,23 @@
 """The trio client of a gateway's control socket: what `send` and `receive` drive it with.
 
 Owned here: one connection, its lease (by role) and its requests, one at a time. Not owned: what a
-request does at the gateway (`state` has the table of what is allowed when).
+request does at the gateway (`requests` has the table of what is allowed when).
 """
 
 import os
 import socket
 from collections.abc import Sequence
-from dataclasses import dataclass
 from types import TracebackType
-from typing import Literal, NamedTuple, Self
+from typing import Any, Self, TypeVar
 
 import trio
 
+from sync.gateway.control import requests
 from sync.gateway.control.info import GatewayInfo
-from sync.gateway.control.wire import (
-    MAX_DESCRIPTORS,
-    ControlDecoder,
-    ControlMessage,
-    Fields,
-    encode,
-)
+from sync.gateway.control.requests import DirtyHalf, JournalPart, Mediation, Request, Tracker
+from sync.gateway.control.shapes import ShapeError, pack, unpack
+from sync.gateway.control.wire import MAX_DESCRIPTORS, ControlDecoder, ControlMessage, encode
+from sync.gateway.engine.custody import ClientRole
 from sync.gateway.errors import (
     AnswerLost,
     ControlProtocolError,
@@ -29,52 +26,14 @@ from sync.gateway.errors import (
     LayoutChanged,
     error_for,
 )
-from sync.memory import MemoryRegion
-
-Role = Literal["observer", "source", "target"]
-Tracker = Literal["logging", "message", "none"]
+from sync.memory import PAGE_BYTES, MemoryRegion
+from sync.vfio_user.protocol import MigrationState
 
 HELLO_DEADLINE_S = 5.0
 """For the first answer: something else than a gateway may listen there and say nothing."""
 _CHUNK_BYTES = 256 << 10
-_TAKING = frozenset({"dirty", "journal", "mig_read"})
 
-
-@dataclass(frozen=True, slots=True)
-class Mediation:
-    """What `mediate` gives back.
-
-    The caller owns `dirty_fd`: a memfd of two bitmaps of `half_bytes` each, one after the other,
-    over the flat page space of `n_pages` pages; None without a tracker.
-    """
-
-    values: bytes
-    """The snapshot's records with what was read."""
-    journal_seq: int
-    """The number of the first record that the journal will hold."""
-    page_size: int
-    """What the tracker can tell apart, in bytes; its bits are always set for pages of 4096."""
-    dirty_fd: int | None
-    n_pages: int
-    half_bytes: int
-    layout_generation: int
-
-
-class Dirty(NamedTuple):
-    """The half of the dirty bitmap that the gateway writes no more."""
-
-    half: int
-    layout_generation: int
-    complete: bool
-    """False: the device would not report all of what it wrote."""
-
-
-class JournalPart(NamedTuple):
-    """Records of 32 bytes, in the order of execution."""
-
-    records: bytes
-    overflow: bool
-    """True: operations were lost since `mediate`."""
+R = TypeVar("R")
 
 
 class GatewayClient:
@@ -99,12 +58,16 @@ class GatewayClient:
 
     @classmethod
     async def connect(
-        cls, path: str | os.PathLike[str], *, role: Role = "observer", session: str = ""
+        cls,
+        path: str | os.PathLike[str],
+        *,
+        role: ClientRole = ClientRole.OBSERVER,
+        session: str = "",
     ) -> Self:
         """Connects and, as `source` or `target`, takes the lease for `session`.
 
-        The lease ends with the connection; what the gateway then does by itself stands in `state`.
-        Raises `GatewayUnreachable`, `LeaseHeld`.
+        The lease ends with the connection; `custody` has what the gateway then does by itself.
+        Raises `GatewayUnreachable`, `ControlVersionMismatch`, `LeaseHeld`.
         """
         sock = trio.socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
         try:
@@ -117,8 +80,8 @@ class GatewayClient:
         client = cls(sock)
         try:
             with trio.move_on_after(HELLO_DEADLINE_S) as waiting:
-                reply = await client._request("hello", role=role, session=session)
-                client.info = GatewayInfo.from_fields(reply.fields)
+                hello = requests.ControlHello(requests.VERSION, role, session)
+                client.info = await client._call(hello)
             if waiting.cancelled_caught:
                 raise GatewayUnreachable(
                     f"what listens at {os.fspath(path)} does not answer as a gateway does: "
@@ -130,8 +93,7 @@ class GatewayClient:
         return client
 
     async def status(self) -> GatewayInfo:
-        reply = await self._request("status")
-        return GatewayInfo.from_fields(reply.fields)
+        return await self._call(requests.Status())
 
     async def memory(self) -> list[MemoryRegion]:
         """The guest memory that has a descriptor, by IOVA: the flat page space, in its order.
@@ -151,29 +113,16 @@ class GatewayClient:
 
     async def _collect_memory(self, regions: list[MemoryRegion]) -> None:
         generation: int | None = None
-        while True:
-            fields: Fields = {"start": len(regions)}
-            if generation is not None:
-                fields["generation"] = generation
-            reply = await self._request("memory", **fields)
-            descriptors = reply.descriptors
-            try:
-                rows = [
-                    (int(iova), int(length), int(offset), bool(writable))
-                    for iova, length, offset, writable in reply.fields["regions"]
-                ]
-                generation = int(reply.fields["generation"])
-                total = int(reply.fields["total"])
-                if len(rows) != len(descriptors) or (not rows and len(regions) < total):
-                    raise ValueError
-            except (KeyError, TypeError, ValueError) as error:
-                for descriptor in descriptors:
-                    os.close(descriptor)
-                raise ControlProtocolError("the gateway's memory map does not parse") from error
-            for row, descriptor in zip(rows, descriptors, strict=True):
+        total = 1
+        while len(regions) < total:
+            part = await self._call(requests.Memory(len(regions), generation))
+            generation, total = part.generation, part.total
+            endless = not part.regions and len(regions) < total
+            if endless or len(part.regions) != len(part.descriptors):
+                _close_all(part.descriptors)
+                raise ControlProtocolError("the gateway's memory map does not parse")
+            for row, descriptor in zip(part.regions, part.descriptors, strict=True):
                 regions.append(MemoryRegion(*row, fd=descriptor))
-            if len(regions) >= total:
-                return
 
     async def arm_recovery(self, qmp_path: str, deadline_s: float) -> None:
         """If this lease is lost while the gateway owns the guest, the gateway resumes the VMM.
@@ -181,17 +130,17 @@ class GatewayClient:
         It first puts the device back to passthrough, then runs `sync.vmm.recover` on `qmp_path`.
         It never does so once the guest is released (I7).
         """
-        await self._request("arm_recovery", qmp_path=qmp_path, deadline_s=deadline_s)
+        await self._call(requests.ArmRecovery(qmp_path, deadline_s))
 
     async def disarm_recovery(self) -> None:
         """From here on the VMM is left alone when the lease ends."""
-        await self._request("disarm_recovery")
+        await self._call(requests.DisarmRecovery())
 
     async def mediate(
         self,
         *,
         tracker: Tracker,
-        page_size: int = 4096,
+        page_size: int = PAGE_BYTES,
         capture: bool,
         snapshot: bytes = b"",
     ) -> Mediation:
@@ -202,46 +151,27 @@ class GatewayClient:
         that logs. Raises `Unsupported`, `DeviceRefused`, `LayoutUnaligned`; the gateway is then in
         passthrough again.
         """
-        reply = await self._request(
-            "mediate", snapshot, tracker=tracker, page_size=page_size, capture=capture
-        )
-        try:
-            return Mediation(
-                values=reply.blob,
-                journal_seq=int(reply.fields["journal_seq"]),
-                page_size=int(reply.fields["page_size"]),
-                dirty_fd=reply.descriptors[0] if reply.descriptors else None,
-                n_pages=int(reply.fields["n_pages"]),
-                half_bytes=int(reply.fields["half_bytes"]),
-                layout_generation=int(reply.fields["layout_generation"]),
-            )
-        except (KeyError, TypeError, ValueError) as error:
-            _close_all(reply.descriptors)
-            raise ControlProtocolError("the gateway's answer to 'mediate' is malformed") from error
+        return await self._call(requests.Mediate(tracker, page_size, capture, snapshot))
 
-    async def dirty(self) -> Dirty:
+    async def dirty(self) -> DirtyHalf:
         """Reads and clears (I1): the half returned is quiet now.
 
         The caller reads it and writes zeros over it before it calls again. A `layout_generation`
         other than that of `mediate` says that the guest's memory map has changed, so that the
         bitmap no longer covers all of it.
         """
-        fields = (await self._request("dirty")).fields
-        return Dirty(
-            int(fields["half"]), int(fields["layout_generation"]), bool(fields["complete"])
-        )
+        return await self._call(requests.CollectDirty())
 
     async def journal(self, max_records: int = 65536) -> JournalPart:
         """Takes up to `max_records` (at most 131072) of the oldest records out of the gateway."""
-        reply = await self._request("journal", max_records=max_records)
-        return JournalPart(reply.blob, bool(reply.fields["overflow"]))
+        return await self._call(requests.TakeJournal(max_records))
 
     async def batch(self, records: bytes) -> bytes:
         """Executes records back to back, no access of the guest between them.
 
         Returns them with what was read filled in, and `FAILED` where the device answered an error.
         """
-        return (await self._request("batch", records)).blob
+        return (await self._call(requests.Batch(records))).records
 
     async def stop(self, *, fence: bool, resume: bytes = b"") -> None:
         """mediated -> stopped. The VMM is paused by now.
@@ -249,14 +179,14 @@ class GatewayClient:
         `fence` takes all memory away from the device and waits until it has let go. `resume` holds
         the records to execute when the device is started again here.
         """
-        await self._request("stop", resume, fence=fence)
+        await self._call(requests.Stop(fence, resume))
 
-    async def mig_state(self, state: int) -> None:
+    async def mig_state(self, state: MigrationState) -> None:
         """Sets the device's migration state (VFIO migration v2)."""
-        await self._request("mig_state", state=int(state))
+        await self._call(requests.SetMigrationState(state))
 
-    async def mig_state_get(self) -> int:
-        return int((await self._request("mig_state_get")).fields["state"])
+    async def mig_state_get(self) -> MigrationState:
+        return (await self._call(requests.GetMigrationState())).state
 
     async def mig_read(self, max_bytes: int) -> bytes:
         """Reads device state. Fewer bytes than asked for, or none, mean that there is no more now.
@@ -264,30 +194,30 @@ class GatewayClient:
         The device's transfer size bounds what one call returns; the gateway asks again until
         `max_bytes` (at most 4 MiB) are there or the device has no more.
         """
-        return (await self._request("mig_read", max_bytes=max_bytes)).blob
+        return (await self._call(requests.ReadDeviceState(max_bytes))).data
 
     async def mig_write(self, data: bytes) -> None:
         """Writes device state, at most 4 MiB at a time."""
-        await self._request("mig_write", data)
+        await self._call(requests.WriteDeviceState(data))
 
     async def reset_device(self) -> None:
-        await self._request("reset_device")
+        await self._call(requests.ResetDevice())
 
     async def passthrough(self) -> None:
         """mediated | stopped -> passthrough: undoes `mediate` and `stop`, the device runs on."""
-        await self._request("passthrough")
+        await self._call(requests.Passthrough())
 
     async def release(self, session: str) -> None:
         """stopped -> released. From here on nothing starts this device but `reclaim` (I7)."""
-        await self._request("release", session=session)
+        await self._call(requests.Release(session))
 
     async def reclaim(self, session: str) -> None:
         """released -> stopped, for the session that released it."""
-        await self._request("reclaim", session=session)
+        await self._call(requests.Reclaim(session))
 
     async def standby(self, session: str) -> None:
         """passthrough -> standby: the device is reset and has no memory; nothing is owned."""
-        await self._request("standby", session=session)
+        await self._call(requests.Standby(session))
 
     async def own(self, session: str, records: bytes = b"") -> None:
         """The commit point of the target: the ownership record, and `records` to start with.
@@ -295,20 +225,20 @@ class GatewayClient:
         The gateway keeps `records`, so that anybody can start the guest if this process is killed.
         Asked for again by the same session it changes nothing.
         """
-        await self._request("own", records, session=session)
+        await self._call(requests.Own(session, records))
 
     async def start(self, records: bytes = b"") -> None:
         """standby -> passthrough, after `own`: memory, RUNNING, the records given to `own` and then
         `records`, every vector once. If it fails it can be asked for again."""
-        await self._request("start", records)
+        await self._call(requests.Start(records))
 
     async def fence(self, session: str) -> None:
         """`session` can never own the guest here. Raises `WrongState` if it already does."""
-        await self._request("fence", session=session)
+        await self._call(requests.Fence(session))
 
     async def abandon(self) -> None:
         """standby -> passthrough without owning; the session is fenced."""
-        await self._request("abandon")
+        await self._call(requests.Abandon())
 
     async def aclose(self) -> None:
         """Closes the connection; a lease ends with it."""
@@ -332,22 +262,33 @@ class GatewayClient:
             self._sock.close()
             self._decoder.close()
 
-    async def _request(self, op: str, blob: bytes = b"", **fields: object) -> ControlMessage:
-        data = encode({"op": op, **fields}, blob)
+    async def _call(self, request: Request[R]) -> R:
+        message = pack(request, op=request.op)
+        reply = await self._exchange(message, request)
+        try:
+            return unpack(request.reply(), reply, "ok")
+        except ShapeError as error:
+            _close_all(reply.descriptors)
+            raise ControlProtocolError(
+                f"the gateway's answer to {request.op!r} does not parse: {error}"
+            ) from error
+
+    async def _exchange(self, message: ControlMessage, request: Request[Any]) -> ControlMessage:
+        data = encode(message.fields, message.blob)
         async with self._lock:
             if self._closed:
                 raise GatewayLost("the gateway has closed its control connection")
-            if op in _TAKING and self._lost_answer:
+            if request.takes and self._lost_answer:
                 raise AnswerLost(f"the answer to {self._lost_answer!r} was cut off: mediate anew")
             await self._send(data)
-            if op == "mediate":
+            if isinstance(request, requests.Mediate):
                 self._lost_answer = ""
             self._unread_replies += 1
             try:
                 reply = await self._receive_last()
             except trio.Cancelled:
-                if op in _TAKING:
-                    self._lost_answer = op
+                if request.takes:
+                    self._lost_answer = request.op
                 raise
         if reply.fields.get("ok") is not True:
             _close_all(reply.descriptors)

@@ -11,7 +11,7 @@ from array import array
 from collections.abc import Callable, Sequence
 
 from sync.gateway.control.wire import MAX_JSON_BYTES, ControlDecoder, ControlMessage, Fields, encode
-from sync.gateway.engine.custody import Role
+from sync.gateway.engine.custody import ClientRole
 from sync.gateway.errors import ControlProtocolError
 
 WRITE_DEADLINE_S = 10.0
@@ -29,7 +29,7 @@ class ControlPeer:
         self._decoder = ControlDecoder(max_descriptors=0)
         self._out = memoryview(b"")
         self._descriptors: Sequence[int] = ()
-        self.role: Role | None = None
+        self.role: ClientRole | None = None
         self.session = ""
         self.busy = False
         self.closed = False

@@ -1,7 +1,7 @@
 """The control protocol's wire format and its limits, without a socket.
 
-Owned here: how one message looks, how a stream of bytes becomes messages, and how a field of a
-request is checked. Not owned: what the requests mean (`jobs`, `server`), and who may ask (`lease`).
+Owned here: how one message looks, and how a stream of bytes becomes messages. Not owned: what the
+fields of a request are (`requests`, `shapes`).
 
      0           4           8              8+J             8+J+B
     +-----------+-----------+--------------+---------------+
@@ -13,14 +13,14 @@ Little-endian; descriptors travel by SCM_RIGHTS with the message's first byte. A
 "message": text}`. Replies come in the order of the requests.
 """
 
+import dataclasses
 import json
 import os
-import re
 import struct
 from collections import deque
 from typing import Any, NamedTuple
 
-from sync.gateway.errors import BadRequest, ControlProtocolError
+from sync.gateway.errors import ControlProtocolError
 
 HEADER = struct.Struct("<II")
 MAX_JSON_BYTES = 64 << 10
@@ -29,7 +29,6 @@ MAX_BLOB_BYTES = 4 << 20
 """131072 register operations, or four reads of migration data at the usual transfer size."""
 MAX_DESCRIPTORS = 64
 """In one message; the kernel's limit is 253. A longer memory map is handed out in parts."""
-SESSION_PATTERN = re.compile(r"[0-9A-Za-z_-]{1,64}")
 
 Fields = dict[str, Any]
 
@@ -43,13 +42,23 @@ class ControlMessage(NamedTuple):
 
 
 def encode(fields: Fields, blob: bytes = b"") -> bytes:
-    """One message as bytes. Raises `ControlProtocolError` when it is over the limits."""
-    text = json.dumps(fields, separators=(",", ":")).encode()
+    """One message as bytes; fields may hold dataclasses and bytes.
+
+    Raises `ControlProtocolError` when it is over the limits.
+    """
+    text = json.dumps(fields, separators=(",", ":"), default=_plain).encode()
     if len(text) > MAX_JSON_BYTES or len(blob) > MAX_BLOB_BYTES:
         raise ControlProtocolError(
             f"a message of {len(text)} bytes of JSON and a blob of {len(blob)} bytes is too large"
         )
     return HEADER.pack(len(text), len(blob)) + text + blob
+
+
+def _plain(value: Any) -> Any:
+    """What JSON has no form for: bytes are written in hexadecimal, a dataclass as an object."""
+    if isinstance(value, bytes):
+        return value.hex()
+    return {field.name: getattr(value, field.name) for field in dataclasses.fields(value)}
 
 
 class ControlDecoder:
@@ -112,43 +121,3 @@ def _parse(text: bytes) -> Fields:
     if not isinstance(fields, dict):
         raise ControlProtocolError("a message's JSON is no object")
     return fields
-
-
-def integer(fields: Fields, name: str, low: int, high: int) -> int:
-    """The field `name` as an integer in `low..high`. Raises `BadRequest`."""
-    value = fields.get(name)
-    if type(value) is not int or not low <= value <= high:
-        raise BadRequest(f"{name!r} has to be a whole number from {low} to {high}")
-    return value
-
-
-def number(fields: Fields, name: str, low: float, high: float) -> float:
-    """The field `name` as a number in `low..high`. Raises `BadRequest`."""
-    value = fields.get(name)
-    if isinstance(value, bool) or not isinstance(value, int | float) or not low <= value <= high:
-        raise BadRequest(f"{name!r} has to be a number from {low} to {high}")
-    return float(value)
-
-
-def boolean(fields: Fields, name: str) -> bool:
-    """The field `name` as a truth value. Raises `BadRequest`."""
-    value = fields.get(name)
-    if type(value) is not bool:
-        raise BadRequest(f"{name!r} has to be true or false")
-    return value
-
-
-def text(fields: Fields, name: str, max_characters: int) -> str:
-    """The field `name` as text. Raises `BadRequest`."""
-    value = fields.get(name)
-    if type(value) is not str or len(value) > max_characters or "\0" in value:
-        raise BadRequest(f"{name!r} has to be text of at most {max_characters} characters")
-    return value
-
-
-def session(fields: Fields) -> str:
-    """The field `session`: 1 to 64 letters, digits, `-` and `_`. Raises `BadRequest`."""
-    value = fields.get("session")
-    if type(value) is not str or SESSION_PATTERN.fullmatch(value) is None:
-        raise BadRequest("'session' has to be 1 to 64 letters, digits, '-' and '_'")
-    return value

@@ -14,7 +14,8 @@ import fcntl
 import mmap
 import os
 
-from sync.gateway.datapath.dma import PAGE_BYTES, FlatRegion
+from sync.gateway.datapath.dma import FlatRegion
+from sync.memory import PAGE_BYTES
 
 _WORD_BYTES = 8
 _WORD_PAGES = 64
@@ -98,7 +99,7 @@ class DirtyBitmap:
 
 
 def _widen(bitmap: bytes, factor: int) -> bytes:
-    """Every bit of `bitmap` `factor` times."""
+    """A bitmap with every bit of `bitmap` repeated `factor` times."""
     ones = (1 << factor) - 1
     known: dict[int, bytes] = {}
     parts: list[bytes] = []

@@ -15,13 +15,11 @@ from enum import Enum
 from typing import NamedTuple
 
 from sync.gateway.errors import LayoutUnaligned
+from sync.memory import MAX_PAGES, PAGE_BYTES
 from sync.vfio_user.protocol import DmaFlags, DmaMap
 
-PAGE_BYTES = 4096
 MAX_REGIONS = 8192
 """Each may take a descriptor of ours; QEMU uses some twenty."""
-MAX_PAGES = 1 << 32
-"""Page numbers are uint32: 16 TiB of guest memory."""
 
 _READ, _WRITE = int(DmaFlags.READ), int(DmaFlags.WRITE)
 

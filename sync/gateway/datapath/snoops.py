@@ -44,7 +44,7 @@ class Snoops:
         self.keep_intx_masked = False
         """A VMM that takes note of INTx unmasks it; a device that is stopped would assert it again,
         and the VMM would carry an asserted line to the target, where nobody deasserts it."""
-        self.unmask_owed = False
+        self.unmask_pending = False
         """The VMM has unmasked INTx meanwhile: the device has to know if it goes on here."""
         self.commands: dict[int, VmmCommand] = {
             Command.VERSION: self._version,
@@ -163,7 +163,7 @@ class Snoops:
             and request.index == PciIrq.INTX
             and request.flags == IrqSet.DATA_NONE | IrqSet.ACTION_UNMASK
         ):
-            self.unmask_owed = True
+            self.unmask_pending = True
             close_fds(descriptors)
             self._relay.answer(message_id, flags, Command.DEVICE_SET_IRQS)
             return

@@ -11,8 +11,8 @@ import errno
 import struct
 from collections.abc import Callable
 
+from sync.gateway.datapath.deferred_reads import DeferredReads
 from sync.gateway.datapath.journal import Entry, Journal
-from sync.gateway.datapath.owed import Owed
 from sync.gateway.datapath.relay import Relay, VmmCommand
 from sync.registers.record import Op
 from sync.vfio_user.errors import ProtocolError
@@ -42,14 +42,14 @@ _MIGRATION = (Command.DEVICE_FEATURE, Command.MIG_DATA_READ, Command.MIG_DATA_WR
 class _Read:
     """A captured read under way; called with the device's reply."""
 
-    __slots__ = ("_entry", "_journal", "_message_id", "_owed", "_relay")
+    __slots__ = ("_deferred", "_entry", "_journal", "_message_id", "_relay")
 
     def __init__(
-        self, relay: Relay, journal: Journal, owed: Owed, message_id: int, entry: Entry
+        self, relay: Relay, journal: Journal, deferred: DeferredReads, message_id: int, entry: Entry
     ) -> None:
         self._relay = relay
         self._journal = journal
-        self._owed = owed
+        self._deferred = deferred
         self._message_id = message_id
         self._entry = entry
 
@@ -61,8 +61,8 @@ class _Read:
         elif len(reply) != _BODY + entry.size:
             raise ProtocolError(f"a read of {entry.size} bytes is answered by {len(reply)}")
         else:
-            if self._owed:
-                self._owed.pay(entry.region, entry.offset, reply[_BODY:])
+            if self._deferred:
+                self._deferred.deliver(entry.region, entry.offset, reply[_BODY:])
             self._journal.finish(entry, data=bytes(reply[_BODY:]))
         self._relay.pass_back(self._message_id, reply, [])
 
@@ -70,10 +70,12 @@ class _Read:
 class Capture:
     """Commands that write the journal. `max_bytes` is the largest access."""
 
-    def __init__(self, relay: Relay, journal: Journal, owed: Owed, max_bytes: int) -> None:
+    def __init__(
+        self, relay: Relay, journal: Journal, deferred: DeferredReads, max_bytes: int
+    ) -> None:
         self._relay = relay
         self._journal = journal
-        self._owed = owed
+        self._deferred = deferred
         self._max_bytes = max_bytes
         self.commands: dict[int, VmmCommand] = {
             Command.REGION_READ: self._read,
@@ -98,7 +100,7 @@ class Capture:
                 message_id,
                 message,
                 descriptors,
-                _Read(relay, self._journal, self._owed, message_id, entry),
+                _Read(relay, self._journal, self._deferred, message_id, entry),
             )
             return
         close_fds(descriptors)
@@ -238,8 +240,8 @@ class Gate:
         self._relay.answer(message_id, flags, Command.DEVICE_RESET)
 
 
-def owed_reads(relay: Relay, owed: Owed) -> dict[int, VmmCommand]:
-    """Commands that give the guest what it is owed with what it reads from the device."""
+def deferred_reads(relay: Relay, deferred: DeferredReads) -> dict[int, VmmCommand]:
+    """Commands by which the guest gets deferred values with what it reads from the device."""
 
     def read(message_id: int, flags: int, message: memoryview, descriptors: list[int]) -> None:
         offset, region, _ = _access(message, 0)
@@ -249,7 +251,7 @@ def owed_reads(relay: Relay, owed: Owed) -> dict[int, VmmCommand]:
         def answered(error: int, reply: memoryview, more: list[int]) -> None:
             close_fds(more)
             if not error and len(reply) > _BODY:
-                owed.pay(region, offset, reply[_BODY:])
+                deferred.deliver(region, offset, reply[_BODY:])
             relay.pass_back(message_id, reply, [])
 
         relay.forward(message_id, message, descriptors, answered)

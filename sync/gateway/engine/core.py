@@ -2,7 +2,7 @@
 
 Sans-IO: the event loop reports connections and requests; the answers go back through what it gave.
 Owned here: the lease, the queue of what waits for the device to be free, and what the gateway does
-by itself when a device, a VMM or a lease is lost. Not owned: what a request means (`requests`).
+by itself when a device, a VMM or a lease is lost. Not owned: what a request means (`server`).
 """
 
 from collections import deque
@@ -12,22 +12,22 @@ from typing import Any, Protocol, TypeVar
 
 from sync.errors import SyncError
 from sync.gateway.control.info import GatewayInfo, Recovery
-from sync.gateway.datapath.dma import PAGE_BYTES
 from sync.gateway.datapath.journal import DEFAULT_RECORDS
 from sync.gateway.datapath.relay import Send, VmmCommand
 from sync.gateway.engine import device_steps as steps
 from sync.gateway.engine import jobs
-from sync.gateway.engine.custody import Custody, LeaseLoss, Role, State
+from sync.gateway.engine.custody import ClientRole, Custody, CustodyState, LeaseLoss
 from sync.gateway.engine.device_handshake import DeviceFacts, handshake
-from sync.gateway.engine.device_link import Link
+from sync.gateway.engine.device_link import DeviceLink
 from sync.gateway.engine.job_runner import Job
 from sync.gateway.errors import DeviceLost, GatewayError, VmmLost
+from sync.memory import PAGE_BYTES
 from sync.vfio_user.protocol import Command, Version
 
 T = TypeVar("T")
 
 MAX_VERDICTS_TOLD = 16
-"""In a status; a migration that is in doubt asks within minutes."""
+"""So many are in a status, the latest; a migration that is in doubt asks within minutes."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,7 +35,7 @@ class Limits:
     """What bounds the waiting."""
 
     device_deadline_s: float = 5.0
-    """For the device to do what makes the guest wait; after it the device counts as lost."""
+    """A device that takes longer than this for what makes the guest wait counts as lost."""
     lease_silence_s: float = 120.0
     """With the guest stopped, a controller that asks for nothing as long as this has failed."""
     device_wait_s: float = 10.0
@@ -55,7 +55,7 @@ class Lease:
     """The right of one controller to change things."""
 
     holder: Holder
-    role: Role
+    role: ClientRole
     since: float
     """When it last asked for something."""
     broken: GatewayError | None = None
@@ -79,7 +79,7 @@ class Core:
         self.limits = limits
         self.clock = clock
         self.custody = Custody()
-        self.link: Link | None = None
+        self.link: DeviceLink | None = None
         self.ready = False
         """Whether the device is connected and has been asked everything."""
         self.facts = DeviceFacts()
@@ -93,9 +93,11 @@ class Core:
 
     # --- device and VMM ---
 
-    def device_came(self, to_device: Send, on_ready: Callable[[SyncError | None], None]) -> Link:
+    def device_came(
+        self, to_device: Send, on_ready: Callable[[SyncError | None], None]
+    ) -> DeviceLink:
         """A device was connected; `on_ready` is called when it has been asked everything."""
-        link = Link(
+        link = DeviceLink(
             to_device,
             self.clock,
             deadline_s=self.limits.device_deadline_s,
@@ -128,7 +130,7 @@ class Core:
             self._wake_on_access(self.link)
         return answer
 
-    def _wake_on_access(self, link: Link) -> None:
+    def _wake_on_access(self, link: DeviceLink) -> None:
         """A migration that ended with its gateway has left the device stopped: it is set running
         with the first register access, for by then the VMM has shared its memory again."""
         link.migration_touched = True
@@ -154,8 +156,8 @@ class Core:
             **{command: trap(command) for command in accesses},
         }
 
-    def _wake(self, link: Link) -> None:
-        if link is not self.link or self.custody.state is not State.PASSTHROUGH:
+    def _wake(self, link: DeviceLink) -> None:
+        if link is not self.link or self.custody.state is not CustodyState.PASSTHROUGH:
             return
 
         def done(problem: SyncError | None) -> None:
@@ -241,7 +243,7 @@ class Core:
     def silent_holder(self, now: float) -> Holder | None:
         """The holder that keeps a stopped guest waiting without asking for anything."""
         lease = self.lease
-        if lease is None or lease.role is not Role.SOURCE or self.busy:
+        if lease is None or lease.role is not ClientRole.SOURCE or self.busy:
             return None
         stopped = self.custody.on_lease_loss(lease.role) is LeaseLoss.RESTORE
         late = now - lease.since > self.limits.lease_silence_s
@@ -274,8 +276,8 @@ class Core:
     def _resume_vmm(self, lease: Lease) -> None:
         """Has the VMM run again if that was armed, unless it may run elsewhere by now (I7).
 
-        What the record says at this time does not count: a VMM that has connected anew, after a
-        device was lost, is its own owner again even if its guest was released before.
+        What the ownership record says at this time does not count: a VMM that has connected anew,
+        after a device was lost, is its own owner again even if its guest was released before.
         """
         self.lease = None
         if lease.qmp_path and not lease.released:
@@ -303,13 +305,13 @@ class Core:
         facts = self.facts
         regions = link.memory.regions if link else []
         return GatewayInfo(
-            state=custody.state.value,
-            owner=custody.owner.value,
+            state=custody.state,
+            owner=custody.owner,
             session=custody.session,
             verdicts=custody.verdicts(MAX_VERDICTS_TOLD),
             device_connected=self.ready,
             vmm_connected=custody.vmm_connected,
-            lease=self.lease.role.value if self.lease else "",
+            lease=self.lease.role if self.lease else None,
             regions=facts.regions,
             irqs=facts.irqs,
             config_space=facts.config_space,

@@ -1,8 +1,8 @@
-"""A gateway's states, who owns the guest, and who may ask for what: three tables and a record.
+"""A gateway's states, who owns the guest, and what the end of a lease does.
 
-Sans-IO: events in, a new state or a typed error out. Not owned here: what is done to the device
-on the way from one state to the next (`jobs`), and what the states mean for a message (`relay`,
-`traps`).
+Sans-IO: events in, a new state or a typed error out. Not owned here: who may ask for what
+(`requests`), what is done to the device on the way from one state to the next (`jobs`), and what
+the states mean for a message (`relay`, `traps`).
 
                        mediate                 stop                 release
       +-------------+ --------> +----------+ --------> +---------+ --------> +----------+
@@ -20,7 +20,7 @@ on the way from one state to the next (`jobs`), and what the states mean for a m
                          +---------+
 
 `lost` (the device or the VMM has gone) leads from every state to passthrough: what is left of a
-session is its record of owners. Losing the lease restores a source and abandons a target
+session is its verdicts. Losing the lease restores a source and abandons a target
 (`LEASE_LOSS`), except where that would break I7: a released source stays released, and a target
 that owns the guest stays in standby until somebody starts it.
 
@@ -45,7 +45,7 @@ MAX_VERDICTS = 65536
 """Sessions remembered, some 100 bytes each; session identities are random and do not recur."""
 
 
-class State(StrEnum):
+class CustodyState(StrEnum):
     PASSTHROUGH = "passthrough"
     MEDIATED = "mediated"
     STOPPED = "stopped"
@@ -71,65 +71,25 @@ class Event(StrEnum):
     ABANDON = "abandon"
 
 
-class Role(StrEnum):
+class ClientRole(StrEnum):
     OBSERVER = "observer"
     SOURCE = "source"
     TARGET = "target"
 
 
-TRANSITIONS: dict[tuple[State, Event], State] = {
-    (State.PASSTHROUGH, Event.MEDIATE): State.MEDIATED,
-    (State.MEDIATED, Event.STOP): State.STOPPED,
-    (State.STOPPED, Event.RELEASE): State.RELEASED,
-    (State.RELEASED, Event.RECLAIM): State.STOPPED,
-    (State.PASSTHROUGH, Event.RESTORE): State.PASSTHROUGH,
-    (State.MEDIATED, Event.RESTORE): State.PASSTHROUGH,
-    (State.STOPPED, Event.RESTORE): State.PASSTHROUGH,
-    (State.PASSTHROUGH, Event.STANDBY): State.STANDBY,
-    (State.STANDBY, Event.START): State.PASSTHROUGH,
-    (State.PASSTHROUGH, Event.ABANDON): State.PASSTHROUGH,
-    (State.STANDBY, Event.ABANDON): State.PASSTHROUGH,
+TRANSITIONS: dict[tuple[CustodyState, Event], CustodyState] = {
+    (CustodyState.PASSTHROUGH, Event.MEDIATE): CustodyState.MEDIATED,
+    (CustodyState.MEDIATED, Event.STOP): CustodyState.STOPPED,
+    (CustodyState.STOPPED, Event.RELEASE): CustodyState.RELEASED,
+    (CustodyState.RELEASED, Event.RECLAIM): CustodyState.STOPPED,
+    (CustodyState.PASSTHROUGH, Event.RESTORE): CustodyState.PASSTHROUGH,
+    (CustodyState.MEDIATED, Event.RESTORE): CustodyState.PASSTHROUGH,
+    (CustodyState.STOPPED, Event.RESTORE): CustodyState.PASSTHROUGH,
+    (CustodyState.PASSTHROUGH, Event.STANDBY): CustodyState.STANDBY,
+    (CustodyState.STANDBY, Event.START): CustodyState.PASSTHROUGH,
+    (CustodyState.PASSTHROUGH, Event.ABANDON): CustodyState.PASSTHROUGH,
+    (CustodyState.STANDBY, Event.ABANDON): CustodyState.PASSTHROUGH,
 }
-
-ANY_STATE = frozenset(State)
-LEASE = frozenset({Role.SOURCE, Role.TARGET})
-SOURCE = frozenset({Role.SOURCE})
-TARGET = frozenset({Role.TARGET})
-
-_AT_SOURCE = frozenset({State.MEDIATED, State.STOPPED})
-_AT_DEVICE = frozenset({State.MEDIATED, State.STOPPED, State.STANDBY})
-
-
-def _from(event: Event) -> frozenset[State]:
-    return frozenset(state for state, cause in TRANSITIONS if cause is event)
-
-
-REQUESTS: dict[str, tuple[frozenset[Role], frozenset[State]]] = {
-    "status": (frozenset(Role), ANY_STATE),
-    "memory": (frozenset(Role), ANY_STATE),
-    "arm_recovery": (SOURCE, ANY_STATE),
-    "disarm_recovery": (SOURCE, ANY_STATE),
-    "mediate": (SOURCE, _from(Event.MEDIATE)),
-    "dirty": (SOURCE, _AT_SOURCE),
-    "journal": (SOURCE, _AT_SOURCE),
-    "stop": (SOURCE, _from(Event.STOP)),
-    "passthrough": (SOURCE, _from(Event.RESTORE)),
-    # A second `release` by the same session is answered like the first: its answer may be lost.
-    "release": (SOURCE, _from(Event.RELEASE) | {State.RELEASED}),
-    "reclaim": (SOURCE, _from(Event.RECLAIM)),
-    "batch": (LEASE, _AT_DEVICE | {State.PASSTHROUGH}),
-    "mig_state": (LEASE, _AT_DEVICE),
-    "mig_state_get": (LEASE, _AT_DEVICE | {State.PASSTHROUGH}),
-    "mig_read": (LEASE, _AT_DEVICE),
-    "mig_write": (LEASE, _AT_DEVICE),
-    "reset_device": (LEASE, frozenset({State.STOPPED, State.STANDBY})),
-    "standby": (TARGET, _from(Event.STANDBY)),
-    "own": (TARGET, frozenset({State.STANDBY})),
-    "start": (TARGET, _from(Event.START)),
-    "fence": (TARGET, ANY_STATE),
-    "abandon": (TARGET, _from(Event.ABANDON)),
-}
-"""Who may ask for what, and in which states."""
 
 
 class LeaseLoss(StrEnum):
@@ -143,11 +103,11 @@ class LeaseLoss(StrEnum):
     ABANDON = "abandon"
 
 
-LEASE_LOSS: dict[tuple[Role, State], LeaseLoss] = {
-    (Role.SOURCE, State.PASSTHROUGH): LeaseLoss.RESUME,
-    (Role.SOURCE, State.MEDIATED): LeaseLoss.RESTORE,
-    (Role.SOURCE, State.STOPPED): LeaseLoss.RESTORE,
-    (Role.TARGET, State.STANDBY): LeaseLoss.ABANDON,
+LEASE_LOSS: dict[tuple[ClientRole, CustodyState], LeaseLoss] = {
+    (ClientRole.SOURCE, CustodyState.PASSTHROUGH): LeaseLoss.RESUME,
+    (ClientRole.SOURCE, CustodyState.MEDIATED): LeaseLoss.RESTORE,
+    (ClientRole.SOURCE, CustodyState.STOPPED): LeaseLoss.RESTORE,
+    (ClientRole.TARGET, CustodyState.STANDBY): LeaseLoss.ABANDON,
 }
 """By role and state; every other case: nothing. A target that owns the guest is left alone."""
 
@@ -160,7 +120,7 @@ class Custody:
     """
 
     def __init__(self) -> None:
-        self.state = State.PASSTHROUGH
+        self.state = CustodyState.PASSTHROUGH
         self.owner = Owner.UNOWNED
         self.session = ""
         self.vmm_connected = False
@@ -170,16 +130,16 @@ class Custody:
     def owned(self) -> bool:
         return self.owner is Owner.OWNED
 
-    def verdicts(self, count: int) -> dict[str, str]:
-        """The last `count` sessions with a final verdict: 'fenced' or 'owned'."""
-        return {name: str(verdict) for name, verdict in list(self._verdicts.items())[-count:]}
+    def verdicts(self, count: int) -> dict[str, Owner]:
+        """The last `count` sessions with a final verdict: fenced or owned."""
+        return dict(list(self._verdicts.items())[-count:])
 
-    def check(self, request: str) -> None:
-        """Raises `WrongState` if the state does not allow `request`."""
-        if self.state not in REQUESTS[request][1]:
+    def check(self, states: frozenset[CustodyState], request: str) -> None:
+        """Raises `WrongState` unless the state is one of `states`, which `request` needs."""
+        if self.state not in states:
             raise WrongState(f"{request!r} makes no sense in state {self.state.value!r}")
 
-    def on_lease_loss(self, role: Role) -> LeaseLoss:
+    def on_lease_loss(self, role: ClientRole) -> LeaseLoss:
         action = LEASE_LOSS.get((role, self.state), LeaseLoss.NOTHING)
         if action is LeaseLoss.ABANDON and self.owned:
             return LeaseLoss.NOTHING
@@ -188,16 +148,16 @@ class Custody:
     def vmm_came(self) -> None:
         """A VMM has connected: it is the owner, unless the guest is still to be committed."""
         self.vmm_connected = True
-        if self.state is State.PASSTHROUGH:
+        if self.state is CustodyState.PASSTHROUGH:
             self.owner = Owner.OWNED
             self.session = ""
 
     def lost(self) -> None:
         """The device or the VMM has gone, and the other connection with it."""
         self.vmm_connected = False
-        if self.state is State.STANDBY and not self.owned:
+        if self.state is CustodyState.STANDBY and not self.owned:
             self._judge(self.session, Owner.FENCED)
-        self.state = State.PASSTHROUGH
+        self.state = CustodyState.PASSTHROUGH
         self.owner = Owner.UNOWNED
 
     def check_mediate(self) -> None:
@@ -212,14 +172,22 @@ class Custody:
         self.check_mediate()
         self._go(Event.MEDIATE)
 
+    def check_stop(self) -> None:
+        """Raises what `stop` would, before anything is done to the device."""
+        self._next(Event.STOP)
+
     def stop(self) -> None:
         self._go(Event.STOP)
+
+    def check_restore(self) -> None:
+        """Raises what `restore` would, before anything is done to the device."""
+        self._next(Event.RESTORE)
 
     def restore(self) -> None:
         self._go(Event.RESTORE)
 
     def release(self, session: str) -> None:
-        if self.state is State.RELEASED:
+        if self.state is CustodyState.RELEASED:
             self._expect(session)
             return
         self._next(Event.RELEASE)
@@ -248,7 +216,7 @@ class Custody:
 
     def own(self, session: str) -> None:
         """The commit. Asked for twice it is answered twice: the first answer may be lost."""
-        if self.state is not State.STANDBY:
+        if self.state is not CustodyState.STANDBY:
             raise WrongState(f"nothing can be owned in state {self.state.value!r}")
         self._refuse_fenced(session)
         self._expect(session)
@@ -271,22 +239,22 @@ class Custody:
         if self._verdicts.get(session) is Owner.OWNED:
             raise WrongState("this session owns the guest here, or has done so")
         self._judge(session, Owner.FENCED)
-        if self.state is State.STANDBY and session == self.session:
+        if self.state is CustodyState.STANDBY and session == self.session:
             self.owner = Owner.FENCED
 
     def check_abandon(self) -> None:
         """Raises what `abandon` would, before anything is done to the device."""
         self._next(Event.ABANDON)
-        if self.state is State.STANDBY and self.owned:
+        if self.state is CustodyState.STANDBY and self.owned:
             raise WrongState("the guest is owned here: it can be started, not abandoned")
 
     def abandon(self) -> None:
         self.check_abandon()
-        if self.state is State.STANDBY:
+        if self.state is CustodyState.STANDBY:
             self.fence(self.session)
         self._go(Event.ABANDON)
 
-    def _next(self, event: Event) -> State:
+    def _next(self, event: Event) -> CustodyState:
         state = TRANSITIONS.get((self.state, event))
         if state is None:
             raise WrongState(f"{event.value!r} makes no sense in state {self.state.value!r}")

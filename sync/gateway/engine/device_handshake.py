@@ -1,14 +1,15 @@
 """What the gateway finds out about a device when it has connected to it, and how.
 
-Owned here: the negotiation and the questions, as a job for `runner`. Nothing here changes the
+Owned here: the negotiation and the questions, as a job for `job_runner`. Nothing here changes the
 device; every answer is checked. Source: vfio-user, "Connection Initiation" and the GET_ messages.
 """
 
 from dataclasses import dataclass, field
 
-from sync.gateway.control.info import Identity, IrqDescription, RegionDescription, Supports
+from sync.gateway.control.info import IrqDescription, RegionDescription, Supports
 from sync.gateway.engine.job_runner import Call, Job
 from sync.gateway.errors import DeviceRefused
+from sync.pci import EXPRESS_CONFIG_BYTES, Identity
 from sync.vfio_user.errors import ProtocolError
 from sync.vfio_user.framing import close_fds
 from sync.vfio_user.protocol import (
@@ -42,8 +43,6 @@ MAX_MESSAGE_FDS = 253
 """What the kernel passes with one message."""
 MAX_REGIONS = 256
 MAX_IRQS = 64
-CONFIG_BYTES = 4096
-"""Of PCI Express; conventional devices have 256."""
 
 OFFER = Capabilities(
     max_msg_fds=MAX_MESSAGE_FDS,
@@ -165,7 +164,7 @@ def _probe(reset: bool) -> Job[Supports]:
 
 def _read_config(facts: DeviceFacts) -> Job[bytes]:
     region = facts.regions.get(PciRegion.CONFIG)
-    size = min(CONFIG_BYTES, region.size if region else 0)
+    size = min(EXPRESS_CONFIG_BYTES, region.size if region else 0)
     if not size:
         return b""
     # Doublewords: the access that every configuration space takes (PCI 3.0, 6.1).

@@ -8,21 +8,21 @@ import os
 from collections.abc import Callable
 
 from sync.gateway.datapath.bitmap import DirtyBitmap
+from sync.gateway.datapath.deferred_reads import DeferredReads
 from sync.gateway.datapath.dma import AtDevice, DmaMemory
 from sync.gateway.datapath.dma_service import DmaService
 from sync.gateway.datapath.interrupts import Interrupts
 from sync.gateway.datapath.journal import Journal
-from sync.gateway.datapath.owed import Owed
 from sync.gateway.datapath.relay import Relay, Send
 from sync.gateway.datapath.snoops import Snoops
-from sync.gateway.datapath.traps import Capture, Gate, owed_reads, refusals
-from sync.gateway.engine.custody import State
+from sync.gateway.datapath.traps import Capture, Gate, deferred_reads, refusals
+from sync.gateway.engine.custody import CustodyState
 from sync.gateway.engine.device_handshake import MAX_DATA_BYTES, DeviceFacts
-from sync.gateway.engine.job_runner import Runner
+from sync.gateway.engine.job_runner import JobRunner
 from sync.vfio_user.protocol import Capabilities, Version
 
 
-class Link:
+class DeviceLink:
     """`generation` numbers the first memory map; it goes on from there with each change."""
 
     def __init__(
@@ -39,13 +39,13 @@ class Link:
         self.interrupts = Interrupts()
         self.journal = Journal(journal_records)
         self.relay = Relay(to_device)
-        self.runner = Runner(self.relay, clock, deadline_s)
+        self.runner = JobRunner(self.relay, clock, deadline_s)
         self.service = DmaService(self.relay, self.memory, MAX_DATA_BYTES)
         self.relay.device_command = self.service.handle
         self.snoops = Snoops(self.relay, self.memory, self.interrupts)
         self.gate = Gate(self.relay)
-        self.owed = Owed()
-        self._capture = Capture(self.relay, self.journal, self.owed, MAX_DATA_BYTES)
+        self.deferred = DeferredReads()
+        self._capture = Capture(self.relay, self.journal, self.deferred, MAX_DATA_BYTES)
         self.capturing = False
         self.logging_page_bytes = 0
         """Granularity of the device's DMA logging, 0 when it is off."""
@@ -60,7 +60,7 @@ class Link:
     def attach_vmm(self, to_vmm: Send, offer: Version) -> Version:
         """A VMM has come with `offer`; returns what it is answered."""
         theirs = offer.capabilities
-        self.owed.clear()
+        self.deferred.clear()
         self.relay.to_vmm = to_vmm
         self.service.vmm_max_bytes = min(theirs.max_data_xfer_size, MAX_DATA_BYTES)
         ours = self.facts.capabilities
@@ -78,22 +78,22 @@ class Link:
             ),
         )
 
-    def enter(self, state: State) -> None:
+    def enter(self, state: CustodyState) -> None:
         """From here on the VMM's commands are treated as `state` says."""
         commands = dict(self.snoops.commands)
-        self.snoops.keep_intx_masked = state is State.STOPPED
-        if self.owed:
-            commands |= owed_reads(self.relay, self.owed)
-        if state in (State.MEDIATED, State.STOPPED):
+        self.snoops.keep_intx_masked = state is CustodyState.STOPPED
+        if self.deferred:
+            commands |= deferred_reads(self.relay, self.deferred)
+        if state in (CustodyState.MEDIATED, CustodyState.STOPPED):
             commands |= self._capture.commands if self.capturing else refusals(self.relay)
-        elif state in (State.STANDBY, State.RELEASED):
+        elif state in (CustodyState.STANDBY, CustodyState.RELEASED):
             commands |= self.gate.commands
             self.gate.dropped = 0
         else:
             self.capturing = False
             self.migration_touched = False
             self.resume_records = self.start_records = b""
-            self.snoops.unmask_owed = False
+            self.snoops.unmask_pending = False
             self.snoops.sharing = AtDevice.DIRECT
         self.relay.vmm_commands = commands
 

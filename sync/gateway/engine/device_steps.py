@@ -1,17 +1,18 @@
 """What is done to a device on the way between states, in pieces that `jobs` puts together.
 
-Sans-IO: each step is a generator that yields commands and is sent the answers (`runner`).
+Sans-IO: each step is a generator that yields commands and is sent the answers (`job_runner`).
 Source: vfio-user, VFIO_USER_DMA_MAP, _DMA_UNMAP, _REGION_READ/WRITE and _DEVICE_FEATURE.
 """
 
 from sync.errors import SyncError
 from sync.gateway.datapath.bitmap import DirtyBitmap
-from sync.gateway.datapath.dma import PAGE_BYTES, AtDevice, DmaRegion, FlatRegion
+from sync.gateway.datapath.dma import AtDevice, DmaRegion, FlatRegion
 from sync.gateway.datapath.snoops import for_device
 from sync.gateway.engine.device_handshake import get_migration_state
-from sync.gateway.engine.device_link import Link
+from sync.gateway.engine.device_link import DeviceLink
 from sync.gateway.engine.job_runner import Answer, Call, Job
 from sync.gateway.errors import BadRequest, DeviceRefused
+from sync.memory import PAGE_BYTES
 from sync.registers.record import (
     STRUCT,
     Access,
@@ -39,7 +40,7 @@ _REPORT_HEAD_BYTES = 64
 """Room for all but the bitmap in a report that has to stay below the transfer size."""
 
 
-def unmap_all(link: Link) -> Job[None]:
+def unmap_all(link: DeviceLink) -> Job[None]:
     """Takes every region away from the device: when this is done it can do no DMA.
 
     Raises `DeviceRefused` if it keeps one; the others are gone by then.
@@ -56,7 +57,7 @@ def unmap_all(link: Link) -> Job[None]:
         refused.expect("to let go of guest memory")
 
 
-def share(link: Link, wanted: AtDevice) -> Job[SyncError | None]:
+def share(link: DeviceLink, wanted: AtDevice) -> Job[SyncError | None]:
     """Has the device know every region as `wanted` (DIRECT or MESSAGE); returns what went wrong.
 
     A region without a descriptor is always DIRECT. Its two commands follow each other, so that the
@@ -93,7 +94,7 @@ def share(link: Link, wanted: AtDevice) -> Job[SyncError | None]:
     return problem
 
 
-def run(link: Link) -> Job[SyncError | None]:
+def run(link: DeviceLink) -> Job[SyncError | None]:
     """Has a device with migration states be RUNNING; returns what went wrong."""
     try:
         state = yield from get_migration_state()
@@ -105,7 +106,7 @@ def run(link: Link) -> Job[SyncError | None]:
     return None
 
 
-def share_and_run(link: Link, *, run_device: bool) -> Job[SyncError | None]:
+def share_and_run(link: DeviceLink, *, run_device: bool) -> Job[SyncError | None]:
     """Direct memory, then RUNNING; returns what went wrong.
 
     Some devices (libvfio-user) refuse a change of the map while they are stopped: then once more.
@@ -125,7 +126,7 @@ def set_migration_state(state: MigrationState) -> Job[None]:
     answer.expect(f"migration state {state.name}")
 
 
-def start_logging(link: Link, layout: list[FlatRegion], page_bytes: int) -> Job[None]:
+def start_logging(link: DeviceLink, layout: list[FlatRegion], page_bytes: int) -> Job[None]:
     """Has the device log its writes to `layout`; notes the page size that it chose."""
     ranges = tuple((region.iova, region.length) for region in layout)
     if len(ranges) > MAX_LOGGING_RANGES:
@@ -141,7 +142,7 @@ def start_logging(link: Link, layout: list[FlatRegion], page_bytes: int) -> Job[
     link.logging_page_bytes = LoggingControl.unpack(data).page_size if data else page_bytes
 
 
-def stop_logging(link: Link) -> Job[None]:
+def stop_logging(link: DeviceLink) -> Job[None]:
     """Ends the logging; a device that refuses has none under way."""
     if link.logging_page_bytes:
         yield [_stop_logging()]
@@ -152,7 +153,7 @@ def _stop_logging() -> Call:
     return Call(Command.DEVICE_FEATURE, Feature.set(FeatureIndex.DMA_LOGGING_STOP).pack())
 
 
-def collect_log(link: Link) -> Job[bool]:
+def collect_log(link: DeviceLink) -> Job[bool]:
     """ORs what the device has logged into the bitmap; False if it would not tell all."""
     bitmap = link.service.bitmap
     assert bitmap is not None
@@ -182,8 +183,11 @@ def collect_log(link: Link) -> Job[bool]:
 
 
 def _merge_edges(bitmap: DirtyBitmap, report: LoggingReport, device_page: int) -> None:
-    """A page of the device that lies only partly in the range was cleared as a whole: what else is
-    in it, of this region or another, counts as written, too."""
+    """Marks the whole of a device's page that lies only partly in the range of `report`.
+
+    The device has cleared all of it, so what else is in it, of this region or another, counts as
+    written, too.
+    """
     last = (report.length - 1) // report.page_size
     for number in {0, last}:
         if report.bitmap[number >> 3] >> (number & 7) & 1:
@@ -198,7 +202,7 @@ def _report_call(report: LoggingReport) -> Call:
     return Call(Command.DEVICE_FEATURE, request.pack())
 
 
-def parse_records(link: Link, records: bytes) -> list[Access]:
+def parse_records(link: DeviceLink, records: bytes) -> list[Access]:
     """The accesses in `records`. Raises `BadRequest` for what no device could be asked."""
     try:
         accesses = list(unpack_accesses(records))
@@ -211,11 +215,14 @@ def parse_records(link: Link, records: bytes) -> list[Access]:
     return accesses
 
 
-def execute(link: Link, records: bytes) -> Job[bytes]:
+def execute(link: DeviceLink, records: bytes) -> Job[bytes]:
     """Executes records in order; returns them with what was read (or written back) filled in, and
-    FAILED where the device refused. A write back waits for the read that it depends on. What a read
-    marked OWED returns, and what a write marked OWED holds instead of being executed, the guest
-    gets with its next read of that register."""
+    `FAILED` where the device refused.
+
+    A write back waits for the read that it depends on. What a read marked `DEFERRED` returns, the
+    guest gets with its next read of that register; so it does what such a write, which is not
+    executed, holds.
+    """
     accesses = parse_records(link, records)
     first_read: dict[tuple[int, int, int], bytes] = {}
     outcomes: list[Access] = []
@@ -224,10 +231,10 @@ def execute(link: Link, records: bytes) -> Job[bytes]:
         awaited: set[tuple[int, int, int]] = set()
         for access in accesses[len(outcomes) :]:
             register = (access.region, access.offset, access.size)
-            if access.owed and access.op is Op.WRITE:
+            if access.deferred and access.op is Op.WRITE:
                 if run:
                     break
-                link.owed.add(access.region, access.offset, access.data, count=access.counts)
+                link.deferred.add(access.region, access.offset, access.data, count=access.counts)
                 outcomes.append(access)
                 continue
             if access.write_back:
@@ -242,8 +249,8 @@ def execute(link: Link, records: bytes) -> Job[bytes]:
             data = access.data if answer.error else _outcome(access, answer)
             if access.op is Op.READ and not answer.error:
                 first_read.setdefault((access.region, access.offset, access.size), data)
-            if access.owed and not answer.error:
-                data = link.owed.add(access.region, access.offset, data, count=access.counts)
+            if access.deferred and not answer.error:
+                data = link.deferred.add(access.region, access.offset, data, count=access.counts)
             outcomes.append(access._replace(data=data, failed=bool(answer.error)))
     return _filled_in(records, outcomes)
 

@@ -53,7 +53,7 @@ Job = Generator[list[Call], list[Answer], T]
 Done = Callable[[object, SyncError | None], None]
 
 
-class Runner:
+class JobRunner:
     """`clock` gives seconds that never go back; `deadline_s` is the limit described above."""
 
     def __init__(self, relay: Relay, clock: Callable[[], float], deadline_s: float) -> None:

@@ -1,23 +1,23 @@
-"""What each request does to the device: one job for each, made of `steps`.
+"""What each request does to the device: one job for each, made of `device_steps`.
 
 Sans-IO. Owned here: the order of the steps, the point at which the state changes, and the way back
-when a step fails. Not owned: who may ask (`requests`), how a job is run and bounded (`runner`).
+when a step fails. Not owned: who may ask (`requests`), how a job is run (`job_runner`).
 
 `mediate`, `passthrough`, `standby`, `start`, `stop`, `abandon` and `batch` run with the guest's
 accesses held back. So the guest sees each of them as happening between two of its accesses.
 """
 
-from dataclasses import dataclass
-
 from sync.errors import SyncError
+from sync.gateway.control.requests import DirtyHalf, Mediate, Mediation
 from sync.gateway.datapath.bitmap import DirtyBitmap
-from sync.gateway.datapath.dma import PAGE_BYTES, AtDevice
+from sync.gateway.datapath.dma import AtDevice
 from sync.gateway.engine import device_handshake as device
 from sync.gateway.engine import device_steps as steps
-from sync.gateway.engine.custody import Custody, State
-from sync.gateway.engine.device_link import Link
+from sync.gateway.engine.custody import Custody, CustodyState
+from sync.gateway.engine.device_link import DeviceLink
 from sync.gateway.engine.job_runner import Call, Job
 from sync.gateway.errors import BadRequest, GatewayError, Unsupported, WrongState
+from sync.memory import PAGE_BYTES
 from sync.vfio_user.errors import ProtocolError
 from sync.vfio_user.protocol import (
     Command,
@@ -28,42 +28,15 @@ from sync.vfio_user.protocol import (
     SetIrqs,
 )
 
-TRACKERS = ("logging", "message", "none")
 
+def mediate(link: DeviceLink, custody: Custody, request: Mediate) -> Job[Mediation]:
+    """passthrough -> mediated. What fails is undone; the state is then what it was.
 
-@dataclass(frozen=True, slots=True)
-class Mediated:
-    """The outcome of `mediate`. `dirty_fd` stays the gateway's; None without a tracker."""
-
-    values: bytes
-    journal_seq: int
-    page_bytes: int
-    dirty_fd: int | None
-    n_pages: int
-    half_bytes: int
-    layout_generation: int
-
-
-@dataclass(frozen=True, slots=True)
-class Collected:
-    """The outcome of `dirty`."""
-
-    half: int
-    complete: bool
-
-
-def mediate(
-    link: Link,
-    custody: Custody,
-    *,
-    tracker: str,
-    page_bytes: int,
-    capture: bool,
-    snapshot: bytes,
-) -> Job[Mediated]:
-    """passthrough -> mediated. What fails is undone; the state is then what it was."""
+    The bitmap's descriptor stays the gateway's.
+    """
+    tracker = request.tracker
     custody.check_mediate()
-    steps.parse_records(link, snapshot)
+    steps.parse_records(link, request.snapshot)
     bitmap = _new_bitmap(link) if tracker != "none" else None
     if tracker == "logging" and not link.facts.supports.logging:
         raise Unsupported("the device does not log its DMA writes: use another tracker")
@@ -71,13 +44,13 @@ def mediate(
         link.track(bitmap)
     try:
         if tracker == "logging" and bitmap is not None:
-            yield from steps.start_logging(link, bitmap.layout, page_bytes)
+            yield from steps.start_logging(link, bitmap.layout, request.page_size)
         elif tracker == "message":
             link.snoops.sharing = AtDevice.MESSAGE
             problem = yield from steps.share(link, AtDevice.MESSAGE)
             if problem is not None:
                 raise problem
-        values = yield from steps.execute(link, snapshot)
+        values = yield from steps.execute(link, request.snapshot)
     except ProtocolError:
         raise
     except SyncError:
@@ -87,21 +60,21 @@ def mediate(
         link.untrack()
         raise
     link.journal.restart()
-    link.capturing = capture
+    link.capturing = request.capture
     custody.mediate()
     link.enter(custody.state)
-    return Mediated(
+    return Mediation(
         values=values,
         journal_seq=link.journal.next_seq,
-        page_bytes=max(link.logging_page_bytes, PAGE_BYTES),
-        dirty_fd=bitmap.descriptor if bitmap else None,
+        page_size=max(link.logging_page_bytes, PAGE_BYTES),
+        dirty=(bitmap.descriptor,) if bitmap else (),
         n_pages=bitmap.n_pages if bitmap else 0,
         half_bytes=bitmap.half_bytes if bitmap else 0,
         layout_generation=link.memory.generation,
     )
 
 
-def _new_bitmap(link: Link) -> DirtyBitmap:
+def _new_bitmap(link: DeviceLink) -> DirtyBitmap:
     layout = link.memory.flat()
     if not layout:
         raise Unsupported("the guest has shared no memory with a descriptor: nothing to track")
@@ -111,7 +84,7 @@ def _new_bitmap(link: Link) -> DirtyBitmap:
         raise GatewayError(f"no room for the dirty bitmap: {error.strerror}") from error
 
 
-def dirty(link: Link) -> Job[Collected]:
+def dirty(link: DeviceLink) -> Job[DirtyHalf]:
     """Reads and clears the tracker: the device's own log first, then the halves are swapped."""
     bitmap = link.service.bitmap
     if bitmap is None:
@@ -119,16 +92,16 @@ def dirty(link: Link) -> Job[Collected]:
     complete = True
     if link.logging_page_bytes:
         complete = yield from steps.collect_log(link)
-    return Collected(bitmap.swap(), complete)
+    return DirtyHalf(bitmap.swap(), link.memory.generation, complete)
 
 
-def batch(link: Link, records: bytes) -> Job[bytes]:
+def batch(link: DeviceLink, records: bytes) -> Job[bytes]:
     return (yield from steps.execute(link, records))
 
 
-def stop(link: Link, custody: Custody, *, fence: bool, resume: bytes) -> Job[None]:
+def stop(link: DeviceLink, custody: Custody, *, fence: bool, resume: bytes) -> Job[None]:
     """mediated -> stopped. If a fence fails, the state stays and `passthrough` gives all back."""
-    custody.check("stop")
+    custody.check_stop()
     steps.parse_records(link, resume)
     if fence:
         link.snoops.sharing = AtDevice.NOT
@@ -138,12 +111,12 @@ def stop(link: Link, custody: Custody, *, fence: bool, resume: bytes) -> Job[Non
     link.enter(custody.state)
 
 
-def restore(link: Link, custody: Custody) -> Job[None]:
+def restore(link: DeviceLink, custody: Custody) -> Job[None]:
     """mediated | stopped -> passthrough. Everything is tried; what failed first is raised then."""
-    custody.check("passthrough")
-    if custody.state is State.PASSTHROUGH:
+    custody.check_restore()
+    if custody.state is CustodyState.PASSTHROUGH:
         return
-    was_stopped = custody.state is State.STOPPED
+    was_stopped = custody.state is CustodyState.STOPPED
     yield from steps.stop_logging(link)
     link.snoops.sharing = AtDevice.DIRECT
     problem = yield from steps.share_and_run(link, run_device=link.migration_touched)
@@ -152,7 +125,7 @@ def restore(link: Link, custody: Custody) -> Job[None]:
             yield from steps.execute(link, link.resume_records)
         except BadRequest as error:
             problem = problem or error
-    if link.snoops.unmask_owed:
+    if link.snoops.unmask_pending:
         unmask = SetIrqs(IrqSet.DATA_NONE | IrqSet.ACTION_UNMASK, PciIrq.INTX, 0, 1)
         yield [Call(Command.DEVICE_SET_IRQS, unmask.pack())]
     link.untrack()
@@ -164,7 +137,7 @@ def restore(link: Link, custody: Custody) -> Job[None]:
         raise problem
 
 
-def standby(link: Link, custody: Custody, session: str) -> Job[None]:
+def standby(link: DeviceLink, custody: Custody, session: str) -> Job[None]:
     """passthrough -> standby. What fails is undone; the state is then what it was."""
     custody.check_standby(session)
     link.snoops.sharing = AtDevice.NOT
@@ -182,7 +155,7 @@ def standby(link: Link, custody: Custody, session: str) -> Job[None]:
     link.enter(custody.state)
 
 
-def start(link: Link, custody: Custody, records: bytes) -> Job[None]:
+def start(link: DeviceLink, custody: Custody, records: bytes) -> Job[None]:
     """standby -> passthrough, once the guest is owned. Can be asked for again if it fails."""
     custody.check_start()
     steps.parse_records(link, records)
@@ -195,11 +168,11 @@ def start(link: Link, custody: Custody, records: bytes) -> Job[None]:
     link.interrupts.fire_all()
 
 
-def abandon(link: Link, custody: Custody) -> Job[None]:
+def abandon(link: DeviceLink, custody: Custody) -> Job[None]:
     """standby -> passthrough without the guest: the device is as after a reset."""
     custody.check_abandon()
     problem: SyncError | None = None
-    if custody.state is State.STANDBY:
+    if custody.state is CustodyState.STANDBY:
         if link.facts.supports.reset:
             (answer,) = yield [Call(Command.DEVICE_RESET)]
             link.migration_touched = link.migration_touched and bool(answer.error)
@@ -216,18 +189,18 @@ def reset_device() -> Job[None]:
     answer.expect("a reset")
 
 
-def set_migration_state(link: Link, state: MigrationState) -> Job[None]:
+def set_migration_state(link: DeviceLink, state: MigrationState) -> Job[None]:
     _require_v2(link)
     link.migration_touched = True
     yield from steps.set_migration_state(state)
 
 
-def get_migration_state(link: Link) -> Job[MigrationState]:
+def get_migration_state(link: DeviceLink) -> Job[MigrationState]:
     _require_v2(link)
     return (yield from device.get_migration_state())
 
 
-def read_migration_data(link: Link, max_bytes: int) -> Job[bytes]:
+def read_migration_data(link: DeviceLink, max_bytes: int) -> Job[bytes]:
     """Up to `max_bytes` of device state; less when the device has no more now."""
     _require_v2(link)
     parts: list[bytes] = []
@@ -245,7 +218,7 @@ def read_migration_data(link: Link, max_bytes: int) -> Job[bytes]:
     return b"".join(parts)
 
 
-def write_migration_data(link: Link, data: bytes) -> Job[None]:
+def write_migration_data(link: DeviceLink, data: bytes) -> Job[None]:
     _require_v2(link)
     size = _transfer_bytes(link)
     for start in range(0, len(data), size):
@@ -254,10 +227,10 @@ def write_migration_data(link: Link, data: bytes) -> Job[None]:
         answer.expect("the device state")
 
 
-def _require_v2(link: Link) -> None:
+def _require_v2(link: DeviceLink) -> None:
     if not link.facts.supports.v2:
         raise Unsupported("the device has no migration states (VFIO migration v2)")
 
 
-def _transfer_bytes(link: Link) -> int:
+def _transfer_bytes(link: DeviceLink) -> int:
     return min(link.facts.capabilities.max_data_xfer_size, 1 << 20)

@@ -22,12 +22,12 @@ from pathlib import Path
 from sync.errors import SyncError
 from sync.gateway.control.info import Recovery
 from sync.gateway.control.peer import ControlPeer
-from sync.gateway.control.requests import Requests
+from sync.gateway.control.server import ControlServer
 from sync.gateway.datapath.peer import Peer
 from sync.gateway.engine.busy_poll import WINDOW_S, BusyPoll, usable_window_s
 from sync.gateway.engine.core import Core, Limits
 from sync.gateway.engine.device_handshake import MAX_DATA_BYTES
-from sync.gateway.engine.device_link import Link
+from sync.gateway.engine.device_link import DeviceLink
 from sync.gateway.engine.listener import Listener
 from sync.gateway.errors import ControlProtocolError
 from sync.vfio_user.errors import Disconnected, ProtocolError
@@ -45,13 +45,13 @@ from sync.vfio_user.protocol import (
 from sync.vmm import recover
 
 TICK_S = 0.05
-"""How exact deadlines are."""
+"""Deadlines are kept to within this."""
 IDLE_TICKS = 10
 """Without a device or a deadline under way the loop wakes up this much more rarely."""
 RETRY_S = 0.1
-"""Between two attempts to connect to the device."""
+"""The pause between two attempts to connect to the device."""
 GREETING_S = 5.0
-"""For a VMM that has connected to say VERSION."""
+"""A VMM that has connected has to say VERSION within this time."""
 MAX_CONTROL_CLIENTS = 32
 FULL_BACKLOG_BYTES = 1 << 20
 """With this much not yet taken by one side, what would add to it is no longer read."""
@@ -92,7 +92,7 @@ class Gateway:
         self._vmm: Peer | None = None
         self._vmm_deadline: float | None = None
         self._greeting: tuple[int, Version] | None = None
-        self._link: Link | None = None
+        self._link: DeviceLink | None = None
         self._retry_at = 0.0
         self._device_fault = ""
         """Why the device cannot be used; found while its own message was being handled."""
@@ -101,7 +101,7 @@ class Gateway:
         """Clients that have something to send, or may have something to ask."""
         self._recoveries: deque[Recovery] = deque()
         self.core = Core(options.limits, self._clock, log, self._recover)
-        self._requests = Requests(self.core)
+        self._server = ControlServer(self.core)
         self._listeners: list[Listener] = []
         self._wake = os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC)
         self._watch(self._wake, self._woken)
@@ -243,7 +243,7 @@ class Gateway:
         self._log("device-connected", vendor=identity.vendor, device=identity.device)
         self._answer_greeting()
 
-    def _adopt_twin(self, link: Link) -> bool:
+    def _adopt_twin(self, link: DeviceLink) -> bool:
         number, link.facts.twin = link.facts.twin, -1
         try:
             sock = socket.socket(fileno=number)
@@ -350,8 +350,8 @@ class Gateway:
         self._flush()
 
     def _vmm_gone(self, reason: str) -> None:
-        """The device is reconnected: so it drops the VMM's memory and interrupts, keeps its state,
-        and nothing that was under way is left over."""
+        """Ends the VMM's session, and has the device connected anew: so it drops the VMM's memory
+        and interrupts, keeps its state, and nothing that was under way is left over."""
         if not self.core.custody.vmm_connected:
             self._log("vmm-refused", reason=reason)
             self._drop_vmm()
@@ -388,7 +388,7 @@ class Gateway:
         self._choose_what_to_read()
 
     def _flush_once(self) -> bool:
-        """False if a connection has ended over it, which may leave more to be sent."""
+        """Sends once; False if a connection has ended over it, which may leave more to be sent."""
         if self._answered:
             self._flush_clients()
         device, twin, vmm, link = self._device, self._twin, self._vmm, self._link
@@ -458,7 +458,7 @@ class Gateway:
                 continue
             request = client.next_request()
             if request is not None:
-                self._requests.handle(client, request)
+                self._server.handle(client, request)
             if not client.closed:
                 mask = (_IN if client.wants_read else 0) | (_OUT if client.wants_write else 0)
                 self._mask(client.fileno(), mask)

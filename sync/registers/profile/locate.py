@@ -21,23 +21,23 @@ Specification 3.0, section 7.9; virtio 1.2, section 4.1.4.
 import re
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, NamedTuple, Self
+from typing import NamedTuple
 
-if TYPE_CHECKING:
-    from sync.gateway.control.info import GatewayInfo
+from sync.pci import (
+    BAR_COUNT,
+    CAPABILITIES_POINTER,
+    CONFIG_BYTES,
+    EXPRESS_CONFIG_BYTES,
+    FIRST_CAPABILITY,
+    MSIX_CAPABILITY,
+    MSIX_ENTRY_BYTES,
+    MSIX_SIZE_MASK,
+    VENDOR_CAPABILITY,
+)
+from sync.vfio_user.protocol import PciRegion
 
-CONFIG_REGION = 7
-"""VFIO_PCI_CONFIG_REGION_INDEX."""
-CONFIG_BYTES = 256
-"""What capabilities lie in; extended ones lie behind it."""
-_CONFIG_LIMIT = 4096
-_BARS = 6
-_CAPABILITY_POINTER = 0x34
-_FIRST_CAPABILITY = 0x40
-_MSIX_CAPABILITY = "0x11"
 _MSIX_STRUCTURES = {"table": 4, "pending": 8}
 """Where the capability says in which BAR and at which offset the structure is."""
-_VENDOR_CAPABILITY = 0x09
 _VIRTIO_TYPES = {"common": 1, "notify": 2, "isr": 3, "device": 4, "window": 5}
 _VIRTIO_NOTIFY = 2
 _VIRTIO_WINDOW = 5
@@ -87,18 +87,18 @@ class DeviceView:
     def capabilities(self) -> Iterator[tuple[int, int]]:
         """ID and offset of each capability, in the order of the list."""
         config = self.config_space[:CONFIG_BYTES]
-        if len(config) <= _CAPABILITY_POINTER:
+        if len(config) <= CAPABILITIES_POINTER:
             return
         seen: set[int] = set()
-        offset = config[_CAPABILITY_POINTER] & ~3
-        while _FIRST_CAPABILITY <= offset < len(config) - 1 and offset not in seen:
+        offset = config[CAPABILITIES_POINTER] & ~3
+        while FIRST_CAPABILITY <= offset < len(config) - 1 and offset not in seen:
             seen.add(offset)
             yield config[offset], offset
             offset = config[offset + 1] & ~3
 
     def extended_capabilities(self) -> Iterator[tuple[int, int]]:
         """The same of the extended ones."""
-        config = self.config_space[:_CONFIG_LIMIT]
+        config = self.config_space[:EXPRESS_CONFIG_BYTES]
         seen: set[int] = set()
         offset = CONFIG_BYTES
         while CONFIG_BYTES <= offset <= len(config) - 4 and offset not in seen:
@@ -113,14 +113,14 @@ class DeviceView:
         """Where `base` is on this device; None if the device does not have it."""
         kind, _, name = base.partition(":")
         if base == "pci:config":
-            return Window(CONFIG_REGION, 0, self._size(CONFIG_REGION) or CONFIG_BYTES)
+            return Window(PciRegion.CONFIG, 0, self._size(PciRegion.CONFIG) or CONFIG_BYTES)
         if name.startswith("ecap:"):
-            at = _first(self.extended_capabilities(), name.removeprefix("ecap:"))
-            end = self._size(CONFIG_REGION)
-            return None if at is None else Window(CONFIG_REGION, at, end - at)
+            at = _first(self.extended_capabilities(), int(name.removeprefix("ecap:"), 16))
+            end = self._size(PciRegion.CONFIG)
+            return None if at is None else Window(PciRegion.CONFIG, at, end - at)
         if kind == "pci":
-            at = _first(self.capabilities(), name.removeprefix("cap:"))
-            return None if at is None else Window(CONFIG_REGION, at, CONFIG_BYTES - at)
+            at = _first(self.capabilities(), int(name.removeprefix("cap:"), 16))
+            return None if at is None else Window(PciRegion.CONFIG, at, CONFIG_BYTES - at)
         if kind == "msix":
             return self._locate_msix(name)
         if kind == "virtio":
@@ -130,21 +130,21 @@ class DeviceView:
         return Window(region, 0, size) if size else None
 
     def _locate_msix(self, structure: str) -> Window | None:
-        at = _first(self.capabilities(), _MSIX_CAPABILITY)
+        at = _first(self.capabilities(), MSIX_CAPABILITY)
         if at is None:
             return None
-        vectors = (self._number(at + 2, 2) & 0x7FF) + 1
-        size = 16 * vectors if structure == "table" else 8 * -(-vectors // 64)
+        vectors = (self._number(at + 2, 2) & MSIX_SIZE_MASK) + 1
+        size = MSIX_ENTRY_BYTES * vectors if structure == "table" else 8 * -(-vectors // 64)
         location = self._number(at + _MSIX_STRUCTURES[structure], 4)
         return self._in_bar(location & 7, location & ~7, size)
 
     def _locate_virtio(self, wanted: int) -> Window | None:
         for capability, at in self.capabilities():
-            if capability != _VENDOR_CAPABILITY or self._number(at + 3, 1) != wanted:
+            if capability != VENDOR_CAPABILITY or self._number(at + 3, 1) != wanted:
                 continue
             if wanted == _VIRTIO_WINDOW:
                 data = at + _VIRTIO_CAPABILITY_BYTES
-                return Window(CONFIG_REGION, data, _VIRTIO_WINDOW_BYTES)
+                return Window(PciRegion.CONFIG, data, _VIRTIO_WINDOW_BYTES)
             multiplier = 0
             if wanted == _VIRTIO_NOTIFY:
                 multiplier = self._number(at + _VIRTIO_CAPABILITY_BYTES, 4)
@@ -159,7 +159,7 @@ class DeviceView:
         return None
 
     def _in_bar(self, bar: int, offset: int, size: int, multiplier: int = 0) -> Window | None:
-        if bar >= _BARS or offset + size > self._size(bar):
+        if bar >= BAR_COUNT or offset + size > self._size(bar):
             return None
         return Window(bar, offset, size, multiplier)
 
@@ -170,26 +170,10 @@ class DeviceView:
     def _size(self, region: int) -> int:
         return self.region_sizes.get(region, 0)
 
-    @classmethod
-    def from_info(cls, info: "GatewayInfo") -> Self:
-        """From a gateway's status."""
-        identity = info.identity
-        return cls(
-            vendor=identity.vendor,
-            device=identity.device,
-            subsystem_vendor=identity.subsystem_vendor,
-            subsystem=identity.subsystem,
-            class_code=identity.class_code,
-            config_space=info.config_space,
-            region_sizes={index: region.size for index, region in info.regions.items()},
-            v2=info.supports.v2,
-            precopy=info.supports.precopy,
-        )
 
-
-def _first(capabilities: Iterable[tuple[int, int]], wanted: str) -> int | None:
-    """The offset of the first capability with the ID `wanted`, in hexadecimal digits."""
-    return next((at for found, at in capabilities if found == int(wanted, 16)), None)
+def _first(capabilities: Iterable[tuple[int, int]], wanted: int) -> int | None:
+    """The offset of the first capability with the ID `wanted`."""
+    return next((at for found, at in capabilities if found == wanted), None)
 
 
 def is_base(base: str) -> bool:
@@ -201,4 +185,4 @@ def is_base(base: str) -> bool:
         return name in _MSIX_STRUCTURES
     if kind == "pci" and (match := _CAPABILITY_NAME.fullmatch(name)):
         return len(match["digits"]) <= (4 if match["extended"] else 2)
-    return base == "pci:config" or base in {f"bar{index}" for index in range(_BARS)}
+    return base == "pci:config" or base in {f"bar{index}" for index in range(BAR_COUNT)}

@@ -1,7 +1,7 @@
 """A register profile: what is known about the registers of a class of devices.
 
 Owns the model and its rules, and how the two sides tell that they use the same one. Reading TOML
-is `profile_toml`, where the format is described; fitting a profile to a device is `layout`.
+is `toml`, where the format is described; fitting a profile to a device is `layout`.
 
 What a register's class means:
 
@@ -61,8 +61,8 @@ class Unlisted(StrEnum):
     """Give the migration up: what the write meant is not known."""
 
 
-class Owed(StrEnum):
-    """How what the guest is owed of a register comes to what it reads there."""
+class Deferral(StrEnum):
+    """How the guest gets, with its next read, what was in a register at the end."""
 
     BITS = "bits"
     """The bits are set, too."""
@@ -129,7 +129,7 @@ class Register:
     and it is not read again at the end, while the guest waits."""
     reads: bool = False
     """A guest's read is executed on the target, too, and its value compared."""
-    owed: Owed | None = None
+    owed: Deferral | None = None
     """`read-to-clear` only: what is in it at the end is given to the guest with its next read."""
     optional: bool = False
     """A device without the base, or with a shorter one, simply does not have the register."""
@@ -190,7 +190,7 @@ class Kick:
 
 @dataclass(frozen=True, slots=True)
 class Profile:
-    """See `profile_toml` for the rules that one keeps."""
+    """See `rules` for the rules that one keeps."""
 
     name: str
     version: str

@@ -1,6 +1,6 @@
 """What has to hold between the parts of a register profile.
 
-Owns the rules alone: `profile_toml` has checked each value by itself.
+Owns the rules alone: `toml` has checked each value by itself.
 """
 
 from collections.abc import Iterable
@@ -29,7 +29,7 @@ def check_rules(profile: Profile) -> None:
 
 
 class _Rules:
-    """One profile's."""
+    """The rules, applied to one profile."""
 
     def __init__(self, profile: Profile) -> None:
         self._profile = profile
@@ -109,7 +109,7 @@ class _Rules:
             raise ProfileError(f"{where}: reads of class hold are not replayed")
 
     def _check_driver_only(self, where: str, register: Register) -> None:
-        """Nobody asks at the end what it holds."""
+        """A register that only the driver changes: nobody asks at the end what it holds."""
         if register.kind not in COPIED or register.hold_bits:
             raise ProfileError(
                 f"{where}: 'driver_only' goes with class snapshot without 'hold_bits' only"

@@ -1,7 +1,7 @@
 """Register profiles as TOML: the format, and its strict reading.
 
-Owns the text form. What classes and steps mean stands in `profile`, what has to hold between the
-parts in `profile_rules`, what a base is in `device`.
+Owns the text form. What classes and steps mean stands in `model`, what has to hold between the
+parts in `rules`, what a base is in `locate`.
 
     format = 1                       # this format
     name = "virtio-pci"              # lower case letters, digits, '.', '_', '-'
@@ -79,9 +79,9 @@ from sync.registers.profile.model import (
     MAX_REGISTER_BYTES,
     MAX_REGISTERS,
     Bank,
+    Deferral,
     Kick,
     Match,
-    Owed,
     Profile,
     Register,
     RegisterClass,
@@ -318,7 +318,7 @@ def _register(table: _Table) -> Register:
         compare=table.boolean("compare", kind in KNOWN),
         driver_only=table.boolean("driver_only", False),
         reads=table.boolean("reads", kind is RegisterClass.READ_TO_CLEAR),
-        owed=Owed(table.choice("owed", [*Owed])) if table.has("owed") else None,
+        owed=Deferral(table.choice("owed", [*Deferral])) if table.has("owed") else None,
         optional=table.boolean("optional", False),
     )
     table.finish()

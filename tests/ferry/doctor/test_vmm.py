@@ -5,7 +5,7 @@ from typing import Any
 import pytest
 import trio
 
-from ferry.doctor import vmm as examine
+from ferry.doctor import vmm
 from ferry.findings import Finding, Level
 from sync.vmm.driver import Vmm
 from sync.vmm.errors import VmmRefused
@@ -16,7 +16,7 @@ ANSWERS: dict[str, Any] = {
     "query-status": {"status": "running"},
     "query-migrate": {},
     "query-migrate-capabilities": [
-        {"capability": name, "state": False} for name in (*examine.NEEDED, *examine.UNWANTED)
+        {"capability": name, "state": False} for name in (*vmm.NEEDED, *vmm.UNWANTED)
     ],
     "query-memdev": [{"id": "ram", "size": 256 << 20, "share": True}],
     "query-chardev": [],
@@ -52,7 +52,7 @@ def found(n_gateways: int = 1, major: int = 11, **answers: Any) -> list[Finding]
     client: Any = Client(major, {key.replace("_", "-"): value for key, value in answers.items()})
 
     async def main() -> list[Finding]:
-        return [f async for f in examine._examine(Vmm(client), "/run/qmp", n_gateways)]
+        return [f async for f in vmm._findings(Vmm(client), "/run/qmp", n_gateways)]
 
     return trio.run(main)
 
@@ -66,7 +66,7 @@ def test_a_qemu_as_it_should_be() -> None:
     assert said["device"] == "device4: at 04.0 of the root bus"
 
 
-ON = [{"capability": name, "state": name == "multifd"} for name in (*examine.NEEDED, "multifd")]
+ON = [{"capability": name, "state": name == "multifd"} for name in (*vmm.NEEDED, "multifd")]
 PRIVATE = [{"id": "pc.ram", "size": 1 << 30, "share": False}]
 
 

@@ -148,11 +148,13 @@ async def test_i4_a_driver_is_carried_over_in_the_middle_of_its_traffic(machines
     pending = source.read(BAR, ICS, 4)
     started = list(unpack_accesses(far.start_records()))
     counts = {
-        access.offset: int.from_bytes(access.data, "little") for access in started if access.owed
+        access.offset: int.from_bytes(access.data, "little")
+        for access in started
+        if access.deferred
     }
     unread = during if resets else during + 21
     assert (counts.get(GPTC, 0), counts[GPRC]) == (unread, unread + 1)
-    assert all(access.counts for access in started if access.owed)
+    assert all(access.counts for access in started if access.deferred)
     await gateways[1].batch(far.start_records())
     for first, last in (
         (MTA, MTA + 512),

@@ -10,8 +10,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from lab.guest.errors import RamError
-from lab.guest.options import PAGE_BYTES
 from lab.guest.ram import HIGH_BASE, Ram
+from sync.memory import PAGE_BYTES
 
 LOW = 2 << 20
 HIGH = 1 << 20

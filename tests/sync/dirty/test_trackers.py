@@ -15,7 +15,8 @@ from trio.testing import trio_test
 from sync.dirty.merge import MergedTrackers
 from sync.dirty.scan import ScanTracker
 from sync.dirty.shared import LoggingTracker, MessageTracker
-from sync.dirty.tracker import PAGE_BYTES, DirtyError, NoTracker, Tracker, choose_method
+from sync.dirty.tracker import DirtyError, NoTracker, Tracker, choose_method
+from sync.memory import PAGE_BYTES
 
 N_PAGES = 150
 

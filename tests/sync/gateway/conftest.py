@@ -20,7 +20,7 @@ from lab.vfio_user.client import Client
 from lab.vfio_user.server import Device, DmaPort, Server
 from sync.gateway.engine.custody import Custody
 from sync.gateway.engine.device_handshake import handshake
-from sync.gateway.engine.device_link import Link
+from sync.gateway.engine.device_link import DeviceLink
 from sync.gateway.engine.loop import Gateway, GatewayOptions, Limits
 from sync.vfio_user.protocol import (
     FLAG_NO_REPLY,
@@ -54,7 +54,7 @@ class Bench:
         self.to_device: deque[tuple[bytes, int]] = deque()
         self.to_vmm: list[tuple[bytes, int]] = []
         self.dma_replies: list[bytes] = []
-        self.link = Link(
+        self.link = DeviceLink(
             self._to_device,
             lambda: self.now,
             deadline_s=5.0,

@@ -2,6 +2,7 @@
 
 import os
 
+from sync.gateway.control.requests import Mediate
 from sync.gateway.engine import jobs
 from sync.registers.record import (
     Access,
@@ -26,16 +27,14 @@ def writing(offset: int, value: int, *, back: bool = False, region: int = 0) -> 
     return Access(Op.WRITE, region, offset, 4, data, write_back=back)
 
 
-def mediate(bench, tracker="none", *, capture=True, snapshot=b"", page=PAGE):
-    job = jobs.mediate(
-        bench.link,
-        bench.custody,
-        tracker=tracker,
-        page_bytes=page,
-        capture=capture,
-        snapshot=snapshot,
-    )
-    return bench.job(job, held=True)
+def mediating(bench, tracker="none", *, capture=True, snapshot=b"", page=PAGE):
+    """The job that `mediate` runs."""
+    request = Mediate(tracker, page, capture, snapshot)
+    return jobs.mediate(bench.link, bench.custody, request)
+
+
+def mediate(bench, *arguments, **options):
+    return bench.job(mediating(bench, *arguments, **options), held=True)
 
 
 def restore(bench) -> None:

@@ -4,7 +4,7 @@ from types import SimpleNamespace
 from typing import Any
 
 from sync.registers.capture import CaptureSource, CaptureTarget
-from sync.registers.payload import Kind, decode_json
+from sync.registers.payload import PayloadKind, decode_json
 from sync.registers.profile.layout import Layout
 
 JOURNAL_SEQ = 100
@@ -25,7 +25,7 @@ class Pair:
         self.target: CaptureTarget
 
     async def prepare(self) -> None:
-        offered = decode_json(Kind.OFFER, await self.source.offer())
+        offered = decode_json(PayloadKind.OFFER, await self.source.offer())
         self.target = CaptureTarget(self.layout, self.target_gateway, offered["constants"])
         await self.target.check()
 

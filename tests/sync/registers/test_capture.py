@@ -20,7 +20,14 @@ from sync.registers.errors import (
     SequenceError,
     SnapshotFailed,
 )
-from sync.registers.payload import Assembler, Kind, decode_json, split, take_number, with_number
+from sync.registers.payload import (
+    Assembler,
+    PayloadKind,
+    decode_json,
+    split,
+    take_number,
+    with_number,
+)
 from sync.registers.record import Access, Op, pack_accesses, unpack_accesses
 from tests.sync.registers.pair import JOURNAL_SEQ, Pair, driver_only
 
@@ -216,7 +223,7 @@ async def test_a_device_of_another_build_is_found_before_anything_is_touched(
     model: SimpleNamespace, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     pair = Pair(model)
-    offered = decode_json(Kind.OFFER, await pair.source.offer())["constants"]
+    offered = decode_json(PayloadKind.OFFER, await pair.source.offer())["constants"]
     assert offered == {"n_queues": "0300"}
     target = CaptureTarget(pair.layout, pair.target_gateway, {"n_queues": "0400"})
     before = pair.target_device.state()
@@ -331,7 +338,7 @@ async def test_a_long_journal_is_executed_in_bounded_batches(model: SimpleNamesp
 
 
 def journal(*accesses: Access, seq: int = JOURNAL_SEQ) -> list[bytes]:
-    return list(split(Kind.JOURNAL, pack_accesses(list(accesses), seq)))
+    return list(split(PayloadKind.JOURNAL, pack_accesses(list(accesses), seq)))
 
 
 WRITE = Access(Op.WRITE, 0, 0x20, 4, b"\1\2\3\4")
@@ -376,7 +383,7 @@ async def test_i9_payloads_that_are_not_expected_are_refused(model: SimpleNamesp
     await pair.prepare()
     snapshot = await pair.mediate()
     final = [payload async for payload in pair.source.final()]
-    for early in (journal(WRITE), final, list(split(Kind.STATE, bytes(8)))):
+    for early in (journal(WRITE), final, list(split(PayloadKind.STATE, bytes(8)))):
         with pytest.raises(PayloadError):
             await pair.deliver(early)
     await pair.deliver(snapshot)
@@ -389,12 +396,12 @@ async def test_i9_payloads_that_are_not_expected_are_refused(model: SimpleNamesp
         Pair(model)
         CaptureTarget(pair.layout, pair.target_gateway, {}).start_records()
     with pytest.raises(PayloadError, match="END"):
-        await pair.deliver(list(split(Kind.END, with_number(JOURNAL_SEQ))))
+        await pair.deliver(list(split(PayloadKind.END, with_number(JOURNAL_SEQ))))
     await pair.deliver(final[:-1])
     with pytest.raises(PayloadError, match="JOURNAL is not expected"):
         await pair.deliver(journal(WRITE))
     with pytest.raises(PayloadError, match="does not end"):
-        await pair.deliver(list(split(Kind.END, with_number(JOURNAL_SEQ + 1))))
+        await pair.deliver(list(split(PayloadKind.END, with_number(JOURNAL_SEQ + 1))))
     await pair.deliver(final[-1:])
     assert (await pair.target.finish()).compared
 
@@ -413,7 +420,7 @@ async def test_i9_a_source_cannot_make_a_bank_larger_behind_our_back(
     ]
     body = with_number(JOURNAL_SEQ, pack_accesses(accesses))
     with pytest.raises(PayloadError, match="constants are not those"):
-        await pair.deliver(list(split(Kind.SNAPSHOT, body)))
+        await pair.deliver(list(split(PayloadKind.SNAPSHOT, body)))
 
 
 @model_settings
@@ -469,7 +476,7 @@ async def test_the_payloads_are_what_the_interface_says(model: SimpleNamespace) 
     whole = Assembler().add(snapshot)
     assert whole is not None
     kind, body = whole
-    assert kind is Kind.SNAPSHOT
+    assert kind is PayloadKind.SNAPSHOT
     seq, records = take_number(body)
     assert seq == JOURNAL_SEQ
     assert len(records) % 32 == 0

@@ -114,11 +114,11 @@ async def test_what_a_read_clears_is_owed_to_the_guest_on_the_target(
     await pair.deliver(pair.source.final())
     await pair.target.finish()
     first, *others = unpack_accesses(pair.target.start_records())
-    assert first.owed
+    assert first.deferred
     assert first.op is Op.WRITE
     assert first.data == (0x81).to_bytes(4, "little")
     assert not first.counts
-    assert not any(access.owed for access in others)
+    assert not any(access.deferred for access in others)
 
 
 @trio_test
@@ -129,8 +129,8 @@ async def test_what_counters_have_come_to_is_owed_one_by_one(model: SimpleNamesp
     pair.source_device.values["events"] = 0x0007
     await pair.switch()
     await pair.target.finish()
-    owed = [access for access in unpack_accesses(pair.target.start_records()) if access.owed]
-    assert owed == [Access(Op.WRITE, 0, 0x14, 2, b"\7\0", owed=True, counts=True)]
+    owed = [access for access in unpack_accesses(pair.target.start_records()) if access.deferred]
+    assert owed == [Access(Op.WRITE, 0, 0x14, 2, b"\7\0", deferred=True, counts=True)]
 
 
 @trio_test

@@ -19,7 +19,7 @@ from sync.registers.errors import (
     PayloadError,
     ProfileError,
 )
-from sync.registers.payload import Kind, decode_json, encode_json
+from sync.registers.payload import PayloadKind, decode_json, encode_json
 from sync.registers.profile.toml import parse_profile
 from sync.registers.v2 import StreamSource, StreamTarget
 
@@ -154,8 +154,8 @@ async def test_i9_a_damaged_offer_is_refused(
     model: SimpleNamespace, damage: dict[str, Any], error: type[Exception]
 ) -> None:
     source = source_for(model.view(), port(model), origins(model))
-    document = decode_json(Kind.OFFER, await source.offer())
-    offer = encode_json(Kind.OFFER, {**document, **damage})
+    document = decode_json(PayloadKind.OFFER, await source.offer())
+    offer = encode_json(PayloadKind.OFFER, {**document, **damage})
     with pytest.raises(error):
         target_for(offer, model.view(), port(model), origins(model))
 

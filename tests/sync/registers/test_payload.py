@@ -11,7 +11,7 @@ from sync.registers.payload import (
     MAX_BODY_BYTES,
     MAX_WHOLE_BYTES,
     Assembler,
-    Kind,
+    PayloadKind,
     decode_json,
     encode_json,
     split,
@@ -27,18 +27,18 @@ TRANSPORT_LIMIT_BYTES = 1 << 20
 )
 def test_bodies_come_together_again(size: int) -> None:
     body = (b"0123456789abcdef!" * (size // 17 + 1))[:size]
-    payloads = list(split(Kind.SNAPSHOT, body))
+    payloads = list(split(PayloadKind.SNAPSHOT, body))
     assert len(payloads) == max(1, -(-size // MAX_BODY_BYTES))
     assert all(len(payload) < TRANSPORT_LIMIT_BYTES for payload in payloads)
     assembler = Assembler()
     for payload in payloads[:-1]:
         assert assembler.add(payload) is None
-    assert assembler.add(payloads[-1]) == (Kind.SNAPSHOT, body)
+    assert assembler.add(payloads[-1]) == (PayloadKind.SNAPSHOT, body)
     assert assembler.add(payloads[-1]) is not None
 
 
 def test_i9_a_body_without_end_is_refused_at_the_limit() -> None:
-    endless = next(split(Kind.STATE, bytes(MAX_BODY_BYTES + 1)))
+    endless = next(split(PayloadKind.STATE, bytes(MAX_BODY_BYTES + 1)))
     assembler = Assembler()
     with pytest.raises(PayloadError, match="larger than allowed"):
         for _ in range(MAX_WHOLE_BYTES // MAX_BODY_BYTES + 1):
@@ -46,7 +46,7 @@ def test_i9_a_body_without_end_is_refused_at_the_limit() -> None:
 
 
 def test_what_is_malformed_is_refused() -> None:
-    (sound,) = split(Kind.END, with_number(1))
+    (sound,) = split(PayloadKind.END, with_number(1))
     for damage, message in (
         (b"", "without a header"),
         (b"X" + sound[1:], "malformed header"),
@@ -59,7 +59,7 @@ def test_what_is_malformed_is_refused() -> None:
         with pytest.raises(PayloadError, match=message):
             Assembler().add(damage)
     assembler = Assembler()
-    assembler.add(next(split(Kind.STATE, bytes(MAX_BODY_BYTES + 1))))
+    assembler.add(next(split(PayloadKind.STATE, bytes(MAX_BODY_BYTES + 1))))
     with pytest.raises(PayloadError, match="in the middle of another"):
         assembler.add(sound)
 
@@ -69,18 +69,22 @@ def test_i9_any_bytes_end_in_an_answer_or_a_payload_error(payload: bytes) -> Non
     with suppress(PayloadError):
         Assembler().add(payload)
     with suppress(PayloadError):
-        decode_json(Kind.OFFER, payload)
+        decode_json(PayloadKind.OFFER, payload)
 
 
 def test_documents() -> None:
-    assert decode_json(Kind.OFFER, encode_json(Kind.OFFER, {"a": [1]})) == {"a": [1]}
-    for kind, body in ((Kind.END, b"{}"), (Kind.OFFER, b"{"), (Kind.OFFER, b"[]")):
+    assert decode_json(PayloadKind.OFFER, encode_json(PayloadKind.OFFER, {"a": [1]})) == {"a": [1]}
+    for kind, body in (
+        (PayloadKind.END, b"{}"),
+        (PayloadKind.OFFER, b"{"),
+        (PayloadKind.OFFER, b"[]"),
+    ):
         (payload,) = split(kind, body)
         with pytest.raises(PayloadError):
-            decode_json(Kind.OFFER, payload)
-    (payload,) = split(Kind.OFFER, b"[" * 100_000)
+            decode_json(PayloadKind.OFFER, payload)
+    (payload,) = split(PayloadKind.OFFER, b"[" * 100_000)
     with pytest.raises(PayloadError, match="not valid JSON"):
-        decode_json(Kind.OFFER, payload)
+        decode_json(PayloadKind.OFFER, payload)
 
 
 def test_numbers() -> None:

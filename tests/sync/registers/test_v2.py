@@ -13,7 +13,7 @@ from trio.testing import trio_test
 from sync.gateway.errors import DeviceRefused
 from sync.registers.choose import source_for, target_for
 from sync.registers.errors import PayloadError, RegisterError, RestartRefused, SequenceError
-from sync.registers.payload import Kind, split, with_number
+from sync.registers.payload import PayloadKind, split, with_number
 from sync.registers.v2 import CHUNK_BYTES, PRECOPY_BYTES, StreamSource, StreamTarget
 
 STOP, RUNNING, STOP_COPY, RESUMING, PRE_COPY = 1, 2, 3, 4, 6
@@ -176,7 +176,10 @@ async def test_a_device_that_always_has_more_does_not_hold_the_round_up(
 async def test_a_device_that_does_not_accept_its_state_is_named(model: SimpleNamespace) -> None:
     target = V2Device()
     _, far = halves(model, V2Device(), target, False)
-    for payload in (*split(Kind.STATE, with_number(0, b"x")), *split(Kind.END, with_number(1))):
+    for payload in (
+        *split(PayloadKind.STATE, with_number(0, b"x")),
+        *split(PayloadKind.END, with_number(1)),
+    ):
         await far.receive(payload)
     target.rejects = True
     with pytest.raises(RestartRefused, match="does not accept its state"):
@@ -193,13 +196,13 @@ async def test_the_last_state_needs_a_device_at_rest(model: SimpleNamespace) -> 
 @pytest.mark.parametrize(
     ("sent", "error"),
     [
-        ([(Kind.STATE, 1, b"x")], SequenceError),
-        ([(Kind.STATE, 0, b"x"), (Kind.STATE, 0, b"x")], SequenceError),
-        ([(Kind.STATE, 0, b"x"), (Kind.STATE, 2, b"x")], SequenceError),
-        ([(Kind.STATE, 0, b"x"), (Kind.END, 2, b"")], SequenceError),
-        ([(Kind.STATE, 0, b"x"), (Kind.END, 1, b"x")], PayloadError),
-        ([(Kind.END, 0, b""), (Kind.STATE, 0, b"x")], PayloadError),
-        ([(Kind.JOURNAL, 0, b"x")], PayloadError),
+        ([(PayloadKind.STATE, 1, b"x")], SequenceError),
+        ([(PayloadKind.STATE, 0, b"x"), (PayloadKind.STATE, 0, b"x")], SequenceError),
+        ([(PayloadKind.STATE, 0, b"x"), (PayloadKind.STATE, 2, b"x")], SequenceError),
+        ([(PayloadKind.STATE, 0, b"x"), (PayloadKind.END, 2, b"")], SequenceError),
+        ([(PayloadKind.STATE, 0, b"x"), (PayloadKind.END, 1, b"x")], PayloadError),
+        ([(PayloadKind.END, 0, b""), (PayloadKind.STATE, 0, b"x")], PayloadError),
+        ([(PayloadKind.JOURNAL, 0, b"x")], PayloadError),
     ],
 )
 @trio_test
@@ -217,7 +220,7 @@ async def test_i4_a_gap_or_a_repetition_in_the_stream_is_refused(
 
 @trio_test
 async def test_a_stream_that_is_not_complete_is_no_state(model: SimpleNamespace) -> None:
-    for payloads in ([], list(split(Kind.END, with_number(0)))):
+    for payloads in ([], list(split(PayloadKind.END, with_number(0)))):
         _, far = halves(model, V2Device(), V2Device(), False)
         for payload in payloads:
             await far.receive(payload)

@@ -7,8 +7,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from sync.pci import CONFIG_BYTES
 from sync.vmm.platform_state import (
-    CONFIG_BYTES,
     Function,
     Platform,
     PlatformError,

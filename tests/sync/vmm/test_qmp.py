@@ -17,7 +17,7 @@ from sync.vmm.qmp import (
     QmpFailure,
     QmpGreeting,
     QmpReply,
-    State,
+    QmpState,
 )
 
 GREETING = (
@@ -68,7 +68,7 @@ def converse(pieces: list[bytes]) -> list[Any]:
             elif message == QmpReply(1, {}):
                 assert core.command("query-status")[0] == 2
                 assert core.command("nonsense")[0] == 3
-    assert core.state is State.READY
+    assert core.state is QmpState.READY
     return messages
 
 
@@ -161,7 +161,7 @@ def test_i9_a_hostile_vmm_ends_in_a_typed_error(data: bytes) -> None:
     with pytest.raises(QmpProtocolError):
         while core.next_message() is not None:
             pass
-    assert core.state is State.BROKEN
+    assert core.state is QmpState.BROKEN
     core.feed(CONVERSATION)
     with pytest.raises(QmpProtocolError):
         core.next_message()
@@ -194,4 +194,4 @@ def test_i9_random_bytes_end_in_a_typed_error_or_in_waiting(data: bytes) -> None
         while core.next_message() is not None:
             pass
     except QmpProtocolError:
-        assert core.state is State.BROKEN
+        assert core.state is QmpState.BROKEN

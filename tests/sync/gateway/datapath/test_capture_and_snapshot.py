@@ -7,8 +7,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from sync.gateway.engine import jobs
-from sync.gateway.engine.custody import State
+from sync.gateway.engine.custody import CustodyState
 from sync.gateway.errors import (
     BadRequest,
 )
@@ -29,11 +28,11 @@ from sync.vfio_user.protocol import (
 from tests.sync.gateway.mediation import (
     BANKED,
     COUNTER,
-    PAGE,
     SELECTOR,
     guest_read,
     guest_write,
     mediate,
+    mediating,
     reading,
     take_journal,
     writing,
@@ -81,14 +80,7 @@ def test_i4_the_journal_is_what_the_device_executed_in_its_order(
     guest_write(bench, 1, b"before", posted=True)
     guest_read(bench, 2)
     outcome = bench.start(
-        jobs.mediate(
-            bench.link,
-            bench.custody,
-            tracker="none",
-            page_bytes=PAGE,
-            capture=True,
-            snapshot=pack_accesses([reading(COUNTER)]),
-        ),
+        mediating(bench, snapshot=pack_accesses([reading(COUNTER)])),
         held=True,
     )
     guest_read(bench, 3)
@@ -197,14 +189,7 @@ def test_a_snapshot_of_a_banked_register_leaves_no_trace(make_bench, data) -> No
     snapshot.append(writing(SELECTOR, 99, back=True))
     numbers = play(bench, before)
     outcome = bench.start(
-        jobs.mediate(
-            bench.link,
-            bench.custody,
-            tracker="none",
-            page_bytes=PAGE,
-            capture=True,
-            snapshot=pack_accesses(snapshot),
-        ),
+        mediating(bench, snapshot=pack_accesses(snapshot)),
         held=True,
     )
     for _ in range(stepped):
@@ -251,5 +236,5 @@ def test_a_snapshot_that_is_no_batch_changes_nothing(make_bench) -> None:
     for nonsense in (b"x" * 31, bytes(31) + b"\xff", pack_accesses([reading(1 << 63, 8)])[:16]):
         with pytest.raises(BadRequest):
             mediate(bench, snapshot=nonsense)
-    assert bench.custody.state is State.PASSTHROUGH
+    assert bench.custody.state is CustodyState.PASSTHROUGH
     assert bench.device.commands == []

@@ -2,6 +2,7 @@
 
 from sync.gateway.engine import jobs
 from sync.vfio_user.protocol import Command, IrqSet, PciIrq, SetIrqs
+from tests.sync.gateway.mediation import mediating
 
 UNMASK = SetIrqs(IrqSet.DATA_NONE | IrqSet.ACTION_UNMASK, PciIrq.INTX, 0, 1).pack()
 MASK = SetIrqs(IrqSet.DATA_NONE | IrqSet.ACTION_MASK, PciIrq.INTX, 0, 1).pack()
@@ -9,13 +10,7 @@ MASK = SetIrqs(IrqSet.DATA_NONE | IrqSet.ACTION_MASK, PciIrq.INTX, 0, 1).pack()
 
 def _stopped(make_bench):  # type: ignore[no-untyped-def]
     bench = make_bench()
-    mediate = jobs.mediate(
-        *(bench.link, bench.custody),
-        tracker="none",
-        page_bytes=4096,
-        capture=True,
-        snapshot=b"",
-    )
+    mediate = mediating(bench)
     bench.job(mediate, held=True)
     bench.job(jobs.stop(bench.link, bench.custody, fence=True, resume=b""), held=True)
     bench.device.commands.clear()

@@ -8,9 +8,10 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from sync.gateway.engine import jobs
-from sync.gateway.engine.custody import State
+from sync.gateway.engine.custody import CustodyState
 from sync.vfio_user.errors import ProtocolError
 from sync.vfio_user.protocol import FLAG_NO_REPLY, FLAG_REPLY, Command, encode_message
+from tests.sync.gateway.mediation import mediate
 
 PAGE = 4096
 COMMANDS = st.sampled_from([*Command, 0, 14, 77, 0xFFFF])
@@ -26,21 +27,20 @@ MESSAGES = st.lists(
 )
 
 
-def _enter(bench, state: State) -> None:
+def _enter(bench, state: CustodyState) -> None:
     link, custody = bench.link, bench.custody
-    if state is State.STANDBY:
+    if state is CustodyState.STANDBY:
         bench.job(jobs.standby(link, custody, "s"), held=True)
-    elif state is not State.PASSTHROUGH:
-        options = {"tracker": "message", "page_bytes": PAGE, "capture": True, "snapshot": b""}
-        bench.job(jobs.mediate(link, custody, **options), held=True)
-    if state in (State.STOPPED, State.RELEASED):
+    elif state is not CustodyState.PASSTHROUGH:
+        mediate(bench, "message")
+    if state in (CustodyState.STOPPED, CustodyState.RELEASED):
         bench.job(jobs.stop(link, custody, fence=True, resume=b""), held=True)
-    if state is State.RELEASED:
+    if state is CustodyState.RELEASED:
         custody.release("s")
         link.enter(custody.state)
 
 
-@pytest.mark.parametrize("state", list(State))
+@pytest.mark.parametrize("state", list(CustodyState))
 @given(messages=MESSAGES)
 @settings(
     deadline=None, max_examples=60, suppress_health_check=[HealthCheck.function_scoped_fixture]
@@ -69,7 +69,9 @@ def test_i9_any_message_of_a_vmm_in_any_state(make_bench, descriptors, state, me
     os.close(ram)
 
 
-@pytest.mark.parametrize("state", [State.PASSTHROUGH, State.MEDIATED, State.STANDBY])
+@pytest.mark.parametrize(
+    "state", [CustodyState.PASSTHROUGH, CustodyState.MEDIATED, CustodyState.STANDBY]
+)
 @given(messages=MESSAGES, asked=st.lists(COMMANDS, max_size=3))
 @settings(
     deadline=None, max_examples=60, suppress_health_check=[HealthCheck.function_scoped_fixture]

@@ -6,13 +6,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from sync.pci import (
-    CONFIG_BYTES,
-    EXPRESS_CONFIG_BYTES,
+from lab.devices.config_space import (
     Bar,
     BarKind,
     Capability,
-    Command,
     ConfigSpace,
     PciIdentity,
     PciStateError,
@@ -20,6 +17,7 @@ from sync.pci import (
     express_capability,
     msix_capability,
 )
+from sync.pci import CONFIG_BYTES, EXPRESS_CONFIG_BYTES, Command
 
 IDENTITY = PciIdentity(0x1AF4, 0x1042, 0x010000, 1, 0x1AF4, 0x1100)
 

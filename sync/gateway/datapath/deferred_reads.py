@@ -1,19 +1,19 @@
-"""What the guest is owed of registers that a read clears: it was read on its behalf.
+"""Registers that a read clears, read on the guest's behalf: it gets the values with its next read.
 
-Owned here: the bytes, and giving them out with the guest's next read of the same registers. A
+Owned here: the bytes, and giving them out with the guest's next read of the same registers. The
 cause of an interrupt that was pending when the guest was stopped is read at the source (a device
-has no other way to tell) and owed at the target; should the source go on, it is owed there. So is
-what a counter had come to.
+has no other way to tell) and given to the guest at the target, or at the source should it go on
+there. So is what a counter had come to.
 """
 
 from sync.gateway.errors import BadRequest
 
 MAX_BYTES = 4096
-"""Of all registers of a device that a read clears; they are few."""
+"""What is kept of one device at most: its registers that a read clears are few."""
 
 
-class Owed:
-    """Bits by region and offset, and counters. Truth value: whether anything is owed."""
+class DeferredReads:
+    """Bits by region and offset, and counters. True while the guest has anything to get."""
 
     def __init__(self) -> None:
         self._bytes: dict[tuple[int, int], int] = {}
@@ -24,8 +24,10 @@ class Owed:
         return bool(self._bytes or self._counters)
 
     def add(self, region: int, offset: int, data: bytes, *, count: bool = False) -> bytes:
-        """From here on `data`, bits or what one counter has come to, is owed, too. Returns all that
-        is owed of these registers. Raises `BadRequest` if it becomes too much."""
+        """Keeps `data` for the guest, too: bits, or with `count` what one counter has come to.
+
+        Returns all that is kept of these registers. Raises `BadRequest` if it becomes too much.
+        """
         n_bytes = len(self._bytes) + sum(size for _, _, size in self._counters)
         if n_bytes + len(data) > MAX_BYTES:
             raise BadRequest(f"more than {MAX_BYTES} bytes of registers that a read clears")
@@ -41,9 +43,9 @@ class Owed:
                 self._bytes[key] = self._bytes.get(key, 0) | value
         return bytes(self._bytes.get((region, offset + at), 0) for at in range(len(data)))
 
-    def pay(self, region: int, offset: int, data: memoryview) -> None:
-        """Adds to `data`, just read from the device for the guest, what is owed of it; of a counter
-        only if all of it was read."""
+    def deliver(self, region: int, offset: int, data: memoryview) -> None:
+        """Adds what is kept of a register to `data`, which the guest has just read from the device;
+        of a counter only if all of it was read."""
         end = offset + len(data)
         for counter in [key for key in self._counters if key[0] == region]:
             _, at, size = counter
@@ -61,6 +63,6 @@ class Owed:
 
 
 def _sum(counter: bytes, more: int) -> bytes:
-    """A counter stays at its highest value."""
+    """`counter` (little-endian) plus `more`, at most the highest value that its bytes can hold."""
     most = (1 << 8 * len(counter)) - 1
     return min(int.from_bytes(counter, "little") + more, most).to_bytes(len(counter), "little")

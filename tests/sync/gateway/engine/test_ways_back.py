@@ -7,7 +7,7 @@ import pytest
 
 from sync.gateway.datapath.dma import AtDevice
 from sync.gateway.engine import jobs
-from sync.gateway.engine.custody import State
+from sync.gateway.engine.custody import CustodyState
 from sync.gateway.errors import (
     DeviceRefused,
     SessionFenced,
@@ -87,7 +87,7 @@ def test_i8_a_restore_tries_everything_even_if_a_step_is_refused(make_bench) -> 
     bench.device.features.refuse = {FeatureIndex.DMA_LOGGING_STOP, FeatureIndex.MIG_DEVICE_STATE}
     with pytest.raises(DeviceRefused):
         restore(bench)
-    assert bench.custody.state is State.PASSTHROUGH
+    assert bench.custody.state is CustodyState.PASSTHROUGH
     assert bench.device.mapped[0x10000][1]
     assert not bench.link.relay.holding
     os.close(fd)
@@ -159,7 +159,7 @@ def test_i4_what_was_held_is_executed_once_and_only_after_the_commit(make_bench)
         Command.REGION_WRITE
     )
     assert os.eventfd_read(event) == 1
-    assert bench.custody.state is State.PASSTHROUGH
+    assert bench.custody.state is CustodyState.PASSTHROUGH
     assert bench.link.relay.vmm_commands == bench.link.snoops.commands
     for number in (fd, event):
         os.close(number)
@@ -171,7 +171,7 @@ def test_i7_an_abandoned_standby_is_in_passthrough_and_fenced(make_bench) -> Non
     stand_by(bench)
     bench.job(jobs.abandon(bench.link, bench.custody), held=True)
     assert bench.device.mapped[0x10000][1]
-    assert bench.custody.state is State.PASSTHROUGH
+    assert bench.custody.state is CustodyState.PASSTHROUGH
     with pytest.raises(SessionFenced):
         stand_by(bench)
     stand_by(bench, "another")
@@ -186,7 +186,7 @@ def test_a_standby_that_the_device_refuses_is_undone(make_bench) -> None:
         stand_by(bench)
     assert bench.device.mapped[0x10000][1]
     assert bench.link.snoops.sharing is AtDevice.DIRECT
-    assert bench.custody.state is State.PASSTHROUGH
+    assert bench.custody.state is CustodyState.PASSTHROUGH
     os.close(fd)
 
 

@@ -4,10 +4,11 @@ from collections.abc import Callable
 
 import pytest
 
-from sync.gateway.control.requests import Requests
+from sync.gateway.control.requests import VERSION
+from sync.gateway.control.server import ControlServer
 from sync.gateway.control.wire import ControlMessage
 from sync.gateway.engine.core import Core, Limits
-from sync.gateway.engine.custody import Role
+from sync.gateway.engine.custody import ClientRole
 from sync.registers.record import STRUCT, Op
 from sync.vfio_user.protocol import HEADER, Command, Version
 
@@ -17,20 +18,20 @@ READ_RECORD = STRUCT.pack(0, 0, 0, 0, 4, Op.READ, 0)
 class Caller:
     """A control connection without a socket."""
 
-    def __init__(self, requests: Requests) -> None:
-        self.role: Role | None = None
+    def __init__(self, server: ControlServer) -> None:
+        self.role: ClientRole | None = None
         self.session = ""
         self.busy = False
         self.closed = False
         self.replies: list[dict[str, object]] = []
-        self._requests = requests
+        self._server = server
 
     def reply(self, fields, blob, descriptors) -> None:
         self.busy = False
         self.replies.append(fields)
 
     def ask(self, op: str, blob: bytes = b"", **fields: object) -> None:
-        self._requests.handle(self, ControlMessage({"op": op, **fields}, blob, []))
+        self._server.handle(self, ControlMessage({"op": op, **fields}, blob, []))
 
 
 class Desk:
@@ -47,7 +48,7 @@ class Desk:
             lambda *_, **__: None,
             lambda path, _: self.recovered.append(path),
         )
-        self.requests = Requests(self.core)
+        self.server = ControlServer(self.core)
         self.core.device_came(lambda data, fds: self.sent.append(bytes(data)), lambda _: None)
         self.settle()
         self.core.vmm_came(lambda data, fds: None, Version())
@@ -64,8 +65,8 @@ class Desk:
             self.step()
 
     def caller(self, role: str, session: str = "") -> Caller:
-        caller = Caller(self.requests)
-        caller.ask("hello", role=role, session=session)
+        caller = Caller(self.server)
+        caller.ask("hello", version=VERSION, role=role, session=session)
         return caller
 
     def leave(self, caller: Caller) -> None:

@@ -6,15 +6,15 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from sync.gateway.control.requests import REQUESTS
 from sync.gateway.engine.custody import (
     LEASE_LOSS,
-    REQUESTS,
     TRANSITIONS,
+    ClientRole,
     Custody,
+    CustodyState,
     LeaseLoss,
     Owner,
-    Role,
-    State,
 )
 from sync.gateway.errors import GatewayError, NoVmm, SessionFenced, WrongSession, WrongState
 
@@ -208,28 +208,28 @@ def test_the_errors_tell_the_reason() -> None:
 
 
 def test_i7_losing_the_lease_never_touches_a_released_or_committed_guest() -> None:
-    assert not {key for key in LEASE_LOSS if key[1] is State.RELEASED}
+    assert not {key for key in LEASE_LOSS if key[1] is CustodyState.RELEASED}
     custody = Custody()
     custody.standby("a")
-    assert custody.on_lease_loss(Role.TARGET) is LeaseLoss.ABANDON
+    assert custody.on_lease_loss(ClientRole.TARGET) is LeaseLoss.ABANDON
     custody.own("a")
-    assert custody.on_lease_loss(Role.TARGET) is LeaseLoss.NOTHING
-    for state in State:
+    assert custody.on_lease_loss(ClientRole.TARGET) is LeaseLoss.NOTHING
+    for state in CustodyState:
         custody.state = state
-        assert custody.on_lease_loss(Role.OBSERVER) is LeaseLoss.NOTHING
+        assert custody.on_lease_loss(ClientRole.OBSERVER) is LeaseLoss.NOTHING
 
 
 def test_every_transition_can_be_asked_for_where_it_begins() -> None:
     for state, event in TRANSITIONS:
-        roles, states = REQUESTS[event.value]
-        assert state in states
-        assert Role.OBSERVER not in roles
+        request = REQUESTS[event.value]
+        assert state in request.states
+        assert ClientRole.OBSERVER not in request.roles
 
 
 def test_every_state_leads_back_to_passthrough() -> None:
     """By the source's own requests, or the target's: nobody is stuck."""
-    for state in State:
+    for state in CustodyState:
         reached = {state}
-        for _ in State:
+        for _ in CustodyState:
             reached |= {after for (before, _), after in TRANSITIONS.items() if before in reached}
-        assert State.PASSTHROUGH in reached
+        assert CustodyState.PASSTHROUGH in reached

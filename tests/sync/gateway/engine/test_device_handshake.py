@@ -1,6 +1,5 @@
 """What the gateway finds out about a device, and what it does with one that lies."""
 
-import json
 import os
 import socket
 
@@ -9,10 +8,13 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from sync.errors import SyncError
-from sync.gateway.control.info import GatewayInfo, Identity
+from sync.gateway.control.info import GatewayInfo
+from sync.gateway.control.shapes import pack, unpack
+from sync.gateway.control.wire import ControlDecoder, encode
 from sync.gateway.engine.core import Core, Limits
 from sync.gateway.engine.device_handshake import handshake
-from sync.gateway.engine.device_link import Link
+from sync.gateway.engine.device_link import DeviceLink
+from sync.pci import Identity
 from sync.vfio_user.errors import ProtocolError
 from sync.vfio_user.protocol import (
     FLAG_REPLY,
@@ -28,10 +30,10 @@ from sync.vfio_user.protocol import (
 )
 
 
-def _shake(device, bodies=None, twin: int = -1) -> Link:
+def _shake(device, bodies=None, twin: int = -1) -> DeviceLink:
     """Runs the handshake with `device`; `bodies` replaces its replies by command."""
     sent: list[bytes] = []
-    link = Link(
+    link = DeviceLink(
         lambda data, fds: sent.append(bytes(data)),
         lambda: 0.0,
         deadline_s=1.0,
@@ -140,7 +142,10 @@ def test_a_status_crosses_the_socket_unchanged(make_bench) -> None:
     core.link, core.facts, core.ready = bench.link, bench.link.facts, True
     core.custody.fence("s")
     info = core.info()
-    assert GatewayInfo.from_fields(json.loads(json.dumps(info.to_fields()))) == info
+    decoder = ControlDecoder(0)
+    decoder.feed(encode(*pack(info)[:2]), [])
+    received = decoder.next_message()
+    assert unpack(GatewayInfo, received) == info
 
 
 def test_a_refused_region_is_left_out(make_bench) -> None:

@@ -8,7 +8,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from sync.gateway.engine import jobs
-from sync.gateway.engine.custody import State
+from sync.gateway.engine.custody import CustodyState
 from sync.gateway.errors import (
     DeviceRefused,
     LayoutUnaligned,
@@ -20,7 +20,14 @@ from sync.vfio_user.protocol import (
     DmaAccess,
     FeatureIndex,
 )
-from tests.sync.gateway.mediation import PAGE, guest_read, mediate, restore, take_dirty_pages
+from tests.sync.gateway.mediation import (
+    PAGE,
+    guest_read,
+    mediate,
+    mediating,
+    restore,
+    take_dirty_pages,
+)
 
 
 @given(st.lists(st.tuples(st.integers(0, 8 * PAGE - 1), st.integers(1, 3 * PAGE)), max_size=20))
@@ -60,7 +67,7 @@ def test_the_message_tracker_takes_the_descriptors_away_and_gives_them_back(make
     restore(bench)
     mapped = {a: has_fd for a, (_, has_fd) in bench.device.mapped.items()}
     assert mapped == {0x10000: True, 0x20000: True, 0x80000: False}
-    assert bench.custody.state is State.PASSTHROUGH
+    assert bench.custody.state is CustodyState.PASSTHROUGH
     for number in (fd, late):
         os.close(number)
 
@@ -70,14 +77,7 @@ def test_a_device_that_drains_on_unmap_is_served_meanwhile(make_bench) -> None:
     bench = make_bench()
     fd = bench.share(0x10000, PAGE)
     outcome = bench.start(
-        jobs.mediate(
-            bench.link,
-            bench.custody,
-            tracker="message",
-            page_bytes=PAGE,
-            capture=True,
-            snapshot=b"",
-        ),
+        mediating(bench, "message"),
         held=True,
     )
     held = guest_read(bench, 0)
@@ -105,14 +105,7 @@ def test_a_remap_that_the_device_refuses_is_undone(make_bench) -> None:
 
     device._execute = refuse_one
     outcome = bench.start(
-        jobs.mediate(
-            bench.link,
-            bench.custody,
-            tracker="message",
-            page_bytes=PAGE,
-            capture=True,
-            snapshot=b"",
-        ),
+        mediating(bench, "message"),
         held=True,
     )
     while device.refuse.get(Command.DMA_MAP) is None:
@@ -123,7 +116,7 @@ def test_a_remap_that_the_device_refuses_is_undone(make_bench) -> None:
     bench.settle()
     assert isinstance(outcome[0][1], DeviceRefused)
     assert {a: has_fd for a, (_, has_fd) in device.mapped.items()} == {0x10000: True, 0x20000: True}
-    assert bench.custody.state is State.PASSTHROUGH
+    assert bench.custody.state is CustodyState.PASSTHROUGH
     assert bench.link.service.bitmap is None
     assert not bench.link.relay.holding
     mediate(bench, "none")
@@ -148,7 +141,7 @@ def test_i1_the_logging_tracker_reports_every_page_written(
     fds = [bench.share(address, pages * PAGE) for address, pages in rows]
     object.__setattr__(bench.link.facts.capabilities, "max_data_xfer_size", transfer)
     mediated = mediate(bench, "logging")
-    assert mediated.page_bytes == device_page
+    assert mediated.page_size == device_page
     addresses = [address + page * PAGE for address, pages in rows for page in range(pages)]
     for page in pages:
         bench.device.features.wrote(addresses[page] + 5, 1)

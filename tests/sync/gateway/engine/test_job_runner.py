@@ -6,7 +6,7 @@ from collections.abc import Callable
 import pytest
 
 from sync.gateway.datapath.relay import Relay
-from sync.gateway.engine.job_runner import WINDOW, Call, Runner
+from sync.gateway.engine.job_runner import WINDOW, Call, JobRunner
 from sync.gateway.errors import DeviceLost, DeviceRefused, DeviceTimeout
 from sync.vfio_user.errors import ProtocolError
 from sync.vfio_user.protocol import HEADER, encode_message
@@ -19,7 +19,7 @@ class Table:
         self.sent: list[bytes] = []
         self.now = 0.0
         self.relay = Relay(self._take)
-        self.runner = Runner(self.relay, lambda: self.now, 5.0)
+        self.runner = JobRunner(self.relay, lambda: self.now, 5.0)
         self.outcome: list[tuple[object, object]] = []
 
     def _take(self, data: object, descriptors: list[int]) -> None:
