@@ -26,9 +26,10 @@ from typing import Any
 
 from ferry.cli import COMMANDS
 from ferry.config import flag_of
-from ferry.errors import EXIT_MEANING
+from ferry.errors import Exit
 from ferry.migration import messages
 from ferry.migration.conversation import RULES
+from sync.gateway.control import requests as control_requests
 from sync.gateway.control import wire as control_wire
 from sync.gateway.engine import core, custody
 from sync.gateway.errors import BY_CODE
@@ -126,11 +127,11 @@ def gateway_states() -> str:
         if state is not after
     ]
     lost = [
-        f"{state.value} --> {custody.State.PASSTHROUGH.value} : lease lost, {loss.value}"
+        f"{state.value} --> {custody.CustodyState.PASSTHROUGH.value} : lease lost, {loss.value}"
         for (_, state), loss in custody.LEASE_LOSS.items()
-        if state is not custody.State.PASSTHROUGH
+        if state is not custody.CustodyState.PASSTHROUGH
     ]
-    return mermaid([f"[*] --> {custody.State.PASSTHROUGH.value}", *moves, *lost])
+    return mermaid([f"[*] --> {custody.CustodyState.PASSTHROUGH.value}", *moves, *lost])
 
 
 # --- tables ---
@@ -139,12 +140,21 @@ def gateway_states() -> str:
 def requests() -> str:
     """Who may send which request of the control protocol, and when."""
     return table(
-        ["request", "from", "in the states"],
+        ["request", "fields", "from", "in the states"],
         (
-            [f"`{name}`", _all_of(custody.Role, roles), _all_of(custody.State, states)]
-            for name, (roles, states) in custody.REQUESTS.items()
+            [
+                f"`{name}`",
+                _names_of(request),
+                _all_of(custody.ClientRole, request.roles),
+                _all_of(custody.CustodyState, request.states),
+            ]
+            for name, request in control_requests.REQUESTS.items()
         ),
     )
+
+
+def _names_of(shape: Any) -> str:
+    return ", ".join(f"`{field.name}`" for field in dataclasses.fields(shape))
 
 
 def _all_of(kind: Any, chosen: Iterable[Any]) -> str:
@@ -210,10 +220,7 @@ def _docstrings_of(cls: Any) -> dict[str, str]:
 def exit_codes() -> str:
     return table(
         ["code", "name", "meaning"],
-        (
-            [str(int(code)), f"`{code.name.lower()}`", meaning]
-            for code, meaning in EXIT_MEANING.items()
-        ),
+        ([str(int(code)), f"`{code.name.lower()}`", code.meaning] for code in Exit),
     )
 
 
@@ -351,7 +358,7 @@ PARTS: dict[str, Callable[[], str]] = {
     "handover-messages": partial(drawing, messages),
     "handover-rules": conversation,
     "payload-layout": partial(drawing, payload),
-    "payload-kinds": partial(documented, payload.Kind),
+    "payload-kinds": partial(documented, payload.PayloadKind),
     "record-layout": partial(drawing, record),
     "platform-layout": partial(drawing, platform_state),
     "control-layout": partial(drawing, control_wire),

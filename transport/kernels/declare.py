@@ -35,6 +35,8 @@ _lock: Final = threading.Lock()
 class CompilationFailed(TransportError):
     """A kernel cannot be compiled."""
 
+    exit_name = "local"
+
 
 class Origin(Enum):
     """Where the machine code of a kernel has come from."""
