@@ -19,7 +19,7 @@ from ferry.migration.conclusion import conclude
 from ferry.migration.kernels import make_kernels_ready
 from ferry.migration.receive_options import Options, receiver_options
 from ferry.migration.stop_request import StopRequest, stopped_by_signals
-from ferry.migration.target import Target, reason_of
+from ferry.migration.target import Target
 from ferry.nurseries import alongside, first_error
 from ferry.progress import Reporter
 from sync.handover.machine import Event
@@ -80,9 +80,8 @@ async def receive(options: Options, reporter: Reporter, stop: StopRequest | None
                 error = target.runner.first_error
                 if not target.only_check or isinstance(error, Interrupted):
                     break
-                outcome = (
-                    "it would work" if state is HandoverState.CHECKED else f"no: {reason_of(error)}"
-                )
+                fits = state is HandoverState.CHECKED
+                outcome = "it would work" if fits else f"no: {target.runner.reason}"
                 reporter.event("checked", outcome=outcome, state=state.value)
     except* Exception as group:
         raise first_error(group) from group
@@ -111,7 +110,7 @@ async def _receive(
         await vmm.check_target()
         target = Target(options, reporter, nursery, held, link, vmm)
         nursery.start_soon(stop.pass_to, target.runner)
-        nursery.start_soon(target.listen)
+        nursery.start_soon(target.wait_hello)
         reporter.event("listening", url=link.url)
         state = await target.runner.run(Event.START)
         nursery.cancel_scope.cancel()

@@ -58,12 +58,9 @@ async def send(options: Options, reporter: Reporter, stop: StopRequest | None = 
             source = Source(options, reporter, nursery, held)
             nursery.start_soon(stop.pass_to, source.runner)
             state = await source.runner.run(Event.START)
-            await source.close(state)
             nursery.cancel_scope.cancel()
     except* Exception as group:
         raise first_error(group) from group
-    if state is HandoverState.COMMITTED:
-        reporter.event("report", text=source.report.text(), **source.report.values())
     if state is HandoverState.CHECKED:
         reporter.event("message", text="It would work; nothing was touched.")
     return conclude(reporter, state, source.runner, ADVICE)

@@ -1,11 +1,15 @@
 """What both sides look at before a gateway's device takes part in a migration."""
 
+import os
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
 from dataclasses import asdict
 
 from ferry.errors import LocalError
 from ferry.migration.messages import DeviceOffer
 from sync.gateway.control.client import GatewayClient
 from sync.gateway.control.info import GatewayInfo
+from sync.memory import MemoryRegion
 from sync.registers.profile.locate import DeviceView
 
 
@@ -35,11 +39,22 @@ def view_of(info: GatewayInfo) -> DeviceView:
     )
 
 
-async def check_gateway(path: str, client: GatewayClient, *, vmm: bool) -> GatewayInfo:
+async def check_gateway(path: str, client: GatewayClient) -> GatewayInfo:
     """Its status, if it can take part in a migration. Raises `LocalError` where it cannot."""
     info = await client.status()
     if not info.device_connected:
         raise LocalError(f"the gateway at {path} has no device: start the device and try again")
-    if vmm and not info.vmm_connected:
+    if not info.vmm_connected:
         raise LocalError(f"no VMM is connected to the gateway at {path}: start it and try again")
     return info
+
+
+@asynccontextmanager
+async def memory_of(gateway: GatewayClient) -> AsyncIterator[list[MemoryRegion]]:
+    """The guest memory that `gateway` sees; its descriptors are open until the block ends."""
+    regions = await gateway.memory()
+    try:
+        yield regions
+    finally:
+        for region in regions:
+            os.close(region.fd)

@@ -13,6 +13,7 @@ from typing import NamedTuple
 import trio
 
 from ferry.errors import DeadlinePassed
+from ferry.exit_codes import describe
 from sync.handover.machine import Action, Event, Handover, RemoteProtocolError
 from sync.handover.states import HandoverState, Role
 
@@ -33,8 +34,9 @@ class _Occurrence(NamedTuple):
 class HandoverRunner:
     """Runs `machine` to a terminal state.
 
-    `perform` gives a coroutine function for every action that the machine may ask for; it returns
-    the event that it brought about, or None. What it raises becomes `Event.FAILED`, or the event
+    `perform` gives a coroutine function for each action that the machine may ask for at first; it
+    returns the event that it brought about, or None. What later ones need is not there yet: they
+    are offered when it is. What an action raises becomes `Event.FAILED`, or the event
     named in `failure_events` for that action. `first_error` keeps what went wrong first,
     `cleanup_error` what then kept an action of `failure_events` from cleaning up.
     """
@@ -48,7 +50,7 @@ class HandoverRunner:
         on_state: Callable[[HandoverState], Awaitable[None]],
     ) -> None:
         self._machine = machine
-        self._perform = perform
+        self._perform = dict(perform)
         self._failure_events = failure_events
         self._on_state = on_state
         self._events_in, self._events = trio.open_memory_channel[_Occurrence](math.inf)
@@ -83,6 +85,15 @@ class HandoverRunner:
     def state(self) -> HandoverState:
         """Where the machine stands."""
         return self._machine.state
+
+    def offer(self, perform: Mapping[Action, Perform]) -> None:
+        """From now on, these actions are performed so."""
+        self._perform |= perform
+
+    @property
+    def reason(self) -> str:
+        """One line on what went wrong first."""
+        return describe(self.first_error) if self.first_error else "no reason"
 
     async def run(self, first: Event) -> HandoverState:
         """Feeds `first`, then runs until the machine has reached a terminal state."""

@@ -8,13 +8,14 @@ of the report. When to switch over is decided by `sync.convergence`; the phases 
 import math
 import time
 from collections.abc import Awaitable, Callable
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import trio
 
 from ferry.errors import NotConverged
 from ferry.migration.report import Report, finite, round_values
+from ferry.migration.send_options import Options
 from ferry.migration.source_link import SourceLink
 from ferry.nurseries import alongside
 from ferry.progress import Reporter
@@ -26,9 +27,6 @@ from sync.vmm.driver import Vmm, VmmProgress
 from transport.kernels.bitmap import bitmap_to_indices
 from transport.sender import RoundStatistics
 
-if TYPE_CHECKING:
-    from ferry.migration.send_options import Options
-
 ROUND_INTERVAL_S = 0.1
 """A round is no shorter: below this the fixed cost of a round is most of it."""
 PROGRESS_INTERVAL_S = 1.0
@@ -39,7 +37,7 @@ class Precopy:
 
     def __init__(
         self,
-        options: "Options",
+        options: Options,
         link: SourceLink,
         vmm: Vmm,
         dirty: MergedTrackers,

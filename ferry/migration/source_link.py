@@ -1,14 +1,14 @@
 """The source's end of the link to the receiver: opened once, listened to, closed with a goodbye.
 
-Owns the connection's life, what the receiver says on it, and the order of records and rounds. What
-is sent when is `ferry.migration.source`'s business.
+Owns what the receiver says on it, and the order of records and rounds. What is sent when is
+`ferry.migration.source`'s business.
 """
 
 import contextlib
 import socket
 import tempfile
 from collections.abc import Awaitable, Callable
-from typing import TYPE_CHECKING, Any
+from typing import Any, Self
 
 import numpy as np
 import trio
@@ -18,36 +18,25 @@ from ferry.errors import Mismatch, PeerAborted
 from ferry.migration.conversation import EVENTS
 from ferry.migration.handover_runner import HandoverRunner
 from ferry.migration.listener import Listener
-from ferry.migration.messages import MessageKind, Notice, pack_state
-from ferry.migration.send_options import sender_options
+from ferry.migration.messages import MessageKind, MigrationHello, Notice, pack_state
+from ferry.migration.send_options import Options, sender_options
 from ferry.migration.tunnel import run_tunnel
-from sync.handover.machine import Event
 from sync.handover.states import Role
 from transport.sender import RoundStatistics, Sender, open_sender
 from transport.wire.errors import PeerRefused, TransportError
 
-if TYPE_CHECKING:
-    from ferry.migration.send_options import Options
-
 TELL_S = 1.0
-GOODBYE_S = 3.0
 
 
 class SourceLink:
     """One session with a receiver. What goes wrong with it, and what it says, goes to `runner`."""
 
-    def __init__(
-        self, options: "Options", session: bytes, runner: HandoverRunner, nursery: trio.Nursery
-    ) -> None:
-        self._options = options
-        self._session = session
+    def __init__(self, sender: Sender, n_devices: int, runner: HandoverRunner) -> None:
+        """Use `open`."""
+        self.sender = sender
+        """The transport's session."""
+        self._n_devices = n_devices
         self._runner = runner
-        self._nursery = nursery
-        self._sender: Sender | None = None
-        self._done = trio.Event()
-        self._closed = trio.Event()
-        self._closed.set()
-        self._listening = trio.CancelScope()
         self._tunnel = trio.CancelScope()
         self._record_lock = trio.Lock()
         self._round_no = 0
@@ -60,41 +49,31 @@ class SourceLink:
         self.committed_ms: dict[str, object] = {}
         """What it took to start the guest there, by phase; with `PEER_COMMITTED`."""
 
-    @property
-    def sender(self) -> Sender:
-        """The transport's session; after `open`."""
-        assert self._sender is not None
-        return self._sender
+    @classmethod
+    async def open(
+        cls,
+        options: Options,
+        session: bytes,
+        hello: MigrationHello,
+        runner: HandoverRunner,
+        held: contextlib.AsyncExitStack,
+    ) -> Self:
+        """Greets the receiver. The session lasts until `held` is closed: with a goodbye, or without
+        one if that is because of an error or a cancellation.
 
-    async def open(self, hello: bytes) -> None:
-        """Greets the receiver. Raises `Mismatch` when it refuses, and `TransportError`."""
-        self._sender = await self._nursery.start(self._keep, hello)
-        self._nursery.start_soon(self._listen)
-
-    async def _listen(self) -> None:
-        with self._listening:
-            await Listener(self.sender, self._runner, self._act).run()
-
-    async def _keep(self, hello: bytes, task_status: trio.TaskStatus[Sender]) -> None:
-        """Holds the link open until the migration has come to its end."""
-        options = self._options
-        link_options = sender_options(options)
-        self._closed = trio.Event()
-        started = False
+        Raises `Mismatch` when the receiver refuses, and `TransportError`.
+        """
+        link = open_sender(options.to, session, hello.pack(), sender_options(options))
         try:
-            async with open_sender(options.to, self._session, hello, link_options) as link:
-                task_status.started(link)
-                started = True
-                await self._done.wait()
+            sender = await held.enter_async_context(link)
         except PeerRefused as refusal:
             reason = Notice.unpack(refusal.payload).text("reason")
             raise Mismatch(f"the receiver refuses: {reason}") from refusal
-        except TransportError as error:
-            if not started:
-                raise
-            self._runner.post(Event.PEER_LOST, error)
-        finally:
-            self._closed.set()
+        return cls(sender, len(hello.devices), runner)
+
+    async def listen(self) -> None:
+        """Hears the receiver until the link ends, which the handover is told of."""
+        await Listener(self.sender, self._runner, self._act).run()
 
     async def _act(self, kind: MessageKind, payload: bytes) -> None:
         """What the receiver says."""
@@ -104,7 +83,7 @@ class SourceLink:
         notice = Notice.unpack(payload)
         error: PeerAborted | None = None
         if kind is MessageKind.READY:
-            self.registers = notice.register_reports(len(self._options.gateway))
+            self.registers = notice.register_reports(self._n_devices)
             self.ready_ms = notice.mapping("ms")
         elif kind is MessageKind.COMMITTED:
             self.committed_ms = notice.mapping("ms")
@@ -149,29 +128,17 @@ class SourceLink:
                     stream = await listener.accept()
             await run_tunnel(stream, self.sender, self._runner, complete)
 
-    def cut_vmm_stream(self) -> None:
+    async def cut_vmm_stream(self) -> None:
+        """The VMM's connection is closed, whoever has it."""
         self._tunnel.cancel()
 
-    async def tell_abort(self, reason: str) -> None:
+    async def tell_abort(self) -> None:
         """As well as possible, and past any record that waits for room."""
-        if self._sender is None:
-            return
+        reason = Notice({"reason": self._runner.reason[:1000]}).pack()
         with trio.move_on_after(TELL_S), contextlib.suppress(TransportError):
-            await self._sender.send_record(
-                MessageKind.ABORT, Notice({"reason": reason[:1000]}).pack(), flush=True
-            )
-
-    async def close(self) -> None:
-        """Ends the link, with a goodbye where there is somebody to take it."""
-        self._tunnel.cancel()
-        self._listening.cancel()
-        self._done.set()
-        with trio.move_on_after(GOODBYE_S):
-            await self._closed.wait()
+            await self.sender.send_record(MessageKind.ABORT, reason, flush=True)
 
     def wire_bytes(self) -> dict[str, int]:
-        """What has crossed the link, by what it was; empty if there was none."""
-        if self._sender is None:
-            return {}
-        totals = self._sender.statistics()
+        """What has crossed the link, by what it was."""
+        totals = self.sender.statistics()
         return {"pages": totals.lane_bytes, "VMM stream": totals.tunnel_bytes_sent}

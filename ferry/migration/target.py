@@ -1,32 +1,27 @@
-"""The target's side of one migration: what is done in which phase.
+"""The target's side of one migration: what is done in which phase, in the order of the phases.
 
 Owns the order of things on the target. When which phase begins is decided by `sync.handover`; the
 command around it is `ferry.commands.receive`.
+
+Each phase hands what it has made to the next one, as a value, by saying how that one's action is
+performed (`HandoverRunner.offer`). The leases that have been taken are noted as they are taken:
+they are what has to be fenced, from any phase.
 """
 
 import contextlib
-import os
 import tempfile
 import time
-from dataclasses import asdict
-from pathlib import Path
-from typing import Any
+from dataclasses import asdict, dataclass
+from functools import partial
 
 import trio
 
-from ferry.errors import (
-    FerryError,
-    Mismatch,
-    PeerAborted,
-)
-from ferry.exit_codes import describe
-from ferry.host_memory import check_room
+from ferry.errors import Mismatch, PeerAborted
 from ferry.migration.check import answer_check
 from ferry.migration.conversation import EVENTS
-from ferry.migration.devices import check_gateway, offer_of, view_of
 from ferry.migration.handover_runner import HandoverRunner
+from ferry.migration.incoming_vmm import IncomingVmm
 from ferry.migration.listener import Listener
-from ferry.migration.memory_layout import MemoryLayout, same_pages
 from ferry.migration.messages import (
     MessageKind,
     MigrationHello,
@@ -36,22 +31,12 @@ from ferry.migration.messages import (
 )
 from ferry.migration.phases import Phases
 from ferry.migration.receive_options import Options
+from ferry.migration.target_devices import Lease, TargetDevice, attach_devices, fence, map_memory
 from ferry.migration.tunnel import run_tunnel
 from ferry.progress import Reporter
-from sync.gateway.control.client import GatewayClient
-from sync.gateway.engine.custody import ClientRole
-from sync.gateway.errors import DeviceLost, GatewayLost, VmmLost, WrongState
 from sync.handover.machine import Action, Event, Handover
 from sync.handover.states import Deadlines, Role
 from sync.memory import GuestMemory
-from sync.registers.choose import load_profiles, target_for
-from sync.registers.errors import (
-    IdentityMismatch,
-    MethodMismatch,
-    NoMethod,
-    ProfileMismatch,
-)
-from sync.registers.interface import TargetRegisters
 from sync.vmm.driver import Vmm
 from sync.vmm.errors import VmmError, VmmGone
 from sync.vmm.identity import VmmIdentity, identify
@@ -60,13 +45,23 @@ from transport.receiver import Receiver
 from transport.wire.errors import TransportError
 
 TELL_S = 1.0
-
-
+"""How long the source may take to hear why this side gives up."""
 CONNECT_S = 5.0
+"""How long the VMM may take to listen for its stream once it has said that it does."""
+
+
+@dataclass(frozen=True)
+class Checked:
+    """What fits the source's greeting here; nothing of it has been touched yet."""
+
+    hello: MigrationHello
+    devices: tuple[TargetDevice, ...]
+    platform: PciPlatform | None
+    """What the VMM keeps of the devices; QEMU only."""
 
 
 class Target:
-    """The actions of the target. Each method named in `perform` does one phase's work."""
+    """The actions of the target."""
 
     def __init__(
         self,
@@ -78,180 +73,126 @@ class Target:
         vmm: Vmm,
     ) -> None:
         """What is opened is put into `held`, which has to be closed when `link` has ended."""
-        self._held = held
         self._options = options
-        self._reporter = reporter
         self._nursery = nursery
+        self._held = held
         self._link = link
         self._vmm = vmm
-        self._platform: PciPlatform | None = None
-        self._platform_state = b""
-        self._hello = MigrationHello("", [], [], [])
-        self._greeting = b""
-        self._accepted = trio.Event()
+        self._leases: list[Lease] = []
         self.only_check = False
         """The sender asks whether it would work, and nothing else."""
-        self._gateways: list[GatewayClient] = []
-        self._registers: list[TargetRegisters] = []
-        self._memory: GuestMemory | None = None
-        self._vmm_stream: trio.SocketStream | None = None
-        self._reports: list[dict[str, Any]] = []
-        self._vmm_loaded = False
-        self._platform_lock = trio.Lock()
-        self._platform_restored = False
-        self._ready_ms: dict[str, float] = {}
-        self._started_ms: dict[str, float] = {}
-        machine = Handover(Role.TARGET, Deadlines(listening_s=options.wait))
         self.runner = HandoverRunner(
-            machine,
-            {
-                Action.CHECK: self._check,
-                Action.ANSWER_CHECK: self._answer_check,
-                Action.ENTER_STANDBY: self._enter_standby,
-                Action.SEND_PREPARED: self._send_prepared,
-                Action.MAKE_READY: self._make_ready,
-                Action.SEND_READY: self._send_ready,
-                Action.OWN: self._own,
-                Action.START_GUEST: self._start_guest,
-                Action.SEND_COMMITTED: self._send_committed,
-                Action.TELL_ABORT: self._tell_abort,
-                Action.TELL_START_FAILED: self._tell_start_failed,
-                Action.FENCE: self._fence,
-            },
+            Handover(Role.TARGET, Deadlines(listening_s=options.wait)),
+            {Action.TELL_ABORT: self._refuse, Action.FENCE: self._fence},
             failure_events={Action.FENCE: Event.FENCE_FAILED},
             on_state=Phases(reporter, options.break_at).enter,
         )
-        self._listener = Listener(link, self.runner, self._act)
-
-    async def listen(self) -> None:
-        """Waits for a sender, then hears it out until the link ends."""
-        try:
-            self._greeting = (await self._link.wait_hello()).payload
-            if asks_for_check(self._greeting):
-                self.only_check = True
-                self.runner.post(Event.PEER_CHECKS)
-                return
-            self.runner.post(Event.PEER_HELLO)
-            await self._accepted.wait()
-            await self._listener.run()
-        except (TransportError, FerryError) as error:
-            self.runner.post(Event.PEER_LOST, error)
-        except Exception as error:
-            self.runner.post(Event.FAILED, error)
-
-    async def _act(self, kind: MessageKind, payload: bytes) -> None:
-        """What the source says."""
-        if kind is MessageKind.STATE:
-            number, state = unpack_state(payload, len(self._registers))
-            await self._registers[number].receive(state)
-        elif kind is MessageKind.PLATFORM:
-            self._platform_state = payload
-        elif kind is MessageKind.ASK_LOADED:
-            self._nursery.start_soon(self._answer_loaded)
-        elif kind is MessageKind.ABORT:
-            reason = Notice.unpack(payload).text("reason")
-            await self.runner.tell(Event.PEER_ABORTED, PeerAborted(f"the source gave up: {reason}"))
-        elif kind is not MessageKind.PROBE:
-            await self.runner.tell(EVENTS[Role.TARGET][kind])
 
     # --- prepare ---
 
-    async def _check(self) -> Event:
+    async def wait_hello(self) -> None:
+        """Waits for a sender, and tells the handover of what it wants."""
+        try:
+            greeting = (await self._link.wait_hello()).payload
+        except TransportError as error:
+            self.runner.post(Event.PEER_LOST, error)
+            return
+        self.only_check = asks_for_check(greeting)
+        self.runner.offer({Action.CHECK: partial(self._check, greeting)})
+        self.runner.post(Event.PEER_CHECKS if self.only_check else Event.PEER_HELLO)
+
+    async def _check(self, greeting: bytes) -> Event:
         """Whether what the source has fits what is here; touches nothing."""
-        hello = self._hello = MigrationHello.unpack(self._greeting)
-        paths = self._options.gateway
-        if len(hello.devices) != len(paths):
-            raise Mismatch(
-                f"the source has {len(hello.devices)} devices, this side {len(paths)} gateways: "
-                "give --gateway once for each device, in the same order on both hosts"
-            )
-        profiles = load_profiles([Path(item) for item in self._options.profile])
-        for number, (path, theirs) in enumerate(zip(paths, hello.devices, strict=True)):
-            gateway = await self._held.enter_async_context(
-                await GatewayClient.connect(path, role=ClientRole.TARGET, session=hello.session)
-            )
-            self._gateways.append(gateway)
-            info = await check_gateway(path, gateway, vmm=True)
-            ours = offer_of(info, b"")
-            for what in ("identity", "regions", "irqs"):
-                if getattr(ours, what) != getattr(theirs, what):
-                    raise Mismatch(
-                        f"device {number} has another {what} here: {getattr(ours, what)}, "
-                        f"the source's {getattr(theirs, what)}; use the same device with the same "
-                        "options on both hosts"
-                    )
-            try:
-                registers = target_for(
-                    bytes.fromhex(theirs.registers), view_of(info), gateway, profiles
-                )
-                await registers.check()
-            except (IdentityMismatch, MethodMismatch, NoMethod, ProfileMismatch) as error:
-                raise Mismatch(f"device {number}: {error}") from error
-            self._registers.append(registers)
-            await self._check_memory(gateway)
+        hello = MigrationHello.unpack(greeting)
+        devices = await attach_devices(
+            self._options.gateway, self._options.profile, hello, self._held, self._leases
+        )
         await self._vmm.check_target()
-        self._check_vmm(await identify(self._vmm))
-        self._platform = await PciPlatform.attach(self._vmm, self._options.qmp)
-        if self._platform is not None:
-            self._held.push_async_callback(self._platform.aclose)
-        await self._check_platform()
+        identity = await identify(self._vmm)
+        _compare_vmms(identity, Notice(hello.vmm))
+        platform = await self._check_platform(bytes.fromhex(hello.platform))
+        checked = Checked(hello, devices, platform)
+        self.runner.offer(
+            {
+                Action.ANSWER_CHECK: partial(self._answer_check, identity),
+                Action.ENTER_STANDBY: partial(self._enter_standby, checked),
+            }
+        )
         return Event.CHECKED
 
-    def _check_vmm(self, ours: VmmIdentity) -> None:
-        theirs = Notice(self._hello.vmm)
-        for what, here in (("VMM", ours.name), ("machine type", ours.machine)):
-            there = theirs.text("name" if what == "VMM" else "machine")
-            if here != there:
-                raise Mismatch(
-                    f"the {what} is {here!r} here, {there!r} at the source: start the same one"
-                )
-
-    async def _check_platform(self) -> None:
-        state = bytes.fromhex(self._hello.platform)
-        if self._platform is not None:
-            await self._platform.compare(state)
+    async def _check_platform(self, state: bytes) -> PciPlatform | None:
+        platform = await PciPlatform.attach(self._vmm, self._options.qmp)
+        if platform is not None:
+            self._held.push_async_callback(platform.aclose)
+            await platform.compare(state)
         elif state:
             raise Mismatch(
                 "the source's VMM has vfio-user-pci devices, the one here has none: start both "
                 "VMMs with the same devices"
             )
+        return platform
 
-    async def _check_memory(self, gateway: GatewayClient) -> None:
-        regions = await gateway.memory()
-        try:
-            theirs = MemoryLayout.from_rows(self._hello.files, self._hello.layout)
-            pages = same_pages(theirs, regions)
-            check_room(regions)
-            if self._memory is None and not self.only_check:
-                self._memory = self._held.enter_context(GuestMemory.map(pages, writable=True))
-        finally:
-            for region in regions:
-                os.close(region.fd)
+    async def _answer_check(self, identity: VmmIdentity) -> Event:
+        async def ignore(_kind: MessageKind, _payload: bytes) -> None:
+            """A probe is answered by the transport."""
 
-    async def _answer_check(self) -> Event:
-        await answer_check(self._link, await identify(self._vmm), self._listener.hear_out)
+        listener = Listener(self._link, self.runner, ignore)
+        await answer_check(self._link, identity, listener.hear_out)
         return Event.ANSWERED
 
-    async def _enter_standby(self) -> Event:
-        for gateway in self._gateways:
-            await gateway.standby(self._hello.session)
-        await self._restore_platform(bytes.fromhex(self._hello.platform))
+    async def _enter_standby(self, checked: Checked) -> Event:
+        hello = checked.hello
+        memory = await map_memory(checked.devices[0].gateway, hello, self._held)
+        for device in checked.devices:
+            await device.gateway.standby(hello.session)
+        if checked.platform is not None:
+            await checked.platform.restore(bytes.fromhex(hello.platform))
         with tempfile.TemporaryDirectory(prefix="vfio-ferry-") as folder:
-            socket_path = f"{folder}/vmm.sock"
-            await self._vmm.start_incoming(f"unix:{socket_path}")
+            path = f"{folder}/vmm.sock"
+            await self._vmm.start_incoming(f"unix:{path}")
             with trio.fail_after(CONNECT_S):
-                self._vmm_stream = await self._held.enter_async_context(
-                    await trio.open_unix_socket(socket_path)
-                )
+                stream = await self._held.enter_async_context(await trio.open_unix_socket(path))
+        self.runner.offer(
+            {Action.SEND_PREPARED: partial(self._send_prepared, checked, memory, stream)}
+        )
         return Event.STOOD_BY
 
-    async def _send_prepared(self) -> None:
-        assert self._memory is not None and self._vmm_stream is not None
+    async def _send_prepared(
+        self, checked: Checked, memory: GuestMemory, stream: trio.SocketStream
+    ) -> None:
+        incoming = IncomingVmm(self._vmm, checked.platform)
+        self.runner.offer({Action.MAKE_READY: partial(self._make_ready, checked, incoming)})
         await self._link.accept(b"")
-        self._accepted.set()
-        self._link.attach_memory(self._memory.array, files=self._memory.files)
-        self._nursery.start_soon(run_tunnel, self._vmm_stream, self._link, self.runner)
+        self.runner.offer(
+            {
+                Action.TELL_ABORT: partial(self._tell, MessageKind.ABORT),
+                Action.TELL_START_FAILED: partial(self._tell, MessageKind.START_FAILED),
+            }
+        )
+        self._link.attach_memory(memory.array, files=memory.files)
+        self._nursery.start_soon(self._listen, checked.devices, incoming)
+        self._nursery.start_soon(run_tunnel, stream, self._link, self.runner)
         self._nursery.start_soon(self._watch_vmm)
+
+    # --- while the source sends ---
+
+    async def _listen(self, devices: tuple[TargetDevice, ...], incoming: IncomingVmm) -> None:
+        async def act(kind: MessageKind, payload: bytes) -> None:
+            if kind is MessageKind.STATE:
+                number, state = unpack_state(payload, len(devices))
+                await devices[number].registers.receive(state)
+            elif kind is MessageKind.PLATFORM:
+                incoming.platform_state = payload
+            elif kind is MessageKind.ASK_LOADED:
+                self._nursery.start_soon(self._answer_loaded, incoming)
+            elif kind is MessageKind.ABORT:
+                reason = Notice.unpack(payload).text("reason")
+                error = PeerAborted(f"the source gave up: {reason}")
+                await self.runner.tell(Event.PEER_ABORTED, error)
+            else:
+                await self.runner.tell(EVENTS[Role.TARGET][kind])
+
+        await Listener(self._link, self.runner, act).run()
 
     async def _watch_vmm(self) -> None:
         """Without its VMM there is nothing to receive for, and the source's guest still runs."""
@@ -260,112 +201,92 @@ class Target:
         except VmmError as error:
             self.runner.post(Event.FAILED, error)
 
-    # --- switchover ---
-
-    async def _answer_loaded(self) -> None:
+    async def _answer_loaded(self, incoming: IncomingVmm) -> None:
         try:
-            await self._wait_loaded()
+            await incoming.wait_loaded()
             await self._link.send_record(MessageKind.LOADED, b"")
             # Now, while the source compares the memories.
-            await self._complete_platform()
+            await incoming.complete_platform()
         except TransportError as error:
             self.runner.post(Event.PEER_LOST, error)
         except Exception as error:
             self.runner.post(Event.FAILED, error)
 
-    async def _wait_loaded(self) -> None:
-        """The VMM is asked once: afterwards nothing changes until we have it resume."""
-        if not self._vmm_loaded:
-            await self._vmm.wait_loaded()
-            self._vmm_loaded = True
+    # --- switchover ---
 
-    async def _make_ready(self) -> Event:
-        await self._wait_loaded()
-        self._reports = [asdict(await registers.finish()) for registers in self._registers]
+    async def _make_ready(self, checked: Checked, incoming: IncomingVmm) -> Event:
+        await incoming.wait_loaded()
+        reports = [asdict(await device.registers.finish()) for device in checked.devices]
         began = time.monotonic()
-        await self._complete_platform()
-        self._ready_ms["PCI restore"] = (time.monotonic() - began) * 1e3
+        await incoming.complete_platform()
+        took_ms = {"PCI restore": (time.monotonic() - began) * 1e3}
+        ready = Notice({"registers": reports, "ms": took_ms}).pack()
+        started_ms: dict[str, float] = {}
+        self.runner.offer(
+            {
+                Action.SEND_READY: partial(self._link.send_record, MessageKind.READY, ready),
+                Action.OWN: partial(self._own, checked, started_ms),
+                Action.START_GUEST: partial(self._start_guest, checked.devices, started_ms),
+                Action.SEND_COMMITTED: partial(self._send_committed, started_ms),
+            }
+        )
         return Event.MADE_READY
 
-    async def _complete_platform(self) -> None:
-        """What the source found of the VMM's own when its guest had stopped; once."""
-        async with self._platform_lock:
-            if not self._platform_restored:
-                await self._restore_platform(self._platform_state)
-                self._platform_restored = True
-
-    async def _restore_platform(self, state: bytes) -> None:
-        """What the VMM itself knows of the devices and does not migrate."""
-        if self._platform is not None:
-            await self._platform.restore(state)
-
-    async def _send_ready(self) -> None:
-        await self._link.send_record(
-            MessageKind.READY, Notice({"registers": self._reports, "ms": self._ready_ms}).pack()
-        )
-
-    async def _own(self) -> Event:
+    async def _own(self, checked: Checked, took_ms: dict[str, float]) -> Event:
         """The first gateway's record decides, so it is written last: with it, all are written."""
         began = time.monotonic()
-        both = zip(self._gateways, self._registers, strict=True)
-        for gateway, registers in reversed(list(both)):
-            await gateway.own(self._hello.session, registers.start_records())
-        self._started_ms["own"] = (time.monotonic() - began) * 1e3
+        for device in reversed(checked.devices):
+            await device.gateway.own(checked.hello.session, device.registers.start_records())
+        took_ms["own"] = (time.monotonic() - began) * 1e3
         return Event.OWNED
 
-    async def _start_guest(self) -> Event:
+    async def _start_guest(
+        self, devices: tuple[TargetDevice, ...], took_ms: dict[str, float]
+    ) -> Event:
         began = time.monotonic()
-        for gateway in self._gateways:
-            await gateway.start()
+        for device in devices:
+            await device.gateway.start()
         started = time.monotonic()
         await self._vmm.resume()
-        self._started_ms["device start"] = (started - began) * 1e3
-        self._started_ms["VMM resume"] = (time.monotonic() - started) * 1e3
+        took_ms["device start"] = (started - began) * 1e3
+        took_ms["VMM resume"] = (time.monotonic() - started) * 1e3
         return Event.STARTED
 
-    async def _send_committed(self) -> None:
+    async def _send_committed(self, took_ms: dict[str, float]) -> None:
         with trio.move_on_after(TELL_S), contextlib.suppress(TransportError):
-            await self._link.send_record(
-                MessageKind.COMMITTED, Notice({"ms": self._started_ms}).pack(), flush=True
-            )
+            notice = Notice({"ms": took_ms}).pack()
+            await self._link.send_record(MessageKind.COMMITTED, notice, flush=True)
 
     # --- the ways out ---
 
     async def _fence(self) -> Event:
         """After this, no message whatsoever can start the guest here from this session."""
-        for number, gateway in enumerate(self._gateways):
-            try:
-                info = await gateway.status()
-                if number == 0 and info.owner == "owned" and info.session == self._hello.session:
-                    return Event.ALREADY_OWNED
-                await gateway.fence(self._hello.session)
-                if info.state == "standby":
-                    await gateway.abandon()
-            except (GatewayLost, DeviceLost, VmmLost) as error:
-                # What is gone, or starts anew, holds no standby that could be owned.
-                if not isinstance(error, VmmLost) and isinstance(self.runner.first_error, VmmGone):
-                    # Its device is gone, too, and a VMM does not always outlive that.
-                    self.runner.first_error = error
-                continue
-            except WrongState:
-                # Owned, but not the first: it stays in standby, and nobody will start it.
-                continue
-        return Event.FENCED
+        fenced, lost = await fence(self._leases)
+        if lost is not None and isinstance(self.runner.first_error, VmmGone):
+            # A VMM does not always outlive its device: that is what went wrong first.
+            self.runner.first_error = lost
+        return Event.FENCED if fenced else Event.ALREADY_OWNED
 
-    async def _tell_abort(self) -> None:
-        await self._tell(MessageKind.ABORT)
-
-    async def _tell_start_failed(self) -> None:
-        await self._tell(MessageKind.START_FAILED)
+    async def _refuse(self) -> None:
+        """Tells a source that has not been accepted."""
+        with trio.move_on_after(TELL_S), contextlib.suppress(TransportError):
+            await self._link.refuse(self._reason())
 
     async def _tell(self, kind: MessageKind) -> None:
-        reason = Notice({"reason": reason_of(self.runner.first_error)[:1000]}).pack()
+        """Tells a source that has been accepted."""
         with trio.move_on_after(TELL_S), contextlib.suppress(TransportError):
-            if self._accepted.is_set():
-                await self._link.send_record(kind, reason, flush=True)
-            else:
-                await self._link.refuse(reason)
+            await self._link.send_record(kind, self._reason(), flush=True)
+
+    def _reason(self) -> bytes:
+        return Notice({"reason": self.runner.reason[:1000]}).pack()
 
 
-def reason_of(error: BaseException | None) -> str:
-    return describe(error) if error else "no reason"
+def _compare_vmms(ours: VmmIdentity, theirs: Notice) -> None:
+    for what, here, there in (
+        ("VMM", ours.name, theirs.text("name")),
+        ("machine type", ours.machine, theirs.text("machine")),
+    ):
+        if here != there:
+            raise Mismatch(
+                f"the {what} is {here!r} here, {there!r} at the source: start the same one"
+            )

@@ -49,7 +49,7 @@ second owner, and where an answer is lost the record still says what the side ma
      |                                              STARTING_GUEST    [START_GUEST]
      |                                               | STARTED
      | PEER_COMMITTED             <--- committed    COMMITTED         [SEND_COMMITTED]
-    COMMITTED
+    COMMITTED       [CONCLUDE]
 
     A check compares both sides and ends there:
     PREPARING       [PREPARE]     check ------->    LISTENING
@@ -200,6 +200,8 @@ class Action(Enum):
     """Ownership record to `released`. `RELEASED`."""
     SEND_COMMIT = auto()
     """Send *commit*. Failing counts as not knowing whether it arrived."""
+    CONCLUDE = auto()
+    """Report what the migration cost, and end the VMM here if that is wanted."""
     TELL_ABORT = auto()
     """Send *aborted*, as well as possible."""
     RESTORE = auto()
@@ -301,7 +303,7 @@ SOURCE: Table = {
     _S.AWAITING_READY: _on([_E.PEER_READY], _S.RELEASING, _A.RELEASE) | _abort(),
     _S.RELEASING: _on([_E.RELEASED], _S.COMMITTING, _A.SEND_COMMIT) | _abort(),
     _S.COMMITTING: (
-        _on([_E.PEER_COMMITTED], _S.COMMITTED)
+        _on([_E.PEER_COMMITTED], _S.COMMITTED, _A.CONCLUDE)
         | _on([_E.PEER_START_FAILED], _S.OWNER_FAILED)
         | _on([_E.PEER_ABORTED], _S.ABORTING, _A.TELL_ABORT, _A.RESTORE)
         | _on([_E.FAILED, _E.PEER_LOST, _E.TIMEOUT], _S.IN_DOUBT)

@@ -16,7 +16,7 @@ import trio
 from ferry.commands.receive import receive
 from ferry.commands.send import send
 from ferry.errors import Exit
-from ferry.migration.devices import offer_of
+from ferry.migration.devices import offer_of, view_of
 from ferry.migration.memory_layout import MemoryLayout
 from ferry.migration.messages import MessageKind, MigrationHello, pack_state
 from ferry.migration.receive_options import Options as ReceiveOptions
@@ -25,7 +25,6 @@ from ferry.progress import Reporter
 from lab.testbed import Host
 from sync.gateway.control.client import GatewayClient
 from sync.registers.choose import load_profiles, source_for
-from sync.registers.profile.locate import DeviceView
 from sync.vmm.driver import Vmm
 from sync.vmm.identity import identify
 from tests.e2e.two_hosts import Method, assert_sound, new_bed, small_setup, start_both
@@ -55,7 +54,7 @@ async def greeting_of(host: Host, session: bytes) -> bytes:
     async with await GatewayClient.connect(host.control_socket) as gateway:
         info = await gateway.status()
         regions = await gateway.memory()
-        registers = source_for(DeviceView.from_info(info), gateway, load_profiles(), "v2")
+        registers = source_for(view_of(info), gateway, load_profiles(), "v2")
         files, layout = MemoryLayout.of(regions).rows()
         for region in regions:
             os.close(region.fd)

@@ -99,7 +99,7 @@ def test_a_first_scan_may_take_longer_than_the_journal_lasts(
             time.sleep(LONG_SCAN_S)
         return scan_changed(memory, seen, seed)
 
-    monkeypatch.setattr("ferry.migration.source.scan_changed", scan)
+    monkeypatch.setattr("ferry.migration.source_devices.scan_changed", scan)
     method = Method("replay", "scan")
     setup = dataclasses.replace(small_setup(method), gateway=JOURNAL)
     with new_bed(tmp_path, setup) as bed:

@@ -12,6 +12,8 @@ from sync.handover.states import Deadlines, HandoverState, Role
 class Script:
     """Performs every action of the source as told, and writes down when it ran."""
 
+    runner: HandoverRunner
+
     def __init__(self) -> None:
         self.log: list[str] = []
         self.hang: set[Action] = set()
@@ -29,6 +31,7 @@ class Script:
             Action.ASK_READY: Event.PEER_READY,
             Action.RELEASE: Event.RELEASED,
             Action.SEND_COMMIT: Event.PEER_COMMITTED,
+            Action.CONCLUDE: None,
             Action.TELL_ABORT: None,
             Action.RESTORE: Event.RESTORED,
         }
@@ -64,6 +67,7 @@ def run(
             failure_events={Action.RESTORE: Event.RESTORE_FAILED},
             on_state=on_state,
         )
+        script.runner = runner
         return await runner.run(Event.START), runner
 
     return trio.run(main, clock=trio.testing.MockClock(autojump_threshold=0.01))
@@ -177,3 +181,40 @@ def test_i8_a_peer_that_cannot_be_told_does_not_keep_us_from_restoring() -> None
     state, _ = run(script)
     assert state is HandoverState.ABORTED
     assert "+RESTORE" in script.log
+
+
+def test_an_action_is_performed_as_the_phase_before_it_offered() -> None:
+    class Offering(Script):
+        def actions(self) -> dict[Action, Perform]:
+            actions = super().actions()
+            self.mediate = actions.pop(Action.MEDIATE)
+            return actions | {Action.PREPARE: self.prepare}
+
+        async def prepare(self) -> Event:
+            self.runner.offer({Action.MEDIATE: self.mediate})
+            return Event.PREPARED
+
+    script = Offering()
+    state, _ = run(script)
+    assert state is HandoverState.COMMITTED
+    assert "+MEDIATE" in script.log
+
+
+def test_who_tells_of_an_event_goes_on_when_the_machine_has_taken_it() -> None:
+    seen: list[HandoverState] = []
+
+    class Told(Script):
+        def actions(self) -> dict[Action, Perform]:
+            return super().actions() | {Action.ASK_READY: self.ask}
+
+        async def ask(self) -> None:
+            trio.lowlevel.spawn_system_task(self.answer)
+
+        async def answer(self) -> None:
+            seen.append(self.runner.state)
+            await self.runner.tell(Event.PEER_READY)
+            seen.append(self.runner.state)
+
+    state, _ = run(Told())
+    assert state is HandoverState.COMMITTED
+    assert seen == [HandoverState.AWAITING_READY, HandoverState.RELEASING]

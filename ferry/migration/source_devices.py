@@ -1,0 +1,127 @@
+"""The source's devices: its lease on each gateway, how registers and pages of each are moved, and
+the way back to passthrough.
+
+Owns what is asked and chosen before anything is touched. When a device is mediated, stopped or
+released is `ferry.migration.source`'s.
+"""
+
+import contextlib
+from collections.abc import Sequence
+from contextlib import AsyncExitStack
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+
+from ferry.errors import Mismatch, NotOwner
+from ferry.migration.devices import check_gateway, memory_of, view_of
+from ferry.migration.memory_layout import MemoryLayout
+from ferry.migration.send_options import Options
+from ferry.migration.undo import Undo, UndoStage
+from sync.dirty.scan import ScanTracker
+from sync.dirty.shared import LoggingTracker, MessageTracker
+from sync.dirty.tracker import Bitmap, Method, Tracker, choose_method
+from sync.gateway.control.client import GatewayClient
+from sync.gateway.control.info import GatewayInfo
+from sync.gateway.engine.custody import ClientRole
+from sync.gateway.errors import DeviceLost, GatewayLost
+from sync.memory import GuestMemory
+from sync.registers.choose import load_profiles, source_for
+from sync.registers.interface import SourceRegisters
+from transport.kernels.digests import scan_changed
+
+
+@dataclass(frozen=True)
+class SourceDevice:
+    """One device of the guest, the `number`th of them, with what was chosen for it."""
+
+    number: int
+    path: str
+    gateway: GatewayClient
+    info: GatewayInfo
+    registers: SourceRegisters
+    tracking: Method
+
+    def tracker(self, memory: GuestMemory, seed: int) -> Tracker:
+        """Finds the pages that it writes; `seed` is the link's, for digests."""
+        if self.tracking == "scan":
+
+            def scan(pages: NDArray[np.uint8], seen: NDArray[np.uint64]) -> Bitmap:
+                return scan_changed(pages, seen, seed)
+
+            return ScanTracker(memory.array, scan)
+        kind = LoggingTracker if self.tracking == "logging" else MessageTracker
+        return kind(self.gateway, memory.n_pages)
+
+    async def restore(self, session: str) -> None:
+        """Back to passthrough, from whatever state its gateway is in.
+
+        Raises `DeviceLost` if its VMM is no longer there, and what the gateway raises.
+        """
+        info = await self.gateway.status()
+        if not info.vmm_connected:
+            raise DeviceLost(f"the device behind {self.path} is no longer connected to the VMM")
+        if info.state == "released":
+            await self.gateway.reclaim(session)
+        if info.state in ("mediated", "stopped", "released"):
+            try:
+                await self.registers.rollback()
+            finally:
+                await self.gateway.passthrough()
+
+    async def disarm_recovery(self) -> None:
+        """The guest runs: from here on its gateway leaves the VMM alone."""
+        with contextlib.suppress(GatewayLost):
+            await self.gateway.disarm_recovery()
+
+
+async def attach_devices(
+    options: Options, session: str, held: AsyncExitStack, undo: Undo
+) -> tuple[SourceDevice, ...]:
+    """Takes the lease of each gateway of `options`, which `held` gives back, and chooses how the
+    device's registers and pages move.
+
+    Raises `NotOwner`, `LocalError`, and what gateways, profiles and trackers do.
+    """
+    profiles = load_profiles([Path(item) for item in options.profile])
+    devices: list[SourceDevice] = []
+    for number, path in enumerate(options.gateway):
+        gateway = await held.enter_async_context(
+            await GatewayClient.connect(path, role=ClientRole.SOURCE, session=session)
+        )
+        info = await check_gateway(path, gateway)
+        if info.state == "released":
+            raise NotOwner(
+                f"the gateway at {path} has let go of its guest in session {info.session}: whose "
+                "it is now, `vfio-ferry resolve` says, on the target first"
+            )
+        registers = source_for(view_of(info), gateway, profiles, options.registers)
+        tracking = choose_method(options.dirty, logging=info.supports.logging)
+        device = SourceDevice(number, path, gateway, info, registers, tracking)
+        undo.add(UndoStage.DEVICES, partial(device.restore, session))
+        undo.add(UndoStage.RECOVERY, device.disarm_recovery)
+        devices.append(device)
+    return tuple(devices)
+
+
+async def map_memory(
+    devices: Sequence[SourceDevice], held: AsyncExitStack
+) -> tuple[GuestMemory, MemoryLayout]:
+    """The guest's memory, mapped until `held` is closed, and how it is laid out.
+
+    Raises `Mismatch` if the gateways of `devices` do not all see the same memory.
+    """
+    first, *others = devices
+    async with memory_of(first.gateway) as regions:
+        memory = held.enter_context(GuestMemory.map(regions))
+        layout = MemoryLayout.of(regions)
+    for device in others:
+        async with memory_of(device.gateway) as regions:
+            if [(region.iova, region.length) for region in regions] != [*memory.layout]:
+                raise Mismatch(
+                    f"the gateway at {device.path} sees another guest memory than {first.path}: "
+                    "all gateways have to belong to one VMM"
+                )
+    return memory, layout

@@ -1,0 +1,129 @@
+"""The target's devices: its lease on each gateway, whether they fit the source's, and the fence.
+
+Owns what is compared before anything is touched, and what makes sure that the guest never starts
+here. When a device stands by, is owned or started is `ferry.migration.target`'s.
+"""
+
+from collections.abc import Sequence
+from contextlib import AsyncExitStack
+from dataclasses import dataclass
+from pathlib import Path
+
+from ferry.errors import Mismatch
+from ferry.host_memory import check_room
+from ferry.migration.devices import check_gateway, memory_of, offer_of, view_of
+from ferry.migration.memory_layout import MemoryLayout, same_pages
+from ferry.migration.messages import DeviceOffer, MigrationHello
+from sync.gateway.control.client import GatewayClient
+from sync.gateway.control.info import GatewayInfo
+from sync.gateway.engine.custody import ClientRole
+from sync.gateway.errors import DeviceLost, GatewayLost, VmmLost, WrongState
+from sync.memory import GuestMemory
+from sync.registers.choose import load_profiles, target_for
+from sync.registers.errors import IdentityMismatch, MethodMismatch, NoMethod, ProfileMismatch
+from sync.registers.interface import TargetRegisters
+
+
+@dataclass(frozen=True)
+class Lease:
+    """A gateway that obeys nobody else in this session."""
+
+    gateway: GatewayClient
+    session: str
+
+
+@dataclass(frozen=True)
+class TargetDevice:
+    """One device that waits for the guest."""
+
+    gateway: GatewayClient
+    registers: TargetRegisters
+
+
+async def attach_devices(
+    paths: Sequence[str],
+    profiles: Sequence[str],
+    hello: MigrationHello,
+    held: AsyncExitStack,
+    leases: list[Lease],
+) -> tuple[TargetDevice, ...]:
+    """Takes the lease of the gateway at each of `paths`, which `held` gives back, and finds out
+    whether its device and memory are those of `hello`. A lease is added to `leases` once it is
+    taken, whatever becomes of the rest.
+
+    Raises `Mismatch`, `LocalError`, and what gateways and profiles do.
+    """
+    if len(hello.devices) != len(paths):
+        raise Mismatch(
+            f"the source has {len(hello.devices)} devices, this side {len(paths)} gateways: "
+            "give --gateway once for each device, in the same order on both hosts"
+        )
+    layout = MemoryLayout.from_rows(hello.files, hello.layout)
+    known = load_profiles([Path(item) for item in profiles])
+    devices = []
+    for number, (path, theirs) in enumerate(zip(paths, hello.devices, strict=True)):
+        gateway = await held.enter_async_context(
+            await GatewayClient.connect(path, role=ClientRole.TARGET, session=hello.session)
+        )
+        leases.append(Lease(gateway, hello.session))
+        info = await check_gateway(path, gateway)
+        _compare(number, info, theirs)
+        try:
+            registers = target_for(bytes.fromhex(theirs.registers), view_of(info), gateway, known)
+            await registers.check()
+        except (IdentityMismatch, MethodMismatch, NoMethod, ProfileMismatch) as error:
+            raise Mismatch(f"device {number}: {error}") from error
+        async with memory_of(gateway) as regions:
+            same_pages(layout, regions)
+            check_room(regions)
+        devices.append(TargetDevice(gateway, registers))
+    return tuple(devices)
+
+
+def _compare(number: int, info: GatewayInfo, theirs: DeviceOffer) -> None:
+    ours = offer_of(info, b"")
+    for what in ("identity", "regions", "irqs"):
+        if getattr(ours, what) != getattr(theirs, what):
+            raise Mismatch(
+                f"device {number} has another {what} here: {getattr(ours, what)}, "
+                f"the source's {getattr(theirs, what)}; use the same device with the same "
+                "options on both hosts"
+            )
+
+
+async def map_memory(
+    gateway: GatewayClient, hello: MigrationHello, held: AsyncExitStack
+) -> GuestMemory:
+    """The pages that the source sends, in this VMM's memory, writable until `held` is closed.
+
+    Raises `Mismatch` if the memory is no longer the one that was checked.
+    """
+    layout = MemoryLayout.from_rows(hello.files, hello.layout)
+    async with memory_of(gateway) as regions:
+        return held.enter_context(GuestMemory.map(same_pages(layout, regions), writable=True))
+
+
+async def fence(leases: Sequence[Lease]) -> tuple[bool, Exception | None]:
+    """No message whatsoever can start the guest here from this session any more; or, if the first
+    gateway owns it already, nothing is done.
+
+    Returns whether it is fenced, and what became of a gateway that is gone, if one is. Raises what
+    the gateways do.
+    """
+    lost: Exception | None = None
+    for number, lease in enumerate(leases):
+        try:
+            info = await lease.gateway.status()
+            if number == 0 and info.owner == "owned" and info.session == lease.session:
+                return False, lost
+            await lease.gateway.fence(lease.session)
+            if info.state == "standby":
+                await lease.gateway.abandon()
+        except (GatewayLost, DeviceLost) as error:
+            # What is gone holds no standby that could be owned.
+            lost = error
+        except (VmmLost, WrongState):
+            # What starts anew holds none, either. One that is owned, but not the first, stays in
+            # standby, and nobody will start it.
+            continue
+    return True, lost
