@@ -10,6 +10,8 @@ from ferry.migration.phases import BREAK_AT_CHOICES
 from ferry.secret_file import HELP, read_secret
 from transport.receiver import ReceiverOptions
 
+_LINK = ReceiverOptions()
+
 
 @dataclass(frozen=True, kw_only=True)
 class Options:
@@ -24,7 +26,9 @@ class Options:
         "a device profile, or a folder of them, beside the built-in ones", (), repeat=True
     )
     secret: str | None = option(HELP, None)
-    peer_timeout: float = option("seconds of silence until the peer is lost", 5.0, parse=seconds)
+    peer_timeout: float = option(
+        "seconds of silence until the peer is lost", _LINK.peer_timeout_s, parse=seconds
+    )
     wait: float | None = option("seconds to wait for a sender", None, parse=seconds)
     json: bool = option("print events as JSON lines", False)
     break_at: str = option(

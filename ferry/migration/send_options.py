@@ -7,8 +7,13 @@ from ferry.config import endpoint, log_page, natural, option, positive, seconds,
 from ferry.errors import ConfigError
 from ferry.migration.phases import BREAK_AT_CHOICES
 from ferry.secret_file import HELP, read_secret
+from sync.convergence import Limits
+from sync.memory import PAGE_BYTES
 from transport.sender import SenderOptions
 from transport.wire.codec import Codec
+
+_ROUNDS = Limits()
+_LINK = SenderOptions()
 
 
 def codec_name(text: str) -> str:
@@ -35,15 +40,21 @@ class Options:
     )
     to: str = option("where `receive` listens: tcp://HOST:PORT or ipc://PATH", parse=endpoint)
     qmp: str = option("QMP socket of the VMM")
-    downtime_limit: int = option("how long the guest may stand still, in ms", 300, parse=positive)
-    threshold: int | None = option(
-        "switch over at this many dirty pages, whatever the downtime", None, parse=natural
+    downtime_limit: int = option(
+        "how long the guest may stand still, in ms", int(_ROUNDS.downtime_ms), parse=positive
     )
-    max_rounds: int = option("rounds before the stall policy decides", 30, parse=positive)
+    threshold: int | None = option(
+        "switch over at this many dirty pages, whatever the downtime",
+        _ROUNDS.threshold_pages,
+        parse=natural,
+    )
+    max_rounds: int = option(
+        "rounds before the stall policy decides", _ROUNDS.max_rounds, parse=positive
+    )
     timeout: float = option("seconds that the rounds may take", 3600.0, parse=seconds)
     on_stall: Literal["switch", "abort"] = option(
         "when the dirty set no longer shrinks: switch at the best moment, or abort",
-        "switch",
+        _ROUNDS.on_stall,
         choices=("switch", "abort"),
     )
     registers: Literal["auto", "v2", "replay"] = option(
@@ -52,7 +63,7 @@ class Options:
     dirty: Literal["auto", "logging", "message", "scan"] = option(
         "how dirty pages are found", "auto", choices=("auto", "logging", "message", "scan")
     )
-    log_page_size: int = option("page size asked of a device that logs", 4096, parse=log_page)
+    log_page_size: int = option("page size asked of a device that logs", PAGE_BYTES, parse=log_page)
     profile: tuple[str, ...] = option(
         "a device profile, or a folder of them, beside the built-in ones", (), repeat=True
     )
@@ -61,18 +72,22 @@ class Options:
         "touched",
         choices=("touched", "all"),
     )
-    lanes: int = option("connections for pages", 2, parse=positive)
-    frame_size: int = option("bytes of a frame of pages", 5 << 19, parse=size)
+    lanes: int = option("connections for pages", _LINK.lanes, parse=positive)
+    frame_size: int = option("bytes of a frame of pages", _LINK.frame_bytes, parse=size)
     codec: str = option(
         "how pages are compressed: auto, none, delta, lz4 or zstd:LEVEL", "auto", parse=codec_name
     )
     cache: int = option("bytes kept to compute deltas from", 64 << 20, parse=size)
     bandwidth: int | None = option(
-        "limit in bytes per second, for everything", None, parse=bandwidth
+        "limit in bytes per second, for everything", _LINK.bandwidth_bytes_per_s, parse=bandwidth
     )
     secret: str | None = option(HELP, None)
-    connect_timeout: float = option("seconds to find the receiver", 5.0, parse=seconds)
-    peer_timeout: float = option("seconds of silence until the peer is lost", 5.0, parse=seconds)
+    connect_timeout: float = option(
+        "seconds to find the receiver", _LINK.connect_timeout_s, parse=seconds
+    )
+    peer_timeout: float = option(
+        "seconds of silence until the peer is lost", _LINK.peer_timeout_s, parse=seconds
+    )
     quit_source: bool = option("end the source's VMM once the target owns the guest", False)
     check: bool = option(
         "only find out whether it would work, from a receiver that listens; nothing is moved", False
@@ -85,7 +100,7 @@ class Options:
     )
 
 
-def sender_options(options: "Options") -> SenderOptions:
+def sender_options(options: Options) -> SenderOptions:
     """What the user wants of the link. Raises `ConfigError` for what cannot be, and what
     `read_secret` does."""
     secret = read_secret(options.secret)
