@@ -34,12 +34,16 @@ _IMPROVEMENT = 0.95
 
 
 class Verdict(Enum):
+    """What to do after a round."""
+
     CONTINUE = "continue"
     SWITCH = "switch"
     GIVE_UP = "give-up"
 
 
 class Reason(Enum):
+    """Why a verdict is what it is."""
+
     COPYING = "copying"
     """What is left does not fit yet, and it is getting less."""
     DOWNTIME = "downtime"
@@ -121,6 +125,8 @@ class Rates:
 
 @dataclass(frozen=True, slots=True)
 class Decision:
+    """What to do after a round, and why."""
+
     verdict: Verdict
     reason: Reason
     predicted_downtime_ms: float

@@ -53,8 +53,8 @@ def run(options: Options) -> int:
 
 
 async def receive(options: Options, reporter: Reporter, stop: StopRequest | None = None) -> Exit:
-    """One migration to this host and the checks before it, until `stop` asks for its end, or by
-    itself. Any number of them may run in one process.
+    """Waits for one migration to this host and answers the checks before it, to its end or until
+    `stop` asks for one before the commit. Any number of them may run in one process.
 
     Cancelled, it does what the end of its process would do: it closes every descriptor and
     connection, tells the peer nothing and fences nothing. Raises what `exit_code_of` knows.
@@ -101,7 +101,8 @@ async def _receive(
     vmm: Vmm,
     url: str,
 ) -> tuple[str, Target, HandoverState]:
-    """One sender, who asks for a migration or for a check. Returns where it was listened."""
+    """Serves one sender, which asks for a migration or for a check. Returns the address that it
+    listened at, and how it ended."""
     async with (
         AsyncExitStack() as held,
         open_receiver(url, link_options) as link,

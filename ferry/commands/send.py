@@ -40,8 +40,8 @@ def run(options: Options) -> int:
 
 
 async def send(options: Options, reporter: Reporter, stop: StopRequest | None = None) -> Exit:
-    """One migration from this host, until `stop` asks for its end, or by itself. Any number of
-    them may run in one process.
+    """Runs one migration from this host to its end, or until `stop` asks for one before the commit.
+    Any number of them may run in one process.
 
     Cancelled, it does what the end of its process would do: it closes every descriptor and
     connection, tells the peer nothing and restores nothing. The gateways then do what they do when

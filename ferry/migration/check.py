@@ -34,7 +34,7 @@ ENOUGH_S = 0.1
 
 @dataclass(frozen=True, slots=True)
 class Sample:
-    """What was measured."""
+    """What a check has measured of the link."""
 
     round_trip_s: float
     """The shortest of a few, of a record to the receiver's transport and back."""
@@ -42,14 +42,14 @@ class Sample:
 
 
 def scratch(fill: bytes = b"") -> NDArray[np.uint8]:
-    """The sample's memory, of the same size on both sides, with `fill` at its beginning."""
+    """Memory for a check's pages, of the same size on both sides, with `fill` at its beginning."""
     pages = mmap.mmap(-1, SAMPLE_PAGES * PAGE_BYTES)
     pages.write(fill)
     return np.frombuffer(pages, np.uint8)
 
 
 async def findings_of(link: Sender, vmm: VmmIdentity, n_pages: int) -> list[Finding]:
-    """What the comparison of both sides and a measurement tell; `n_pages` is the guest's memory.
+    """What the source reports of a check that went well; `n_pages` is the size of guest memory.
 
     Raises `TransportError`.
     """
@@ -71,8 +71,8 @@ async def findings_of(link: Sender, vmm: VmmIdentity, n_pages: int) -> list[Find
 async def answer_check(
     link: Receiver, vmm: VmmIdentity, hear_out: Callable[[], Awaitable[None]]
 ) -> None:
-    """The target's side: it would work. Takes pages until the source says goodbye, while
-    `hear_out` reads its messages.
+    """Answers that a migration would work, then takes the source's sample pages until it says
+    goodbye; `hear_out` reads its messages meanwhile.
 
     Raises `TransportError` and what `hear_out` does.
     """
@@ -83,7 +83,7 @@ async def answer_check(
 
 
 async def measure(link: Sender) -> Sample:
-    """The source's side. Raises `TransportError`."""
+    """Measures the link from the source: round trip and rate. Raises `TransportError`."""
     round_trips = []
     for _ in range(PROBES):
         began = trio.current_time()

@@ -19,7 +19,8 @@ def conclude(
     runner: HandoverRunner,
     advice: dict[HandoverState, str],
 ) -> Exit:
-    """The exit code for a terminal `state`; tells the user what went wrong and what to do."""
+    """The exit code for a terminal `state`. Tells the user what went wrong and what to do: `advice`
+    has a sentence for each state that needs one."""
     if state in (HandoverState.COMMITTED, HandoverState.CHECKED):
         return Exit.OK
     error = runner.first_error

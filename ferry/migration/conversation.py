@@ -42,7 +42,7 @@ def _rule(
 
 
 def _rule_of(role: Role, event: Event) -> Rule:
-    """The rule of a message that is an event of the handover: as the handover's table has it."""
+    """The rule of a message that is an event of the handover, made from the handover's table."""
     rows = {state: row[event] for state, row in TABLES[role].items() if event in row}
     idle = {state for state, does in rows.items() if does.state is state and not does.actions}
     return Rule(frozenset(rows.keys() - idle), frozenset(idle))
@@ -80,7 +80,7 @@ RULES: Mapping[Role, Mapping[MessageKind, Rule]] = {
 
 
 class Conversation:
-    """What one side, of this `role`, has been told in one session."""
+    """Keeps count of what a side of this `role` has been told in one session."""
 
     def __init__(self, role: Role) -> None:
         self._role = role

@@ -40,7 +40,8 @@ def view_of(info: GatewayInfo) -> DeviceView:
 
 
 async def check_gateway(path: str, client: GatewayClient) -> GatewayInfo:
-    """Its status, if it can take part in a migration. Raises `LocalError` where it cannot."""
+    """The status of the gateway at `path`. Raises `LocalError` if it has no device or no VMM and so
+    cannot take part in a migration."""
     info = await client.status()
     if not info.device_connected:
         raise LocalError(f"the gateway at {path} has no device: start the device and try again")

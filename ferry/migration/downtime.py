@@ -67,12 +67,15 @@ class Downtime:
 
     @property
     def total_ms(self) -> float:
+        """From the stop of the vCPUs to the end of the last phase."""
         return (self._last - self._started) * 1e3
 
     @property
     def vmm_ms(self) -> float:
+        """The part of the downtime that is the VMM's."""
         return sum(ms for phase, ms in self.phases_ms.items() if phase in VMM_PHASES)
 
     @property
     def own_ms(self) -> float:
+        """The part of the downtime that is ours."""
         return self.total_ms - self.vmm_ms

@@ -28,7 +28,7 @@ class _Occurrence(NamedTuple):
     started: int | None = None
     """The number of the action that brought it about, if one did."""
     taken: trio.Event | None = None
-    """Who waits for the machine to take it."""
+    """Set when the machine has taken it, for whoever waits for that."""
 
 
 class HandoverRunner:
@@ -69,8 +69,8 @@ class HandoverRunner:
         self._events_in.send_nowait(_Occurrence(event))
 
     async def tell(self, event: Event, error: BaseException | None = None) -> None:
-        """As `post`, and waits until the machine has taken it: `state` is what follows from it.
-        Waits for ever where the machine has come to its end before."""
+        """Tells the machine of something that happened, as `post` does, and waits until it has
+        taken it: `state` is then what follows. Waits for ever if the machine ends before."""
         if error is not None and self.first_error is None:
             self.first_error = error
         taken = trio.Event()
@@ -79,20 +79,21 @@ class HandoverRunner:
 
     @property
     def role(self) -> Role:
+        """The side of the handover that the machine is."""
         return self._machine.role
 
     @property
     def state(self) -> HandoverState:
-        """Where the machine stands."""
+        """The state that the machine is in."""
         return self._machine.state
 
     def offer(self, perform: Mapping[Action, Perform]) -> None:
-        """From now on, these actions are performed so."""
+        """Says how these actions are performed from now on."""
         self._perform |= perform
 
     @property
     def reason(self) -> str:
-        """One line on what went wrong first."""
+        """One line that says what went wrong first, for the peer or a person."""
         return describe(self.first_error) if self.first_error else "no reason"
 
     async def run(self, first: Event) -> HandoverState:

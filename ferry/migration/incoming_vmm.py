@@ -11,7 +11,8 @@ from sync.vmm.pci import PciPlatform
 
 
 class IncomingVmm:
-    """`platform` is what the VMM keeps of the devices and does not migrate; QEMU only."""
+    """A VMM that waits for its guest. `platform` gives access to what it keeps of the devices and
+    does not migrate; None where it keeps nothing (QEMU only)."""
 
     def __init__(self, vmm: Vmm, platform: PciPlatform | None) -> None:
         self._vmm = vmm
@@ -23,7 +24,7 @@ class IncomingVmm:
         """What the source found of the VMM's own when its guest had stopped."""
 
     async def wait_loaded(self) -> None:
-        """Returns when the VMM has loaded its stream: from then on it changes nothing until it is
+        """Waits until the VMM has loaded its stream: from then on it changes nothing until it is
         resumed. Raises `MigrationFailed` and what the VMM does."""
         async with self._lock:
             if not self._loaded:

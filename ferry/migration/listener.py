@@ -27,7 +27,7 @@ class Listener:
         self._conversation = Conversation(runner.role)
 
     async def run(self) -> None:
-        """Until the link ends or the peer breaks the protocol; the handover hears of either."""
+        """Listens until the link ends or the peer breaks the protocol; tells the handover of it."""
         try:
             await self.hear_out()
         except (TransportError, FerryError, RemoteProtocolError) as error:
@@ -36,7 +36,7 @@ class Listener:
             self._runner.post(Event.FAILED, error)
 
     async def hear_out(self) -> None:
-        """As `run`, but raises what ends it."""
+        """Listens as `run` does, but raises what ends it."""
         while True:
             record = await self._link.receive_record()
             kind = self._conversation.take(record.kind, self._runner.state)

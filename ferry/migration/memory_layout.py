@@ -16,14 +16,15 @@ from sync.memory import PAGE_BYTES, MemoryRegion
 
 @dataclass(frozen=True)
 class MemoryLayout:
-    """`files` are sizes in bytes; `regions` are (IOVA, length, file, offset), by IOVA."""
+    """A guest's memory: `files` are the sizes in bytes of the files behind it, `regions` its ranges
+    as (IOVA, length, number of the file, offset in it), by IOVA."""
 
     files: list[int]
     regions: list[tuple[int, int, int, int]]
 
     @classmethod
     def of(cls, regions: Sequence[MemoryRegion]) -> "MemoryLayout":
-        """Files are numbered in the order in which they appear."""
+        """The layout of `regions`; files are numbered in the order in which they appear."""
         numbers: dict[tuple[int, int], int] = {}
         sizes: list[int] = []
         rows = []
@@ -37,8 +38,8 @@ class MemoryLayout:
 
     @classmethod
     def from_rows(cls, files: list[list[int]], rows: list[list[int]]) -> "MemoryLayout":
-        """From a greeting. Raises `PeerProtocolError` for regions that overlap, are not made of
-        whole pages or are not in their file."""
+        """The layout that a greeting tells. Raises `PeerProtocolError` for regions that overlap,
+        are not made of whole pages or are not in their file."""
         sizes = [size for (size,) in files]
         regions = [(iova, length, file, offset) for iova, length, file, offset in rows]
         end = 0
@@ -51,7 +52,7 @@ class MemoryLayout:
         return cls(sizes, regions)
 
     def rows(self) -> tuple[list[list[int]], list[list[int]]]:
-        """As a greeting carries it; see `from_rows`."""
+        """The files and regions as a greeting carries them and `from_rows` takes them."""
         return [[size] for size in self.files], [list(region) for region in self.regions]
 
     def __str__(self) -> str:

@@ -43,7 +43,7 @@ _DEVICE = struct.Struct("<H")
 
 
 class MessageKind(IntEnum):
-    """The kinds of control record."""
+    """The number that each message has on the wire; what it says stands in the module's text."""
 
     STATE = 1
     ASK_LOADED = 2
@@ -93,7 +93,8 @@ class MigrationHello:
 
     @classmethod
     def unpack(cls, payload: bytes) -> "MigrationHello":
-        """Raises `PeerProtocolError` where the greeting is not what this version sends."""
+        """The greeting in `payload`. Raises `PeerProtocolError` where it is not what this version
+        sends."""
         data = load_object(payload)
         if data.get("version") != PROTOCOL_VERSION:
             raise PeerProtocolError(
@@ -137,7 +138,7 @@ def _device(item: Any) -> DeviceOffer:
 
 
 def asks_for_check(greeting: bytes) -> bool:
-    """Whether it does, be the rest of it what it may."""
+    """Whether a sender's greeting asks for a check only, however broken the rest of it is."""
     try:
         return load_object(greeting).get("check") is True
     except PeerProtocolError:
@@ -173,7 +174,7 @@ def _numbers(rows: Any, width: int, most: int, what: str) -> list[list[int]]:
 
 @dataclass(frozen=True)
 class Notice:
-    """A handover message with whatever it reports."""
+    """A message's payload that is a JSON object: what it reports, by name."""
 
     values: dict[str, Any] = field(default_factory=dict)
 
@@ -233,11 +234,12 @@ def load_object(payload: bytes) -> dict[str, Any]:
 
 
 def pack_state(device: int, payload: bytes) -> bytes:
+    """The payload of a STATE message: register state of the device of this number."""
     return _DEVICE.pack(device) + payload
 
 
 def unpack_state(record: bytes, n_devices: int) -> tuple[int, bytes]:
-    """(device number, payload) of a STATE record."""
+    """(device number, register state) of a STATE message. Raises `PeerProtocolError`."""
     if len(record) < _DEVICE.size:
         raise PeerProtocolError("a state record is too short")
     (device,) = _DEVICE.unpack_from(record)

@@ -20,7 +20,7 @@ class Phases:
     break_at: str
 
     async def enter(self, state: HandoverState) -> None:
-        """To be called when the handover has come to `state`, before anything is done there."""
+        """Reports that the handover has come to `state`; nothing has been done there yet."""
         self.reporter.event("phase", phase=state.value)
         if state.value == self.break_at:
             os.kill(os.getpid(), signal.SIGSTOP)

@@ -45,7 +45,7 @@ class Precopy:
         report: Report,
         reporter: Reporter,
     ) -> None:
-        """`proof_ns`: how long it would take to prove what was touched up to now."""
+        """`proof_ns` predicts how long it would take to prove equal what was touched up to now."""
         self._options = options
         self._link = link
         self._vmm = vmm
@@ -61,7 +61,7 @@ class Precopy:
         """When a guest that its VMM has paused by itself has waited for rounds long enough."""
 
     async def converge(self) -> None:
-        """Rounds until what is left fits into the downtime. Raises `NotConverged`,
+        """Sends rounds until what is left fits into the downtime. Raises `NotConverged`,
         `MigrationFailed`."""
         async with alongside(self._tell_progress):
             await self._rounds_until_small()
@@ -122,7 +122,7 @@ class Precopy:
                 return
 
     async def keep_small(self) -> None:
-        """Goes on with rounds until it is cancelled, which takes effect at once."""
+        """Sends rounds until it is cancelled, which takes effect at once."""
         async with alongside(self._tell_progress):
             while True:
                 await self._collect()
@@ -130,7 +130,7 @@ class Precopy:
                 await trio.sleep(ROUND_INTERVAL_S)
 
     async def finish(self) -> None:
-        """The last round: the devices are at rest."""
+        """Sends the last round: the devices are at rest."""
         await self._collect()
         self._note_round(await self._send())
 
@@ -144,8 +144,8 @@ class Precopy:
         return round_
 
     async def _send_in_time(self) -> RoundStatistics:
-        """As `_send`. Raises `NotConverged` if the VMM has paused its guest by itself, and that
-        would have to stand still for longer than it may."""
+        """Sends what is owed. Raises `NotConverged` if the VMM has paused its guest by itself, and
+        that would have to stand still for longer than it may."""
         limit_ms = self._options.downtime_limit
         with trio.CancelScope() as scope:
 
@@ -184,7 +184,7 @@ class Precopy:
         self._reporter.event("round", **values)
 
     async def _tell_progress(self) -> None:
-        """Both streams as one, about once a second, also in the middle of a round."""
+        """Reports how far both streams, ours and the VMM's, have come, about once a second."""
         moved, asked_at = self._moved_bytes(), time.monotonic()
         while True:
             await trio.sleep(PROGRESS_INTERVAL_S)

@@ -15,6 +15,8 @@ _LINK = ReceiverOptions()
 
 @dataclass(frozen=True, kw_only=True)
 class Options:
+    """What `vfio-ferry receive` is told, by flags or by a file."""
+
     gateway: tuple[str, ...] = option(
         "control socket of a device's gateway; once for each device, in the sender's order",
         (),
@@ -39,7 +41,7 @@ class Options:
 
 
 def receiver_options(options: Options) -> ReceiverOptions:
-    """What the user wants of the link. Raises `ConfigError` for what cannot be, and what
+    """The link's options as the user wants them. Raises `ConfigError` for what cannot be, and what
     `read_secret` does."""
     secret = read_secret(options.secret)
     try:

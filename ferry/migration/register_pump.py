@@ -18,7 +18,7 @@ access pattern a VMM can make, so this only sets how fresh the target's register
 
 
 class RegisterPump:
-    """Fetches and sends for the devices that were added, from when `run` is started."""
+    """Fetches and sends the registers of the devices that were added, while `run` runs."""
 
     def __init__(self, link: SourceLink, runner: HandoverRunner) -> None:
         self._link = link
@@ -29,11 +29,12 @@ class RegisterPump:
         self._ended = trio.Event()
 
     def add(self, device: SourceDevice) -> None:
-        """From the next turn on, this device's, too."""
+        """Has this device's registers fetched, too, from the next turn on."""
         self._devices.append(device)
 
     async def run(self) -> None:
-        """Turn after turn, until `finish` or `give_up`. The handover hears of what goes wrong."""
+        """Fetches and sends, turn after turn, until `finish` or `give_up`. The handover hears of
+        what goes wrong."""
         try:
             with self._scope:
                 # Ends between two turns: what was taken from a gateway has to be sent.
@@ -51,11 +52,11 @@ class RegisterPump:
             self._ended.set()
 
     async def finish(self) -> None:
-        """Returns when the turn that is going on has ended, and with it the last one."""
+        """Lets the turn that is going on be the last, and waits for its end."""
         self._stop.set()
         await self._ended.wait()
 
     async def give_up(self) -> None:
-        """Returns when it has ended, wherever it was."""
+        """Ends the turn that is going on, wherever it is, and waits for that."""
         self._scope.cancel()
         await self._ended.wait()

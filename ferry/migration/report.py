@@ -11,7 +11,7 @@ from transport.sender import RoundStatistics
 
 
 def finite(value: float | None) -> float | None:
-    """JSON has no infinity: what cannot be predicted yet is as good as not known."""
+    """`value`, or None where it is infinite: JSON has no infinity."""
     return None if value is None or math.isinf(value) else value
 
 

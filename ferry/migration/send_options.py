@@ -17,7 +17,7 @@ _LINK = SenderOptions()
 
 
 def codec_name(text: str) -> str:
-    """What names a codec, or `auto`."""
+    """The name of a codec, or `auto`. Raises `ValueError` for any other text."""
     if text != "auto":
         try:
             Codec.parse(text)
@@ -27,7 +27,7 @@ def codec_name(text: str) -> str:
 
 
 def bandwidth(text: str) -> int:
-    """Bytes a second, as a size that is not 0."""
+    """Bytes a second, more than 0. Raises `ValueError` for any other text."""
     if not size(text):
         raise ValueError("a size a second like 100M, more than 0")
     return size(text)
@@ -35,6 +35,8 @@ def bandwidth(text: str) -> int:
 
 @dataclass(frozen=True, kw_only=True)
 class Options:
+    """What `vfio-ferry send` is told, by flags or by a file."""
+
     gateway: tuple[str, ...] = option(
         "control socket of a device's gateway; once for each device", (), repeat=True
     )
@@ -101,7 +103,7 @@ class Options:
 
 
 def sender_options(options: Options) -> SenderOptions:
-    """What the user wants of the link. Raises `ConfigError` for what cannot be, and what
+    """The link's options as the user wants them. Raises `ConfigError` for what cannot be, and what
     `read_secret` does."""
     secret = read_secret(options.secret)
     try:

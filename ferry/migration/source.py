@@ -63,7 +63,7 @@ class Prepared:
 
 @dataclass(frozen=True)
 class Mediated:
-    """What goes on beside a guest whose devices are mediated."""
+    """The work that goes on beside a guest whose devices are mediated."""
 
     pump: RegisterPump
     dirty: MergedTrackers
@@ -71,7 +71,7 @@ class Mediated:
 
 
 class Source:
-    """The actions of the source."""
+    """The source of one migration: performs the actions that the handover asks for."""
 
     def __init__(
         self,
@@ -209,7 +209,8 @@ class Source:
         return self._options.verify == "all" or not dirty.complete
 
     async def _vmm_stream_is_complete(self, vmm: Vmm) -> bool:
-        """If it ends before its time, the target's VMM would fail, too: the reason is here."""
+        """Whether the VMM's stream has ended as it should. If not, the target's VMM will fail of
+        it, and the handover hears the reason from here."""
         try:
             await vmm.check_migration()
         except VmmError as error:
@@ -265,7 +266,7 @@ class Source:
         return Event.STOPPED
 
     async def _send_final(self, prepared: Prepared, precopy: Precopy, downtime: Downtime) -> Event:
-        """The VMM's last part beside ours; the target's VMM loads it meanwhile."""
+        """Has the VMM send its last part, which the target's VMM loads, while ours is sent."""
         took_ms: dict[str, float] = {}
 
         async def timed(what: str, work: Callable[[], Awaitable[None]]) -> None:

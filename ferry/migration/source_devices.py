@@ -35,7 +35,7 @@ from transport.kernels.digests import scan_changed
 
 @dataclass(frozen=True)
 class SourceDevice:
-    """One device of the guest, the `number`th of them, with what was chosen for it."""
+    """One device of the guest, with what was chosen for it; `number` counts them from 0."""
 
     number: int
     path: str
@@ -45,7 +45,7 @@ class SourceDevice:
     tracking: Method
 
     def tracker(self, memory: GuestMemory, seed: int) -> Tracker:
-        """Finds the pages that it writes; `seed` is the link's, for digests."""
+        """A tracker of the pages that the device writes; `seed` is the link's, for digests."""
         if self.tracking == "scan":
 
             def scan(pages: NDArray[np.uint8], seen: NDArray[np.uint64]) -> Bitmap:
@@ -56,7 +56,7 @@ class SourceDevice:
         return kind(self.gateway, memory.n_pages)
 
     async def restore(self, session: str) -> None:
-        """Back to passthrough, from whatever state its gateway is in.
+        """Puts the device back to passthrough, from whatever state its gateway is in.
 
         Raises `DeviceLost` if its VMM is no longer there, and what the gateway raises.
         """
@@ -72,7 +72,7 @@ class SourceDevice:
                 await self.gateway.passthrough()
 
     async def disarm_recovery(self) -> None:
-        """The guest runs: from here on its gateway leaves the VMM alone."""
+        """Has the gateway leave the VMM alone from here on: the guest runs."""
         with contextlib.suppress(GatewayLost):
             await self.gateway.disarm_recovery()
 

@@ -26,13 +26,14 @@ from transport.sender import RoundStatistics, Sender, open_sender
 from transport.wire.errors import PeerRefused, TransportError
 
 TELL_S = 1.0
+"""How long the receiver may take to hear why the source gives up."""
 
 
 class SourceLink:
     """One session with a receiver. What goes wrong with it, and what it says, goes to `runner`."""
 
     def __init__(self, sender: Sender, n_devices: int, runner: HandoverRunner) -> None:
-        """Use `open`."""
+        """Sessions are made by `open`."""
         self.sender = sender
         """The transport's session."""
         self._n_devices = n_devices
@@ -76,7 +77,7 @@ class SourceLink:
         await Listener(self.sender, self._runner, self._act).run()
 
     async def _act(self, kind: MessageKind, payload: bytes) -> None:
-        """What the receiver says."""
+        """Acts on a message of the receiver."""
         if kind is MessageKind.LOADED:
             self.loaded.set()
             return
@@ -94,16 +95,16 @@ class SourceLink:
         await self._runner.tell(EVENTS[Role.SOURCE][kind], error)
 
     async def send(self, kind: MessageKind, payload: bytes = b"", *, flush: bool = False) -> None:
-        """A record, in the order of the calls."""
+        """Sends a message; they arrive in the order of the calls."""
         async with self._record_lock:
             await self.sender.send_record(kind, payload, flush=flush)
 
     async def send_state(self, device: int, payload: bytes) -> None:
-        """Register state of the device of this number."""
+        """Sends register state of the device of this number."""
         await self.send(MessageKind.STATE, pack_state(device, payload))
 
     async def send_pages(self, indices: NDArray[np.uint32]) -> RoundStatistics:
-        """One round, of a number of its own. Returns when the target has these pages."""
+        """Sends these pages as a round of their own. Returns when the target has them."""
         self._round_no += 1
         return await self.sender.send_round(indices, self._round_no)
 
@@ -129,16 +130,17 @@ class SourceLink:
             await run_tunnel(stream, self.sender, self._runner, complete)
 
     async def cut_vmm_stream(self) -> None:
-        """The VMM's connection is closed, whoever has it."""
+        """Closes the VMM's connection: nothing more of its stream is carried."""
         self._tunnel.cancel()
 
     async def tell_abort(self) -> None:
-        """As well as possible, and past any record that waits for room."""
+        """Tells the receiver why the source gives up, as well as possible within a second, and past
+        any message that waits for room."""
         reason = Notice({"reason": self._runner.reason[:1000]}).pack()
         with trio.move_on_after(TELL_S), contextlib.suppress(TransportError):
             await self.sender.send_record(MessageKind.ABORT, reason, flush=True)
 
     def wire_bytes(self) -> dict[str, int]:
-        """What has crossed the link, by what it was."""
+        """Bytes that have crossed the link, by what they were."""
         totals = self.sender.statistics()
         return {"pages": totals.lane_bytes, "VMM stream": totals.tunnel_bytes_sent}

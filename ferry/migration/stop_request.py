@@ -36,7 +36,7 @@ class StopRequest:
 
 
 async def stopped_by_signals(work: Callable[[StopRequest], Awaitable[Exit]]) -> Exit:
-    """What `work` returns; SIGINT and SIGTERM ask it to stop, and do nothing else."""
+    """Runs `work`, which SIGINT and SIGTERM ask to stop, and returns its exit code."""
     stop = StopRequest()
     with trio.open_signal_receiver(signal.SIGINT, signal.SIGTERM) as signals:
         async with alongside(partial(_ask_when_signalled, stop, signals)):

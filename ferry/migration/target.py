@@ -61,7 +61,7 @@ class Checked:
 
 
 class Target:
-    """The actions of the target."""
+    """The target of one migration: performs the actions that the handover asks for."""
 
     def __init__(
         self,
@@ -102,7 +102,7 @@ class Target:
         self.runner.post(Event.PEER_CHECKS if self.only_check else Event.PEER_HELLO)
 
     async def _check(self, greeting: bytes) -> Event:
-        """Whether what the source has fits what is here; touches nothing."""
+        """Finds out whether what the source has fits what is here; touches nothing."""
         hello = MigrationHello.unpack(greeting)
         devices = await attach_devices(
             self._options.gateway, self._options.profile, hello, self._held, self._leases
@@ -134,7 +134,7 @@ class Target:
 
     async def _answer_check(self, identity: VmmIdentity) -> Event:
         async def ignore(_kind: MessageKind, _payload: bytes) -> None:
-            """A probe is answered by the transport."""
+            """Nothing is to be done with a probe: the transport acknowledges it."""
 
         listener = Listener(self._link, self.runner, ignore)
         await answer_check(self._link, identity, listener.hear_out)
@@ -195,7 +195,7 @@ class Target:
         await Listener(self._link, self.runner, act).run()
 
     async def _watch_vmm(self) -> None:
-        """Without its VMM there is nothing to receive for, and the source's guest still runs."""
+        """Gives up when the VMM is gone: there is nothing to receive for any more."""
         try:
             await self._vmm.wait_gone()
         except VmmError as error:
@@ -233,7 +233,8 @@ class Target:
         return Event.MADE_READY
 
     async def _own(self, checked: Checked, took_ms: dict[str, float]) -> Event:
-        """The first gateway's record decides, so it is written last: with it, all are written."""
+        """Writes the ownership records, that of the first gateway last: it is the one that decides,
+        and once it is written, all are."""
         began = time.monotonic()
         for device in reversed(checked.devices):
             await device.gateway.own(checked.hello.session, device.registers.start_records())
@@ -260,7 +261,7 @@ class Target:
     # --- the ways out ---
 
     async def _fence(self) -> Event:
-        """After this, no message whatsoever can start the guest here from this session."""
+        """Makes sure that no message whatsoever can start the guest here from this session."""
         fenced, lost = await fence(self._leases)
         if lost is not None and isinstance(self.runner.first_error, VmmGone):
             # A VMM does not always outlive its device: that is what went wrong first.
@@ -268,12 +269,12 @@ class Target:
         return Event.FENCED if fenced else Event.ALREADY_OWNED
 
     async def _refuse(self) -> None:
-        """Tells a source that has not been accepted."""
+        """Tells a source that has not been accepted why this side gives up."""
         with trio.move_on_after(TELL_S), contextlib.suppress(TransportError):
             await self._link.refuse(self._reason())
 
     async def _tell(self, kind: MessageKind) -> None:
-        """Tells a source that has been accepted."""
+        """Tells a source that has been accepted why this side gives up."""
         with trio.move_on_after(TELL_S), contextlib.suppress(TransportError):
             await self._link.send_record(kind, self._reason(), flush=True)
 

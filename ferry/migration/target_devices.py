@@ -26,7 +26,7 @@ from sync.registers.interface import TargetRegisters
 
 @dataclass(frozen=True)
 class Lease:
-    """A gateway that obeys nobody else in this session."""
+    """A gateway that takes orders from this process alone, for `session`."""
 
     gateway: GatewayClient
     session: str
@@ -104,8 +104,8 @@ async def map_memory(
 
 
 async def fence(leases: Sequence[Lease]) -> tuple[bool, Exception | None]:
-    """No message whatsoever can start the guest here from this session any more; or, if the first
-    gateway owns it already, nothing is done.
+    """Makes sure that no message whatsoever can start the guest here from this session, unless the
+    first gateway owns it already: then nothing is done.
 
     Returns whether it is fenced, and what became of a gateway that is gone, if one is. Raises what
     the gateways do.

@@ -18,7 +18,7 @@ TUNNEL_BYTES = 256 << 10
 async def tunnel_out(
     stream: trio.SocketStream, link: Link, complete: Callable[[], Awaitable[bool]] | None
 ) -> None:
-    """From the VMM on this host to the other one, until the VMM closes or is gone.
+    """Carries the stream of the VMM on this host to the other one, until the VMM closes or is gone.
 
     `complete` is asked then. The end of a stream that broke off is not passed on: the other VMM
     would fail of it, and its host would see that before it hears the reason.
@@ -31,7 +31,7 @@ async def tunnel_out(
 
 
 async def tunnel_in(stream: trio.SocketStream, link: Link) -> None:
-    """From the other host's VMM to the one here, until the other one closes.
+    """Carries the stream of the other host's VMM to the one here, until the other one closes.
 
     A VMM that has closed its end has what it wants, or has failed; its QMP says which. The peer's
     stream is read to its end all the same, or the peer would wait for room.
@@ -53,7 +53,7 @@ async def run_tunnel(
     runner: HandoverRunner,
     complete: Callable[[], Awaitable[bool]] | None = None,
 ) -> None:
-    """Both directions of the VMM's stream. A link that breaks is the peer's loss.
+    """Carries both directions of the VMM's stream. A link that breaks is told as the peer's loss.
 
     `complete` says, when the VMM has closed its end, whether the other host may hear of it.
     """

@@ -17,8 +17,8 @@ class UndoStage(Enum):
 
 
 class Undo:
-    """The steps of one migration. One is added before that which it undoes is begun, and has to
-    find out by itself how much of it there is to undo."""
+    """The steps that undo one migration. Each is added before that which it undoes is begun, and
+    finds out by itself how much there is to undo."""
 
     def __init__(self) -> None:
         self._steps: dict[UndoStage, list[Callable[[], Awaitable[None]]]] = {
@@ -26,6 +26,7 @@ class Undo:
         }
 
     def add(self, stage: UndoStage, step: Callable[[], Awaitable[None]]) -> None:
+        """Notes that `step` is one of those to take in `stage`."""
         self._steps[stage].append(step)
 
     async def run(self) -> None:

@@ -69,7 +69,7 @@ async def _make_equal(link: SourceLink, indices: NDArray[np.uint32] | None) -> i
 async def _compare_regions(
     link: SourceLink, memory: GuestMemory
 ) -> tuple[list[dict[str, object]], bool]:
-    """Every region with its digest, and whether all of them are equal on both sides."""
+    """Compares every region by digest: the report's rows, and whether all of them are equal."""
     layout = memory.layout
     ranges = [(memory.page_of(iova), length // PAGE_BYTES) for iova, length in layout]
     compared = await link.sender.compare_regions(ranges)
@@ -94,7 +94,8 @@ class ProofTime:
         self._ns_per_page = math.inf
 
     async def predict_ns(self, touched: Bitmap, *, everything: bool) -> int:
-        """For the pages of this bitmap, or for all. What it took least is what counts."""
+        """Nanoseconds that a proof of the pages of this bitmap, or of all, will take: by the
+        fastest of the samples so far."""
         if everything:
             touched = np.full(n_words(self._memory.n_pages), ~np.uint64(0))
         n_pages = int(np.bitwise_count(touched).sum())

@@ -389,6 +389,7 @@ class Handover:
 
     @property
     def terminal(self) -> bool:
+        """Whether this side of the handover has come to its end."""
         return self.state in TERMINAL
 
     @property

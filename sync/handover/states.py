@@ -5,6 +5,8 @@ from enum import Enum
 
 
 class Role(Enum):
+    """A side of a handover: the host that the guest leaves, or the one that it comes to."""
+
     SOURCE = "source"
     TARGET = "target"
 

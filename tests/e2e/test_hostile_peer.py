@@ -3,11 +3,14 @@
 The peer is played by the test, which runs `send` or `receive` in its own process.
 """
 
+import contextlib
 import io
 import os
 import secrets
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -21,6 +24,7 @@ from ferry.migration.memory_layout import MemoryLayout
 from ferry.migration.messages import MessageKind, MigrationHello, pack_state
 from ferry.migration.receive_options import Options as ReceiveOptions
 from ferry.migration.send_options import Options as SendOptions
+from ferry.nurseries import alongside
 from ferry.progress import Reporter
 from lab.testbed import Host
 from sync.gateway.control.client import GatewayClient
@@ -28,9 +32,9 @@ from sync.registers.choose import load_profiles, source_for
 from sync.vmm.driver import Vmm
 from sync.vmm.identity import identify
 from tests.e2e.two_hosts import Method, assert_sound, new_bed, small_setup, start_both
-from transport.receiver import open_receiver
+from transport.receiver import Receiver, open_receiver
 from transport.sender import open_sender
-from transport.wire.errors import TransportError
+from transport.wire.errors import PeerClosed, PeerLost, TransportError
 
 METHOD = Method("v2", "message")
 REPEATED = 20_000
@@ -117,6 +121,13 @@ def test_i9_a_hostile_sender(tmp_path: Path, kind: int, payload: bytes, times: i
     assert codes == [Exit.PEER_PROTOCOL]
 
 
+async def accept(link: Receiver) -> None:
+    """Takes the next sender's session, with as much memory as it has."""
+    hello = MigrationHello.unpack((await link.wait_hello()).payload)
+    await link.accept(b"")
+    link.attach_memory(np.zeros(sum(row[1] for row in hello.layout), np.uint8))
+
+
 @pytest.mark.parametrize(
     "kind", [MessageKind.READY, MessageKind.LOADED, MessageKind.COMMITTED, 200]
 )
@@ -125,9 +136,7 @@ def test_i8_i9_a_hostile_receiver(tmp_path: Path, kind: int) -> None:
 
     async def answer(url: str) -> None:
         async with open_receiver(url) as link:
-            await link.wait_hello()
-            await link.accept(b"")
-            link.attach_memory(np.zeros(48 << 20, np.uint8))
+            await accept(link)
             with pytest.raises(TransportError):
                 await link.send_record(kind, b"{}")
                 await link.tunnel_send(bytes(1 << 30))  # until the sender has had enough
@@ -146,4 +155,69 @@ def test_i8_i9_a_hostile_receiver(tmp_path: Path, kind: int) -> None:
     with new_bed(tmp_path, small_setup(METHOD)) as bed:
         a, _ = start_both(bed)
         assert trio.run(main, a) == Exit.PEER_PROTOCOL
+        assert_sound(bed, a)
+
+
+def open_files() -> set[str]:
+    """The sockets and files that are open in this process. (libzmq keeps events of its own.)"""
+    opened = set()
+    for entry in Path("/proc/self/fd").iterdir():
+        with contextlib.suppress(FileNotFoundError):  # the one that the folder is read by
+            opened.add(str(entry.readlink()))
+    return {name for name in opened if not name.startswith("anon_inode:")}
+
+
+class EndAt(Reporter):
+    """Cancels `scope` when a phase begins, as if the process had been killed there."""
+
+    def __init__(self, phase: str, scope: trio.CancelScope) -> None:
+        super().__init__("send", as_json=True, stream=io.StringIO())
+        self._phase = phase
+        self._scope = scope
+
+    def event(self, name: str, /, **values: Any) -> None:
+        super().event(name, **values)
+        if values.get("phase") == self._phase:
+            self._scope.cancel()
+
+
+@pytest.mark.parametrize("phase", ["mediating", "precopy", "pausing", "stopping"])
+def test_i8_a_cancelled_send_is_as_one_that_was_killed(tmp_path: Path, phase: str) -> None:
+    """It says nothing to anybody and keeps no descriptor; its gateway lets the guest go on."""
+    told: list[int] = []
+
+    async def hear(url: str) -> None:
+        async with open_receiver(url) as link:
+            await accept(link)
+            with pytest.raises(PeerLost) as caught:
+                async with alongside(partial(take_vmm_stream, link)):
+                    while True:
+                        told.append((await link.receive_record()).kind)
+            assert not isinstance(caught.value, PeerClosed)
+
+    async def take_vmm_stream(link: Receiver) -> None:
+        while await link.tunnel_receive():
+            pass
+
+    async def main(host: Host) -> None:
+        url = f"ipc://{host.folder}/hostile.sock"
+        options = SendOptions(
+            gateway=(str(host.control_socket),),
+            to=url,
+            qmp=str(host.qmp_socket),
+            dirty="message",
+        )
+        with trio.fail_after(PATIENCE_S):
+            async with trio.open_nursery() as nursery:
+                nursery.start_soon(hear, url)
+                with trio.CancelScope() as scope:
+                    await send(options, EndAt(phase, scope))
+                assert scope.cancelled_caught
+
+    with new_bed(tmp_path, small_setup(METHOD)) as bed:
+        a, _ = start_both(bed)
+        before = open_files()
+        trio.run(main, a)
+        assert open_files() <= before
+        assert MessageKind.ABORT not in told
         assert_sound(bed, a)
