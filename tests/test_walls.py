@@ -15,8 +15,12 @@ MAY_IMPORT = {
     "perf": {"perf", "lab", "ferry", "sync", "transport"},
 }
 MUST_NOT_IMPORT = [
-    ("sync.registers", "sync.gateway"),
-    ("sync.handover", "sync.gateway"),
+    *(("sync.registers", f"sync.{other}") for other in ("gateway", "handover", "vmm", "dirty")),
+    *(("sync.dirty", f"sync.{other}") for other in ("gateway", "handover", "vmm", "registers")),
+    *(("sync.vmm", f"sync.{other}") for other in ("gateway", "handover", "dirty", "registers")),
+    *(("sync.handover", f"sync.{other}") for other in ("gateway", "vmm", "dirty", "registers")),
+    ("sync.gateway", "sync.handover"),
+    ("sync.gateway", "sync.dirty"),
     ("sync.gateway.datapath", "sync.gateway.control"),
     ("transport.wire", "transport.session"),
     ("transport.kernels", "transport.session"),

@@ -18,9 +18,6 @@ from sync.vfio_user.protocol import FLAG_ERROR, FLAG_TYPE_MASK, HEADER, HEADER_B
 MAX_BACKLOG_BYTES = 64 << 20
 """A peer that has this much unread is cut off: it does not read what it asked for."""
 
-MAX_MESSAGE_FDS = 253
-"""SET_IRQS may bring as many as the kernel passes at once; the framer has the same limit."""
-
 _RIGHTS_BYTES = socket.CMSG_SPACE(4 * MESSAGE_FDS_LIMIT)
 
 Handler = Callable[[int, int, int, int, memoryview, list[int]], None]
@@ -39,7 +36,7 @@ class Peer:
         self._sock = sock
         self.handler = handler
         self._max_message_bytes = max_message_bytes
-        self._framer = Framer(max_message_bytes, MAX_MESSAGE_FDS)
+        self._framer = Framer(max_message_bytes, MESSAGE_FDS_LIMIT)
         self._buffer = self._framer.receive_buffer
         self._buffers = [self._buffer]
         self._out: list[tuple[bytes | bytearray | memoryview, Sequence[int]]] = []

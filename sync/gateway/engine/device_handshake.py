@@ -11,7 +11,7 @@ from sync.gateway.engine.job_runner import Call, Job
 from sync.gateway.errors import DeviceRefused
 from sync.pci import EXPRESS_CONFIG_BYTES, Identity
 from sync.vfio_user.errors import ProtocolError
-from sync.vfio_user.framing import close_fds
+from sync.vfio_user.framing import MESSAGE_FDS_LIMIT, close_fds
 from sync.vfio_user.protocol import (
     MAJOR,
     MINOR,
@@ -39,13 +39,11 @@ from sync.vfio_user.protocol import (
 
 MAX_DATA_BYTES = 1 << 20
 """What we can take in one transfer, from either side: the specification's default."""
-MAX_MESSAGE_FDS = 253
-"""What the kernel passes with one message."""
 MAX_REGIONS = 256
 MAX_IRQS = 64
 
 OFFER = Capabilities(
-    max_msg_fds=MAX_MESSAGE_FDS,
+    max_msg_fds=MESSAGE_FDS_LIMIT,
     max_data_xfer_size=MAX_DATA_BYTES,
     pgsizes=(1 << 63) - 4096,
     twin_socket=TwinSocket(supported=True),
