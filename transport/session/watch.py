@@ -173,7 +173,6 @@ class Watch:
             if len(self._connections) >= MAX_CONNECTIONS:
                 self._make_room()
             self._connections[fd] = _Connection(_name(copy))
-            do_not_pace(copy)
 
     def _make_room(self) -> None:
         """End the stranger that has been here longest: it had the most time to greet."""
@@ -235,20 +234,5 @@ def _shut_down(connection: socket.socket) -> None:
     try:
         connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, _NO_LINGER)
         connection.shutdown(socket.SHUT_RDWR)
-    except OSError:
-        return
-
-
-def do_not_pace(connection: socket.socket) -> None:
-    """Have a TCP connection within this machine, which has no bottleneck, send as fast as it can.
-
-    BBR, where the system has it, would look for one, and pace what it sends by timers. Any user
-    may have Reno (tcp(7), TCP_CONGESTION), and without loss it holds nothing back.
-    """
-    if connection.family not in (socket.AF_INET, socket.AF_INET6):
-        return
-    try:
-        if connection.getsockname()[0] == connection.getpeername()[0]:
-            connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_CONGESTION, b"reno")
     except OSError:
         return

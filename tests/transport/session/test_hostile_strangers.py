@@ -118,7 +118,7 @@ def test_i9_a_message_that_never_ends_is_cut_off_before_it_fills_the_memory(
         give_back_message_memory()
         given_back.set()
 
-    monkeypatch.setattr("transport.session.sockets.give_back_message_memory", give_back)
+    monkeypatch.setattr("transport.session.watch.give_back_message_memory", give_back)
 
     async def scenario() -> None:
         async with open_receiver("tcp://127.0.0.1:*") as receiver:
