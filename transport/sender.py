@@ -26,7 +26,6 @@ from transport.session.channels import Conversation
 from transport.session.connector import Connector
 from transport.session.link import Link, LinkThread, Shared, check_memory
 from transport.session.pacing import SharedBucket
-from transport.session.processors import current_processor
 from transport.session.secret import check_secret
 from transport.session.sockets import check_url, new_context
 from transport.wire.codec import Codec
@@ -298,7 +297,6 @@ class Sender(Link):
                 self._url,
                 self._hello.session,
                 number,
-                lanes,
                 source.prepare,
                 source.idle,
                 self._bucket,
@@ -443,10 +441,6 @@ class Sender(Link):
         for lane, task in zip(self._lanes, tasks, strict=True):
             task.waited_for = waited_for
             lane.submit(task)
-        # A lane that wakes up where this thread runs takes its place at once: it comes last.
-        here = current_processor()
-        for lane in sorted(self._lanes, key=lambda lane: lane.rests_on(here)):
-            lane.wake()
         try:
             await self._when(
                 lambda: not waited_for or None, look_first=True, change=self._wait_performed

@@ -21,7 +21,6 @@ import zmq
 from transport.receiving.answers import answer_request
 from transport.receiving.mapping import IDLE_S, Mapper
 from transport.session.link import LinkThread, Shared
-from transport.session.processors import Processors
 from transport.wire.errors import FrameError
 from transport.wire.frames import MAGIC, PAGE_BYTES
 from transport.wire.records import Ack, unpack_request
@@ -87,7 +86,6 @@ class ApplyLane(LinkThread):
         self._lanes = lanes
         self._window_frames = window_frames
         self._frame_bytes = frame_bytes
-        self._processors = Processors(lane, lanes)
         self._messages = messages
         self._submitted = 0
         self._answered = 0
@@ -135,7 +133,6 @@ class ApplyLane(LinkThread):
         self.prepared = True
         self.shared.wakeup.set()
         while (message := self._next(mapper)) is not None:
-            self._processors.work()
             answer = self._handle(message.buffer, decoder)
             # The next message is likely to get this one's memory, which the caches still have.
             del message
@@ -152,7 +149,6 @@ class ApplyLane(LinkThread):
                 return self._queue.popleft()
             ready = self._poll.poll(None if rests and not mapper.useful else IDLE_S * 1000)
             if not ready:
-                self._processors.rest()
                 rests = True
                 mapper.step()
             elif any(fd == self._wakeup.fileno() for fd, _ in ready):

@@ -25,7 +25,6 @@ from transport.session.channels import LISTENING_S
 from transport.session.link import LinkThread, Shared
 from transport.session.pacing import SharedBucket
 from transport.session.polling import wait
-from transport.session.processors import Processors
 from transport.session.sockets import Wakeup, connect, open_dealer, receive
 from transport.session.watch import WATCH_S, ConnectionEvent, Watch
 from transport.wire.errors import PeerLost, RecordError
@@ -123,7 +122,6 @@ class SendLane(LinkThread):
         url: str,
         session: bytes,
         lane: int,
-        lanes: int,
         prepare: Callable[[], None],
         idle: Callable[[], None],
         bucket: SharedBucket,
@@ -154,21 +152,17 @@ class SendLane(LinkThread):
         self._frame_bytes = frame_bytes
         self._buffer: MessageBuffer | None = None
         """What the next message is made in, or the held one is."""
-        self._processors = Processors(lane, lanes)
         self._socket = open_dealer(context, routing_id(FIRST_DATA_LANE + lane, session), secret)
         self._watch = Watch(self._socket)
 
     def submit(self, task: Task) -> None:
-        """Add a task; `wake` is to follow. From any thread."""
+        """Add a task. From any thread."""
         self._tasks.append(task)
-
-    def wake(self) -> None:
-        """There is a task, or one has been cancelled. From any thread."""
         self._wakeup.set()
 
-    def rests_on(self, processor: int) -> bool:
-        """Whether it is to wake up on this one. From any thread."""
-        return self._processors.rests_on(processor)
+    def wake(self) -> None:
+        """A task has been cancelled. From any thread."""
+        self._wakeup.set()
 
     def run(self) -> None:
         """Work on tasks until the session is over."""
@@ -191,8 +185,6 @@ class SendLane(LinkThread):
         looked = time.monotonic()
         while not self.shared.over:
             again = self._advance()
-            if not self._tasks:
-                self._processors.rest()
             self._watch.enforce()
             ready = wait(poller, min(again, time.monotonic() + WATCH_S, self._progress_by))
             if self._wakeup.fileno() in ready:
@@ -263,7 +255,6 @@ class SendLane(LinkThread):
         if not self._under_way:
             self._progress_by = time.monotonic() + self._progress_timeout_s
         self._under_way.append(message)
-        self._processors.work()
         self.counters.messages += 1
         self.counters.bytes += message.outgoing.n_bytes
 
