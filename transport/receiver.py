@@ -184,7 +184,7 @@ class Receiver(Link):
                 lanes=self._hello.lanes,
                 window_frames=self._options.window_frames,
                 frame_bytes=self._hello.frame_bytes,
-                messages=self._router,
+                send_answer=self._router.send_answer,
                 files=files,
                 filling=filling,
             )

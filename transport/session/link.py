@@ -327,11 +327,6 @@ class LinkThread(ABC):
         self.ended = False
         """Whether its work is over; `Shared.changed` is notified then."""
 
-    @property
-    def is_current(self) -> bool:
-        """Whether it is the caller's."""
-        return threading.get_ident() == self._thread.ident
-
     def start(self) -> None:
         """Begin."""
         self._thread.start()

@@ -2,9 +2,7 @@
 
 Owns the endpoint, the greeting as the receiver sees it, and who is heard: messages go to the
 channels or to a data lane by their routing id, and whatever belongs to no session of ours is
-dropped and counted. Once there are lanes, those that have nothing to apply listen (`hear`), since
-what arrives is most likely theirs; this thread then only sends, looks after connections and
-deadlines, and hears every `WATCH_S`, should every lane be held up.
+dropped and counted. Lanes answer through it, too.
 
     LISTENING ── valid HELLO ──► GREETED ── accept ──► ACCEPTED
         ▲                           │
@@ -17,6 +15,7 @@ the session with an error that names it, and with a BYE that tells the peer.
 from __future__ import annotations
 
 import time
+from collections import deque
 from collections.abc import Sequence
 from enum import Enum
 
@@ -26,8 +25,7 @@ from transport.receiving.apply import ApplyLane
 from transport.session.channels import Conversation
 from transport.session.link import Closing, LinkThread, Shared
 from transport.session.polling import BATCH_MESSAGES, BLOCKED_S, FAREWELL_MS, wait
-from transport.session.shared_router import SharedRouter
-from transport.session.sockets import bind, open_router
+from transport.session.sockets import bind, open_router, receive
 from transport.session.watch import WATCH_S, ConnectionEvent, Watch
 from transport.wire.errors import FrameError, PeerLost, RecordError, VersionMismatch
 from transport.wire.records import (
@@ -84,15 +82,15 @@ class Router(LinkThread):
         self._unsent_control: bytes | None = None
         self._unsent_tunnel: tuple[bytes, memoryview | None] | None = None
         self._unsent_credit: bytes | None = None
-        self._look_around = True
-        """Whether something may be due beside data that arrives."""
-        router = open_router(context, secret)
-        self._socket = SharedRouter(router)
-        self._watch = Watch(router)
+        self._answers: deque[tuple[int, bytes]] = deque()
+        """Of data lanes, by their numbers."""
+        self._socket = open_router(context, secret)
+        self._watch = Watch(self._socket)
         try:
-            self._bound = bind(router, url)
+            self._bound = bind(self._socket, url)
         except BaseException:
-            self._socket.close(self._watch, 0)
+            self._watch.close()
+            self._socket.close(linger=0)
             raise
 
     @property
@@ -110,25 +108,10 @@ class Router(LinkThread):
         """Take these data lanes, which have been started. Under the shared lock."""
         self._lanes = lanes
 
-    @property
-    def fd(self) -> int:
-        """For a lane's thread, to be polled when it has heard everything: readable when there is
-        more. Without meaning once this thread has ended, which ends the lanes' as well."""
-        return self._socket.fd
-
-    def hear(self) -> None:
-        """Hand on what has arrived, from a lane's thread. FrameError, RecordError: the peer has
-        done something wrong."""
-        if self._hear() or self._look_around:
-            self.shared.wakeup.set()
-
     def send_answer(self, lane: int, answer: bytes) -> None:
-        """Answer a message of a data lane, from the lane's thread, which has to `hear` afterwards.
-        FrameError: the peer takes no answers. Without a connection, which ends the session
-        elsewhere, nothing happens."""
-        identity = routing_id(FIRST_DATA_LANE + lane, self._session)
-        if self._socket.send((identity, answer)) == zmq.EAGAIN:
-            raise FrameError(f"the peer does not take the answers of lane {lane}")
+        """Answer a message of a data lane. From any thread."""
+        self._answers.append((lane, answer))
+        self.shared.wakeup.set()
 
     def run(self) -> None:
         """Hear and answer until the session is over."""
@@ -140,36 +123,29 @@ class Router(LinkThread):
             linger_ms = FAREWELL_MS
             raise
         finally:
-            self._socket.close(self._watch, linger_ms)
+            self._watch.close()
+            self._socket.close(linger=linger_ms)
             self._bound.remove()
 
     def _loop(self) -> int:
         """Returns how long the socket may linger, in ms."""
         poller = zmq.Poller()
         poller.register(self.shared.wakeup, zmq.POLLIN)
-        poller.register(self._socket.fd, zmq.POLLIN)
+        poller.register(self._socket, zmq.POLLIN)
         poller.register(self._watch.monitor, zmq.POLLIN)
-        listens = True
         while not self.shared.over:
             now = time.monotonic()
-            self._look_around = False
-            due = min(self._check_deadlines(now), self._send(now))
+            again = min(self._check_deadlines(now), self._send(now), now + WATCH_S)
             if self.shared.closing is Closing.DRAIN and self._drained(now):
                 return max(1, int((self.shared.drain_until - now) * 1000))
-            with self._socket.lock:
-                self._watch.enforce()
-            # Of now, or the watch would find its time not come by what has passed since.
-            again = min(due, time.monotonic() + WATCH_S)
-            if self._hear() or self._look_around:
-                continue
-            if listens and self._announced:
-                listens = False
-                poller.unregister(self._socket.fd)
+            self._watch.enforce()
             ready = wait(poller, again)
             if self.shared.wakeup.fileno() in ready:
                 self.shared.wakeup.clear()
             if self._watch.monitor in ready:
                 self._look_at_connections()
+            if self._socket in ready:
+                self._receive()
         if self.shared.failure is not None and not isinstance(self.shared.failure, PeerLost):
             self._say_goodbye(str(self.shared.failure))
             return FAREWELL_MS
@@ -184,11 +160,10 @@ class Router(LinkThread):
             return min(self.shared.check_suspicion(now), self.shared.talk.deadline())
 
     def _look_at_connections(self) -> None:
-        with self._socket.lock:
-            for event, fd in self._watch.events():
-                if event is ConnectionEvent.GONE and fd == self._control_fd:
-                    self._control_fd = -1
-                    self.shared.suspect(PeerLost("the connection to the sender has ended"))
+        for event, fd in self._watch.events():
+            if event is ConnectionEvent.GONE and fd == self._control_fd:
+                self._control_fd = -1
+                self.shared.suspect(PeerLost("the connection to the sender has ended"))
 
     # sending
 
@@ -196,10 +171,20 @@ class Router(LinkThread):
         """Send what may go; returns when to try again."""
         if self.stage is Stage.LISTENING:
             return float("inf")
+        self._send_answers()
         if self._verdict is not None:
             return now if self._send_verdict(self._verdict) else now + BLOCKED_S
         sent = self._send_control(now) and self._send_tunnel()
         return float("inf") if sent else now + BLOCKED_S
+
+    def _send_answers(self) -> None:
+        while self._answers:
+            lane, answer = self._answers.popleft()
+            # The window is below the high-water mark. A connection that is gone ends the session.
+            if self._send_to(routing_id(FIRST_DATA_LANE + lane, self._session), answer) == (
+                zmq.EAGAIN
+            ):
+                raise FrameError(f"the peer does not take the answers of lane {lane}")
 
     def _send_verdict(self, verdict: HelloReply) -> bool:
         if not self._try_send(CONTROL_LANE, verdict.pack()):
@@ -254,30 +239,34 @@ class Router(LinkThread):
 
     def _try_send(self, lane: int, head: bytes, data: memoryview | None = None) -> bool:
         """False: the connection's queue is full, or the connection not there (yet)."""
-        return self._try_send_to(routing_id(lane, self._session), head, data)
+        return self._send_to(routing_id(lane, self._session), head, data) == 0
 
-    def _try_send_to(self, identity: bytes, head: bytes, data: memoryview | None = None) -> bool:
+    def _send_to(self, identity: bytes, head: bytes, data: memoryview | None = None) -> int:
+        """0, or why nothing was sent: zmq.EAGAIN (the connection's queue is full),
+        zmq.EHOSTUNREACH (there is no such connection)."""
         parts = (identity, head) if data is None else (identity, head, data)
-        return self._socket.send(parts, copy=data is None) == 0
+        try:
+            self._socket.send_multipart(parts, zmq.NOBLOCK, copy=data is None)
+        except zmq.ZMQError as error:
+            if error.errno not in (zmq.EAGAIN, zmq.EHOSTUNREACH):
+                raise
+            return error.errno
+        return 0
 
     # receiving
 
-    def _hear(self) -> bool:
-        """Hand on what has arrived, from any thread; changes of the session wake the trio side.
-        True: there may be more."""
-        with self._socket.lock:
-            for _ in range(BATCH_MESSAGES):
-                message = self._socket.receive()
-                if message is None:
-                    return False
-                identity, *parts = message
-                fd = self._watch.given(parts)
-                self._on_message(identity.bytes, parts, fd)
-        return True
+    def _receive(self) -> None:
+        """Hand on what has arrived; changes of the session wake the trio side."""
+        for _ in range(BATCH_MESSAGES):
+            message = receive(self._socket)
+            if message is None:
+                return
+            identity, *parts = message
+            fd = self._watch.given(parts)
+            self._on_message(identity.bytes, parts, fd)
 
     def _on_message(self, identity: bytes, parts: Sequence[zmq.Frame], fd: int) -> None:
         lane, session = identity[0], identity[1:]
-        self._look_around |= lane < FIRST_DATA_LANE
         if session != self._session or not session:
             self._on_stranger(identity, parts, fd)
         elif lane == CONTROL_LANE:
@@ -304,14 +293,14 @@ class Router(LinkThread):
                 raise RecordError("a greeting of another session")
         except VersionMismatch:
             self.dropped += 1
-            self._try_send_to(identity, self._reply(Verdict.OTHER_VERSION).pack())
+            self._send_to(identity, self._reply(Verdict.OTHER_VERSION).pack())
             return
         except RecordError:
             self.dropped += 1
             return
         if self.stage is not Stage.LISTENING or self.shared.closing is not Closing.NO:
             self.dropped += 1
-            self._try_send_to(identity, self._reply(Verdict.BUSY).pack())
+            self._send_to(identity, self._reply(Verdict.BUSY).pack())
             return
         self._watch.vouch(fd)
         self._watch.expect(hello.frame_bytes)
