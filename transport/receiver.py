@@ -18,7 +18,6 @@ import numpy.typing as npt
 import zmq
 
 from transport.receiving.apply import ApplyLane
-from transport.session.buffers import keep_message_memory
 from transport.session.channels import Conversation
 from transport.session.gatekeeper import Gatekeeper
 from transport.session.link import Link, LinkThread, Shared, check_memory
@@ -239,7 +238,6 @@ async def open_receiver(
     Raises EndpointError if the address cannot be bound.
     """
     check_url(url, bind=True)
-    keep_message_memory()
     context = new_context()
     try:
         receiver = Receiver(url, options or ReceiverOptions(), context)

@@ -21,7 +21,6 @@ import zmq
 from transport.sending.compare import CompareShare, DigestShare, chunks_of, region_digest
 from transport.sending.lanes import SendLane, Task
 from transport.sending.rounds import LaneSource, RoundCounters, RoundShare, Source
-from transport.session.buffers import keep_message_memory
 from transport.session.channels import Conversation
 from transport.session.connector import Connector
 from transport.session.link import Link, LinkThread, Shared, check_memory
@@ -482,7 +481,6 @@ async def open_sender(
         raise ValueError(f"a greeting has at most {MAX_RECORD_BYTES} bytes, not {len(hello)}")
     options = options or SenderOptions()
     greeting = Hello(session, os.urandom(NONCE_BYTES), options.lanes, options.frame_bytes, hello)
-    keep_message_memory()
     context = new_context()
     try:
         sender = Sender(url, greeting, options, context)

@@ -18,7 +18,6 @@ import zmq
 
 from perf.errors import BenchmarkFailed
 from transport.receiver import ReceiverOptions, open_receiver
-from transport.session.buffers import keep_message_memory
 from transport.session.sockets import new_context
 from transport.wire.frames import PAGE_BYTES
 
@@ -42,7 +41,6 @@ async def receive_pages(url: str, n_pages: int, secret: bytes | None) -> None:
 
 
 def receive_bare(url: str, messages: int, memory_pages: int) -> None:
-    keep_message_memory()
     memory = np.ones((memory_pages, PAGE_BYTES), np.uint8)
     random = np.random.default_rng(1)
     with new_context() as context, context.socket(zmq.ROUTER) as router:

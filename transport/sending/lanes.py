@@ -20,7 +20,6 @@ import numpy as np
 import numpy.typing as npt
 import zmq
 
-from transport.session.buffers import MessageBuffer
 from transport.session.channels import LISTENING_S
 from transport.session.link import LinkThread, Shared
 from transport.session.pacing import SharedBucket
@@ -149,8 +148,7 @@ class SendLane(LinkThread):
         self._tasks: deque[Task] = deque()
         self._held: _UnderWay | None = None
         self._under_way: deque[_UnderWay] = deque()
-        self._frame_bytes = frame_bytes
-        self._buffer: MessageBuffer | None = None
+        self._buffer = np.empty(frame_bytes, np.uint8)
         """What the next message is made in, or the held one is."""
         self._socket = open_dealer(context, routing_id(FIRST_DATA_LANE + lane, session), secret)
         self._watch = Watch(self._socket)
@@ -169,13 +167,10 @@ class SendLane(LinkThread):
         try:
             connect(self._socket, self._url)
             self._prepare()
-            self._buffer = MessageBuffer(self._frame_bytes)
             self._loop()
         finally:
             self._watch.close()
             self._socket.close(linger=0)
-            if self._buffer is not None:
-                self._buffer.free()
 
     def _loop(self) -> None:
         poller = zmq.Poller()
@@ -217,10 +212,8 @@ class SendLane(LinkThread):
         if self._held is None:
             if not self._may_produce():
                 return float("inf")
-            if self._buffer is None:
-                self._buffer = MessageBuffer(self._frame_bytes)
             task = self._tasks[0]
-            outgoing = task.produce(self._buffer.array)
+            outgoing = task.produce(self._buffer)
             if outgoing is None:
                 return 0.0
             due = self._bucket.reserve(outgoing.n_bytes)
@@ -246,12 +239,10 @@ class SendLane(LinkThread):
     def _send(self, message: _UnderWay) -> None:
         # The window is far below the high-water mark, so there is always room in libzmq's queue.
         data = message.outgoing.data
-        if isinstance(data, bytes):
-            self._socket.send(data, zmq.NOBLOCK)
+        if isinstance(data, int):
+            self._socket.send(self._buffer[:data].data, zmq.NOBLOCK, copy=True)
         else:
-            assert self._buffer is not None
-            buffer, self._buffer = self._buffer, None
-            buffer.send(self._socket, data)
+            self._socket.send(data, zmq.NOBLOCK)
         if not self._under_way:
             self._progress_by = time.monotonic() + self._progress_timeout_s
         self._under_way.append(message)

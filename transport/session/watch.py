@@ -20,13 +20,10 @@ from enum import Enum
 
 import zmq
 
-from transport.session.buffers import give_back_message_memory
 from transport.session.secret import CURVE_PART_BYTES
 from transport.session.sockets import MAX_CONNECTIONS, RECEIVE_HIGH_WATER, receive
 from transport.wire.records import MAX_CHANNEL_MESSAGE_BYTES
 
-_LOOKS_AFTER = 20
-"""In which libzmq may still be freeing what a connection kept that was ended for it."""
 _TCP_INFO_BYTES_RECEIVED = struct.Struct("<128xQ")  # linux/tcp.h: tcpi_bytes_received, Linux 4.1
 _INPUT_QUEUE_BYTES = struct.Struct("<i")
 _SIOCINQ = 0x541B
@@ -85,7 +82,6 @@ class Watch:
         self._limit_bytes = 0
         self._connections: dict[int, _Connection] = {}
         self._next_look = 0.0
-        self._looks_after = 0
         encrypted = zsocket.get(zmq.MECHANISM) == zmq.CURVE
         self._more_bytes = CURVE_PART_BYTES if encrypted else 0
         """Of each part on the wire, beside its own and those of its frame."""
@@ -135,8 +131,7 @@ class Watch:
             connection.stranger = False
 
     def enforce(self) -> int:
-        """Shut down the connections that keep too much, and give back what they kept; returns how
-        many are shut down.
+        """Shut down the connections that keep too much; returns how many.
 
         To be called at least every `WATCH_S`, when nothing is left to do: a look takes some ten
         system calls for each connection. More often costs nothing.
@@ -145,9 +140,6 @@ class Watch:
         if now < self._next_look:
             return 0
         self._next_look = now + WATCH_S
-        if self._looks_after:
-            self._looks_after -= 1
-            give_back_message_memory()
         ended = 0
         for fd, connection in list(self._connections.items()):
             with _duplicate(fd) as copy:
@@ -156,8 +148,6 @@ class Watch:
                 if _came_in(copy) - connection.given_bytes > self._limit_bytes:
                     ended += 1
                     _shut_down(copy)
-        if ended:
-            self._looks_after = _LOOKS_AFTER
         return ended
 
     def close(self) -> None:
