@@ -157,7 +157,7 @@ def test_i9_connections_are_bounded_and_do_not_shut_the_door(raw_zmtp: Any) -> N
             connections = [raw_zmtp.connect(receiver.url) for _ in range(3 * MAX_CONNECTIONS)]
             try:
                 await expect_good_session(receiver)
-                watch = receiver._router._watch
+                (watch,) = receiver._router._watches.values()
                 assert len(watch._connections) <= MAX_CONNECTIONS
             finally:
                 for connection in connections:
