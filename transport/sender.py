@@ -23,7 +23,7 @@ from transport.sending.lanes import SendLane, Task
 from transport.sending.rounds import LaneSource, RoundCounters, RoundShare, Source
 from transport.session.channels import Conversation
 from transport.session.connector import Connector
-from transport.session.link import Link, LinkThread, Shared, check_memory
+from transport.session.link import LinkThread, SessionEnd, Shared, check_memory
 from transport.session.pacing import SharedBucket
 from transport.session.secret import check_secret
 from transport.session.sockets import check_url, new_context
@@ -39,7 +39,7 @@ from transport.wire.records import (
     MIN_PEER_TIMEOUT_MS,
     NONCE_BYTES,
     SESSION_BYTES,
-    Hello,
+    SessionHello,
     session_seed,
 )
 
@@ -140,13 +140,13 @@ class SenderStatistics:
     lane_messages: int
     """Frames and comparisons on the data lanes."""
     lane_bytes: int
-    """Their bytes, towards the receiver."""
+    """Bytes of these messages, towards the receiver."""
     codecs: tuple[str, ...]
-    """Of each lane, the one in use."""
+    """The codec that each lane uses at the moment."""
     records_sent: int
     records_received: int
     tunnel_bytes_sent: int
-    """Queued for the peer, within its window."""
+    """Bytes of the tunnel that were queued, within the peer's window."""
     tunnel_bytes_received: int
     round_trip_ns: int
     """The last PING's, on the control lane; 0 before the first."""
@@ -163,7 +163,7 @@ class _Round:
         self._duration_ns: int | None = None
 
     def finish(self) -> None:
-        """The clock stops."""
+        """Take the round's duration: it is over."""
         self._duration_ns = time.monotonic_ns() - self._started_ns
 
     def statistics(self) -> RoundStatistics:
@@ -207,14 +207,14 @@ class _Turn:
         self._lock.release()
 
 
-class Sender(Link):
+class Sender(SessionEnd):
     """The source's end of one session; made by `open_sender`. Rounds and comparisons take turns;
     records and the tunnel go on beside them."""
 
     def __init__(
         self,
         url: str,
-        hello: Hello,
+        hello: SessionHello,
         options: SenderOptions,
         context: zmq.Context[zmq.Socket[bytes]],
     ) -> None:
@@ -480,7 +480,9 @@ async def open_sender(
     if len(hello) > MAX_RECORD_BYTES:
         raise ValueError(f"a greeting has at most {MAX_RECORD_BYTES} bytes, not {len(hello)}")
     options = options or SenderOptions()
-    greeting = Hello(session, os.urandom(NONCE_BYTES), options.lanes, options.frame_bytes, hello)
+    greeting = SessionHello(
+        session, os.urandom(NONCE_BYTES), options.lanes, options.frame_bytes, hello
+    )
     context = new_context()
     try:
         sender = Sender(url, greeting, options, context)

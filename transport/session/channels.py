@@ -71,7 +71,7 @@ class RecordChannel:
         self.sent = 0
         """Records queued so far, which is the next one's sequence number."""
         self.delivered = 0
-        """Of these, records that the peer's transport has."""
+        """Records that the peer's transport has got."""
         self.received = 0
         """Records that arrived."""
         self._outbox: deque[RecordMessage] = deque()
@@ -146,11 +146,11 @@ class TunnelChannel:
     """A stream of bytes in both directions, each of which can end by itself."""
 
     def __init__(self, chunk_bytes: int = MAX_TUNNEL_CHUNK_BYTES) -> None:
-        """`chunk_bytes`: how much to put into one message."""
+        """At most `chunk_bytes` are put into one message."""
         self.sent = 0
         """Bytes queued so far."""
         self.delivered = 0
-        """Of these, bytes that the peer's transport has."""
+        """Bytes that the peer's transport has got."""
         self.received = 0
         """Bytes that arrived."""
         self.ended = False

@@ -48,7 +48,7 @@ class ControlThread(LinkThread):
         self._unsent_control: bytes | None = None
         self._unsent_tunnel: tuple[bytes, memoryview | None] | None = None
         self._tunnel_due: float | None = None
-        """When that message of the tunnel may go."""
+        """When `_unsent_tunnel` may go, in monotonic seconds."""
         self._unsent_credit: bytes | None = None
 
     def run(self) -> None:
@@ -139,7 +139,7 @@ class ControlThread(LinkThread):
 
     @abstractmethod
     def _perform(self, action: Action, detail: Any) -> None:
-        """Do what only one of the roles does."""
+        """Carry out an action that only one of the roles knows."""
 
     @abstractmethod
     def _on_connection(

@@ -29,9 +29,9 @@ from transport.wire.records import (
     FIRST_DATA_LANE,
     SESSION_BYTES,
     TUNNEL_LANE,
-    Hello,
     HelloReply,
     MessageType,
+    SessionHello,
     Verdict,
     message_type,
     routing_id,
@@ -42,7 +42,7 @@ class _Caller(NamedTuple):
     """Who greets: the routing id, the greeting unless it is unreadable, and the descriptor."""
 
     identity: bytes
-    hello: Hello | None
+    hello: SessionHello | None
     fd: int
 
 
@@ -63,19 +63,19 @@ class Router(ControlThread):
         self._socket = open_router(context, secret)
         greeting = Greeting(RECEIVER, State.LISTENING, {}, time.monotonic())
         super().__init__("ferry-router", shared, greeting, (self._socket,))
-        self.hello: Hello | None = None
+        self.hello: SessionHello | None = None
         self.dropped = 0
         """Messages that belong to no session of ours."""
         self._peer_timeout_s = peer_timeout_s
         self._window_frames = window_frames
         self._answer: HelloReply | None = None
-        """The user's, until it has been sent."""
+        """The user's answer to the greeting, until it has been sent."""
         self._session = b""
         self._control_fd = -1
         self._lanes: list[ApplyLane] = []
         self._announced = False
         self._lane_answers: deque[tuple[int, bytes]] = deque()
-        """Of data lanes, by their numbers."""
+        """What data lanes have to answer, each with the lane's number."""
         try:
             self._bound = bind(self._socket, url)
         except BaseException:
@@ -84,7 +84,7 @@ class Router(ControlThread):
 
     @property
     def url(self) -> str:
-        """The endpoint as bound."""
+        """The URL that is bound, a wildcard port filled in."""
         return self._bound.url
 
     def answer(self, verdict: Verdict, payload: bytes) -> None:
@@ -218,7 +218,7 @@ class Router(ControlThread):
         try:
             if identity != routing_id(CONTROL_LANE, session) or len(session) != SESSION_BYTES:
                 raise RecordError("no identity of a sender")
-            hello = Hello.unpack(only_part(parts, "a greeting").buffer)
+            hello = SessionHello.unpack(only_part(parts, "a greeting").buffer)
             if hello.session != session:
                 raise RecordError("a greeting of another session")
         except VersionMismatch:
@@ -230,7 +230,10 @@ class Router(ControlThread):
 
     def _on_member(self, parts: Sequence[zmq.Frame]) -> None:
         message = only_part(parts, "a control message").buffer
-        if message_type(message) == MessageType.HELLO and Hello.unpack(message) == self.hello:
+        if (
+            message_type(message) == MessageType.HELLO
+            and SessionHello.unpack(message) == self.hello
+        ):
             self.dropped += 1
             self._handle(Event.HELLO_AGAIN)
         else:

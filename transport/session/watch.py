@@ -45,7 +45,7 @@ class ConnectionEvent(Enum):
     READY = 1
     """ZMTP has been agreed on; the descriptor is not known here (-1)."""
     GONE = 2
-    """It ended, by the peer or by us."""
+    """The connection ended, by the peer or by us."""
     UNSUITED = 3
     """Its ends did not agree on ZMTP, or on the secret; the descriptor is not known here (-1)."""
 
@@ -86,7 +86,7 @@ class Watch:
         self._more_bytes = CURVE_PART_BYTES if encrypted else 0
         """Of each part on the wire, beside its own and those of its frame."""
         self.monitor: zmq.Socket[bytes] = zsocket.get_monitor_socket(self._EVENTS)
-        """To be polled."""
+        """Readable when `events` has something; to be polled."""
         self.expect(MAX_CHANNEL_MESSAGE_BYTES)
 
     def expect(self, message_bytes: int) -> None:

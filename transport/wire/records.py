@@ -153,7 +153,7 @@ def session_seed(session: bytes, nonce: bytes) -> int:
 
 
 @dataclass(frozen=True, slots=True)
-class Hello:
+class SessionHello:
     """A sender's greeting."""
 
     session: bytes
@@ -286,7 +286,7 @@ class Ping(_Numbered):
 
 
 class Pong(_Numbered):
-    """Yes; `value` is the PING's."""
+    """The answer to a PING, with its `value`."""
 
     TYPE = MessageType.PONG
 
@@ -499,7 +499,7 @@ def unpack_answer(message: Buffer) -> LaneAnswer:
 
 
 def message_type(message: Buffer) -> int:
-    """The first byte; -1 for an empty message."""
+    """The type of a message, its first byte; -1 if it is empty."""
     return message[0] if len(message) else -1
 
 

@@ -27,13 +27,13 @@ from transport.wire.records import (
     Bye,
     CompareReply,
     DigestReply,
-    Hello,
     HelloReply,
     MessageType,
     Ping,
     Pong,
     RecordCredit,
     RecordMessage,
+    SessionHello,
     TunnelCredit,
     TunnelEof,
     TunnelHead,
@@ -174,7 +174,7 @@ async def use_tunnel(sender: Sender) -> None:
         HelloReply(Verdict.ACCEPTED, 255, 5000, b"").pack(),
         HelloReply(Verdict.ACCEPTED, 4, 1, b"").pack(),
         HelloReply(Verdict.ACCEPTED, 4, 5000, bytes((1 << 20) + 1)).pack(),
-        Hello(bytes(16), bytes(16), 1, 1 << 20, b"").pack(),
+        SessionHello(bytes(16), bytes(16), 1, 1 << 20, b"").pack(),
     ],
 )
 def test_i9_nonsense_as_answer_to_the_greeting_is_a_typed_error(reply: bytes) -> None:

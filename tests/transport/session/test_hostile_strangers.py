@@ -32,9 +32,9 @@ from transport.wire.records import (
     MAX_MESSAGE_BYTES,
     TUNNEL_LANE,
     Bye,
-    Hello,
     Ping,
     RecordMessage,
+    SessionHello,
     TunnelEof,
     TunnelHead,
 )
@@ -65,9 +65,9 @@ STRANGER_MESSAGES: list[list[bytes]] = [
     [RecordMessage(0, 1, b"").pack()],
     [Ping(1).pack()],
     [b"vfpg" + bytes(100)],
-    [Hello(b"X" * 16, bytes(16), 1, 1 << 20, b"").pack()],
-    [Hello(bytes(16), bytes(16), 200, 1 << 20, b"").pack()],
-    [Hello(bytes(16), bytes(16), 1, 1 << 20, b"").pack()[:-3]],
+    [SessionHello(b"X" * 16, bytes(16), 1, 1 << 20, b"").pack()],
+    [SessionHello(bytes(16), bytes(16), 200, 1 << 20, b"").pack()],
+    [SessionHello(bytes(16), bytes(16), 1, 1 << 20, b"").pack()[:-3]],
     [struct.pack("<B8sH", 1, b"vfioferr", 999)],
 ]
 
@@ -99,7 +99,7 @@ def test_i9_identities_of_another_shape_are_nobody(identity: bytes) -> None:
                 if identity:
                     dealer.set(zmq.ROUTING_ID, identity)
                 dealer.connect(receiver.url)
-                dealer.send(Hello(bytes(16), bytes(16), 1, 1 << 20, b"").pack())
+                dealer.send(SessionHello(bytes(16), bytes(16), 1, 1 << 20, b"").pack())
                 dealer.send(b"more")
                 await until(lambda: receiver.statistics().dropped_messages >= 2)
             await expect_good_session(receiver)

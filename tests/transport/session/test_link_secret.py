@@ -23,7 +23,7 @@ from transport.session.gatekeeper import Gatekeeper
 from transport.session.link import Closing, Shared
 from transport.session.secret import SECRET_BYTES, check_secret, prove_by
 from transport.wire.errors import PeerUnreachable
-from transport.wire.records import CONTROL_LANE, MAX_MESSAGE_BYTES, Hello, routing_id
+from transport.wire.records import CONTROL_LANE, MAX_MESSAGE_BYTES, SessionHello, routing_id
 
 SECRET, OTHER = b"s" * SECRET_BYTES, b"o" * SECRET_BYTES
 MARK = b"what nobody else may read"
@@ -160,7 +160,7 @@ def test_it_is_not_enough_to_know_the_receivers_key() -> None:
                 know_the_receivers_key(dealer)
                 watch = watching.Watch(dealer)
                 sockets.connect(dealer, receiver.url)
-                dealer.send(Hello(session, bytes(16), 1, 65536, b"let me in").pack())
+                dealer.send(SessionHello(session, bytes(16), 1, 65536, b"let me in").pack())
                 while True:
                     await trio.to_thread.run_sync(watch.monitor.poll, 100)
                     events = [event for event, _ in watch.events()]
