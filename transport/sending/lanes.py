@@ -27,7 +27,15 @@ from transport.session.polling import wait
 from transport.session.sockets import Wakeup, connect, open_dealer, receive
 from transport.session.watch import WATCH_S, ConnectionEvent, Watch
 from transport.wire.errors import PeerLost, RecordError
-from transport.wire.records import FIRST_DATA_LANE, LaneAnswer, routing_id, unpack_answer
+from transport.wire.records import (
+    FIRST_DATA_LANE,
+    LANE_HELLO,
+    LaneAnswer,
+    MessageType,
+    message_type,
+    routing_id,
+    unpack_answer,
+)
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -148,6 +156,8 @@ class SendLane(LinkThread):
         self._tasks: deque[Task] = deque()
         self._held: _UnderWay | None = None
         self._under_way: deque[_UnderWay] = deque()
+        self._welcome = False
+        """Whether the receiver knows that the connection is this lane's; nothing is sent before."""
         self._buffer = np.empty(frame_bytes, np.uint8)
         """What the next message is made in, or the held one is."""
         self._socket = open_dealer(context, routing_id(FIRST_DATA_LANE + lane, session), secret)
@@ -178,6 +188,7 @@ class SendLane(LinkThread):
         poller.register(self._socket, zmq.POLLIN)
         poller.register(self._watch.monitor, zmq.POLLIN)
         looked = time.monotonic()
+        self._progress_by = looked + self._progress_timeout_s
         while not self.shared.over:
             again = self._advance()
             self._watch.enforce()
@@ -197,13 +208,15 @@ class SendLane(LinkThread):
                 self._progress_by += now - looked
             looked = now
             if now > self._progress_by:
-                raise PeerLost(
-                    f"the receiver has applied nothing for {self._progress_timeout_s:g} s"
-                )
+                missing = "applied nothing" if self._welcome else "welcomed no lane"
+                raise PeerLost(f"the receiver has {missing} for {self._progress_timeout_s:g} s")
 
     def _look_at_connection(self) -> None:
         for event, _fd in self._watch.events():
-            if event is ConnectionEvent.GONE:
+            if event is ConnectionEvent.READY and not self._welcome:
+                self._socket.send(LANE_HELLO, zmq.NOBLOCK)
+            # Before, the receiver may have taken it for a stranger's: libzmq makes another one.
+            elif event is ConnectionEvent.GONE and self._welcome:
                 self.shared.suspect(PeerLost("a lane's connection to the receiver has ended"))
 
     def _advance(self) -> float:
@@ -234,7 +247,7 @@ class SendLane(LinkThread):
 
     def _may_produce(self) -> bool:
         room = len(self._under_way) < self._window_frames
-        return room and bool(self._tasks) and self._tasks[0].ready
+        return self._welcome and room and bool(self._tasks) and self._tasks[0].ready
 
     def _send(self, message: _UnderWay) -> None:
         # The window is far below the high-water mark, so there is always room in libzmq's queue.
@@ -254,6 +267,10 @@ class SendLane(LinkThread):
             self._watch.given(parts)
             if len(parts) != 1:
                 raise RecordError(f"an answer of {len(parts)} parts")
+            if message_type(parts[0].buffer) == MessageType.LANE_WELCOME:
+                if not self._welcome:
+                    self._welcome, self._progress_by = True, float("inf")
+                continue
             answer = unpack_answer(parts[0].buffer)
             if not self._under_way:
                 raise RecordError("the receiver answers what it was not asked")

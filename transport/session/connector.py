@@ -2,7 +2,8 @@
 
 Owns these two sockets and what the table of `greeting` means for them. Does not own the data lanes
 (`lanes`). Until somebody answers, a connection that fails is tried again; from then on libzmq's own
-reconnecting must not hide a loss, so every end of a connection ends the session.
+reconnecting must not hide a loss, so every end of a connection ends the session; that of the tunnel
+from LANE_WELCOME on.
 """
 
 from __future__ import annotations
@@ -12,7 +13,7 @@ from typing import Any
 
 import zmq
 
-from transport.session.control_thread import ControlThread, only_part
+from transport.session.control_thread import ControlThread, is_lane_word, only_part
 from transport.session.greeting import SENDER, Action, Event, Greeting, State
 from transport.session.link import Shared
 from transport.session.pacing import SharedBucket
@@ -21,6 +22,8 @@ from transport.session.watch import ConnectionEvent, Watch
 from transport.wire.errors import PeerLost, PeerRefused, PeerUnreachable
 from transport.wire.records import (
     CONTROL_LANE,
+    LANE_HELLO,
+    LANE_WELCOME,
     TUNNEL_LANE,
     HelloReply,
     MessageType,
@@ -79,6 +82,8 @@ class Connector(ControlThread):
                 self._handle(Event.CONNECTED)
             case ConnectionEvent.UNSUITED:
                 self._handle(Event.UNSUITED)
+            case ConnectionEvent.GONE if zsocket is self._tunnel:
+                self._handle(Event.TUNNEL_LOST, "the tunnel's connection has ended")
             case ConnectionEvent.GONE:
                 self._handle(Event.CONNECTION_LOST, "the connection to the receiver has ended")
 
@@ -86,6 +91,8 @@ class Connector(ControlThread):
         match action:
             case Action.SEND_HELLO:
                 self._control.send(self._hello.pack(), zmq.NOBLOCK)
+            case Action.SEND_LANE_HELLO:
+                self._tunnel.send(LANE_HELLO, zmq.NOBLOCK)
             case Action.OPEN_TUNNEL:
                 connect(self._tunnel, self._url)
             case Action.TELL_OPEN:
@@ -139,7 +146,10 @@ class Connector(ControlThread):
     def _on_message(self, zsocket: zmq.Socket[bytes], watch: Watch, parts: list[zmq.Frame]) -> None:
         watch.given(parts)
         if zsocket is self._tunnel:
-            self._on_tunnel(parts)
+            if is_lane_word(LANE_WELCOME, parts):
+                self._handle(Event.TUNNEL_WELCOME)
+            else:
+                self._on_tunnel(parts)
             return
         message = only_part(parts, "a control message").buffer
         if message_type(message) == MessageType.HELLO_REPLY:

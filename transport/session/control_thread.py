@@ -245,3 +245,8 @@ def only_part(parts: Sequence[zmq.Frame], what: str) -> zmq.Frame:
     if len(parts) != 1:
         raise RecordError(f"{what} of {len(parts)} parts")
     return parts[0]
+
+
+def is_lane_word(word: bytes, parts: Sequence[zmq.Frame]) -> bool:
+    """Whether a message is this one, `LANE_HELLO` or `LANE_WELCOME`."""
+    return len(parts) == 1 and len(parts[0]) == len(word) and parts[0].bytes == word

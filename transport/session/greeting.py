@@ -4,7 +4,7 @@ Owns what may happen when. Pure: events and the time in, actions out; sockets ar
 `router`'s, what is said in an open session is `channels`'s::
 
     sender    CALLING, UNSUITED ── connected ──► GREETING ── first sign of life ──► HEARD
-              HEARD or GREETING ── accepted ──► OPENING ── tunnel connected ──► OPEN
+              HEARD or GREETING ── accepted ──► OPENING ── tunnel welcome ──► OPEN
     receiver  LISTENING ── HELLO ──► GREETED ── user ──► ACCEPTING ── answer sent ──► OPEN
                   ▲                     └────── user ──► REFUSING
                   └───────────── answer sent ────────────────┘
@@ -37,7 +37,7 @@ class State(Enum):
     HEARD = "waiting for the verdict"
     """Sender: the receiver is alive and has not answered HELLO."""
     OPENING = "opening its lanes"
-    """Sender: accepted; the tunnel is not connected yet."""
+    """Sender: accepted; the tunnel is not welcome yet."""
     LISTENING = "listening"
     """Receiver: no session."""
     GREETED = "greeted"
@@ -60,9 +60,15 @@ class Event(Enum):
     UNSUITED = auto()
     """Sender: a connection did not come to speak ZMTP, or found another secret."""
     TUNNEL_CONNECTED = auto()
-    """Sender: the tunnel's connection speaks ZMTP."""
+    """Sender: a connection of the tunnel speaks ZMTP."""
+    TUNNEL_LOST = auto()
+    """Sender: a connection of the tunnel has ended."""
+    TUNNEL_WELCOME = auto()
+    """Sender: LANE_WELCOME on the tunnel."""
+    LANE_HELLO = auto()
+    """Receiver: LANE_HELLO of the tunnel or of a data lane."""
     CONNECTION_LOST = auto()
-    """A connection of the session has ended."""
+    """A connection that the session cannot be without has ended."""
     HELLO = auto()
     """Receiver: a valid HELLO of a session that is not the present one."""
     HELLO_AGAIN = auto()
@@ -81,7 +87,7 @@ class Event(Enum):
     CHANNEL = auto()
     """Any other message of the control lane: records, credit, memory attached."""
     LANE = auto()
-    """A message of the tunnel or of a data lane."""
+    """Any other message of the tunnel or of a data lane."""
     FAREWELL = auto()
     """BYE."""
     ACCEPT = auto()
@@ -102,6 +108,8 @@ class Event(Enum):
 
 FROM_PEER: Final = frozenset(
     {
+        Event.TUNNEL_WELCOME,
+        Event.LANE_HELLO,
         Event.HELLO,
         Event.HELLO_AGAIN,
         Event.HELLO_OF_OTHER_VERSION,
@@ -123,6 +131,10 @@ class Action(Enum):
     """Send HELLO on the control connection."""
     OPEN_TUNNEL = auto()
     """Connect the tunnel, and heed what the receiver announced."""
+    SEND_LANE_HELLO = auto()
+    """Send LANE_HELLO on the tunnel."""
+    WELCOME_LANE = auto()
+    """Keep the lane's connection whoever else comes, and send LANE_WELCOME on it."""
     TELL_HELLO = auto()
     """The sender of this HELLO is the session from now on; tell the user."""
     SEND_ANSWER = auto()
@@ -220,8 +232,6 @@ def _strangers(own: State) -> dict[Event, Transition]:
     )
 
 
-_TALK = (_E.CHANNEL, _E.LANE)
-
 SENDER: Final[Table] = {
     _S.CALLING: _call(_S.CALLING, _A.END_NOBODY) | _on([_E.UNSUITED], _S.UNSUITED),
     _S.UNSUITED: _call(_S.UNSUITED, _A.END_UNSUITED),
@@ -235,15 +245,18 @@ SENDER: Final[Table] = {
     _S.OPENING: (
         _live(_S.OPENING, _A.SAY_FAREWELL)
         | _reachable(_S.OPENING)
-        | _on(_TALK, _S.OPENING)
-        | _on([_E.TUNNEL_CONNECTED], _S.OPEN)
+        | _on([_E.CHANNEL], _S.OPENING)
+        | _on([_E.TUNNEL_CONNECTED], _S.OPENING, _A.SEND_LANE_HELLO)
+        # The receiver may have taken it for a stranger's: libzmq makes another one.
+        | _on([_E.TUNNEL_LOST], _S.OPENING)
+        | _on([_E.TUNNEL_WELCOME], _S.OPEN)
         | _on([_E.TIMEOUT], _S.ENDED, _A.END_SHUT_OUT)
     ),
     _S.OPEN: (
         _live(_S.OPEN, _A.SAY_FAREWELL)
         | _reachable(_S.OPEN)
-        | _on(_TALK, _S.OPEN)
-        | _on([_E.TUNNEL_CONNECTED], _S.OPEN)
+        | _on([_E.CHANNEL, _E.LANE, _E.TUNNEL_CONNECTED, _E.TUNNEL_WELCOME], _S.OPEN)
+        | _on([_E.TUNNEL_LOST], _S.OPEN, _A.SUSPECT_LOSS)
     ),
     _S.ENDED: _on([_E.FAIL], _S.ENDED),
 }
@@ -267,7 +280,12 @@ RECEIVER: Final[Table] = {
     _S.REFUSING: (
         _live(_S.REFUSING) | _strangers(_S.REFUSING) | _on([_E.ANSWERED], _S.LISTENING, _A.FORGET)
     ),
-    _S.OPEN: _live(_S.OPEN, _A.SAY_FAREWELL) | _strangers(_S.OPEN) | _on(_TALK, _S.OPEN),
+    _S.OPEN: (
+        _live(_S.OPEN, _A.SAY_FAREWELL)
+        | _strangers(_S.OPEN)
+        | _on([_E.CHANNEL, _E.LANE], _S.OPEN)
+        | _on([_E.LANE_HELLO], _S.OPEN, _A.WELCOME_LANE)
+    ),
     # A user who answers does not know yet that there is nobody to hear it.
     _S.ENDED: _on([_E.ACCEPT, _E.REFUSE, _E.FAIL], _S.ENDED),
 }

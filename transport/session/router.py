@@ -17,7 +17,7 @@ import zmq
 
 from transport.receiving.apply import ApplyLane
 from transport.session.channels import Conversation
-from transport.session.control_thread import ControlThread, only_part
+from transport.session.control_thread import ControlThread, is_lane_word, only_part
 from transport.session.greeting import RECEIVER, Action, Event, Greeting, State
 from transport.session.link import Shared
 from transport.session.polling import BLOCKED_S
@@ -27,6 +27,8 @@ from transport.wire.errors import FrameError, RecordError, VersionMismatch
 from transport.wire.records import (
     CONTROL_LANE,
     FIRST_DATA_LANE,
+    LANE_HELLO,
+    LANE_WELCOME,
     SESSION_BYTES,
     TUNNEL_LANE,
     HelloReply,
@@ -72,6 +74,8 @@ class Router(ControlThread):
         """The user's answer to the greeting, until it has been sent."""
         self._session = b""
         self._control_fd = -1
+        self._lane_fds: dict[int, int] = {}
+        """Of the lanes that said hello, by the first byte of their routing ids."""
         self._lanes: list[ApplyLane] = []
         self._announced = False
         self._lane_answers: deque[tuple[int, bytes]] = deque()
@@ -126,6 +130,8 @@ class Router(ControlThread):
                 with self.shared.lock:
                     self.hello = None
                 self.shared.changed.notify()
+            case Action.WELCOME_LANE:
+                self._welcome(*detail)
             case Action.ANSWER_BUSY:
                 self._turn_away(detail, Verdict.BUSY)
             case Action.ANSWER_OTHER_VERSION:
@@ -145,6 +151,15 @@ class Router(ControlThread):
                 now=time.monotonic(), peer_timeout_s=self._peer_timeout_s, pings=False
             )
         self.shared.changed.notify()
+
+    def _welcome(self, lane: int, fd: int) -> None:
+        assert self.hello is not None
+        if lane != TUNNEL_LANE and not 0 <= lane - FIRST_DATA_LANE < self.hello.lanes:
+            raise FrameError(f"lane {lane - FIRST_DATA_LANE} of {self.hello.lanes} says hello")
+        if self._lane_fds.setdefault(lane, fd) != fd:
+            # What was said to the connection before may be lost.
+            self._handle(Event.CONNECTION_LOST, "a lane's connection to the sender has ended")
+        self._try_send(lane, LANE_WELCOME)
 
     def _turn_away(self, caller: _Caller, verdict: Verdict) -> None:
         self.dropped += 1
@@ -182,6 +197,8 @@ class Router(ControlThread):
                 self.shared.talk.attach(self._lanes[0].n_pages)
 
     def _try_send(self, lane: int, head: bytes, data: memoryview | None = None) -> bool:
+        if lane == TUNNEL_LANE and lane not in self._lane_fds:
+            return False
         return self._send_to(routing_id(lane, self._session), head, data) == 0
 
     def _send_to(self, identity: bytes, head: bytes, data: memoryview | None = None) -> int:
@@ -208,7 +225,9 @@ class Router(ControlThread):
             self._on_member(parts)
         else:
             watch.vouch(fd)
-            if lane == TUNNEL_LANE:
+            if is_lane_word(LANE_HELLO, parts):
+                self._handle(Event.LANE_HELLO, (lane, fd))
+            elif lane == TUNNEL_LANE:
                 self._on_tunnel(parts)
             else:
                 self._on_data(lane - FIRST_DATA_LANE, parts)

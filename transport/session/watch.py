@@ -81,6 +81,8 @@ class Watch:
         self._socket = zsocket
         self._limit_bytes = 0
         self._connections: dict[int, _Connection] = {}
+        self._vouched: set[int] = set()
+        """Descriptors of connections whose opening has not been heard of yet."""
         self._next_look = 0.0
         encrypted = zsocket.get(zmq.MECHANISM) == zmq.CURVE
         self._more_bytes = CURVE_PART_BYTES if encrypted else 0
@@ -105,6 +107,7 @@ class Watch:
                 yield ConnectionEvent.UNSUITED, -1
             elif kind in (zmq.EVENT_DISCONNECTED, zmq.EVENT_CLOSED):
                 known = self._connections.pop(value, None)
+                self._vouched.discard(value)
                 if known is not None or kind == zmq.EVENT_DISCONNECTED:
                     yield ConnectionEvent.GONE, value
 
@@ -127,7 +130,9 @@ class Watch:
     def vouch(self, fd: int) -> None:
         """This connection belongs to the session: it is not ended to make room."""
         connection = self._connections.get(fd)
-        if connection is not None:
+        if connection is None:
+            self._vouched.add(fd)
+        else:
             connection.stranger = False
 
     def enforce(self) -> int:
@@ -162,7 +167,8 @@ class Watch:
             self._connections.pop(fd, None)
             if len(self._connections) >= MAX_CONNECTIONS:
                 self._make_room()
-            self._connections[fd] = _Connection(_name(copy))
+            self._connections[fd] = _Connection(_name(copy), stranger=fd not in self._vouched)
+            self._vouched.discard(fd)
 
     def _make_room(self) -> None:
         """End the stranger that has been here longest: it had the most time to greet."""

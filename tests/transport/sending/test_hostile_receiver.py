@@ -21,6 +21,8 @@ from transport.sender import Sender, SenderOptions, open_sender
 from transport.wire.errors import PeerClosed, PeerLost, PeerUnreachable, RecordError, TransportError
 from transport.wire.records import (
     FIRST_DATA_LANE,
+    LANE_HELLO,
+    LANE_WELCOME,
     TUNNEL_LANE,
     Ack,
     Attached,
@@ -68,6 +70,9 @@ class HostileReceiver(threading.Thread):
             if not self._router.poll(10):
                 continue
             identity, *parts = self._router.recv_multipart()
+            if parts == [LANE_HELLO]:
+                self._router.send_multipart([identity, LANE_WELCOME], zmq.NOBLOCK)
+                continue
             for target, reply in self._answer(identity, parts[0]):
                 self._router.send_multipart([target, *reply], zmq.NOBLOCK)
         self._context.destroy(linger=0)

@@ -70,7 +70,8 @@ def test_i9_nobody_talks_who_has_not_been_accepted(role: str) -> None:
     table, _ = START[role]
     for event in (Event.CHANNEL, Event.LANE):
         allowed = {state for state in table if event in table[state]}
-        assert allowed == {State.OPEN} | ({State.OPENING} if role == "sender" else set())
+        opening = role == "sender" and event is Event.CHANNEL
+        assert allowed == {State.OPEN} | ({State.OPENING} if opening else set())
 
 
 @pytest.mark.parametrize("state", RECEIVER)
@@ -98,6 +99,9 @@ def test_each_stage_of_the_greeting_has_a_time_of_its_own() -> None:
     greeting.handle(Event.ACCEPTED, NOW + 20)
     assert greeting.deadline == NOW + 27
     greeting.handle(Event.TUNNEL_CONNECTED, NOW + 21)
+    greeting.handle(Event.TUNNEL_LOST, NOW + 22)
+    assert greeting.deadline == NOW + 27
+    greeting.handle(Event.TUNNEL_WELCOME, NOW + 23)
     assert greeting.deadline == float("inf")
 
 
@@ -125,15 +129,23 @@ SAYS = {
     Action.SEND_HELLO: "hello",
     Action.ANSWER_BUSY: "busy",
     Action.SAY_FAREWELL: "bye",
+    Action.SEND_LANE_HELLO: "lane hello",
+    Action.WELCOME_LANE: "lane welcome",
 }
 HEARS_SENDER = {
     "accepted": Event.ACCEPTED,
     "refused": Event.REFUSED,
     "bye": Event.FAREWELL,
     "pong": Event.ALIVE,
+    "lane welcome": Event.TUNNEL_WELCOME,
     "record": Event.CHANNEL,
 }
-HEARS_RECEIVER = {"bye": Event.FAREWELL, "ping": Event.ALIVE, "record": Event.CHANNEL}
+HEARS_RECEIVER = {
+    "bye": Event.FAREWELL,
+    "ping": Event.ALIVE,
+    "record": Event.CHANNEL,
+    "lane hello": Event.LANE_HELLO,
+}
 
 
 @dataclass

@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 import pytest
 import trio
+import trio.lowlevel
 import zmq
 
 from tests.transport.hostile_sender import (
@@ -23,8 +24,8 @@ from tests.transport.hostile_sender import (
     until,
 )
 from tests.transport.running import run_trio
-from transport.receiver import Receiver, open_receiver
-from transport.sender import open_sender
+from transport.receiver import Receiver, ReceiverOptions, open_receiver
+from transport.sender import SenderOptions, open_sender
 from transport.session.sockets import MAX_CONNECTIONS
 from transport.wire.records import (
     CONTROL_LANE,
@@ -161,6 +162,42 @@ def test_i9_connections_are_bounded_and_do_not_shut_the_door(raw_zmtp: Any) -> N
                 assert len(watch._connections) <= MAX_CONNECTIONS
             finally:
                 for connection in connections:
+                    connection.close()
+
+    run_trio(scenario)
+
+
+@pytest.mark.parametrize("secret", [None, bytes(range(32))], ids=["open", "secret"])
+@pytest.mark.parametrize("n_pages", [0, N_PAGES], ids=["before memory", "before a round"])
+def test_i9_who_belongs_to_the_session_is_never_put_out_for_who_does_not(
+    link_pair: Any, secret: bytes | None, n_pages: int
+) -> None:
+    """Also a lane that has had nothing to say so far."""
+
+    async def scenario() -> None:
+        sending, receiving = SenderOptions(secret=secret), ReceiverOptions(secret=secret)
+        async with link_pair(n_pages=n_pages, sending=sending, receiving=receiving) as pair:
+            port = int(pair.receiver.url.rpartition(":")[2])
+            idle = []
+            try:
+                for _ in range(3 * MAX_CONNECTIONS):
+                    idle.append(socket.create_connection(("127.0.0.1", port)))
+                    await trio.lowlevel.checkpoint()
+                await pair.sender.send_record(1, b"", flush=True)
+                if not n_pages:
+                    source, target = np.full((2, N_PAGES * PAGE), 0, np.uint8)
+                    pair.source, pair.target = source, target
+                    pair.receiver.attach_memory(target)
+                    pair.sender.attach_memory(source)
+                pair.source[:] = 5
+                await pair.sender.send_round(np.arange(N_PAGES, dtype=np.uint32), 1)
+                assert np.array_equal(pair.source, pair.target)
+                await pair.sender.tunnel_send(b"ours")
+                assert await pair.receiver.tunnel_receive() == b"ours"
+                await pair.receiver.tunnel_send(b"yours")
+                assert await pair.sender.tunnel_receive() == b"yours"
+            finally:
+                for connection in idle:
                     connection.close()
 
     run_trio(scenario)

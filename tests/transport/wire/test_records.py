@@ -159,7 +159,7 @@ def test_i9_garbage_ends_in_a_record_error_or_a_message(garbage: bytes) -> None:
 def test_the_greeting_stands_on_the_wire_as_documented() -> None:
     hello = SessionHello(b"S" * 16, b"N" * 16, 3, 1 << 20, b"payload")
     by_hand = (
-        b"\x01vfioferr\x04\x00" + b"S" * 16 + b"N" * 16 + b"\x03\x00\x00\x10\x00"
+        b"\x01vfioferr\x05\x00" + b"S" * 16 + b"N" * 16 + b"\x03\x00\x00\x10\x00"
         b"\x07\x00\x00\x00payload"
     )
     assert hello.pack() == by_hand
