@@ -21,6 +21,7 @@ from transport.receiving.apply import ApplyLane
 from transport.session.channels import Conversation
 from transport.session.gatekeeper import Gatekeeper
 from transport.session.link import LinkThread, SessionEnd, Shared, check_memory
+from transport.session.message_memory import keep_message_memory
 from transport.session.router import Router
 from transport.session.secret import check_secret
 from transport.session.sockets import check_url, new_context
@@ -238,6 +239,7 @@ async def open_receiver(
     Raises EndpointError if the address cannot be bound.
     """
     check_url(url, bind=True)
+    keep_message_memory()
     context = new_context()
     try:
         receiver = Receiver(url, options or ReceiverOptions(), context)

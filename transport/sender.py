@@ -24,6 +24,7 @@ from transport.sending.rounds import LaneSource, RoundCounters, RoundShare, Sour
 from transport.session.channels import Conversation
 from transport.session.connector import Connector
 from transport.session.link import LinkThread, SessionEnd, Shared, check_memory
+from transport.session.message_memory import keep_message_memory
 from transport.session.pacing import SharedBucket
 from transport.session.secret import check_secret
 from transport.session.sockets import check_url, new_context
@@ -483,6 +484,7 @@ async def open_sender(
     greeting = SessionHello(
         session, os.urandom(NONCE_BYTES), options.lanes, options.frame_bytes, hello
     )
+    keep_message_memory()
     context = new_context()
     try:
         sender = Sender(url, greeting, options, context)

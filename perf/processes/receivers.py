@@ -18,6 +18,7 @@ import zmq
 
 from perf.errors import BenchmarkFailed
 from transport.receiver import ReceiverOptions, open_receiver
+from transport.session.message_memory import keep_message_memory
 from transport.session.sockets import new_context
 from transport.wire.frames import PAGE_BYTES
 
@@ -41,6 +42,7 @@ async def receive_pages(url: str, n_pages: int, secret: bytes | None) -> None:
 
 
 def receive_bare(url: str, messages: int, memory_pages: int) -> None:
+    keep_message_memory()
     memory = np.ones((memory_pages, PAGE_BYTES), np.uint8)
     random = np.random.default_rng(1)
     with new_context() as context, context.socket(zmq.ROUTER) as router:

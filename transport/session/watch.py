@@ -20,10 +20,13 @@ from enum import Enum
 
 import zmq
 
+from transport.session.message_memory import give_back_message_memory
 from transport.session.secret import CURVE_PART_BYTES
 from transport.session.sockets import MAX_CONNECTIONS, RECEIVE_HIGH_WATER, receive
 from transport.wire.records import MAX_CHANNEL_MESSAGE_BYTES
 
+_LOOKS_AFTER = 20
+"""Looks after a connection was ended in which libzmq may still be freeing what it kept for it."""
 _TCP_INFO_BYTES_RECEIVED = struct.Struct("<128xQ")  # linux/tcp.h: tcpi_bytes_received, Linux 4.1
 _INPUT_QUEUE_BYTES = struct.Struct("<i")
 _SIOCINQ = 0x541B
@@ -84,6 +87,7 @@ class Watch:
         self._vouched: set[int] = set()
         """Descriptors of connections whose opening has not been heard of yet."""
         self._next_look = 0.0
+        self._looks_after = 0
         encrypted = zsocket.get(zmq.MECHANISM) == zmq.CURVE
         self._more_bytes = CURVE_PART_BYTES if encrypted else 0
         """Of each part on the wire, beside its own and those of its frame."""
@@ -136,7 +140,8 @@ class Watch:
             connection.stranger = False
 
     def enforce(self) -> int:
-        """Shut down the connections that keep too much; returns how many.
+        """Shut down the connections that keep too much, and give back what they kept; returns how
+        many are shut down.
 
         To be called at least every `WATCH_S`, when nothing is left to do: a look takes some ten
         system calls for each connection. More often costs nothing.
@@ -145,6 +150,9 @@ class Watch:
         if now < self._next_look:
             return 0
         self._next_look = now + WATCH_S
+        if self._looks_after:
+            self._looks_after -= 1
+            give_back_message_memory()
         ended = 0
         for fd, connection in list(self._connections.items()):
             with _duplicate(fd) as copy:
@@ -153,6 +161,8 @@ class Watch:
                 if _came_in(copy) - connection.given_bytes > self._limit_bytes:
                     ended += 1
                     _shut_down(copy)
+        if ended:
+            self._looks_after = _LOOKS_AFTER
         return ended
 
     def close(self) -> None:

@@ -7,6 +7,7 @@ of a session see `test_hostile_peer` and `test_hostile_receiver`.
 import os
 import socket
 import struct
+import threading
 from typing import Any
 
 import numpy as np
@@ -26,6 +27,7 @@ from tests.transport.hostile_sender import (
 from tests.transport.running import run_trio
 from transport.receiver import Receiver, ReceiverOptions, open_receiver
 from transport.sender import SenderOptions, open_sender
+from transport.session.message_memory import give_back_message_memory
 from transport.session.sockets import MAX_CONNECTIONS
 from transport.wire.records import (
     CONTROL_LANE,
@@ -109,8 +111,16 @@ def test_i9_identities_of_another_shape_are_nobody(identity: bytes) -> None:
 
 
 def test_i9_a_message_that_never_ends_is_cut_off_before_it_fills_the_memory(
-    raw_zmtp: Any,
+    raw_zmtp: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    given_back = threading.Event()
+
+    def give_back() -> None:
+        give_back_message_memory()
+        given_back.set()
+
+    monkeypatch.setattr("transport.session.watch.give_back_message_memory", give_back)
+
     async def scenario() -> None:
         async with open_receiver("tcp://127.0.0.1:*") as receiver:
             before = private_mib()
@@ -118,6 +128,7 @@ def test_i9_a_message_that_never_ends_is_cut_off_before_it_fills_the_memory(
                 connection = raw_zmtp.connect(receiver.url)
                 await in_thread(raw_zmtp.flood_until_shut, connection)
             await until(lambda: private_mib() - before < 64)
+            await until(given_back.is_set)
             await expect_good_session(receiver)
 
     run_trio(scenario)

@@ -210,6 +210,27 @@ def test_the_watch_counts_what_came_in(encrypted: bool, lengths: list[int]) -> N
     run_trio(scenario)
 
 
+def test_who_is_vouched_for_before_its_opening_is_heard_of_is_no_stranger() -> None:
+    """The message may be taken before the notice of the connection that it came on."""
+
+    async def scenario() -> None:
+        with two_sockets(None) as (router, dealer):
+            watch = watching.Watch(router)
+            sockets.connect(dealer, sockets.bind(router, "tcp://127.0.0.1:*").url)
+            dealer.send(b"here I am")
+            assert router.poll(10_000)
+            message = sockets.receive(router)
+            assert message is not None
+            watch.vouch(watch.given(message[1:]))
+            for _ in watch.events():
+                pass
+            (connection,) = watch._connections.values()
+            assert not connection.stranger
+            watch.close()
+
+    run_trio(scenario)
+
+
 @pytest.mark.parametrize("secret", [None, SECRET])
 def test_the_longest_message_arrives_and_a_longer_one_does_not(secret: bytes | None) -> None:
     async def scenario() -> None:
