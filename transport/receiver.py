@@ -18,10 +18,10 @@ import numpy.typing as npt
 import zmq
 
 from transport.receiving.apply import ApplyLane
-from transport.session.buffers import keep_message_memory
 from transport.session.channels import Conversation
 from transport.session.gatekeeper import Gatekeeper
-from transport.session.link import Link, LinkThread, Shared, check_memory
+from transport.session.link import LinkThread, SessionEnd, Shared, check_memory
+from transport.session.message_memory import keep_message_memory
 from transport.session.router import Router
 from transport.session.secret import check_secret
 from transport.session.sockets import check_url, new_context
@@ -29,7 +29,7 @@ from transport.wire.records import (
     MAX_RECORD_BYTES,
     MAX_WINDOW_FRAMES,
     MIN_PEER_TIMEOUT_MS,
-    Hello,
+    SessionHello,
     Verdict,
     session_seed,
 )
@@ -69,11 +69,11 @@ class Greeting:
     """What a sender said first."""
 
     session: bytes
-    """16 bytes."""
+    """The session's id, 16 bytes."""
     lanes: int
     frame_bytes: int
     payload: bytes
-    """Of the sender's application, at most 1 MiB."""
+    """What the sender's application said, at most 1 MiB."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -85,7 +85,7 @@ class ReceiverStatistics:
     pages_rejected: int
     """Deltas and copies whose base did not match; the sender sends these pages again in full."""
     lane_bytes: int
-    """On the data lanes: frames and comparisons."""
+    """Bytes of frames and of requests for digests, on the data lanes."""
     records_sent: int
     records_received: int
     tunnel_bytes_sent: int
@@ -94,7 +94,7 @@ class ReceiverStatistics:
     """Messages that belong to no session of ours: dropped unread."""
 
 
-class Receiver(Link):
+class Receiver(SessionEnd):
     """The target's end of one session; made by `open_receiver`."""
 
     def __init__(
@@ -116,7 +116,7 @@ class Receiver(Link):
             window_frames=options.window_frames,
             secret=secret,
         )
-        self._hello: Hello | None = None
+        self._hello: SessionHello | None = None
         self._lanes: list[ApplyLane] = []
         for thread in self._threads():
             thread.start()
@@ -184,7 +184,7 @@ class Receiver(Link):
                 lanes=self._hello.lanes,
                 window_frames=self._options.window_frames,
                 frame_bytes=self._hello.frame_bytes,
-                messages=self._router,
+                send_answer=self._router.send_answer,
                 files=files,
                 filling=filling,
             )
@@ -196,7 +196,7 @@ class Receiver(Link):
             self._router.attach(self._lanes)
 
     def statistics(self) -> ReceiverStatistics:
-        """Totals so far; cheap, any time."""
+        """Totals of the session so far; cheap, any time."""
         talk = self._shared.talk
         counters = [lane.counters for lane in self._lanes]
         return ReceiverStatistics(

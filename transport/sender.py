@@ -21,12 +21,11 @@ import zmq
 from transport.sending.compare import CompareShare, DigestShare, chunks_of, region_digest
 from transport.sending.lanes import SendLane, Task
 from transport.sending.rounds import LaneSource, RoundCounters, RoundShare, Source
-from transport.session.buffers import keep_message_memory
 from transport.session.channels import Conversation
 from transport.session.connector import Connector
-from transport.session.link import Link, LinkThread, Shared, check_memory
+from transport.session.link import LinkThread, SessionEnd, Shared, check_memory
+from transport.session.message_memory import keep_message_memory
 from transport.session.pacing import SharedBucket
-from transport.session.processors import current_processor
 from transport.session.secret import check_secret
 from transport.session.sockets import check_url, new_context
 from transport.wire.codec import Codec
@@ -41,7 +40,7 @@ from transport.wire.records import (
     MIN_PEER_TIMEOUT_MS,
     NONCE_BYTES,
     SESSION_BYTES,
-    Hello,
+    SessionHello,
     session_seed,
 )
 
@@ -142,13 +141,13 @@ class SenderStatistics:
     lane_messages: int
     """Frames and comparisons on the data lanes."""
     lane_bytes: int
-    """Their bytes, towards the receiver."""
+    """Bytes of these messages, towards the receiver."""
     codecs: tuple[str, ...]
-    """Of each lane, the one in use."""
+    """The codec that each lane uses at the moment."""
     records_sent: int
     records_received: int
     tunnel_bytes_sent: int
-    """Queued for the peer, within its window."""
+    """Bytes of the tunnel that were queued, within the peer's window."""
     tunnel_bytes_received: int
     round_trip_ns: int
     """The last PING's, on the control lane; 0 before the first."""
@@ -165,7 +164,7 @@ class _Round:
         self._duration_ns: int | None = None
 
     def finish(self) -> None:
-        """The clock stops."""
+        """Take the round's duration: it is over."""
         self._duration_ns = time.monotonic_ns() - self._started_ns
 
     def statistics(self) -> RoundStatistics:
@@ -209,14 +208,14 @@ class _Turn:
         self._lock.release()
 
 
-class Sender(Link):
+class Sender(SessionEnd):
     """The source's end of one session; made by `open_sender`. Rounds and comparisons take turns;
     records and the tunnel go on beside them."""
 
     def __init__(
         self,
         url: str,
-        hello: Hello,
+        hello: SessionHello,
         options: SenderOptions,
         context: zmq.Context[zmq.Socket[bytes]],
     ) -> None:
@@ -298,7 +297,6 @@ class Sender(Link):
                 self._url,
                 self._hello.session,
                 number,
-                lanes,
                 source.prepare,
                 source.idle,
                 self._bucket,
@@ -443,10 +441,6 @@ class Sender(Link):
         for lane, task in zip(self._lanes, tasks, strict=True):
             task.waited_for = waited_for
             lane.submit(task)
-        # A lane that wakes up where this thread runs takes its place at once: it comes last.
-        here = current_processor()
-        for lane in sorted(self._lanes, key=lambda lane: lane.rests_on(here)):
-            lane.wake()
         try:
             await self._when(
                 lambda: not waited_for or None, look_first=True, change=self._wait_performed
@@ -487,7 +481,9 @@ async def open_sender(
     if len(hello) > MAX_RECORD_BYTES:
         raise ValueError(f"a greeting has at most {MAX_RECORD_BYTES} bytes, not {len(hello)}")
     options = options or SenderOptions()
-    greeting = Hello(session, os.urandom(NONCE_BYTES), options.lanes, options.frame_bytes, hello)
+    greeting = SessionHello(
+        session, os.urandom(NONCE_BYTES), options.lanes, options.frame_bytes, hello
+    )
     keep_message_memory()
     context = new_context()
     try:

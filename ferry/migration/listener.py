@@ -7,7 +7,7 @@ from ferry.migration.conversation import Conversation
 from ferry.migration.handover_runner import HandoverRunner
 from ferry.migration.messages import MessageKind
 from sync.handover.machine import Event, RemoteProtocolError
-from transport.session.link import Link
+from transport.session.link import SessionEnd
 from transport.wire.errors import TransportError
 
 
@@ -17,7 +17,7 @@ class Listener:
 
     def __init__(
         self,
-        link: Link,
+        link: SessionEnd,
         runner: HandoverRunner,
         act: Callable[[MessageKind, bytes], Awaitable[None]],
     ) -> None:

@@ -8,7 +8,7 @@ import trio
 from ferry.migration.handover_runner import HandoverRunner
 from ferry.nurseries import first_error
 from sync.handover.machine import Event
-from transport.session.link import Link
+from transport.session.link import SessionEnd
 from transport.wire.errors import TransportError
 
 TUNNEL_BYTES = 256 << 10
@@ -16,7 +16,7 @@ TUNNEL_BYTES = 256 << 10
 
 
 async def tunnel_out(
-    stream: trio.SocketStream, link: Link, complete: Callable[[], Awaitable[bool]] | None
+    stream: trio.SocketStream, link: SessionEnd, complete: Callable[[], Awaitable[bool]] | None
 ) -> None:
     """Carries the stream of the VMM on this host to the other one, until the VMM closes or is gone.
 
@@ -30,7 +30,7 @@ async def tunnel_out(
         await link.tunnel_send_eof()
 
 
-async def tunnel_in(stream: trio.SocketStream, link: Link) -> None:
+async def tunnel_in(stream: trio.SocketStream, link: SessionEnd) -> None:
     """Carries the stream of the other host's VMM to the one here, until the other one closes.
 
     A VMM that has closed its end has what it wants, or has failed; its QMP says which. The peer's
@@ -49,7 +49,7 @@ async def tunnel_in(stream: trio.SocketStream, link: Link) -> None:
 
 async def run_tunnel(
     stream: trio.SocketStream,
-    link: Link,
+    link: SessionEnd,
     runner: HandoverRunner,
     complete: Callable[[], Awaitable[bool]] | None = None,
 ) -> None:

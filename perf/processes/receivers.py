@@ -18,7 +18,7 @@ import zmq
 
 from perf.errors import BenchmarkFailed
 from transport.receiver import ReceiverOptions, open_receiver
-from transport.session.buffers import keep_message_memory
+from transport.session.message_memory import keep_message_memory
 from transport.session.sockets import new_context
 from transport.wire.frames import PAGE_BYTES
 

@@ -19,7 +19,6 @@ import numpy.typing as npt
 
 from perf.processes.receivers import fresh_memory
 from perf.processes.sender import mapped
-from transport.session.watch import do_not_pace
 from transport.wire.frames import PAGE_BYTES
 
 PIECE_BYTES = 256 << 10
@@ -76,9 +75,7 @@ def _listen(host: str) -> socket.socket:
 def _connect(address: str) -> socket.socket:
     if not address.startswith("/"):
         host, _, port = address.partition(":")
-        tcp = socket.create_connection((host, int(port)))
-        do_not_pace(tcp)
-        return tcp
+        return socket.create_connection((host, int(port)))
     connection = socket.socket(socket.AF_UNIX)
     connection.connect(address)
     return connection

@@ -12,7 +12,7 @@ import zmq
 
 from transport.sending.encoder import Encoder
 from transport.sending.replica import Replica
-from transport.wire.records import CONTROL_LANE, Hello, MessageType, routing_id, session_seed
+from transport.wire.records import CONTROL_LANE, MessageType, SessionHello, routing_id, session_seed
 
 PAGE = 4096
 N_PAGES = 64
@@ -50,7 +50,7 @@ class HostileSender:
 
     def greet(self, lanes: int = 2, frame_bytes: int = 1 << 20) -> None:
         self.dealer(CONTROL_LANE).send(
-            Hello(self.session, self.nonce, lanes, frame_bytes, b"").pack()
+            SessionHello(self.session, self.nonce, lanes, frame_bytes, b"").pack()
         )
 
     def wait_for(self, kind: MessageType) -> bytes:

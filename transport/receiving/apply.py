@@ -1,8 +1,7 @@
 """The receiver's data lanes: one thread each that applies frames and answers comparisons.
 
-Owns a lane's queue between whoever hears its messages and the work, and the window. A lane without
-work listens to the ROUTER of the session by itself (`router`), so that a short round does not wait
-for another thread. Decoding is `decoder`'s, comparing `compare`'s.
+Owns a lane's queue between the thread that receives (`router`) and the work, and the window.
+Decoding is `decoder`'s, comparing `answers`'.
 """
 
 from __future__ import annotations
@@ -10,9 +9,9 @@ from __future__ import annotations
 import select
 import threading
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Final, Protocol
+from typing import TYPE_CHECKING
 
 import numpy as np
 import numpy.typing as npt
@@ -21,7 +20,6 @@ import zmq
 from transport.receiving.answers import answer_request
 from transport.receiving.mapping import IDLE_S, Mapper
 from transport.session.link import LinkThread, Shared
-from transport.session.processors import Processors
 from transport.wire.errors import FrameError
 from transport.wire.frames import MAGIC, PAGE_BYTES
 from transport.wire.records import Ack, unpack_request
@@ -29,10 +27,6 @@ from transport.wire.records import Ack, unpack_request
 if TYPE_CHECKING:
     from transport.receiving.decoder import Decoder
     from transport.wire.extents import Extent
-
-
-LISTENING_LANES: Final = 2
-"""Of a session, the first ones: each message wakes all that listen."""
 
 
 @dataclass(slots=True)
@@ -43,17 +37,6 @@ class ApplyCounters:
     pages: int = 0
     rejected: int = 0
     bytes: int = 0
-
-
-class Messages(Protocol):
-    """Where messages come from and answers go to: see `Router`."""
-
-    @property
-    def fd(self) -> int: ...
-
-    def hear(self) -> None: ...
-
-    def send_answer(self, lane: int, answer: bytes) -> None: ...
 
 
 class ApplyLane(LinkThread):
@@ -69,11 +52,12 @@ class ApplyLane(LinkThread):
         lanes: int,
         window_frames: int,
         frame_bytes: int,
-        messages: Messages,
+        send_answer: Callable[[int, bytes], None],
         files: Sequence[Extent] = (),
         filling: threading.Lock | None = None,
     ) -> None:
-        """`memory` uint8[n_pages * 4096], writable; `files` and `filling` as for `Decoder`."""
+        """`memory` uint8[n_pages * 4096], writable; `files` and `filling` as for `Decoder`.
+        `send_answer` takes the lane's number and an answer, in the order of the messages."""
         super().__init__(f"ferry-apply-{lane}", shared)
         self.counters = ApplyCounters()
         self.n_pages = memory.size // PAGE_BYTES
@@ -87,30 +71,26 @@ class ApplyLane(LinkThread):
         self._lanes = lanes
         self._window_frames = window_frames
         self._frame_bytes = frame_bytes
-        self._processors = Processors(lane, lanes)
-        self._messages = messages
+        self._send_answer = send_answer
         self._submitted = 0
         self._answered = 0
-        """Written by this lane's thread; the one before by whoever hears."""
+        """Written by this lane's thread; the one before by who submits."""
         self._queue: deque[zmq.Frame] = deque()
         self._wakeup = shared.new_wakeup()
         self._poll = select.poll()
         self._poll.register(self._wakeup, select.POLLIN)
-        if lane < LISTENING_LANES:
-            self._poll.register(messages.fd, select.POLLIN)
         self._stopped = False
 
     def submit(self, message: zmq.Frame) -> None:
-        """A message arrived, one after the other, from any thread. FrameError: it is longer than
-        announced, or beyond the window."""
+        """A message arrived. For one other thread. FrameError: it is longer than announced, or
+        beyond the window."""
         if len(message) > self._frame_bytes and _is_frame(message.buffer):
             raise FrameError(f"a frame of {len(message)} bytes, {self._frame_bytes} were announced")
         if self._submitted - self._answered >= self._window_frames:
             raise FrameError(f"the peer sends more than {self._window_frames} frames at once")
         self._submitted += 1
         self._queue.append(message)
-        if not self.is_current:
-            self._wakeup.set()
+        self._wakeup.set()
 
     def stop(self) -> None:
         """End once the message at hand is done; the others are dropped."""
@@ -135,27 +115,24 @@ class ApplyLane(LinkThread):
         self.prepared = True
         self.shared.wakeup.set()
         while (message := self._next(mapper)) is not None:
-            self._processors.work()
             answer = self._handle(message.buffer, decoder)
             # The next message is likely to get this one's memory, which the caches still have.
             del message
             # First, for the next one may be here before the answer is known to be sent.
             self._answered += 1
-            self._messages.send_answer(self._lane, answer)
+            self._send_answer(self._lane, answer)
 
     def _next(self, mapper: Mapper) -> zmq.Frame | None:
         """The next message, None: the end; until it comes, memory is mapped by the first lane."""
         rests = False
         while not self._stopped and not self.shared.over:
-            self._messages.hear()
             if self._queue:
                 return self._queue.popleft()
             ready = self._poll.poll(None if rests and not mapper.useful else IDLE_S * 1000)
             if not ready:
-                self._processors.rest()
                 rests = True
                 mapper.step()
-            elif any(fd == self._wakeup.fileno() for fd, _ in ready):
+            else:
                 self._wakeup.clear()
         return None
 

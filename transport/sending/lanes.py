@@ -20,16 +20,22 @@ import numpy as np
 import numpy.typing as npt
 import zmq
 
-from transport.session.buffers import MessageBuffer
 from transport.session.channels import LISTENING_S
 from transport.session.link import LinkThread, Shared
 from transport.session.pacing import SharedBucket
 from transport.session.polling import wait
-from transport.session.processors import Processors
 from transport.session.sockets import Wakeup, connect, open_dealer, receive
 from transport.session.watch import WATCH_S, ConnectionEvent, Watch
 from transport.wire.errors import PeerLost, RecordError
-from transport.wire.records import FIRST_DATA_LANE, LaneAnswer, routing_id, unpack_answer
+from transport.wire.records import (
+    FIRST_DATA_LANE,
+    LANE_HELLO,
+    LaneAnswer,
+    MessageType,
+    message_type,
+    routing_id,
+    unpack_answer,
+)
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -123,7 +129,6 @@ class SendLane(LinkThread):
         url: str,
         session: bytes,
         lane: int,
-        lanes: int,
         prepare: Callable[[], None],
         idle: Callable[[], None],
         bucket: SharedBucket,
@@ -151,37 +156,31 @@ class SendLane(LinkThread):
         self._tasks: deque[Task] = deque()
         self._held: _UnderWay | None = None
         self._under_way: deque[_UnderWay] = deque()
-        self._frame_bytes = frame_bytes
-        self._buffer: MessageBuffer | None = None
+        self._welcome = False
+        """Whether the receiver knows that the connection is this lane's; nothing is sent before."""
+        self._buffer = np.empty(frame_bytes, np.uint8)
         """What the next message is made in, or the held one is."""
-        self._processors = Processors(lane, lanes)
         self._socket = open_dealer(context, routing_id(FIRST_DATA_LANE + lane, session), secret)
         self._watch = Watch(self._socket)
 
     def submit(self, task: Task) -> None:
-        """Add a task; `wake` is to follow. From any thread."""
+        """Add a task. From any thread."""
         self._tasks.append(task)
-
-    def wake(self) -> None:
-        """There is a task, or one has been cancelled. From any thread."""
         self._wakeup.set()
 
-    def rests_on(self, processor: int) -> bool:
-        """Whether it is to wake up on this one. From any thread."""
-        return self._processors.rests_on(processor)
+    def wake(self) -> None:
+        """A task has been cancelled. From any thread."""
+        self._wakeup.set()
 
     def run(self) -> None:
         """Work on tasks until the session is over."""
         try:
             connect(self._socket, self._url)
             self._prepare()
-            self._buffer = MessageBuffer(self._frame_bytes)
             self._loop()
         finally:
             self._watch.close()
             self._socket.close(linger=0)
-            if self._buffer is not None:
-                self._buffer.free()
 
     def _loop(self) -> None:
         poller = zmq.Poller()
@@ -189,10 +188,9 @@ class SendLane(LinkThread):
         poller.register(self._socket, zmq.POLLIN)
         poller.register(self._watch.monitor, zmq.POLLIN)
         looked = time.monotonic()
+        self._progress_by = looked + self._progress_timeout_s
         while not self.shared.over:
             again = self._advance()
-            if not self._tasks:
-                self._processors.rest()
             self._watch.enforce()
             ready = wait(poller, min(again, time.monotonic() + WATCH_S, self._progress_by))
             if self._wakeup.fileno() in ready:
@@ -210,13 +208,15 @@ class SendLane(LinkThread):
                 self._progress_by += now - looked
             looked = now
             if now > self._progress_by:
-                raise PeerLost(
-                    f"the receiver has applied nothing for {self._progress_timeout_s:g} s"
-                )
+                missing = "applied nothing" if self._welcome else "welcomed no lane"
+                raise PeerLost(f"the receiver has {missing} for {self._progress_timeout_s:g} s")
 
     def _look_at_connection(self) -> None:
         for event, _fd in self._watch.events():
-            if event is ConnectionEvent.GONE:
+            if event is ConnectionEvent.READY and not self._welcome:
+                self._socket.send(LANE_HELLO, zmq.NOBLOCK)
+            # Before, the receiver may have taken it for a stranger's: libzmq makes another one.
+            elif event is ConnectionEvent.GONE and self._welcome:
                 self.shared.suspect(PeerLost("a lane's connection to the receiver has ended"))
 
     def _advance(self) -> float:
@@ -225,10 +225,8 @@ class SendLane(LinkThread):
         if self._held is None:
             if not self._may_produce():
                 return float("inf")
-            if self._buffer is None:
-                self._buffer = MessageBuffer(self._frame_bytes)
             task = self._tasks[0]
-            outgoing = task.produce(self._buffer.array)
+            outgoing = task.produce(self._buffer)
             if outgoing is None:
                 return 0.0
             due = self._bucket.reserve(outgoing.n_bytes)
@@ -249,21 +247,18 @@ class SendLane(LinkThread):
 
     def _may_produce(self) -> bool:
         room = len(self._under_way) < self._window_frames
-        return room and bool(self._tasks) and self._tasks[0].ready
+        return self._welcome and room and bool(self._tasks) and self._tasks[0].ready
 
     def _send(self, message: _UnderWay) -> None:
         # The window is far below the high-water mark, so there is always room in libzmq's queue.
         data = message.outgoing.data
-        if isinstance(data, bytes):
-            self._socket.send(data, zmq.NOBLOCK)
+        if isinstance(data, int):
+            self._socket.send(self._buffer[:data].data, zmq.NOBLOCK, copy=True)
         else:
-            assert self._buffer is not None
-            buffer, self._buffer = self._buffer, None
-            buffer.send(self._socket, data)
+            self._socket.send(data, zmq.NOBLOCK)
         if not self._under_way:
             self._progress_by = time.monotonic() + self._progress_timeout_s
         self._under_way.append(message)
-        self._processors.work()
         self.counters.messages += 1
         self.counters.bytes += message.outgoing.n_bytes
 
@@ -272,6 +267,10 @@ class SendLane(LinkThread):
             self._watch.given(parts)
             if len(parts) != 1:
                 raise RecordError(f"an answer of {len(parts)} parts")
+            if message_type(parts[0].buffer) == MessageType.LANE_WELCOME:
+                if not self._welcome:
+                    self._welcome, self._progress_by = True, float("inf")
+                continue
             answer = unpack_answer(parts[0].buffer)
             if not self._under_way:
                 raise RecordError("the receiver answers what it was not asked")

@@ -19,13 +19,12 @@ from __future__ import annotations
 from collections import deque
 from dataclasses import dataclass
 
-from transport.wire.errors import PeerClosed, PeerLost, RecordError
+from transport.wire.errors import RecordError
 from transport.wire.records import (
     MAX_RECORD_BYTES,
     MAX_TUNNEL_CHUNK_BYTES,
     MIN_PEER_TIMEOUT_MS,
     Attached,
-    Bye,
     ControlMessage,
     Ping,
     Pong,
@@ -72,7 +71,7 @@ class RecordChannel:
         self.sent = 0
         """Records queued so far, which is the next one's sequence number."""
         self.delivered = 0
-        """Of these, records that the peer's transport has."""
+        """Records that the peer's transport has got."""
         self.received = 0
         """Records that arrived."""
         self._outbox: deque[RecordMessage] = deque()
@@ -147,11 +146,11 @@ class TunnelChannel:
     """A stream of bytes in both directions, each of which can end by itself."""
 
     def __init__(self, chunk_bytes: int = MAX_TUNNEL_CHUNK_BYTES) -> None:
-        """`chunk_bytes`: how much to put into one message."""
+        """At most `chunk_bytes` are put into one message."""
         self.sent = 0
         """Bytes queued so far."""
         self.delivered = 0
-        """Of these, bytes that the peer's transport has."""
+        """Bytes that the peer's transport has got."""
         self.received = 0
         """Bytes that arrived."""
         self.ended = False
@@ -275,7 +274,8 @@ class Conversation:
         """Pages that the receiver has attached."""
         self.round_trip_ns = 0
         """Of the last ping; 0 before the first answer."""
-        self._peer_timeout_s = peer_timeout_s
+        self.peer_timeout_s = peer_timeout_s
+        """Silence after which the peer counts as lost."""
         self._ping_every_s = GREETING_PING_S
         self._next_ping = now if pings else None
         self._heard = now
@@ -284,14 +284,14 @@ class Conversation:
 
     def ping_for(self, peer_timeout_s: float) -> None:
         """Ping as often as this side's timeout and the peer's ask for."""
-        self._ping_every_s = min(self._peer_timeout_s, peer_timeout_s) / PINGS_PER_TIMEOUT
+        self._ping_every_s = min(self.peer_timeout_s, peer_timeout_s) / PINGS_PER_TIMEOUT
 
     def attach(self, n_pages: int) -> None:
         """Tell the peer that memory of this size is attached."""
         self._urgent.append(Attached(n_pages).pack())
 
     def on_control(self, message: ControlMessage, now: float) -> None:
-        """A message of the control lane arrived. PeerClosed: the peer said goodbye."""
+        """A message of the control lane arrived. BYE, which ends it all, is not for here."""
         self._heard = now
         match message:
             case RecordMessage():
@@ -308,8 +308,6 @@ class Conversation:
                 if self.peer_pages is not None or self._next_ping is None:
                     raise RecordError("the peer attaches memory twice, or is not the receiver")
                 self.peer_pages = message.value
-            case Bye():
-                raise PeerClosed(message.reason)
 
     def on_tunnel(
         self, message: TunnelHead | TunnelEof | TunnelCredit, data: bytes | None, now: float
@@ -340,13 +338,13 @@ class Conversation:
         return self.records.next_message()
 
     def deadline(self) -> float:
-        """When to call `check_alive` and `next_control` again if nothing arrives before; the former
+        """When to call `silent` and `next_control` again if nothing arrives before; the former
         several times in `LISTENING_S`."""
-        lost = self._heard + self._peer_timeout_s
+        lost = self._heard + self.peer_timeout_s
         return lost if self._next_ping is None else min(lost, self._next_ping)
 
-    def check_alive(self, now: float) -> None:
-        """Raise PeerLost if the peer has been silent for too long while this side listened.
+    def silent(self, now: float) -> bool:
+        """Whether the peer has said nothing for too long while this side listened.
 
         A process that was stopped, or found no processor, has not yet read what the peer said
         meanwhile: that may well be why it leaves.
@@ -354,8 +352,7 @@ class Conversation:
         if now - self._looked > LISTENING_S:
             self._heard = min(now, self._heard + now - self._looked)
         self._looked = now
-        if now - self._heard > self._peer_timeout_s:
-            raise PeerLost(f"the peer has been silent for {self._peer_timeout_s:g} s")
+        return now - self._heard > self.peer_timeout_s
 
     @property
     def flushed(self) -> bool:

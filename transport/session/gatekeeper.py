@@ -41,7 +41,8 @@ class Gatekeeper(LinkThread):
             self._socket.close(linger=0)
 
     def _answer(self, question: list[bytes]) -> list[bytes]:
-        """`question`: version, number, domain, address, identity, mechanism, key."""
+        """The answer to libzmq's question, whose parts are version, number, domain, address,
+        identity, mechanism and key."""
         version, number, domain, _address, _identity, mechanism, *credentials = question
         known = mechanism == b"CURVE" and credentials == [self._sender] and domain == ZAP_DOMAIN
         status = [b"200", b"OK"] if known else [b"400", b"not a sender's key"]

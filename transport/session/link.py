@@ -47,14 +47,14 @@ class Closing(Enum):
     DRAIN = 1
     """Deliver what was queued, for a bounded time."""
     DROP = 2
-    """At once."""
+    """Drop what was queued and end at once."""
 
 
 class Signal:
     """Wakes all trio tasks that wait for something to change; `notify` is for any thread."""
 
     def __init__(self) -> None:
-        """For the trio run that is going on."""
+        """To be made within the trio run whose tasks it wakes."""
         self._token = trio.lowlevel.current_trio_token()
         self._event = trio.Event()
 
@@ -151,7 +151,7 @@ class Shared:
             wakeup.close()
 
 
-class Link(ABC):
+class SessionEnd(ABC):
     """What `Sender` and `Receiver` have in common. Every method may be cancelled.
 
     Every method raises the link's first error once there is one: `PeerLost` (`PeerClosed` if the
@@ -327,13 +327,8 @@ class LinkThread(ABC):
         self.ended = False
         """Whether its work is over; `Shared.changed` is notified then."""
 
-    @property
-    def is_current(self) -> bool:
-        """Whether it is the caller's."""
-        return threading.get_ident() == self._thread.ident
-
     def start(self) -> None:
-        """Begin."""
+        """Start the thread."""
         self._thread.start()
 
     def join(self) -> None:

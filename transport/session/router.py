@@ -1,62 +1,55 @@
 """The receiver's thread, and its one bound ROUTER for every connection of a session.
 
-Owns the endpoint, the greeting as the receiver sees it, and who is heard: messages go to the
+Owns the endpoint, what the table of `greeting` means for it, and who is heard: messages go to the
 channels or to a data lane by their routing id, and whatever belongs to no session of ours is
-dropped and counted. Once there are lanes, those that have nothing to apply listen (`hear`), since
-what arrives is most likely theirs; this thread then only sends, looks after connections and
-deadlines, and hears every `WATCH_S`, should every lane be held up.
-
-    LISTENING ── valid HELLO ──► GREETED ── accept ──► ACCEPTED
-        ▲                           │
-        └────────── refuse ─────────┘
-
-From GREETED on other greetings are answered BUSY. Whatever a member of the session does wrong ends
+dropped and counted. Lanes answer through it, too. Whatever a member of the session does wrong ends
 the session with an error that names it, and with a BYE that tells the peer.
 """
 
 from __future__ import annotations
 
 import time
+from collections import deque
 from collections.abc import Sequence
-from enum import Enum
+from typing import Any, NamedTuple
 
 import zmq
 
 from transport.receiving.apply import ApplyLane
 from transport.session.channels import Conversation
-from transport.session.link import Closing, LinkThread, Shared
-from transport.session.polling import BATCH_MESSAGES, BLOCKED_S, FAREWELL_MS, wait
-from transport.session.shared_router import SharedRouter
+from transport.session.control_thread import ControlThread, is_lane_word, only_part
+from transport.session.greeting import RECEIVER, Action, Event, Greeting, State
+from transport.session.link import Shared
+from transport.session.polling import BLOCKED_S
 from transport.session.sockets import bind, open_router
-from transport.session.watch import WATCH_S, ConnectionEvent, Watch
-from transport.wire.errors import FrameError, PeerLost, RecordError, VersionMismatch
+from transport.session.watch import ConnectionEvent, Watch
+from transport.wire.errors import FrameError, RecordError, VersionMismatch
 from transport.wire.records import (
     CONTROL_LANE,
     FIRST_DATA_LANE,
+    LANE_HELLO,
+    LANE_WELCOME,
     SESSION_BYTES,
     TUNNEL_LANE,
-    Bye,
-    Hello,
     HelloReply,
     MessageType,
+    SessionHello,
     Verdict,
     message_type,
     routing_id,
-    unpack_control,
-    unpack_tunnel,
 )
 
 
-class Stage(Enum):
-    """How far the greeting is."""
+class _Caller(NamedTuple):
+    """Who greets: the routing id, the greeting unless it is unreadable, and the descriptor."""
 
-    LISTENING = 1
-    GREETED = 2
-    ACCEPTED = 3
+    identity: bytes
+    hello: SessionHello | None
+    fd: int
 
 
-class Router(LinkThread):
-    """See the module. `hello` and `stage` may be read under the shared lock."""
+class Router(ControlThread):
+    """See the module. `hello` may be read under the shared lock."""
 
     def __init__(
         self,
@@ -69,287 +62,204 @@ class Router(LinkThread):
         secret: bytes | None,
     ) -> None:
         """Binds. With a `secret`, there has to be a `Gatekeeper`. Raises EndpointError."""
-        super().__init__("ferry-router", shared)
-        self.hello: Hello | None = None
-        self.stage = Stage.LISTENING
+        self._socket = open_router(context, secret)
+        greeting = Greeting(RECEIVER, State.LISTENING, {}, time.monotonic())
+        super().__init__("ferry-router", shared, greeting, (self._socket,))
+        self.hello: SessionHello | None = None
         self.dropped = 0
         """Messages that belong to no session of ours."""
         self._peer_timeout_s = peer_timeout_s
         self._window_frames = window_frames
-        self._verdict: HelloReply | None = None
+        self._answer: HelloReply | None = None
+        """The user's answer to the greeting, until it has been sent."""
         self._session = b""
         self._control_fd = -1
+        self._lane_fds: dict[int, int] = {}
+        """Of the lanes that said hello, by the first byte of their routing ids."""
         self._lanes: list[ApplyLane] = []
         self._announced = False
-        self._unsent_control: bytes | None = None
-        self._unsent_tunnel: tuple[bytes, memoryview | None] | None = None
-        self._unsent_credit: bytes | None = None
-        self._look_around = True
-        """Whether something may be due beside data that arrives."""
-        router = open_router(context, secret)
-        self._socket = SharedRouter(router)
-        self._watch = Watch(router)
+        self._lane_answers: deque[tuple[int, bytes]] = deque()
+        """What data lanes have to answer, each with the lane's number."""
         try:
-            self._bound = bind(router, url)
+            self._bound = bind(self._socket, url)
         except BaseException:
-            self._socket.close(self._watch, 0)
+            super()._close(0)
             raise
 
     @property
     def url(self) -> str:
-        """The endpoint as bound."""
+        """The URL that is bound, a wildcard port filled in."""
         return self._bound.url
 
     def answer(self, verdict: Verdict, payload: bytes) -> None:
         """Accept or refuse the greeting. Under the shared lock; RuntimeError: there is none."""
-        if self.stage is not Stage.GREETED or self._verdict is not None:
-            raise RuntimeError("there is no greeting to answer")
-        self._verdict = self._reply(verdict, payload)
+        event = Event.ACCEPT if verdict is Verdict.ACCEPTED else Event.REFUSE
+        if Action.SEND_ANSWER in self._greeting.handle(event, time.monotonic()):
+            self._answer = self._reply(verdict, payload)
 
     def attach(self, lanes: list[ApplyLane]) -> None:
         """Take these data lanes, which have been started. Under the shared lock."""
         self._lanes = lanes
 
-    @property
-    def fd(self) -> int:
-        """For a lane's thread, to be polled when it has heard everything: readable when there is
-        more. Without meaning once this thread has ended, which ends the lanes' as well."""
-        return self._socket.fd
-
-    def hear(self) -> None:
-        """Hand on what has arrived, from a lane's thread. FrameError, RecordError: the peer has
-        done something wrong."""
-        if self._hear() or self._look_around:
-            self.shared.wakeup.set()
-
     def send_answer(self, lane: int, answer: bytes) -> None:
-        """Answer a message of a data lane, from the lane's thread, which has to `hear` afterwards.
-        FrameError: the peer takes no answers. Without a connection, which ends the session
-        elsewhere, nothing happens."""
-        identity = routing_id(FIRST_DATA_LANE + lane, self._session)
-        if self._socket.send((identity, answer)) == zmq.EAGAIN:
-            raise FrameError(f"the peer does not take the answers of lane {lane}")
+        """Answer a message of a data lane. From any thread."""
+        self._lane_answers.append((lane, answer))
+        self.shared.wakeup.set()
 
-    def run(self) -> None:
-        """Hear and answer until the session is over."""
-        linger_ms = 0
-        try:
-            linger_ms = self._loop()
-        except (FrameError, RecordError) as error:
-            self._say_goodbye(str(error))
-            linger_ms = FAREWELL_MS
-            raise
-        finally:
-            self._socket.close(self._watch, linger_ms)
-            self._bound.remove()
+    def _close(self, linger_ms: int) -> None:
+        super()._close(linger_ms)
+        self._bound.remove()
 
-    def _loop(self) -> int:
-        """Returns how long the socket may linger, in ms."""
-        poller = zmq.Poller()
-        poller.register(self.shared.wakeup, zmq.POLLIN)
-        poller.register(self._socket.fd, zmq.POLLIN)
-        poller.register(self._watch.monitor, zmq.POLLIN)
-        listens = True
-        while not self.shared.over:
-            now = time.monotonic()
-            self._look_around = False
-            due = min(self._check_deadlines(now), self._send(now))
-            if self.shared.closing is Closing.DRAIN and self._drained(now):
-                return max(1, int((self.shared.drain_until - now) * 1000))
-            with self._socket.lock:
-                self._watch.enforce()
-            # Of now, or the watch would find its time not come by what has passed since.
-            again = min(due, time.monotonic() + WATCH_S)
-            if self._hear() or self._look_around:
-                continue
-            if listens and self._announced:
-                listens = False
-                poller.unregister(self._socket.fd)
-            ready = wait(poller, again)
-            if self.shared.wakeup.fileno() in ready:
-                self.shared.wakeup.clear()
-            if self._watch.monitor in ready:
-                self._look_at_connections()
-        if self.shared.failure is not None and not isinstance(self.shared.failure, PeerLost):
-            self._say_goodbye(str(self.shared.failure))
-            return FAREWELL_MS
-        return 0
+    def _on_connection(self, zsocket: zmq.Socket[bytes], event: ConnectionEvent, fd: int) -> None:
+        if event is ConnectionEvent.GONE and fd == self._control_fd:
+            self._control_fd = -1
+            self._handle(Event.CONNECTION_LOST, "the connection to the sender has ended")
 
-    def _check_deadlines(self, now: float) -> float:
-        """Raise what is due; returns when to look again."""
+    def _perform(self, action: Action, detail: Any) -> None:
+        match action:
+            case Action.TELL_HELLO:
+                self._take(detail)
+            case Action.TELL_OPEN:
+                with self.shared.lock:
+                    self.shared.established = True
+                self.shared.changed.notify()
+            case Action.FORGET:
+                # A pong for this sender must not reach the next one.
+                self._unsent_control = None
+                self._session, self._control_fd = b"", -1
+                with self.shared.lock:
+                    self.hello = None
+                self.shared.changed.notify()
+            case Action.WELCOME_LANE:
+                self._welcome(*detail)
+            case Action.ANSWER_BUSY:
+                self._turn_away(detail, Verdict.BUSY)
+            case Action.ANSWER_OTHER_VERSION:
+                self._turn_away(detail, Verdict.OTHER_VERSION)
+            case _:
+                raise AssertionError(action)
+
+    def _take(self, caller: _Caller) -> None:
+        assert caller.hello is not None
+        (watch,) = self._watches.values()
+        watch.vouch(caller.fd)
+        watch.expect(caller.hello.frame_bytes)
+        self._session, self._control_fd = caller.hello.session, caller.fd
         with self.shared.lock:
-            if self.stage is Stage.LISTENING:
-                return float("inf")
-            self.shared.talk.check_alive(now)
-            return min(self.shared.check_suspicion(now), self.shared.talk.deadline())
+            self.hello = caller.hello
+            self.shared.talk = Conversation(
+                now=time.monotonic(), peer_timeout_s=self._peer_timeout_s, pings=False
+            )
+        self.shared.changed.notify()
 
-    def _look_at_connections(self) -> None:
-        with self._socket.lock:
-            for event, fd in self._watch.events():
-                if event is ConnectionEvent.GONE and fd == self._control_fd:
-                    self._control_fd = -1
-                    self.shared.suspect(PeerLost("the connection to the sender has ended"))
+    def _welcome(self, lane: int, fd: int) -> None:
+        assert self.hello is not None
+        if lane != TUNNEL_LANE and not 0 <= lane - FIRST_DATA_LANE < self.hello.lanes:
+            raise FrameError(f"lane {lane - FIRST_DATA_LANE} of {self.hello.lanes} says hello")
+        if self._lane_fds.setdefault(lane, fd) != fd:
+            # What was said to the connection before may be lost.
+            self._handle(Event.CONNECTION_LOST, "a lane's connection to the sender has ended")
+        self._try_send(lane, LANE_WELCOME)
+
+    def _turn_away(self, caller: _Caller, verdict: Verdict) -> None:
+        self.dropped += 1
+        self._send_to(caller.identity, self._reply(verdict).pack())
+
+    def _reply(self, verdict: Verdict, payload: bytes = b"") -> HelloReply:
+        return HelloReply(verdict, self._window_frames, int(self._peer_timeout_s * 1000), payload)
 
     # sending
 
     def _send(self, now: float) -> float:
-        """Send what may go; returns when to try again."""
-        if self.stage is Stage.LISTENING:
-            return float("inf")
-        if self._verdict is not None:
-            return now if self._send_verdict(self._verdict) else now + BLOCKED_S
-        sent = self._send_control(now) and self._send_tunnel()
-        return float("inf") if sent else now + BLOCKED_S
+        if self._answer is not None:
+            if not self._try_send(CONTROL_LANE, self._answer.pack()):
+                return now + BLOCKED_S
+            self._answer = None
+            self._handle(Event.ANSWERED)
+        self._send_lane_answers()
+        self._announce_memory()
+        return super()._send(now)
 
-    def _send_verdict(self, verdict: HelloReply) -> bool:
-        if not self._try_send(CONTROL_LANE, verdict.pack()):
-            return False
-        with self.shared.lock:
-            self._verdict = None
-            if verdict.verdict is Verdict.ACCEPTED:
-                self.stage = Stage.ACCEPTED
-                self.shared.established = True
-            else:
-                self.stage = Stage.LISTENING
-                self.hello = None
-                self._session, self._control_fd = b"", -1
-                # A pong for this sender must not reach the next one.
-                self._unsent_control = None
-        self.shared.changed.notify()
-        return True
-
-    def _send_control(self, now: float) -> bool:
-        """False, as from the others: a queue of libzmq's is full."""
-        while True:
-            if self._unsent_control is None:
-                with self.shared.lock:
-                    self._announce_memory()
-                    self._unsent_control = self.shared.talk.next_control(now)
-            if self._unsent_control is None:
-                return True
-            if not self._try_send(CONTROL_LANE, self._unsent_control):
-                return False
-            self._unsent_control = None
+    def _send_lane_answers(self) -> None:
+        while self._lane_answers:
+            lane, answer = self._lane_answers.popleft()
+            # The window is below the high-water mark. A connection that is gone ends the session.
+            error = self._send_to(routing_id(FIRST_DATA_LANE + lane, self._session), answer)
+            if error == zmq.EAGAIN:
+                raise FrameError(f"the peer does not take the answers of lane {lane}")
 
     def _announce_memory(self) -> None:
-        if self._lanes and not self._announced and all(lane.prepared for lane in self._lanes):
-            self._announced = True
-            self.shared.talk.attach(self._lanes[0].n_pages)
-
-    def _send_tunnel(self) -> bool:
-        while True:
-            with self.shared.lock:
-                tunnel = self.shared.talk.tunnel
-                self._unsent_credit = self._unsent_credit or tunnel.next_credit()
-                self._unsent_tunnel = self._unsent_tunnel or tunnel.next_message()
-            if self._unsent_credit is not None:
-                if not self._try_send(TUNNEL_LANE, self._unsent_credit):
-                    return False
-                self._unsent_credit = None
-            if self._unsent_tunnel is None:
-                return True
-            if not self._try_send(TUNNEL_LANE, *self._unsent_tunnel):
-                return False
-            self._unsent_tunnel = None
+        if self._announced:
+            return
+        with self.shared.lock:
+            if self._lanes and all(lane.prepared for lane in self._lanes):
+                self._announced = True
+                self.shared.talk.attach(self._lanes[0].n_pages)
 
     def _try_send(self, lane: int, head: bytes, data: memoryview | None = None) -> bool:
-        """False: the connection's queue is full, or the connection not there (yet)."""
-        return self._try_send_to(routing_id(lane, self._session), head, data)
+        if lane == TUNNEL_LANE and lane not in self._lane_fds:
+            return False
+        return self._send_to(routing_id(lane, self._session), head, data) == 0
 
-    def _try_send_to(self, identity: bytes, head: bytes, data: memoryview | None = None) -> bool:
+    def _send_to(self, identity: bytes, head: bytes, data: memoryview | None = None) -> int:
+        """0, or why nothing was sent: zmq.EAGAIN (the connection's queue is full),
+        zmq.EHOSTUNREACH (there is no such connection)."""
         parts = (identity, head) if data is None else (identity, head, data)
-        return self._socket.send(parts, copy=data is None) == 0
+        try:
+            self._socket.send_multipart(parts, zmq.NOBLOCK, copy=data is None)
+        except zmq.ZMQError as error:
+            if error.errno not in (zmq.EAGAIN, zmq.EHOSTUNREACH):
+                raise
+            return error.errno
+        return 0
 
     # receiving
 
-    def _hear(self) -> bool:
-        """Hand on what has arrived, from any thread; changes of the session wake the trio side.
-        True: there may be more."""
-        with self._socket.lock:
-            for _ in range(BATCH_MESSAGES):
-                message = self._socket.receive()
-                if message is None:
-                    return False
-                identity, *parts = message
-                fd = self._watch.given(parts)
-                self._on_message(identity.bytes, parts, fd)
-        return True
-
-    def _on_message(self, identity: bytes, parts: Sequence[zmq.Frame], fd: int) -> None:
+    def _on_message(self, zsocket: zmq.Socket[bytes], watch: Watch, parts: list[zmq.Frame]) -> None:
+        identity, parts = parts[0].bytes, parts[1:]
+        fd = watch.given(parts)
         lane, session = identity[0], identity[1:]
-        self._look_around |= lane < FIRST_DATA_LANE
         if session != self._session or not session:
             self._on_stranger(identity, parts, fd)
         elif lane == CONTROL_LANE:
-            self._on_control(parts)
-        elif self.stage is not Stage.ACCEPTED:
-            raise RecordError("the sender does not wait for the answer to its greeting")
-        elif lane == TUNNEL_LANE:
-            self._watch.vouch(fd)
-            self._on_tunnel(parts)
+            self._on_member(parts)
         else:
-            self._watch.vouch(fd)
-            self._on_data(lane - FIRST_DATA_LANE, parts)
+            watch.vouch(fd)
+            if is_lane_word(LANE_HELLO, parts):
+                self._handle(Event.LANE_HELLO, (lane, fd))
+            elif lane == TUNNEL_LANE:
+                self._on_tunnel(parts)
+            else:
+                self._on_data(lane - FIRST_DATA_LANE, parts)
 
     def _on_stranger(self, identity: bytes, parts: Sequence[zmq.Frame], fd: int) -> None:
         session = identity[1:]
-        if identity != routing_id(CONTROL_LANE, session) or len(session) != SESSION_BYTES:
-            self.dropped += 1
-            return
         try:
-            if len(parts) != 1 or message_type(parts[0].buffer) != MessageType.HELLO:
-                raise RecordError("no greeting")
-            hello = Hello.unpack(parts[0].buffer)
+            if identity != routing_id(CONTROL_LANE, session) or len(session) != SESSION_BYTES:
+                raise RecordError("no identity of a sender")
+            hello = SessionHello.unpack(only_part(parts, "a greeting").buffer)
             if hello.session != session:
                 raise RecordError("a greeting of another session")
         except VersionMismatch:
-            self.dropped += 1
-            self._try_send_to(identity, self._reply(Verdict.OTHER_VERSION).pack())
-            return
+            self._handle(Event.HELLO_OF_OTHER_VERSION, _Caller(identity, None, fd))
         except RecordError:
             self.dropped += 1
-            return
-        if self.stage is not Stage.LISTENING or self.shared.closing is not Closing.NO:
+        else:
+            self._handle(Event.HELLO, _Caller(identity, hello, fd))
+
+    def _on_member(self, parts: Sequence[zmq.Frame]) -> None:
+        message = only_part(parts, "a control message").buffer
+        if (
+            message_type(message) == MessageType.HELLO
+            and SessionHello.unpack(message) == self.hello
+        ):
             self.dropped += 1
-            self._try_send_to(identity, self._reply(Verdict.BUSY).pack())
-            return
-        self._watch.vouch(fd)
-        self._watch.expect(hello.frame_bytes)
-        with self.shared.lock:
-            self.hello = hello
-            self.stage = Stage.GREETED
-            self.shared.talk = Conversation(
-                now=time.monotonic(), peer_timeout_s=self._peer_timeout_s, pings=False
-            )
-        self._session, self._control_fd = session, fd
-        self.shared.changed.notify()
-
-    def _on_control(self, parts: Sequence[zmq.Frame]) -> None:
-        if len(parts) != 1:
-            raise RecordError(f"a control message of {len(parts)} parts")
-        if self._is_the_greeting(parts[0].buffer):
-            self.dropped += 1
-            return
-        message = unpack_control(parts[0].buffer)
-        with self.shared.lock:
-            self.shared.talk.on_control(message, time.monotonic())
-        self.shared.changed.notify()
-
-    def _is_the_greeting(self, message: memoryview) -> bool:
-        """A sender whose connection ended while it greeted does not know whether libzmq still has
-        its greeting for the next one, and greets again."""
-        return message_type(message) == MessageType.HELLO and Hello.unpack(message) == self.hello
-
-    def _on_tunnel(self, parts: Sequence[zmq.Frame]) -> None:
-        if not 1 <= len(parts) <= 2:
-            raise RecordError(f"a tunnel message of {len(parts)} parts")
-        data = parts[1].bytes if len(parts) == 2 else None
-        message = unpack_tunnel(parts[0].buffer)
-        with self.shared.lock:
-            self.shared.talk.on_tunnel(message, data, time.monotonic())
-        self.shared.changed.notify()
+            self._handle(Event.HELLO_AGAIN)
+        else:
+            self._on_control(message)
 
     def _on_data(self, lane: int, parts: Sequence[zmq.Frame]) -> None:
+        self._handle(Event.LANE)
         if not self._announced:
             raise FrameError("frames arrive before there is memory for them")
         if not 0 <= lane < len(self._lanes):
@@ -359,21 +269,3 @@ class Router(LinkThread):
         self._lanes[lane].submit(parts[0])
         with self.shared.lock:
             self.shared.talk.heard(time.monotonic())
-
-    # ending
-
-    def _reply(self, verdict: Verdict, payload: bytes = b"") -> HelloReply:
-        return HelloReply(verdict, self._window_frames, int(self._peer_timeout_s * 1000), payload)
-
-    def _drained(self, now: float) -> bool:
-        """Whether everything arrived, or time is up; then says goodbye."""
-        with self.shared.lock:
-            waiting = self._verdict is not None or not self.shared.talk.flushed
-            if waiting and now < self.shared.drain_until:
-                return False
-        self._say_goodbye("")
-        return True
-
-    def _say_goodbye(self, reason: str) -> None:
-        if self.stage is Stage.ACCEPTED:
-            self._try_send(CONTROL_LANE, Bye(reason).pack())

@@ -19,9 +19,9 @@ from zmq.utils import z85
 
 SECRET_BYTES = 32
 CURVE_PART_BYTES = 33
-"""By which encryption makes a part of a message longer: command name, nonce, MAC and flags."""
+"""Bytes that encryption adds to each part of a message: command name, nonce, MAC and flags."""
 ZAP_DOMAIN = b"vfio-ferry"
-"""In libzmq's question whether a key may connect."""
+"""The name of our sockets in libzmq's question whether a key may connect."""
 
 _PURPOSE = b"vfio-ferry link"
 _SENDER = b"sender"
@@ -54,13 +54,13 @@ def prove_by(secret: bytes, dealer: zmq.Socket[bytes]) -> None:
 
 
 def sender_public_key(secret: bytes) -> bytes:
-    """Of those who may connect, 32 bytes."""
+    """The public key, 32 bytes, of those who may connect to a receiver."""
     key: bytes = z85.decode(zmq.curve_public(_secret_key(secret, _SENDER)))
     return key
 
 
 def _secret_key(secret: bytes, role: bytes) -> bytes:
-    """Of a role, in Z85."""
+    """The secret key of a role, in Z85."""
     key = hashlib.blake2b(role, key=secret, digest_size=32, person=_PURPOSE).digest()
     encoded: bytes = z85.encode(key)
     return encoded

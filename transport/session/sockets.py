@@ -41,7 +41,7 @@ class Wakeup:
         self._fd = os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC)
 
     def fileno(self) -> int:
-        """For the poller."""
+        """The descriptor, for a poller."""
         return self._fd
 
     def set(self) -> None:
@@ -83,7 +83,7 @@ def check_url(url: str, *, bind: bool) -> None:
 
 
 def new_context() -> zmq.Context[zmq.Socket[bytes]]:
-    """What a session's sockets belong to."""
+    """The ZeroMQ context of one session's sockets."""
     return zmq.Context(_IO_THREADS)
 
 
@@ -125,7 +125,7 @@ class Bound:
     """A bound endpoint."""
 
     url: str
-    """With a wildcard port filled in."""
+    """The URL, a wildcard port filled in."""
     path: Path | None
     """The file of an ipc endpoint."""
     inode: tuple[int, int] | None

@@ -20,13 +20,13 @@ from enum import Enum
 
 import zmq
 
-from transport.session.buffers import give_back_message_memory
+from transport.session.message_memory import give_back_message_memory
 from transport.session.secret import CURVE_PART_BYTES
 from transport.session.sockets import MAX_CONNECTIONS, RECEIVE_HIGH_WATER, receive
 from transport.wire.records import MAX_CHANNEL_MESSAGE_BYTES
 
 _LOOKS_AFTER = 20
-"""In which libzmq may still be freeing what a connection kept that was ended for it."""
+"""Looks after a connection was ended in which libzmq may still be freeing what it kept for it."""
 _TCP_INFO_BYTES_RECEIVED = struct.Struct("<128xQ")  # linux/tcp.h: tcpi_bytes_received, Linux 4.1
 _INPUT_QUEUE_BYTES = struct.Struct("<i")
 _SIOCINQ = 0x541B
@@ -48,7 +48,7 @@ class ConnectionEvent(Enum):
     READY = 1
     """ZMTP has been agreed on; the descriptor is not known here (-1)."""
     GONE = 2
-    """It ended, by the peer or by us."""
+    """The connection ended, by the peer or by us."""
     UNSUITED = 3
     """Its ends did not agree on ZMTP, or on the secret; the descriptor is not known here (-1)."""
 
@@ -84,13 +84,15 @@ class Watch:
         self._socket = zsocket
         self._limit_bytes = 0
         self._connections: dict[int, _Connection] = {}
+        self._vouched: set[int] = set()
+        """Descriptors of connections whose opening has not been heard of yet."""
         self._next_look = 0.0
         self._looks_after = 0
         encrypted = zsocket.get(zmq.MECHANISM) == zmq.CURVE
         self._more_bytes = CURVE_PART_BYTES if encrypted else 0
         """Of each part on the wire, beside its own and those of its frame."""
         self.monitor: zmq.Socket[bytes] = zsocket.get_monitor_socket(self._EVENTS)
-        """To be polled."""
+        """Readable when `events` has something; to be polled."""
         self.expect(MAX_CHANNEL_MESSAGE_BYTES)
 
     def expect(self, message_bytes: int) -> None:
@@ -109,6 +111,7 @@ class Watch:
                 yield ConnectionEvent.UNSUITED, -1
             elif kind in (zmq.EVENT_DISCONNECTED, zmq.EVENT_CLOSED):
                 known = self._connections.pop(value, None)
+                self._vouched.discard(value)
                 if known is not None or kind == zmq.EVENT_DISCONNECTED:
                     yield ConnectionEvent.GONE, value
 
@@ -131,7 +134,9 @@ class Watch:
     def vouch(self, fd: int) -> None:
         """This connection belongs to the session: it is not ended to make room."""
         connection = self._connections.get(fd)
-        if connection is not None:
+        if connection is None:
+            self._vouched.add(fd)
+        else:
             connection.stranger = False
 
     def enforce(self) -> int:
@@ -172,8 +177,8 @@ class Watch:
             self._connections.pop(fd, None)
             if len(self._connections) >= MAX_CONNECTIONS:
                 self._make_room()
-            self._connections[fd] = _Connection(_name(copy))
-            do_not_pace(copy)
+            self._connections[fd] = _Connection(_name(copy), stranger=fd not in self._vouched)
+            self._vouched.discard(fd)
 
     def _make_room(self) -> None:
         """End the stranger that has been here longest: it had the most time to greet."""
@@ -235,20 +240,5 @@ def _shut_down(connection: socket.socket) -> None:
     try:
         connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, _NO_LINGER)
         connection.shutdown(socket.SHUT_RDWR)
-    except OSError:
-        return
-
-
-def do_not_pace(connection: socket.socket) -> None:
-    """Have a TCP connection within this machine, which has no bottleneck, send as fast as it can.
-
-    BBR, where the system has it, would look for one, and pace what it sends by timers. Any user
-    may have Reno (tcp(7), TCP_CONGESTION), and without loss it holds nothing back.
-    """
-    if connection.family not in (socket.AF_INET, socket.AF_INET6):
-        return
-    try:
-        if connection.getsockname()[0] == connection.getpeername()[0]:
-            connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_CONGESTION, b"reno")
     except OSError:
         return

@@ -42,7 +42,7 @@ class Method(Enum):
     """What is done to pages that the receiver does not hold yet."""
 
     NONE = "none"
-    """Sent as they are."""
+    """Pages are sent as they are."""
     DELTA = "delta"
     """As what changed, where that is short; else as they are."""
     LZ4 = "lz4"

@@ -68,14 +68,14 @@ HEADER: Final = struct.Struct("<4sIQQIIHBBI")
 _CHECKSUM = struct.Struct("<Q")
 _CHECKSUM_OFFSET = 8
 CHECKED_OFFSET: Final = 16
-"""Where that starts which the checksum covers."""
+"""Offset of the first byte that the checksum covers."""
 
 
 class Coding(IntEnum):
     """How a frame's body is coded as a whole."""
 
     PLAIN = 0
-    """As it is."""
+    """The body stands there as it is."""
     ZSTD = 1
     """Packed by zstandard (`codec`)."""
     RAW = 2
@@ -88,7 +88,7 @@ class PageKind(IntEnum):
     ZERO = 0
     """Nothing: the page is all zero."""
     RAW = 1
-    """4096 bytes."""
+    """The page as it is, 4096 bytes."""
     LZ4 = 2
     """An LZ4 block."""
     DELTA = 3

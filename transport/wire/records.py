@@ -29,6 +29,9 @@ Every message starts with its type in one byte; integers are little-endian and u
       TUNNEL         | 16 | offset u64 |   + part: data
       TUNNEL_EOF     | 17 | offset u64 |
       TUNNEL_CREDIT  | 18 | received u64 | consumed u64 |
+    tunnel and data lanes, towards the receiver and back, before anything else
+      LANE_HELLO     | 9 |
+      LANE_WELCOME   | 10 |
     data lanes, towards the receiver (or a page frame, which starts with "v")
       COMPARE        | 33 | request u32 | block_pages u16 | n_runs u32
                      | (first u32, length u32) x n_runs
@@ -37,6 +40,9 @@ Every message starts with its type in one byte; integers are little-endian and u
       ACK            | 32 | sequence u64 | n_rejected u32 | index u32 x n_rejected
       COMPARE_REPLY  | 34 | request u32 | n_digests u32 | digest u64 x n_digests
       DIGEST_REPLY   | 36 | request u32 | digest 32s
+
+LANE_HELLO is sent as soon as the connection is there, and again on each new one until it is
+answered: from then on the receiver knows that the connection is the session's.
 
 HELLO and HELLO_REPLY keep their first eleven bytes in every version of the protocol, so that two
 versions can tell each other what they are.
@@ -56,7 +62,7 @@ import numpy.typing as npt
 from transport.wire.errors import RecordError, VersionMismatch
 from transport.wire.frames import MAX_FRAME_PAGES
 
-PROTOCOL_VERSION = 4
+PROTOCOL_VERSION = 5
 SESSION_BYTES = 16
 NONCE_BYTES = 16
 REGION_DIGEST_BYTES = 32
@@ -122,6 +128,8 @@ class MessageType(IntEnum):
     PONG = 6
     ATTACHED = 7
     BYE = 8
+    LANE_HELLO = 9
+    LANE_WELCOME = 10
     TUNNEL = 16
     TUNNEL_EOF = 17
     TUNNEL_CREDIT = 18
@@ -130,6 +138,10 @@ class MessageType(IntEnum):
     COMPARE_REPLY = 34
     DIGEST = 35
     DIGEST_REPLY = 36
+
+
+LANE_HELLO = bytes((MessageType.LANE_HELLO,))
+LANE_WELCOME = bytes((MessageType.LANE_WELCOME,))
 
 
 class Verdict(IntEnum):
@@ -153,7 +165,7 @@ def session_seed(session: bytes, nonce: bytes) -> int:
 
 
 @dataclass(frozen=True, slots=True)
-class Hello:
+class SessionHello:
     """A sender's greeting."""
 
     session: bytes
@@ -286,7 +298,7 @@ class Ping(_Numbered):
 
 
 class Pong(_Numbered):
-    """Yes; `value` is the PING's."""
+    """The answer to a PING, with its `value`."""
 
     TYPE = MessageType.PONG
 
@@ -499,7 +511,7 @@ def unpack_answer(message: Buffer) -> LaneAnswer:
 
 
 def message_type(message: Buffer) -> int:
-    """The first byte; -1 for an empty message."""
+    """The type of a message, its first byte; -1 if it is empty."""
     return message[0] if len(message) else -1
 
 

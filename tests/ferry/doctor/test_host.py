@@ -7,20 +7,20 @@ import pytest
 from ferry.doctor import host
 from ferry.doctor.host import _kernels
 from ferry.findings import Level
+from transport.kernels import clib
 from transport.kernels.load import WarmUp
-from transport.session import buffers
 
 
-def test_a_libzmq_that_cannot_be_called_is_named_with_what_to_do(
+def test_a_c_library_that_cannot_be_called_is_named_with_what_to_do(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     assert [finding.check for finding in _kernels()] == ["C libraries", "kernels"]
-    buffers._functions.cache_clear()
-    monkeypatch.setattr(buffers, "_PYZMQ", "zmq.backend.of_another_kind")
+    load = clib.load_library
+    monkeypatch.setattr(clib, "load_library", lambda module: load(module + "_of_another_kind"))
     (finding,) = _kernels()
     assert finding.check == "C libraries"
     assert "of_another_kind cannot be loaded" in finding.text
-    assert "pyzmq>=26" in finding.text
+    assert "lz4>=4.3" in finding.text
 
 
 @pytest.mark.parametrize(

@@ -4,10 +4,10 @@ import pytest
 import trio
 
 from ferry.migration.tunnel import tunnel_out
-from transport.session.link import Link, LinkThread
+from transport.session.link import LinkThread, SessionEnd
 
 
-class Tunnel(Link):
+class Tunnel(SessionEnd):
     """Keeps what it was given."""
 
     def __init__(self) -> None:

@@ -38,12 +38,12 @@ from transport.wire.records import (
     Attached,
     Compare,
     Digest,
-    Hello,
     HelloReply,
     MessageType,
     Ping,
     RecordCredit,
     RecordMessage,
+    SessionHello,
     TunnelCredit,
     TunnelEof,
     TunnelHead,
@@ -249,7 +249,7 @@ def compare(first: int, length: int, block_pages: int = 1) -> bytes:
     [
         say(CONTROL_LANE, b""),
         say(CONTROL_LANE, b"\xee" * 40),
-        say(CONTROL_LANE, Hello(bytes(16), bytes(16), 1, 1 << 20, b"").pack()),
+        say(CONTROL_LANE, SessionHello(bytes(16), bytes(16), 1, 1 << 20, b"").pack()),
         say(CONTROL_LANE, HelloReply(Verdict.ACCEPTED, 4, 5000, b"").pack()),
         say(CONTROL_LANE, [Ping(1).pack(), b"part"]),
         say(CONTROL_LANE, RecordMessage(1, 1, b"").pack()),
@@ -305,7 +305,7 @@ def test_i9_a_sender_that_does_not_wait_for_the_answer_ends_the_session(lane: in
                 hostile.greet()
                 await receiver.wait_hello()
                 hostile.dealer(lane).send(b"vfpg" + bytes(100))
-                with pytest.raises(RecordError, match="does not wait"):
+                with pytest.raises(RecordError, match="LANE does not belong"):
                     while True:
                         await receiver.wait_hello()
                         await trio.sleep(0.01)

@@ -21,19 +21,21 @@ from transport.sender import Sender, SenderOptions, open_sender
 from transport.wire.errors import PeerClosed, PeerLost, PeerUnreachable, RecordError, TransportError
 from transport.wire.records import (
     FIRST_DATA_LANE,
+    LANE_HELLO,
+    LANE_WELCOME,
     TUNNEL_LANE,
     Ack,
     Attached,
     Bye,
     CompareReply,
     DigestReply,
-    Hello,
     HelloReply,
     MessageType,
     Ping,
     Pong,
     RecordCredit,
     RecordMessage,
+    SessionHello,
     TunnelCredit,
     TunnelEof,
     TunnelHead,
@@ -68,6 +70,9 @@ class HostileReceiver(threading.Thread):
             if not self._router.poll(10):
                 continue
             identity, *parts = self._router.recv_multipart()
+            if parts == [LANE_HELLO]:
+                self._router.send_multipart([identity, LANE_WELCOME], zmq.NOBLOCK)
+                continue
             for target, reply in self._answer(identity, parts[0]):
                 self._router.send_multipart([target, *reply], zmq.NOBLOCK)
         self._context.destroy(linger=0)
@@ -174,7 +179,7 @@ async def use_tunnel(sender: Sender) -> None:
         HelloReply(Verdict.ACCEPTED, 255, 5000, b"").pack(),
         HelloReply(Verdict.ACCEPTED, 4, 1, b"").pack(),
         HelloReply(Verdict.ACCEPTED, 4, 5000, bytes((1 << 20) + 1)).pack(),
-        Hello(bytes(16), bytes(16), 1, 1 << 20, b"").pack(),
+        SessionHello(bytes(16), bytes(16), 1, 1 << 20, b"").pack(),
     ],
 )
 def test_i9_nonsense_as_answer_to_the_greeting_is_a_typed_error(reply: bytes) -> None:

@@ -274,7 +274,7 @@ def test_another_version_is_named_on_the_sender(monkeypatch: pytest.MonkeyPatch)
         async with open_receiver("tcp://127.0.0.1:*") as receiver:
             packed = struct.pack("<B8sHBBII", 2, b"vfioferr", 9, 3, 1, 5000, 0)
             monkeypatch.setattr("transport.wire.records.HelloReply.pack", lambda self: packed)
-            monkeypatch.setattr("transport.wire.records.Hello.unpack", _raise_version)
+            monkeypatch.setattr("transport.wire.records.SessionHello.unpack", _raise_version)
             with pytest.raises(VersionMismatch, match="version 9"):
                 async with open_sender(receiver.url, os.urandom(16), b""):
                     pass

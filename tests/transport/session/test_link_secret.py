@@ -18,11 +18,12 @@ from tests.transport.running import run_trio
 from transport.receiver import Receiver, ReceiverOptions, open_receiver
 from transport.sender import SenderOptions, open_sender
 from transport.session import sockets
+from transport.session import watch as watching
 from transport.session.gatekeeper import Gatekeeper
 from transport.session.link import Closing, Shared
 from transport.session.secret import SECRET_BYTES, check_secret, prove_by
 from transport.wire.errors import PeerUnreachable
-from transport.wire.records import CONTROL_LANE, MAX_MESSAGE_BYTES, Hello, routing_id
+from transport.wire.records import CONTROL_LANE, MAX_MESSAGE_BYTES, SessionHello, routing_id
 
 SECRET, OTHER = b"s" * SECRET_BYTES, b"o" * SECRET_BYTES
 MARK = b"what nobody else may read"
@@ -157,14 +158,14 @@ def test_it_is_not_enough_to_know_the_receivers_key() -> None:
                 session = os.urandom(16)
                 dealer = sockets.open_dealer(context, routing_id(CONTROL_LANE, session), None)
                 know_the_receivers_key(dealer)
-                watch = sockets.Watch(dealer)
+                watch = watching.Watch(dealer)
                 sockets.connect(dealer, receiver.url)
-                dealer.send(Hello(session, bytes(16), 1, 65536, b"let me in").pack())
+                dealer.send(SessionHello(session, bytes(16), 1, 65536, b"let me in").pack())
                 while True:
                     await trio.to_thread.run_sync(watch.monitor.poll, 100)
                     events = [event for event, _ in watch.events()]
-                    assert sockets.ConnectionEvent.READY not in events
-                    if sockets.ConnectionEvent.UNSUITED in events:
+                    assert watching.ConnectionEvent.READY not in events
+                    if watching.ConnectionEvent.UNSUITED in events:
                         break
                 watch.close()
                 dealer.close(linger=0)
@@ -187,7 +188,7 @@ def test_the_watch_counts_what_came_in(encrypted: bool, lengths: list[int]) -> N
 
     async def scenario() -> None:
         with two_sockets(SECRET if encrypted else None) as (router, dealer):
-            watch = sockets.Watch(router)
+            watch = watching.Watch(router)
             sockets.connect(dealer, sockets.bind(router, "tcp://127.0.0.1:*").url)
             open_bytes = None
             for length in [0, *lengths]:
@@ -198,12 +199,33 @@ def test_the_watch_counts_what_came_in(encrypted: bool, lengths: list[int]) -> N
                 for _ in watch.events():
                     pass  # it learns of the connection
                 fd = watch.given(message[1:])
-                with sockets._duplicate(fd) as copy:
+                with watching._duplicate(fd) as copy:
                     assert copy is not None
-                    kept = sockets._came_in(copy) - watch._connections[fd].given_bytes
+                    kept = watching._came_in(copy) - watch._connections[fd].given_bytes
                 if open_bytes is None:
                     open_bytes = kept  # the handshake
                 assert kept == open_bytes
+            watch.close()
+
+    run_trio(scenario)
+
+
+def test_who_is_vouched_for_before_its_opening_is_heard_of_is_no_stranger() -> None:
+    """The message may be taken before the notice of the connection that it came on."""
+
+    async def scenario() -> None:
+        with two_sockets(None) as (router, dealer):
+            watch = watching.Watch(router)
+            sockets.connect(dealer, sockets.bind(router, "tcp://127.0.0.1:*").url)
+            dealer.send(b"here I am")
+            assert router.poll(10_000)
+            message = sockets.receive(router)
+            assert message is not None
+            watch.vouch(watch.given(message[1:]))
+            for _ in watch.events():
+                pass
+            (connection,) = watch._connections.values()
+            assert not connection.stranger
             watch.close()
 
     run_trio(scenario)

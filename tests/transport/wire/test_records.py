@@ -18,12 +18,12 @@ from transport.wire.records import (
     CompareReply,
     Digest,
     DigestReply,
-    Hello,
     HelloReply,
     Ping,
     Pong,
     RecordCredit,
     RecordMessage,
+    SessionHello,
     TunnelCredit,
     TunnelEof,
     TunnelHead,
@@ -60,7 +60,7 @@ def acks() -> st.SearchStrategy[Ack]:
 
 MESSAGES = st.one_of(
     st.builds(
-        Hello,
+        SessionHello,
         st.binary(min_size=16, max_size=16),
         st.binary(min_size=16, max_size=16),
         st.integers(1, 16),
@@ -95,7 +95,7 @@ MESSAGES = st.one_of(
 )
 
 UNPACKERS = [
-    Hello.unpack,
+    SessionHello.unpack,
     HelloReply.unpack,
     records.unpack_control,
     records.unpack_tunnel,
@@ -122,7 +122,7 @@ def test_a_message_is_found_by_its_type_on_its_lane_alone(message: Any) -> None:
             found.append(type(unpack(message.pack())))
         except RecordError:
             continue
-    greeting = isinstance(message, Hello | HelloReply)
+    greeting = isinstance(message, SessionHello | HelloReply)
     assert found == ([] if greeting else [type(message)])
 
 
@@ -157,17 +157,19 @@ def test_i9_garbage_ends_in_a_record_error_or_a_message(garbage: bytes) -> None:
 
 
 def test_the_greeting_stands_on_the_wire_as_documented() -> None:
-    hello = Hello(b"S" * 16, b"N" * 16, 3, 1 << 20, b"payload")
+    hello = SessionHello(b"S" * 16, b"N" * 16, 3, 1 << 20, b"payload")
     by_hand = (
-        b"\x01vfioferr\x04\x00" + b"S" * 16 + b"N" * 16 + b"\x03\x00\x00\x10\x00"
+        b"\x01vfioferr\x05\x00" + b"S" * 16 + b"N" * 16 + b"\x03\x00\x00\x10\x00"
         b"\x07\x00\x00\x00payload"
     )
     assert hello.pack() == by_hand
 
 
-@pytest.mark.parametrize("greeting", [Hello, HelloReply])
-def test_another_version_is_told_from_nonsense(greeting: type[Hello] | type[HelloReply]) -> None:
-    kind = 1 if greeting is Hello else 2
+@pytest.mark.parametrize("greeting", [SessionHello, HelloReply])
+def test_another_version_is_told_from_nonsense(
+    greeting: type[SessionHello] | type[HelloReply],
+) -> None:
+    kind = 1 if greeting is SessionHello else 2
     with pytest.raises(VersionMismatch, match="version 7"):
         greeting.unpack(struct.pack("<B8sH", kind, b"vfioferr", 7) + b"whatever comes then")
     with pytest.raises(RecordError):
@@ -177,16 +179,16 @@ def test_another_version_is_told_from_nonsense(greeting: type[Hello] | type[Hell
 @pytest.mark.parametrize(
     "message",
     [
-        Hello(bytes(16), bytes(16), 0, 1 << 20, b"").pack(),
-        Hello(bytes(16), bytes(16), 17, 1 << 20, b"").pack(),
-        Hello(bytes(16), bytes(16), 1, 4095, b"").pack(),
-        Hello(bytes(16), bytes(16), 1, (4 << 20) + 1, b"").pack(),
-        Hello(bytes(16), bytes(16), 1, 1 << 20, bytes((1 << 20) + 1)).pack(),
+        SessionHello(bytes(16), bytes(16), 0, 1 << 20, b"").pack(),
+        SessionHello(bytes(16), bytes(16), 17, 1 << 20, b"").pack(),
+        SessionHello(bytes(16), bytes(16), 1, 4095, b"").pack(),
+        SessionHello(bytes(16), bytes(16), 1, (4 << 20) + 1, b"").pack(),
+        SessionHello(bytes(16), bytes(16), 1, 1 << 20, bytes((1 << 20) + 1)).pack(),
     ],
 )
 def test_i9_a_greeting_beyond_the_limits_is_refused(message: bytes) -> None:
     with pytest.raises(RecordError):
-        Hello.unpack(message)
+        SessionHello.unpack(message)
 
 
 @pytest.mark.parametrize(
