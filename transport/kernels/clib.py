@@ -28,8 +28,7 @@ _LZ4_FUNCTIONS = (
 class NativeLibraryError(TransportError):
     """A C function that is called for pages is missing. Install binary wheels of the packages.
 
-    `python -m pip install --force-reinstall --only-binary=:all: 'lz4>=4.3' 'pyzmq>=26'
-    'xxhash>=3.4'`
+    `python -m pip install --force-reinstall --only-binary=:all: 'lz4>=4.3' 'xxhash>=3.4'`
     """
 
     exit_name = "local"
@@ -37,7 +36,7 @@ class NativeLibraryError(TransportError):
     def __init__(self, what: str) -> None:
         super().__init__(
             f"{what}; install binary wheels: python -m pip install --force-reinstall"
-            " --only-binary=:all: 'lz4>=4.3' 'pyzmq>=26' 'xxhash>=3.4'"
+            " --only-binary=:all: 'lz4>=4.3' 'xxhash>=3.4'"
         )
 
 
