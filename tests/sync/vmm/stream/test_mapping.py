@@ -174,9 +174,7 @@ def test_blocks_are_their_own_files_or_carried(
 
 @settings(max_examples=60)
 @given(guests(), st.integers(0, 2**32), st.integers(1, N_PAGES))
-def test_a_stale_copy_is_never_trusted_to_the_end(
-    guest: Guest, seed: int, n_stale: int
-) -> None:
+def test_a_stale_copy_is_never_trusted_to_the_end(guest: Guest, seed: int, n_stale: int) -> None:
     """The only candidate is another file, which is like the block but for some pages."""
     rng = random.Random(seed)
     stale = rng.sample(range(N_PAGES), n_stale)
