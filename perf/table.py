@@ -161,6 +161,13 @@ BENCHMARKS: dict[str, Benchmark] = {
         quick={"operations": 4000},
         bars=(Bar(10, "all", 1_000_000, "higher"),),
     ),
+    "vmm-stream": Benchmark(
+        "perf.benchmarks.vmm_stream",
+        "QEMU's migration stream read and rewritten, one core, against memcpy and a bare reader",
+        settings={"mib": 512, "zero": 0.42, "chunk-kib": 1024},
+        quick={"mib": 16},
+        needs=("qemu",),
+    ),
     "start": Benchmark(
         "perf.benchmarks.start",
         "from starting send and receive to the first page, kernels cached and not",

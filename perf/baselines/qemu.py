@@ -7,8 +7,9 @@ untouched. Time and bytes are QEMU's own figures (query-migrate).
 """
 
 import signal
+import socket
 import tempfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -20,7 +21,7 @@ from ferry.doctor.qemu_program import Qemu, find_qemu
 from ferry.errors import QemuMissing
 from lab.qemu.environment import cached
 from perf.baselines import DEADLINE_S, Copy
-from perf.child import Stopwatch, process
+from perf.child import Cost, Stopwatch, process
 from perf.errors import BenchmarkFailed, BenchUsageError, NeedMissing
 from perf.links import TCP, Link
 from perf.workloads.images import KeptMemory
@@ -67,6 +68,15 @@ def copy(image: Path, setting: Setting, *, link: Link = TCP) -> Copy:
         return trio.run(_copy, program(), image, n_bytes, setting, link, Path(folder))
 
 
+def stream(image: Path, take: Callable[[socket.socket], None]) -> Cost:
+    """What it costs QEMU to send `image` to a UNIX socket that `take` reads to its end.
+
+    Raises `NeedMissing` if there is no QEMU, `BenchmarkFailed` if the migration fails.
+    """
+    with tempfile.TemporaryDirectory(prefix="ferry-bench-") as folder:
+        return trio.run(_stream, program(), image, image.stat().st_size, take, Path(folder))
+
+
 def program() -> Qemu:
     """The QEMU of this machine, or of the environment that `python -m lab.qemu prepare` makes.
 
@@ -85,7 +95,7 @@ def program() -> Qemu:
 async def _copy(
     qemu: Qemu, image: Path, n_bytes: int, setting: Setting, link: Link, folder: Path
 ) -> Copy:
-    source_memory = f"memory-backend-file,id=ram,mem-path={image},share=on,prealloc=on"
+    source_memory = _image_as_memory(image)
     target_memory = "memory-backend-memfd,id=ram,share=on"
     with (
         process(
@@ -127,6 +137,29 @@ async def _copy(
     )
 
 
+async def _stream(
+    qemu: Qemu, image: Path, n_bytes: int, take: Callable[[socket.socket], None], folder: Path
+) -> Cost:
+    memory = _image_as_memory(image)
+    with (
+        process(
+            _arguments(qemu, folder / "source", memory, n_bytes), name="QEMU", end=signal.SIGKILL
+        ) as source,
+        socket.socket(socket.AF_UNIX) as listener,
+        trio.fail_after(DEADLINE_S),
+    ):
+        listener.bind(str(folder / "link"))
+        listener.listen()
+        async with await QmpClient.connect(str(folder / "source")) as qmp:
+            await _set_up(qmp, SETTINGS["plain"])
+            watch = Stopwatch(source.pid)
+            await qmp.execute("migrate", _to({"type": "unix", "path": str(folder / "link")}))
+            await trio.to_thread.run_sync(_accept, listener, take)
+            cost = watch.stop()
+            await _completed(qmp)
+    return cost
+
+
 def _arguments(
     qemu: Qemu, socket: Path, memory: str, n_bytes: int, *more: str
 ) -> Sequence[str | Path]:
@@ -136,6 +169,16 @@ def _arguments(
         *("-m", f"{n_bytes}B", "-object", f"{memory},size={n_bytes}"),
         *("-qmp", f"unix:{socket},server=on,wait=off", *more),
     ]
+
+
+def _accept(listener: socket.socket, take: Callable[[socket.socket], None]) -> None:
+    connection, _ = listener.accept()
+    with connection:
+        take(connection)
+
+
+def _image_as_memory(image: Path) -> str:
+    return f"memory-backend-file,id=ram,mem-path={image},share=on,prealloc=on"
 
 
 def _listen_address(link: Link, folder: Path) -> dict[str, str]:
