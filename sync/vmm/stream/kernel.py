@@ -260,5 +260,8 @@ def compiled() -> Callable[..., int]:
         types.boolean[::1],
         types.uint8[::1],
     )
-    kernel: Callable[..., int] = numba.njit(signature, nogil=True, cache=True)(follow_records)
+    try:
+        kernel: Callable[..., int] = numba.njit(signature, nogil=True, cache=True)(follow_records)
+    except RuntimeError:  # there is no folder for numba's cache
+        kernel = numba.njit(signature, nogil=True)(follow_records)
     return kernel
