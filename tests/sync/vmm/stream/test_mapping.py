@@ -280,8 +280,8 @@ class TestEvidence:
             assert not proof.sample(Sample("ram", page, _content(memory, page)))
         memory[80 * PAGE : 81 * PAGE] = memory[:PAGE]
         assert not proof.sample(Sample("ram", 80, _content(memory, 80)))
-        assert not proof.sample(Sample("ram", 0, _content(memory, 0)))
         assert not proof.sample(Sample("ram", 40, _content(memory, 40)))
+        assert not proof.sample(Sample("ram", 0, _content(memory, 0)))
         assert proof.sample(Sample("ram", 41, _content(memory, 41)))
 
     def test_a_page_sampled_twice_is_one(self) -> None:

@@ -287,6 +287,12 @@ def test_what_is_not_followed_is_carried_closed(name: str, n_bytes: int) -> None
     assert not outcome.announced
 
 
+def test_an_early_device_is_told_by_name() -> None:
+    data = NOT_FOLLOWED["early device behind the ram's setup"]
+    _, error = read_or_close(new_reader(), [data], carry_all)
+    assert "'virtio-mem' comes before the end of the RAM" in str(error)
+
+
 def test_what_is_held_is_carried_closed() -> None:
     writer = StreamWriter(BLOCKS)
     data = _stream(writer.part(_pages(range(5))), writer.opening(2), struct.pack(">Q", 0x40))
