@@ -18,7 +18,6 @@ import numpy as np
 from transport.receiving.mapping import Mapper
 from transport.sending.codec_choice import Choice
 from transport.sending.lanes import Outgoing, Task
-from transport.sending.page_costs import LADDER
 from transport.wire.arrays import Indices, Memory
 from transport.wire.codec import Codec
 from transport.wire.errors import RecordError
@@ -79,9 +78,9 @@ class LaneSource:
     def __init__(
         self, source: Source, lane: int, frame_bytes: int, codec: Codec | None = None
     ) -> None:
-        """`codec`: the one to use; None: whichever gets most pages through."""
+        """`codec`: the one to use; None: the choice's."""
         self.source = source
-        self.choice = Choice(LADDER if codec is None else [codec])
+        self.choice = Choice(codec)
         self.sequence = 0
         self._lane = lane
         self._frame_bytes = frame_bytes
@@ -113,7 +112,6 @@ class LaneSource:
         start: int,
         out: Memory,
         round_no: int,
-        frames_under_way: int,
         full: bool,
     ) -> EncodedFrame:
         """`Encoder.encode`, with the codec and the sequence taken care of."""
@@ -124,7 +122,6 @@ class LaneSource:
         encoder.codec = self.choice.pick(
             time.monotonic(),
             begins=indices.size if start == 0 else 0,
-            frames_under_way=frames_under_way,
             again=round_no != self._first_round,
         )
         frame = encoder.encode(
@@ -137,7 +134,10 @@ class LaneSource:
             full=full,
         )
         self.choice.encoded(
-            time.monotonic(), pages=frame.n_pages - frame.zero, n_bytes=frame.n_bytes
+            time.monotonic(),
+            looked=frame.consumed,
+            pages=frame.n_pages - frame.zero,
+            n_bytes=frame.n_bytes,
         )
         self.sequence += frame.n_bytes > 0
         return frame
@@ -202,8 +202,6 @@ class RoundShare(Task):
         self._resending = False
 
     def _has_more(self) -> bool:
-        if self._under_way and self._lane.choice.probe_pages:
-            return False
         return self._start < self._indices.size or bool(self._rejected)
 
     def _produce(self, buffer: Memory) -> Outgoing | None:
@@ -217,7 +215,6 @@ class RoundShare(Task):
             self._start,
             buffer,
             self._round_no,
-            self._under_way,
             self._resending,
         )
         pages = self._indices[self._start : self._start + frame.consumed]

@@ -1,7 +1,8 @@
 """How pages are compressed: the choices there are, and zstandard over the body of a frame.
 
 Owns the names of the choices and the packing and unpacking of bodies. Which forms pages take within
-a body is decided in `transport.kernels.pages`; which codec is worth its time, in `choice`.
+a body is decided in `transport.kernels.pages`; which codec is worth its time, in
+`transport.sending.codec_choice`.
 
 A body is packed as one zstandard frame (RFC 8878) that states its content size; nothing is carried
 from one body to the next, so a frame can be applied without those in front of it.
