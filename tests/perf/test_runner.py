@@ -1,4 +1,4 @@
-"""`list` and `run`: settings, sweeps, needs, verdicts, and every cheap benchmark once."""
+"""`list` and `run`: settings, sweeps, needs, verdicts, and benchmarks that are run once."""
 
 import sys
 from collections.abc import Iterator
@@ -17,6 +17,8 @@ from perf.results import read
 from perf.table import BENCHMARKS
 
 MODULE = "tests_perf_benchmark"
+BY_DEFAULT = {"gateway", "last-round", "precopy"}
+"""Of those that measure; `make test-full` runs all."""
 FAKE = Benchmark(
     MODULE,
     "nothing of interest",
@@ -50,6 +52,7 @@ def fake(monkeypatch: pytest.MonkeyPatch) -> list[Context]:
 
 
 def test_every_entry_of_the_table_is_complete() -> None:
+    assert BY_DEFAULT <= BENCHMARKS.keys()
     for name, entry in BENCHMARKS.items():
         assert entry.quick.keys() <= entry.settings.keys(), name
         assert set(entry.needs) <= set(NEEDS), name
@@ -148,7 +151,12 @@ def test_alternation_reverses_each_time_and_drops_the_first() -> None:
 
 
 @pytest.mark.parametrize(
-    "name", [name for name, entry in BENCHMARKS.items() if not runner.obstacle(entry, {})]
+    "name",
+    [
+        pytest.param(name, marks=() if name in BY_DEFAULT else pytest.mark.full)
+        for name, entry in BENCHMARKS.items()
+        if not runner.obstacle(entry, {})
+    ],
 )
 def test_it_runs(name: str, tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
     out = tmp_path / "out.json"

@@ -13,7 +13,7 @@ from lab.qemu.two_hosts import MIGRATION_S, Case
 from sync.vmm.driver import Vmm
 from tests.qemu.moving import DEADLINE_S, WatchedRig, run
 
-pytestmark = [pytest.mark.qemu, pytest.mark.timeout(400)]
+pytestmark = [pytest.mark.qemu, pytest.mark.full, pytest.mark.timeout(400)]
 
 CASE = Case("replay", "message", root_port=True)
 
