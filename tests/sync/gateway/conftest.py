@@ -299,9 +299,10 @@ class House:
         self._thread.start()
 
     def end(self) -> None:
-        self.gateway.stop()
-        self._thread.join(WAIT_S)
-        assert not self._thread.is_alive()
+        if self._thread.is_alive():
+            self.gateway.stop()
+            self._thread.join(WAIT_S)
+            assert not self._thread.is_alive()
 
     def _log(self, event: str, **fields: object) -> None:
         with self._changed:
