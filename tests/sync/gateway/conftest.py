@@ -299,10 +299,9 @@ class House:
         self._thread.start()
 
     def end(self) -> None:
-        if self._thread.is_alive():
-            self.gateway.stop()
-            self._thread.join(WAIT_S)
-            assert not self._thread.is_alive()
+        self.gateway.stop()
+        self._thread.join(WAIT_S)
+        assert not self._thread.is_alive()
 
     def _log(self, event: str, **fields: object) -> None:
         with self._changed:

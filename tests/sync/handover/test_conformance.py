@@ -5,7 +5,7 @@ modelled gateway takes in any of its states is taken by a real `Custody` with a 
 and every death of a controller is told to a real `Core`: both must come out equal.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 
 import pytest
 
@@ -176,7 +176,7 @@ def states_of(role: Role, record: str, guest: str, first: Action | None) -> list
         if guest == "runs":
             return [State.PASSTHROUGH]
         anywhere = (None, Action.FENCE)
-        if first in anywhere and record == "fenced" or (first, record) == (Action.FENCE, "none"):
+        if (first in anywhere and record == "fenced") or (first, record) == (Action.FENCE, "none"):
             return [State.STANDBY, State.PASSTHROUGH]
         return [State.STANDBY]
     if record == "released":
