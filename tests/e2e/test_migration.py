@@ -110,7 +110,7 @@ def test_a_sender_whose_output_nobody_takes(tmp_path: Path) -> None:
     with new_bed(tmp_path, small_setup(method)) as bed:
         a, b = start_both(bed)
         receiver = bed.receive(b)
-        words = ("send", "--to", f"ipc://{b.folder}/link.sock", *a.control_flags)
+        words = ("send", "--to", f"ipc://{b.folder}/link.sock", *map(str, a.control_flags))
         with Path("/dev/full").open("w") as full:
             sender = subprocess.run(
                 [sys.executable, "-m", "ferry.cli", *words, "--qmp", a.qmp_socket],

@@ -1,6 +1,7 @@
 """The controller goes away: who owns the guest then, and who resumes it."""
 
 import os
+from collections.abc import Callable
 
 import pytest
 import trio
@@ -12,11 +13,12 @@ from sync.registers.record import Access, Op, pack_accesses
 from sync.vfio_user.protocol import (
     DmaMap,
 )
+from tests.sync.gateway.conftest import House, ServedDevice
 from tests.sync.gateway.raw_peers import PAGE, new_ram, status_of
 
 
 @pytest.fixture
-def recoveries(monkeypatch) -> list[tuple[str, float]]:
+def recoveries(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, float]]:
     """The VMMs that the gateway has resumed."""
     calls: list[tuple[str, float]] = []
 
@@ -40,7 +42,10 @@ async def to_state(gateway: GatewayClient, state: str) -> None:
 
 @pytest.mark.parametrize("state", ["passthrough", "mediated", "stopped"])
 def test_i8_a_lost_source_is_put_back_to_passthrough_and_its_vmm_resumed(
-    make_house, make_device, recoveries, state: str
+    make_house: Callable[..., House],
+    make_device: type[ServedDevice],
+    recoveries: list[tuple[str, float]],
+    state: str,
 ) -> None:
     house, device = make_house(), make_device()
     house.serve(device)
@@ -69,7 +74,9 @@ def test_i8_a_lost_source_is_put_back_to_passthrough_and_its_vmm_resumed(
 
 
 def test_i8_a_controller_that_falls_silent_over_a_stopped_guest_is_cut_off(
-    make_house, make_device, recoveries
+    make_house: Callable[..., House],
+    make_device: type[ServedDevice],
+    recoveries: list[tuple[str, float]],
 ) -> None:
     house, device = make_house(lease_silence_s=0.1), make_device()
     house.serve(device)
@@ -88,7 +95,11 @@ def test_i8_a_controller_that_falls_silent_over_a_stopped_guest_is_cut_off(
     assert recoveries
 
 
-def test_i8_a_recovery_that_fails_is_told(make_house, make_device, monkeypatch) -> None:
+def test_i8_a_recovery_that_fails_is_told(
+    make_house: Callable[..., House],
+    make_device: type[ServedDevice],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     def recover(path: str, deadline_s: float) -> str:
         raise OSError("no such VMM")
 
@@ -110,7 +121,9 @@ def test_i8_a_recovery_that_fails_is_told(make_house, make_device, monkeypatch) 
 
 
 def test_i7_a_released_source_stays_released_and_is_never_resumed(
-    make_house, make_device, recoveries
+    make_house: Callable[..., House],
+    make_device: type[ServedDevice],
+    recoveries: list[tuple[str, float]],
 ) -> None:
     house, device = make_house(), make_device()
     house.serve(device)
@@ -142,7 +155,9 @@ def test_i7_a_released_source_stays_released_and_is_never_resumed(
 
 
 def test_i7_a_vmm_that_was_released_is_not_resumed_even_if_it_has_come_back(
-    make_house, make_device, recoveries
+    make_house: Callable[..., House],
+    make_device: type[ServedDevice],
+    recoveries: list[tuple[str, float]],
 ) -> None:
     """The device is lost after the release, so the VMM is disconnected and connects anew: by the
     record it owns its guest, but the guest may run on the target by now."""
@@ -170,7 +185,9 @@ def test_i7_a_vmm_that_was_released_is_not_resumed_even_if_it_has_come_back(
 
 
 def test_i8_a_vmm_whose_device_died_with_the_controller_is_resumed_all_the_same(
-    make_house, make_device, recoveries
+    make_house: Callable[..., House],
+    make_device: type[ServedDevice],
+    recoveries: list[tuple[str, float]],
 ) -> None:
     house, device = make_house(), make_device()
     server = house.serve(device)
@@ -189,7 +206,11 @@ def test_i8_a_vmm_whose_device_died_with_the_controller_is_resumed_all_the_same(
     assert recoveries == [("/run/vmm.qmp", 1)]
 
 
-def test_i7_a_disarmed_recovery_leaves_the_vmm_alone(make_house, make_device, recoveries) -> None:
+def test_i7_a_disarmed_recovery_leaves_the_vmm_alone(
+    make_house: Callable[..., House],
+    make_device: type[ServedDevice],
+    recoveries: list[tuple[str, float]],
+) -> None:
     house = make_house()
     house.serve(make_device())
     house.vmm()
@@ -206,7 +227,9 @@ def test_i7_a_disarmed_recovery_leaves_the_vmm_alone(make_house, make_device, re
     assert recoveries == []
 
 
-def test_i7_a_lost_target_is_fenced(make_house, make_device) -> None:
+def test_i7_a_lost_target_is_fenced(
+    make_house: Callable[..., House], make_device: type[ServedDevice]
+) -> None:
     house, device = make_house(), make_device()
     house.serve(device)
     vmm = house.vmm()
@@ -231,7 +254,9 @@ def test_i7_a_lost_target_is_fenced(make_house, make_device) -> None:
 
 
 def test_i7_a_target_that_holds_the_commit_keeps_it_until_it_is_started(
-    make_house, make_device, recoveries
+    make_house: Callable[..., House],
+    make_device: type[ServedDevice],
+    recoveries: list[tuple[str, float]],
 ) -> None:
     house, device = make_house(), make_device()
     house.serve(device)

@@ -14,10 +14,11 @@ from sync.gateway.engine import jobs
 from sync.gateway.engine.core import Core, Lease, Limits
 from sync.gateway.engine.custody import Owner, State
 from sync.gateway.engine.custody import Role as LeaseRole
+from sync.gateway.engine.device_link import Link
 from sync.gateway.engine.job_runner import Job
 from sync.gateway.errors import SessionFenced, WrongState
 from sync.handover.machine import Action, Event
-from sync.handover.states import Role
+from sync.handover.states import HandoverState, Role
 from sync.vfio_user.protocol import HEADER, Version
 from tests.sync.gateway.model_device import ModelDevice
 from tests.sync.handover.test_exploration import Model, Side, execute, explore
@@ -116,7 +117,7 @@ class Gateway:
         self._settle()
 
     @property
-    def _link(self) -> jobs.Link:
+    def _link(self) -> Link:
         assert self.core.link is not None
         return self.core.link
 
@@ -200,7 +201,7 @@ def test_i7_a_command_does_what_it_does_in_the_model(
 ) -> None:
     gateway = Gateway(role)
     gateway.bring_to(record, state)
-    modelled, event = execute(command, Side(None, record=record))
+    modelled, event = execute(command, Side(HandoverState.IDLE, record=record))
     assert gateway.execute(command) is event
     assert gateway.record == modelled.record
     assert not gateway.resumed_vmm
@@ -227,7 +228,7 @@ def test_i7_i8_a_death_leaves_what_it_leaves_in_the_model(
     """The commands that the dead controller has sent are executed before its end is seen."""
     gateway = Gateway(role)
     gateway.bring_to(record, state)
-    modelled = Model.dead(Side(None, record=record, guest=guest, queue=queue))
+    modelled = Model.dead(Side(HandoverState.IDLE, record=record, guest=guest, queue=queue))
     for command in queue:
         gateway.execute(command)
     gateway.controller_dies()

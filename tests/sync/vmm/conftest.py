@@ -171,4 +171,5 @@ def with_qemu(socket_folder: Path) -> Callable[..., None]:
 @pytest.fixture
 def active_migration() -> dict[str, Any]:
     """What QEMU's query-migrate returns in the middle of a migration."""
-    return json.loads(json.dumps(ACTIVE))
+    copy: dict[str, Any] = json.loads(json.dumps(ACTIVE))
+    return copy
