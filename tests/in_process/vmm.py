@@ -1,8 +1,8 @@
 """A VMM without a guest in it: RAM, a connection to the gateway, and QMP by a script.
 
-What it says is what QEMU says, and so is the order of its stream: all of its RAM as it is when the
-migration begins, and later, when the guest stands still, what the processors have written. It does
-not see what the device writes meanwhile.
+What it says is what QEMU says, and so is the order of its stream: all of its RAM as it was when the
+migration began, then what the processors have written. It does not see what the device writes, and
+all of the stream comes as late as it can: over what the product has brought already.
 """
 
 import mmap
@@ -135,9 +135,8 @@ class Vmm(FakeQemu):
         with self._cut:
             try:
                 async with await trio.open_unix_socket(path) as stream:
-                    await stream.send_all(first_pass)
                     await self._switch_over.wait()
-                    await stream.send_all(self.ram[:CPU_BYTES])
+                    await stream.send_all(first_pass + self.ram[:CPU_BYTES])
                 self.becomes("completed", "postmigrate")
             except (trio.BrokenResourceError, OSError):
                 self.becomes("failed", "running")
@@ -178,9 +177,8 @@ class Vmm(FakeQemu):
             with suppress(trio.BrokenResourceError):
                 async for data in stream:
                     loaded += data
-                    if len(loaded) - len(data) < RAM_BYTES <= len(loaded):
-                        self.ram[:] = loaded[:RAM_BYTES]
         if len(loaded) == RAM_BYTES + CPU_BYTES:
+            self.ram[:] = loaded[:RAM_BYTES]
             self.ram[:CPU_BYTES] = loaded[RAM_BYTES:]
             self.becomes("completed", "paused")
             await self._tell()
