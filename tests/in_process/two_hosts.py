@@ -27,8 +27,8 @@ from tests.in_process.device import DOORBELL, NUMBER, PROFILE, ModelDevice
 from tests.in_process.vmm import CPU_BYTES, PAGE_BYTES, RAM_AT, RAM_BYTES, Vmm
 from tests.sync.gateway.conftest import House
 
-PEER_TIMEOUT_S = 0.5
-CONNECT_TIMEOUT_S = 2.0
+PEER_TIMEOUT_S = 3.0
+CONNECT_TIMEOUT_S = 5.0
 DEADLINE_S = 60.0
 
 
