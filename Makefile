@@ -23,7 +23,7 @@ test test-full: prepare lint
 prepare: $(VENV)/ready
 	@# Once, and outside of any test's time. Should it fail, the tests that need it say why.
 	-$(BIN)/python -m lab.qemu prepare
-	-$(BIN)/python -c 'from transport.kernels.declare import warm_up; warm_up()'
+	-$(BIN)/python -c 'from transport.kernels.load import warm_up; warm_up()'
 
 lint: $(VENV)/ready
 	$(BIN)/ruff check .

@@ -5,8 +5,7 @@ from collections.abc import Callable
 import trio
 
 from ferry.errors import Exit
-from sync.gateway.engine.custody import Owner
-from sync.gateway.engine.custody import State as GatewayState
+from sync.gateway.engine.custody import CustodyState, Owner
 from sync.handover.states import TERMINAL
 from sync.handover.states import HandoverState as State
 from tests.in_process.device import DOORBELL, NUMBER
@@ -88,7 +87,7 @@ async def assert_owner(hosts: TwoHosts, owner: Host) -> None:
     assert not hosts.ran_twice
     await hosts.revive(owner)
     if owner.vmm.alive:
-        assert owner.record == (GatewayState.PASSTHROUGH, Owner.OWNED)
+        assert owner.record == (CustodyState.PASSTHROUGH, Owner.OWNED)
         owner.vmm.write_register(NUMBER, 0x600D)
         assert owner.device.registers.bar[NUMBER : NUMBER + 2] == b"\x0d\x60"
 

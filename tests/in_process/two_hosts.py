@@ -22,7 +22,7 @@ from ferry.migration import receive_options, send_options
 from ferry.migration.stop_request import StopRequest
 from ferry.progress import Reporter
 from sync.gateway.engine.core import Limits
-from sync.gateway.engine.custody import Owner, State
+from sync.gateway.engine.custody import CustodyState, Owner
 from tests.in_process.device import DOORBELL, NUMBER, PROFILE, ModelDevice
 from tests.in_process.vmm import CPU_BYTES, PAGE_BYTES, RAM_AT, RAM_BYTES, Vmm
 from tests.sync.gateway.conftest import House
@@ -109,7 +109,7 @@ class Host:
         return {"gateway": (str(self._house.control_path),), "qmp": self.vmm.path}
 
     @property
-    def record(self) -> tuple[State, Owner]:
+    def record(self) -> tuple[CustodyState, Owner]:
         custody = self._house.gateway.core.custody
         return custody.state, custody.owner
 

@@ -11,11 +11,11 @@ from contextlib import suppress
 import pytest
 
 from sync.errors import SyncError
+from sync.gateway.control.requests import Mediate
 from sync.gateway.engine import jobs
 from sync.gateway.engine.core import Core, Lease, Limits
-from sync.gateway.engine.custody import Owner, State
-from sync.gateway.engine.custody import Role as LeaseRole
-from sync.gateway.engine.device_link import Link
+from sync.gateway.engine.custody import ClientRole, CustodyState, Owner
+from sync.gateway.engine.device_link import DeviceLink
 from sync.gateway.engine.job_runner import Job
 from sync.gateway.errors import SessionFenced, WrongState
 from sync.handover.machine import Action, Event, HandoverError
@@ -47,7 +47,7 @@ class Gateway:
         self.core.device_came(lambda data, _: self._to_device.append(bytes(data)), lambda _: None)
         self._settle()
         self.core.vmm_came(lambda *_: None, Version())
-        self._lease = Lease(self._controller, LeaseRole(role.value), 0.0, qmp_path=QMP)
+        self._lease = Lease(self._controller, ClientRole(role.value), 0.0, qmp_path=QMP)
         self.core.lease = self._lease
 
     @property
@@ -62,23 +62,24 @@ class Gateway:
             return "owned"
         return custody.verdicts(1).get(SESSION, "none")
 
-    def bring_to(self, record: str, state: State) -> None:
+    def bring_to(self, record: str, state: CustodyState) -> None:
         """From the start: a guest that runs here (source), or a VMM that waits (target)."""
         custody = self.core.custody
         if self._role is Role.SOURCE:
-            if state is not State.PASSTHROUGH:
-                self._mediate()
-            if state in (State.STOPPED, State.RELEASED):
+            if state is not CustodyState.PASSTHROUGH:
+                request = Mediate(tracker="none", page_size=4096, capture=True)
+                self._run(jobs.mediate(self._link, custody, request))
+            if state in (CustodyState.STOPPED, CustodyState.RELEASED):
                 self._run(jobs.stop(self._link, custody, fence=True, resume=b""))
             if record == "released":
                 self.execute(Action.RELEASE)
-        elif (record, state) != ("none", State.PASSTHROUGH):
+        elif (record, state) != ("none", CustodyState.PASSTHROUGH):
             self._run(jobs.standby(self._link, custody, SESSION))
             if record == "owned":
                 self.execute(Action.OWN)
             if record == "fenced":
                 self.execute(Action.FENCE)
-            if state is State.PASSTHROUGH:
+            if state is CustodyState.PASSTHROUGH:
                 leave = jobs.start(self._link, custody, b"")
                 self._run(leave if record == "owned" else jobs.abandon(self._link, custody))
         assert (self.record, custody.state) == (record, state)
@@ -91,7 +92,7 @@ class Gateway:
             self._lease.released = True
             return Event.RELEASED
         if command is Action.RESTORE:
-            if custody.state is State.RELEASED:
+            if custody.state is CustodyState.RELEASED:
                 custody.reclaim(SESSION)
                 self._lease.released = False
             self._run(jobs.restore(self._link, custody))
@@ -118,21 +119,9 @@ class Gateway:
         self._settle()
 
     @property
-    def _link(self) -> Link:
+    def _link(self) -> DeviceLink:
         assert self.core.link is not None
         return self.core.link
-
-    def _mediate(self) -> None:
-        self._run(
-            jobs.mediate(
-                self._link,
-                self.core.custody,
-                tracker="none",
-                page_bytes=4096,
-                capture=True,
-                snapshot=b"",
-            )
-        )
 
     def _run(self, job: Job[object]) -> None:
         errors: list[SyncError] = []
@@ -174,20 +163,20 @@ DEATHS = sorted(
 )
 
 
-def states_of(role: Role, record: str, guest: str, first: Action | None) -> list[State]:
+def states_of(role: Role, record: str, guest: str, first: Action | None) -> list[CustodyState]:
     """The states of a real gateway that the model does not tell apart."""
     if role is Role.TARGET:
         if guest == "runs":
-            return [State.PASSTHROUGH]
+            return [CustodyState.PASSTHROUGH]
         anywhere = (None, Action.FENCE)
         if (first in anywhere and record == "fenced") or (first, record) == (Action.FENCE, "none"):
-            return [State.STANDBY, State.PASSTHROUGH]
-        return [State.STANDBY]
+            return [CustodyState.STANDBY, CustodyState.PASSTHROUGH]
+        return [CustodyState.STANDBY]
     if record == "released":
-        return [State.RELEASED]
+        return [CustodyState.RELEASED]
     if first is Action.RELEASE:
-        return [State.STOPPED]
-    return [State.PASSTHROUGH, State.MEDIATED, State.STOPPED]
+        return [CustodyState.STOPPED]
+    return [CustodyState.PASSTHROUGH, CustodyState.MEDIATED, CustodyState.STOPPED]
 
 
 @pytest.mark.parametrize(
@@ -200,7 +189,7 @@ def states_of(role: Role, record: str, guest: str, first: Action | None) -> list
     ids=lambda value: value if isinstance(value, str) else value.name.lower(),
 )
 def test_i7_a_command_does_what_it_does_in_the_model(
-    role: Role, command: Action, record: str, state: State
+    role: Role, command: Action, record: str, state: CustodyState
 ) -> None:
     gateway = Gateway(role)
     gateway.bring_to(record, state)
@@ -226,7 +215,7 @@ def test_i7_a_command_does_what_it_does_in_the_model(
     ),
 )
 def test_i7_i8_a_death_leaves_what_it_leaves_in_the_model(
-    role: Role, record: str, guest: str, queue: tuple[Action, ...], state: State
+    role: Role, record: str, guest: str, queue: tuple[Action, ...], state: CustodyState
 ) -> None:
     """The commands that the dead controller has sent are executed before its end is seen."""
     gateway = Gateway(role)
@@ -241,4 +230,4 @@ def test_i7_i8_a_death_leaves_what_it_leaves_in_the_model(
     else:
         assert not gateway.resumed_vmm
     if modelled.guest == "runs":
-        assert gateway.core.custody.state is State.PASSTHROUGH
+        assert gateway.core.custody.state is CustodyState.PASSTHROUGH
