@@ -11,6 +11,7 @@ import trio
 
 from lab.vfio_user.client import Client
 from sync.gateway.control.client import GatewayClient
+from sync.gateway.engine.custody import ClientRole
 from sync.gateway.engine.listener import Listener
 from sync.gateway.errors import (
     AnswerLost,
@@ -91,7 +92,9 @@ def test_dma_by_message_on_either_socket(
     vmm.dma_map(DmaMap(3, 0, 0x10000, 4 * PAGE), ram)
 
     async def main() -> None:
-        async with await GatewayClient.connect(house.control_path, role="source") as gateway:
+        async with await GatewayClient.connect(
+            house.control_path, role=ClientRole.SOURCE
+        ) as gateway:
             await gateway.mediate(tracker="message", capture=False)
             async with trio.open_nursery() as nursery:
                 nursery.start_soon(trio.to_thread.run_sync, _hammer_dma, device)
@@ -148,7 +151,7 @@ def test_a_whole_migration_at_the_source(
 
     async def main() -> None:
         async with await GatewayClient.connect(
-            house.control_path, role="source", session="s1"
+            house.control_path, role=ClientRole.SOURCE, session="s1"
         ) as gateway:
             info = gateway.info
             assert (info.identity.vendor, info.identity.device) == (0x1AF4, 0x1042)
@@ -218,7 +221,7 @@ def test_a_whole_migration_at_the_target(
 
     async def main() -> None:
         async with await GatewayClient.connect(
-            house.control_path, role="target", session="s1"
+            house.control_path, role=ClientRole.TARGET, session="s1"
         ) as gateway:
             await gateway.standby("s1")
             assert device.mapped == {}
@@ -302,8 +305,8 @@ def test_one_lease_and_many_observers(
 
     async def main() -> None:
         path = house.control_path
-        async with await GatewayClient.connect(path, role="source", session="s") as holder:
-            for role in ("source", "target"):
+        async with await GatewayClient.connect(path, role=ClientRole.SOURCE, session="s") as holder:
+            for role in (ClientRole.SOURCE, ClientRole.TARGET):
                 with pytest.raises(LeaseHeld):
                     await GatewayClient.connect(path, role=role)
             async with await GatewayClient.connect(path) as observer:
@@ -315,7 +318,7 @@ def test_one_lease_and_many_observers(
                 await holder.standby("s")
             await holder.mediate(tracker="none", capture=True)
         await trio.to_thread.run_sync(house.wait_event, "restored")
-        async with await GatewayClient.connect(path, role="target") as holder:
+        async with await GatewayClient.connect(path, role=ClientRole.TARGET) as holder:
             assert holder.info.lease == "target"
 
     trio.run(main)
@@ -329,7 +332,9 @@ def test_requests_are_refused_with_a_reason(
     async def main() -> None:
         with pytest.raises(GatewayUnreachable):
             await GatewayClient.connect(house.control_path.with_name("nobody"))
-        async with await GatewayClient.connect(house.control_path, role="source") as gateway:
+        async with await GatewayClient.connect(
+            house.control_path, role=ClientRole.SOURCE
+        ) as gateway:
             with pytest.raises(NoDevice):
                 await gateway.mediate(tracker="none", capture=True)
             house.serve(make_device())
@@ -393,7 +398,9 @@ def test_a_cancelled_request_leaves_the_connection_usable(
     vmm = house.vmm()
 
     async def main() -> None:
-        async with await GatewayClient.connect(house.control_path, role="source") as gateway:
+        async with await GatewayClient.connect(
+            house.control_path, role=ClientRole.SOURCE
+        ) as gateway:
             await gateway.mediate(tracker="none", capture=True)
             vmm.region_write(0, 0, b"abcd")
             device.on_read = pause
@@ -422,7 +429,9 @@ def test_i4_a_journal_that_was_cut_off_is_not_continued(
     vmm = house.vmm()
 
     async def main() -> None:
-        async with await GatewayClient.connect(house.control_path, role="source") as gateway:
+        async with await GatewayClient.connect(
+            house.control_path, role=ClientRole.SOURCE
+        ) as gateway:
             await gateway.mediate(tracker="none", capture=True)
             vmm.region_write(0, 0, b"abcd")
             device.on_read = pause

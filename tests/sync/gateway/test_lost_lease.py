@@ -8,6 +8,7 @@ import trio
 
 import sync.vmm.recover
 from sync.gateway.control.client import GatewayClient
+from sync.gateway.engine.custody import ClientRole
 from sync.gateway.errors import GatewayError, SessionFenced
 from sync.registers.record import Access, Op, pack_accesses
 from sync.vfio_user.protocol import (
@@ -54,11 +55,15 @@ def test_i8_a_lost_source_is_put_back_to_passthrough_and_its_vmm_resumed(
     vmm.dma_map(DmaMap(3, 0, 0x10000, 2 * PAGE), ram)
 
     async def main() -> None:
-        async with await GatewayClient.connect(house.control_path, role="source") as gateway:
+        async with await GatewayClient.connect(
+            house.control_path, role=ClientRole.SOURCE
+        ) as gateway:
             await gateway.arm_recovery("/run/vmm.qmp", 3.5)
             await to_state(gateway, state)
         await trio.to_thread.run_sync(house.wait_event, "recovered")
-        async with await GatewayClient.connect(house.control_path, role="source") as gateway:
+        async with await GatewayClient.connect(
+            house.control_path, role=ClientRole.SOURCE
+        ) as gateway:
             info = gateway.info
             assert (info.state, info.owner) == ("passthrough", "owned")
             assert info.last_recovery.ok
@@ -83,7 +88,9 @@ def test_i8_a_controller_that_falls_silent_over_a_stopped_guest_is_cut_off(
     house.vmm()
 
     async def main() -> None:
-        async with await GatewayClient.connect(house.control_path, role="source") as gateway:
+        async with await GatewayClient.connect(
+            house.control_path, role=ClientRole.SOURCE
+        ) as gateway:
             await gateway.arm_recovery("/run/vmm.qmp", 3.5)
             await gateway.mediate(tracker="none", capture=True)
             await gateway.stop(fence=False)
@@ -109,7 +116,9 @@ def test_i8_a_recovery_that_fails_is_told(
     house.vmm()
 
     async def main() -> None:
-        async with await GatewayClient.connect(house.control_path, role="source") as gateway:
+        async with await GatewayClient.connect(
+            house.control_path, role=ClientRole.SOURCE
+        ) as gateway:
             await gateway.arm_recovery("/run/vmm.qmp", 1)
             await gateway.mediate(tracker="none", capture=True)
         await trio.to_thread.run_sync(house.wait_event, "recovered")
@@ -132,13 +141,15 @@ def test_i7_a_released_source_stays_released_and_is_never_resumed(
     vmm.dma_map(DmaMap(3, 0, 0x10000, 2 * PAGE), ram)
 
     async def main() -> None:
-        async with await GatewayClient.connect(house.control_path, role="source") as gateway:
+        async with await GatewayClient.connect(
+            house.control_path, role=ClientRole.SOURCE
+        ) as gateway:
             await gateway.arm_recovery("/run/vmm.qmp", 1)
             await to_state(gateway, "released")
         await trio.to_thread.run_sync(house.wait_event, "lease-lost")
         vmm.region_write(0, 8, b"bell")
         async with await GatewayClient.connect(
-            house.control_path, role="source", session="s"
+            house.control_path, role=ClientRole.SOURCE, session="s"
         ) as gateway:
             assert (gateway.info.state, gateway.info.owner) == ("released", "released")
             assert gateway.info.dropped_writes == 1
@@ -166,7 +177,9 @@ def test_i7_a_vmm_that_was_released_is_not_resumed_even_if_it_has_come_back(
     house.vmm()
 
     async def main() -> None:
-        async with await GatewayClient.connect(house.control_path, role="source") as gateway:
+        async with await GatewayClient.connect(
+            house.control_path, role=ClientRole.SOURCE
+        ) as gateway:
             await gateway.arm_recovery("/run/vmm.qmp", 1)
             await gateway.mediate(tracker="none", capture=True)
             await gateway.stop(fence=True)
@@ -177,7 +190,7 @@ def test_i7_a_vmm_that_was_released_is_not_resumed_even_if_it_has_come_back(
             await trio.to_thread.run_sync(house.vmm)
             assert (await gateway.status()).owner == "owned"
         await trio.to_thread.run_sync(house.wait_event, "lease-lost")
-        async with await GatewayClient.connect(house.control_path, role="source"):
+        async with await GatewayClient.connect(house.control_path, role=ClientRole.SOURCE):
             pass
 
     trio.run(main)
@@ -194,7 +207,9 @@ def test_i8_a_vmm_whose_device_died_with_the_controller_is_resumed_all_the_same(
     house.vmm()
 
     async def main() -> None:
-        async with await GatewayClient.connect(house.control_path, role="source") as gateway:
+        async with await GatewayClient.connect(
+            house.control_path, role=ClientRole.SOURCE
+        ) as gateway:
             await gateway.arm_recovery("/run/vmm.qmp", 1)
             await gateway.mediate(tracker="none", capture=True)
             await gateway.stop(fence=True)
@@ -216,7 +231,9 @@ def test_i7_a_disarmed_recovery_leaves_the_vmm_alone(
     house.vmm()
 
     async def main() -> None:
-        async with await GatewayClient.connect(house.control_path, role="source") as gateway:
+        async with await GatewayClient.connect(
+            house.control_path, role=ClientRole.SOURCE
+        ) as gateway:
             await gateway.arm_recovery("/run/vmm.qmp", 1)
             await gateway.mediate(tracker="none", capture=True)
             await gateway.passthrough()
@@ -237,12 +254,16 @@ def test_i7_a_lost_target_is_fenced(
     vmm.dma_map(DmaMap(3, 0, 0x10000, 2 * PAGE), ram)
 
     async def main() -> None:
-        async with await GatewayClient.connect(house.control_path, role="target") as gateway:
+        async with await GatewayClient.connect(
+            house.control_path, role=ClientRole.TARGET
+        ) as gateway:
             await gateway.standby("s")
         await trio.to_thread.run_sync(house.wait_event, "abandoned")
         info = await status_of(house)
         assert (info.state, info.owner, info.session) == ("passthrough", "fenced", "s")
-        async with await GatewayClient.connect(house.control_path, role="target") as gateway:
+        async with await GatewayClient.connect(
+            house.control_path, role=ClientRole.TARGET
+        ) as gateway:
             with pytest.raises(SessionFenced):
                 await gateway.standby("s")
             await gateway.standby("t")
@@ -264,14 +285,18 @@ def test_i7_a_target_that_holds_the_commit_keeps_it_until_it_is_started(
 
     async def main() -> None:
         path = house.control_path
-        async with await GatewayClient.connect(path, role="target", session="s") as gateway:
+        async with await GatewayClient.connect(
+            path, role=ClientRole.TARGET, session="s"
+        ) as gateway:
             await gateway.standby("s")
             await gateway.own("s", pack_accesses([Access(Op.WRITE, 0, 8, 4, b"held")]))
         await trio.to_thread.run_sync(house.wait_event, "lease-lost")
         info = await status_of(house)
         assert (info.state, info.owner, info.session) == ("standby", "owned", "s")
         assert device.registers.bar[8:12] == bytes(4)
-        async with await GatewayClient.connect(path, role="target", session="s") as gateway:
+        async with await GatewayClient.connect(
+            path, role=ClientRole.TARGET, session="s"
+        ) as gateway:
             await gateway.own("s")
             await gateway.start()
         assert bytes(device.registers.bar[8:12]) == b"held"

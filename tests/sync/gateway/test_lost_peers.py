@@ -10,6 +10,7 @@ import trio
 
 from lab.vfio_user.client import Client
 from sync.gateway.control.client import GatewayClient
+from sync.gateway.engine.custody import ClientRole
 from sync.gateway.errors import DeviceLost, VmmLost
 from sync.registers.record import Access, Op, pack_accesses
 from sync.vfio_user.protocol import (
@@ -53,7 +54,9 @@ def test_the_device_goes_and_comes_back(
     vmm = house.vmm()
 
     async def main() -> None:
-        async with await GatewayClient.connect(house.control_path, role="source") as gateway:
+        async with await GatewayClient.connect(
+            house.control_path, role=ClientRole.SOURCE
+        ) as gateway:
             await gateway.mediate(tracker="none", capture=True)
             await trio.to_thread.run_sync(house.end_device, server)
             await trio.to_thread.run_sync(house.wait_event, "device-lost")
@@ -71,7 +74,9 @@ def test_the_device_goes_and_comes_back(
             with pytest.raises(DeviceLost):
                 await gateway.mediate(tracker="none", capture=True)
             assert new.region_read(0, 0, 4) == bytes(4)
-        async with await GatewayClient.connect(house.control_path, role="source") as gateway:
+        async with await GatewayClient.connect(
+            house.control_path, role=ClientRole.SOURCE
+        ) as gateway:
             await gateway.mediate(tracker="none", capture=True)
 
     trio.run(main)
@@ -88,7 +93,9 @@ def test_the_vmm_goes_and_another_comes(
     vmm.region_write(0, 0, b"mine")
 
     async def main() -> None:
-        async with await GatewayClient.connect(house.control_path, role="source") as gateway:
+        async with await GatewayClient.connect(
+            house.control_path, role=ClientRole.SOURCE
+        ) as gateway:
             mediation = await gateway.mediate(tracker="message", capture=True)
             assert mediation.dirty_fd is not None
             os.close(mediation.dirty_fd)
@@ -163,7 +170,9 @@ def test_i10_a_device_that_hangs_while_the_guest_is_held_is_given_up(
     vmm = house.vmm()
 
     async def main() -> None:
-        async with await GatewayClient.connect(house.control_path, role="source") as gateway:
+        async with await GatewayClient.connect(
+            house.control_path, role=ClientRole.SOURCE
+        ) as gateway:
             device.on_read = pause
             with pytest.raises(DeviceLost):
                 await gateway.mediate(
@@ -191,7 +200,9 @@ def test_a_gateway_that_was_started_anew_finds_the_device_as_it_was(
     ram = new_ram(2)
 
     async def migrate() -> None:
-        async with await GatewayClient.connect(house.control_path, role="source") as gateway:
+        async with await GatewayClient.connect(
+            house.control_path, role=ClientRole.SOURCE
+        ) as gateway:
             await gateway.mediate(tracker="none", capture=False)
             await gateway.mig_state(MigrationState.STOP_COPY)
             await trio.to_thread.run_sync(house.end)
