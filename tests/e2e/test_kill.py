@@ -53,7 +53,7 @@ def deaths() -> Iterator[ParameterSet]:
                 yield pytest.param(method, phase, victim, marks=marks)
 
 
-@pytest.mark.parametrize(("method", "phase", "victim"), deaths(), ids=str)
+@pytest.mark.parametrize(("method", "phase", "victim"), [*deaths()], ids=str)
 def test_i7_i8_killed(tmp_path: Path, method: Method, phase: str, victim: str) -> None:
     with new_bed(tmp_path, small_setup(method)) as bed:
         a, b = start_both(bed)
