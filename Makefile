@@ -1,10 +1,13 @@
-# `make demo` runs the main job, `make demo-qemu` the same with a stock QEMU, `make test` passes the
-# tests; each sets everything up.
+# `make demo` runs the main job, `make demo-qemu` the same with a stock QEMU. `make test` passes the
+# tests in some minutes, `make test-full` all of them (tests/README.md). Each sets everything up.
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: demo demo-qemu test lint clean
+BEGAN := $(shell date +%s)
+PYTEST := $(BIN)/python -m pytest --numprocesses auto --dist worksteal --durations=15
+
+.PHONY: demo demo-qemu test test-full prepare lint clean
 
 demo: $(VENV)/ready
 	$(BIN)/vfio-ferry demo $(DEMO_ARGS)
@@ -12,15 +15,20 @@ demo: $(VENV)/ready
 demo-qemu: $(VENV)/ready
 	$(BIN)/vfio-ferry demo-qemu $(DEMO_ARGS)
 
-test: lint
-	@# Outside of any test's time. Should it fail, the tests that need it say why.
+test: SELECTED := -m "not full"
+test test-full: prepare lint
+	@$(PYTEST) $(SELECTED) $(TEST_ARGS); code=$$?; took=$$(($$(date +%s) - $(BEGAN))); \
+	echo "make $@ took $$((took / 60)) min $$((took % 60)) s"; exit $$code
+
+prepare: $(VENV)/ready
+	@# Once, and outside of any test's time. Should it fail, the tests that need it say why.
 	-$(BIN)/python -m lab.qemu prepare
-	$(BIN)/python -m pytest --numprocesses auto --dist worksteal $(TEST_ARGS)
+	-$(BIN)/python -c 'from transport.kernels.load import warm_up; warm_up()'
 
 lint: $(VENV)/ready
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
-	$(BIN)/mypy --strict transport sync ferry lab perf
+	$(BIN)/mypy --strict transport sync ferry lab perf tests
 
 $(VENV)/ready: pyproject.toml
 	$(PYTHON) -m venv $(VENV)

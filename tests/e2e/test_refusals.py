@@ -203,7 +203,9 @@ def test_i10_a_dead_link_costs_the_guest_nothing(tmp_path: Path) -> None:
         a, b = start_both(bed)
         receiver = bed.receive(b)
         sender = bed.send(
-            *(a, b, *METHOD.flags, "--peer-timeout", "30", "--downtime-limit", "1"),
+            a,
+            b,
+            *(*METHOD.flags, "--peer-timeout", "30", "--downtime-limit", "1"),
             *("--max-rounds", "100000", "--on-stall", "abort"),
         )
         sender.wait_event("round")

@@ -58,6 +58,7 @@ def test_it_is_started_behind_a_prefix() -> None:
     ) as child:
         assert child.stdout is not None
         assert child.stdout.read() == b"value\n"
+        assert isinstance(child.args, list)
         assert child.args[:2] == ["env", "NAME=value"]
 
 

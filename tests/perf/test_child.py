@@ -37,7 +37,9 @@ def test_it_goes_on_when_told_and_answers() -> None:
             child.line()
 
 
-def test_time_that_the_host_took_is_that_of_all_processors(monkeypatch, tmp_path) -> None:
+def test_time_that_the_host_took_is_that_of_all_processors(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
     stat = tmp_path / "stat"
     stat.write_text("cpu  1 2 3 4 5 6 7 800 9 10\ncpu0 1 2 3 4 5 6 7 300 9 10\nintr 4\n")
     monkeypatch.setattr(child, "_PROC_STAT", stat)

@@ -1,13 +1,17 @@
 """Plots are PNG files that show what was recorded."""
 
 import json
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from ferry.cli import main
 from ferry.errors import Exit
 from perf import plot
+from perf.results import Sample
+from tests.perf.conftest import MakeSamples
 
 PNG = b"\x89PNG\r\n\x1a\n"
 KINDS = ("zero", "same", "delta", "copy", "lz4", "raw")
@@ -16,7 +20,7 @@ KINDS = ("zero", "same", "delta", "copy", "lz4", "raw")
 def recorded_events() -> list[dict[str, object]]:
     """Two rounds, of which the last one's remainder is not known, and a report."""
     both = {"role": "send", "predicted_downtime_ms": None, "vmm_remaining_bytes": None}
-    rounds = [
+    rounds: list[dict[str, object]] = [
         {
             **both,
             "event": "round",
@@ -29,11 +33,16 @@ def recorded_events() -> list[dict[str, object]]:
         }
         for number, (remaining, rate) in enumerate([(20, 40.0), (None, None)])
     ]
-    phases = [
+    phases: list[dict[str, object]] = [
         {"event": "phase", "time": 100.0 + at, "role": role, "phase": phase}
         for at, role, phase in [(0, "send", "preparing"), (1, "receive", "x"), (1.6, "send", "y")]
     ]
-    report = {"event": "report", "time": 102.0, "role": "demo", "downtime_ms": {"pause": 3.0}}
+    report: dict[str, object] = {
+        "event": "report",
+        "time": 102.0,
+        "role": "demo",
+        "downtime_ms": {"pause": 3.0},
+    }
     return [*phases, *rounds, report]
 
 
@@ -56,10 +65,20 @@ def test_only_the_senders_events_are_drawn(tmp_path: Path) -> None:
     assert kinds == [("send", "phase")] * 2 + [("send", "round")] * 2 + [("demo", "report")]
 
 
-def test_a_sweep(samples, write, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    drawn = []
+def test_a_sweep(
+    samples: MakeSamples,
+    write: Callable[[str, list[Sample]], Path],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    drawn: list[Any] = []
     made = plot._figure
-    monkeypatch.setattr(plot, "_figure", lambda *a: drawn.append(made(*a)) or drawn[-1])
+
+    def keep(*arguments: Any) -> Any:
+        drawn.append(made(*arguments))
+        return drawn[-1]
+
+    monkeypatch.setattr(plot, "_figure", keep)
     file = write(
         "results",
         [
@@ -90,14 +109,21 @@ def test_a_sweep(samples, write, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
         (["--metric", "none", "--over", "lanes"], "these metrics have it: rate"),
     ],
 )
-def test_a_sweep_of_nothing(samples, write, tmp_path, capsys, more, says) -> None:
+def test_a_sweep_of_nothing(
+    samples: MakeSamples,
+    write: Callable[[str, list[Sample]], Path],
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    more: list[str],
+    says: str,
+) -> None:
     file = write("results", samples(1.0, lanes=1))
     code = main(["bench", "plot", str(file), "--out", str(tmp_path / "x.png"), *more])
     assert code == Exit.USAGE
     assert says in capsys.readouterr().err
 
 
-def test_files_that_cannot_be_drawn(tmp_path: Path, capsys) -> None:
+def test_files_that_cannot_be_drawn(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     out = str(tmp_path / "x.png")
     no_rounds = write_events(tmp_path / "events", recorded_events()[:1])
     for file, says in [

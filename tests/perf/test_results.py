@@ -1,6 +1,7 @@
 """The result format: what is written is read again, and what is not a result is refused."""
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -9,6 +10,7 @@ from hypothesis import strategies as st
 
 from perf.errors import BenchUsageError
 from perf.results import Sample, machine, number_text, read, revision, series
+from tests.perf.conftest import MakeSamples
 
 texts = st.text(max_size=20)
 numbers = st.one_of(st.integers(-(10**9), 10**9), st.floats(allow_nan=False, allow_infinity=False))
@@ -51,13 +53,15 @@ def test_arbitrary_lines_are_refused_with_a_reason(line: str) -> None:
         {"more": 1},
     ],
 )
-def test_a_field_of_another_type_is_refused(samples, wrong: dict[str, object]) -> None:
+def test_a_field_of_another_type_is_refused(samples: MakeSamples, wrong: dict[str, object]) -> None:
     line = json.dumps({**json.loads(samples(1.0)[0].to_line()), **wrong})
     with pytest.raises(ValueError, match=r"\S"):
         Sample.from_line(line)
 
 
-def test_a_file_names_its_bad_line(samples, write, tmp_path: Path) -> None:
+def test_a_file_names_its_bad_line(
+    samples: MakeSamples, write: Callable[[str, list[Sample]], Path], tmp_path: Path
+) -> None:
     path = write("good", samples(1.0, 2.0))
     assert [each.value for each in read(path)] == [1.0, 2.0]
     path.write_text(path.read_text() + "no\n")
@@ -69,7 +73,7 @@ def test_a_file_names_its_bad_line(samples, write, tmp_path: Path) -> None:
         read(tmp_path / "none")
 
 
-def test_series_are_told_apart_by_metric_and_dimensions(samples) -> None:
+def test_series_are_told_apart_by_metric_and_dimensions(samples: MakeSamples) -> None:
     found = series(
         [*samples(1, x=1), *samples(2, x=2), *samples(3, x=1), *samples(4, x=1, metric="cpu")]
     )

@@ -1,4 +1,4 @@
-"""`list` and `run`: settings, sweeps, needs, verdicts, and every cheap benchmark once."""
+"""`list` and `run`: settings, sweeps, needs, verdicts, and benchmarks that are run once."""
 
 import sys
 from collections.abc import Iterator
@@ -17,6 +17,8 @@ from perf.results import read
 from perf.table import BENCHMARKS
 
 MODULE = "tests_perf_benchmark"
+BY_DEFAULT = {"gateway", "last-round", "precopy"}
+"""Of those that measure; `make test-full` runs all."""
 FAKE = Benchmark(
     MODULE,
     "nothing of interest",
@@ -50,20 +52,23 @@ def fake(monkeypatch: pytest.MonkeyPatch) -> list[Context]:
 
 
 def test_every_entry_of_the_table_is_complete() -> None:
+    assert BENCHMARKS.keys() >= BY_DEFAULT
     for name, entry in BENCHMARKS.items():
         assert entry.quick.keys() <= entry.settings.keys(), name
         assert set(entry.needs) <= set(NEEDS), name
         assert all(1 <= bar.number <= 12 for bar in entry.bars), name
 
 
-def test_list_names_every_benchmark_and_what_is_missing(capsys) -> None:
+def test_list_names_every_benchmark_and_what_is_missing(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["bench", "list"]) == Exit.OK
     printed = capsys.readouterr().out
     assert all(f"{name} " in printed for name in BENCHMARKS)
     assert "cannot run: --set trace=... has to be given" in printed
 
 
-def test_run_prints_medians_and_verdicts_and_writes_samples(fake, tmp_path, capsys) -> None:
+def test_run_prints_medians_and_verdicts_and_writes_samples(
+    fake: list[Context], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     out = tmp_path / "out.json"
     assert main(["bench", "run", "fake", "--repeat", "3", "--out", str(out)]) == Exit.OK
     printed = capsys.readouterr().out
@@ -78,7 +83,9 @@ def test_run_prints_medians_and_verdicts_and_writes_samples(fake, tmp_path, caps
     assert len(read(out)) == 20
 
 
-def test_json_prints_the_samples_alone(fake, tmp_path, capsys) -> None:
+def test_json_prints_the_samples_alone(
+    fake: list[Context], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     assert main(["bench", "run", "--json", "--quick"]) == Exit.OK
     (tmp_path / "printed").write_text(capsys.readouterr().out)
     metrics = [each.metric for each in read(tmp_path / "printed")]
@@ -86,7 +93,9 @@ def test_json_prints_the_samples_alone(fake, tmp_path, capsys) -> None:
     assert fake[0].settings["lanes"] == 1
 
 
-def test_a_run_says_how_much_of_the_processors_its_host_took(fake, monkeypatch, capsys) -> None:
+def test_a_run_says_how_much_of_the_processors_its_host_took(
+    fake: list[Context], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     clock, stolen = iter([10.0, 14.0]), iter([7.0, 7.5])
     monkeypatch.setattr(runner, "time", SimpleNamespace(monotonic=lambda: next(clock)))
     monkeypatch.setattr(runner, "stolen_seconds", lambda: next(stolen))
@@ -95,7 +104,7 @@ def test_a_run_says_how_much_of_the_processors_its_host_took(fake, monkeypatch, 
     assert capsys.readouterr().out.splitlines()[-1].split()[:3] == ["stolen", "6.25", "%"]
 
 
-def test_a_list_of_values_is_a_sweep(fake) -> None:
+def test_a_list_of_values_is_a_sweep(fake: list[Context]) -> None:
     given = ["--set", "lanes=1,4", "--set", "share=0.25", "--set", "url=a,b"]
     assert main(["bench", "run", "fake", "--repeat", "1", *given]) == Exit.OK
     found = [tuple(context.settings.values()) for context in fake]
@@ -114,7 +123,9 @@ def test_a_list_of_values_is_a_sweep(fake) -> None:
         (["fake", "--set", "lanes"], "NAME=VALUE"),
     ],
 )
-def test_what_there_is_not(fake, capsys, arguments: list[str], says: str) -> None:
+def test_what_there_is_not(
+    fake: list[Context], capsys: pytest.CaptureFixture[str], arguments: list[str], says: str
+) -> None:
     assert main(["bench", "run", *arguments]) == Exit.USAGE
     assert says in capsys.readouterr().err
 
@@ -148,7 +159,12 @@ def test_alternation_reverses_each_time_and_drops_the_first() -> None:
 
 
 @pytest.mark.parametrize(
-    "name", [name for name, entry in BENCHMARKS.items() if not runner.obstacle(entry, {})]
+    "name",
+    [
+        pytest.param(name, marks=() if name in BY_DEFAULT else pytest.mark.full)
+        for name, entry in BENCHMARKS.items()
+        if not runner.obstacle(entry, {})
+    ],
 )
 def test_it_runs(name: str, tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
     out = tmp_path / "out.json"

@@ -2,15 +2,16 @@
 
 import itertools
 import statistics
+from collections.abc import Callable, Sequence
 from fractions import Fraction
 
 import pytest
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
-from perf.statistics import MAX_EXACT, center, permutation_test, quantile, summarize
+from perf.statistics import MAX_EXACT, Statistic, center, permutation_test, quantile, summarize
 
-CENTERS = {
+CENTERS: dict[str, Callable[[Sequence[int]], Fraction]] = {
     "mean": lambda values: Fraction(sum(values), len(values)),
     "median": lambda values: Fraction(statistics.median(map(Fraction, values))),
 }
@@ -18,7 +19,7 @@ CENTERS = {
 samples = st.lists(st.integers(-50, 50), min_size=1, max_size=5)
 
 
-def enumerated_p(a: list[int], b: list[int], statistic: str) -> float:
+def enumerated_p(a: list[int], b: list[int], statistic: Statistic) -> Fraction | float:
     """By the definition, in exact arithmetic: every choice of the places that are called A."""
     pooled, of = [*a, *b], CENTERS[statistic]
     observed = abs(of(b) - of(a))
@@ -34,7 +35,9 @@ def enumerated_p(a: list[int], b: list[int], statistic: str) -> float:
 @pytest.mark.parametrize("statistic", ["mean", "median"])
 @given(a=samples, b=samples)
 @settings(max_examples=60)
-def test_exact_p_is_that_of_plain_enumeration(statistic: str, a: list[int], b: list[int]) -> None:
+def test_exact_p_is_that_of_plain_enumeration(
+    statistic: Statistic, a: list[int], b: list[int]
+) -> None:
     assert permutation_test(a, b, statistic) == pytest.approx(enumerated_p(a, b, statistic))
 
 
@@ -45,12 +48,12 @@ def test_p_depends_on_neither_unit_nor_zero_nor_order(
     p = permutation_test(a, b)
     assert permutation_test(b, a) == pytest.approx(p)
     moved = [[(value + shift) * scale for value in side] for side in (a, b)]
-    assert permutation_test(*moved) == pytest.approx(p)
+    assert permutation_test(moved[0], moved[1]) == pytest.approx(p)
 
 
 @pytest.mark.parametrize("statistic", ["mean", "median"])
 def test_resampling_agrees_with_enumeration(
-    statistic: str, monkeypatch: pytest.MonkeyPatch
+    statistic: Statistic, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     a, b = [3, 5, 8, 1, 9], [7, 12, 6, 11, 8]
     exact = permutation_test(a, b, statistic)

@@ -2,6 +2,7 @@
 
 import io
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -22,7 +23,7 @@ PAGE = 4096
 
 def write_trace(path: Path, **changed: np.ndarray) -> Path:
     """Two rounds: page 1 in full, then page 1 as a difference and page 2 in full."""
-    arrays = {
+    arrays: dict[str, Any] = {
         "base": np.zeros((4, PAGE), np.uint8),
         "ptr": np.array([0, 1, 3]),
         "idx": np.array([1, 1, 2], np.uint32),

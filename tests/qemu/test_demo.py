@@ -65,6 +65,7 @@ def test_whatever_the_guest_noticed_is_a_failure(line: bytes, told: str) -> None
 
 
 @pytest.mark.qemu
+@pytest.mark.full
 @pytest.mark.timeout(300)
 def test_the_demonstration(environment: Environment) -> None:
     done = subprocess.run(

@@ -1,6 +1,7 @@
 """`doctor` and `send --check` with a stock guest in a stock QEMU, which then migrates."""
 
 from contextlib import AsyncExitStack
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,7 @@ from lab.qemu.two_hosts import MIGRATION_S, Case
 from sync.vmm.driver import Vmm
 from tests.qemu.moving import DEADLINE_S, WatchedRig, run
 
-pytestmark = [pytest.mark.qemu, pytest.mark.timeout(400)]
+pytestmark = [pytest.mark.qemu, pytest.mark.full, pytest.mark.timeout(400)]
 
 CASE = Case("replay", "message", root_port=True)
 
@@ -59,7 +60,7 @@ def test_both_say_that_it_works_and_it_does(
                 receiver = await in_thread(rig.bed.receive, b)
                 for flags in (("--check",), ()):
                     await rig.wait_work(source)
-                    sender = await in_thread(lambda f=flags: rig.bed.send(a, b, *CASE.flags, *f))
+                    sender = await in_thread(partial(rig.bed.send, a, b, *CASE.flags, *flags))
                     code = await in_thread(sender.wait, MIGRATION_S)
                     assert code == Exit.OK, (sender.tail(), receiver.tail())
                 assert await in_thread(receiver.wait, MIGRATION_S) == Exit.OK

@@ -3,7 +3,8 @@
 Each chain boots one guest and has its migration fail again and again, in another way each time:
 `--break-at` holds the sender on entering a phase, something is killed or cut, the sender goes on.
 Afterwards both commands have said what happened, one side owns the guest, and the guest works on.
-A migration that succeeds is the last in each chain: the others have left nothing behind.
+A migration that succeeds is the last in each chain: the others have left nothing behind. One short
+chain runs by default, the others in `make test-full`.
 """
 
 import os
@@ -166,7 +167,16 @@ async def source_device_killed(attempt: Attempt) -> None:
     attempt.a.device.kill()
 
 
+SHORT = "a bit of everything"
 CHAINS = {
+    SHORT: (
+        Case("replay", "logging", root_port=True),
+        (
+            Fault("precopy", sender_killed, None, Exit.PEER_LOST, "sender"),
+            Fault("finalizing", target_qemu_killed, Exit.PEER_ABORTED, Exit.VMM, "target.* VMM"),
+            Fault("committing", receiver_killed, Exit.IN_DOUBT, None, "resolve", resolve_both),
+        ),
+    ),
     "what is at the target": (
         Case("replay", "message"),
         (
@@ -209,7 +219,9 @@ CHAINS = {
 }
 
 
-@pytest.mark.parametrize("what", CHAINS)
+@pytest.mark.parametrize(
+    "what", [pytest.param(what, marks=() if what is SHORT else pytest.mark.full) for what in CHAINS]
+)
 def test_i8_the_guest_goes_on_at_the_source(
     environment: Environment, initramfs: Path, short_path: Path, what: str
 ) -> None:
@@ -259,6 +271,7 @@ async def qemu_is_left_without_its_device(attempt: Attempt) -> None:
         assert not (await gateway.status()).vmm_connected
 
 
+@pytest.mark.full
 @pytest.mark.parametrize(
     "fault",
     [

@@ -18,7 +18,7 @@ from lab.qemu.report import GuestReport
 from sync.vmm.client import QmpClient
 from tests.listening import wait_until_listening
 
-pytestmark = [pytest.mark.qemu, pytest.mark.timeout(400)]
+pytestmark = [pytest.mark.qemu, pytest.mark.full, pytest.mark.timeout(400)]
 
 DEADLINE_S = 200.0
 PASSES = "ferry.workload=disk ferry.passes=2"

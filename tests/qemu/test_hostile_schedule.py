@@ -21,7 +21,7 @@ from lab.qemu.two_hosts import MIGRATION_S, Case
 from tests.qemu.moving import DEADLINE_S, IMAGE_BYTES, WatchedRig, run
 from tests.qemu.proxy import CHUNK_BYTES, LateProxy, Proxy
 
-pytestmark = [pytest.mark.qemu, pytest.mark.timeout(800)]
+pytestmark = [pytest.mark.qemu, pytest.mark.full, pytest.mark.timeout(800)]
 
 POLL_S = 0.02
 BANDWIDTH = "64M"

@@ -1,4 +1,7 @@
-"""A stock guest in a stock QEMU migrates with the project's virtio-blk device, under load."""
+"""A stock guest in a stock QEMU migrates with the project's virtio-blk device, under load.
+
+One move is made by default, the others by `make test-full`.
+"""
 
 from pathlib import Path
 
@@ -18,15 +21,21 @@ CASES = [
     Case("v2", "message", root_port=True),
     Case("replay", "logging", root_port=True, express=True),
 ]
+DEFAULT = CASES[5]
 
 
-@pytest.mark.parametrize("case", CASES, ids=str)
+@pytest.mark.parametrize(
+    "case",
+    [pytest.param(case, marks=() if case is DEFAULT else pytest.mark.full) for case in CASES],
+    ids=str,
+)
 def test_the_guest_does_not_notice(
     environment: Environment, initramfs: Path, short_path: Path, case: Case
 ) -> None:
     run(environment, initramfs, short_path, case, migrate_once)
 
 
+@pytest.mark.full
 @pytest.mark.parametrize(
     "case", [Case("replay", "message"), Case("v2", "logging", interrupts="intx")], ids=str
 )

@@ -12,7 +12,7 @@ from lab.qemu.environment import Environment
 from lab.qemu.two_hosts import Case
 from tests.qemu.moving import WatchedRig, go_there_and_back, migrate_once, run
 
-pytestmark = [pytest.mark.qemu, pytest.mark.timeout(800)]
+pytestmark = [pytest.mark.qemu, pytest.mark.full, pytest.mark.timeout(800)]
 
 CASES = [
     Case("replay", "scan", interrupts="intx", loads=("net",)),

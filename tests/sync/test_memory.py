@@ -31,7 +31,7 @@ def _region(iova_page: int, pages: int, offset_page: int, fd: int) -> MemoryRegi
 
 @given(st.lists(st.tuples(st.integers(0, 9), st.integers(1, 8), st.integers(0, 56)), min_size=1))
 @settings(deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
-def test_pages_are_the_regions_one_after_the_other(file: int, rows: list) -> None:
+def test_pages_are_the_regions_one_after_the_other(file: int, rows: list[tuple[int, ...]]) -> None:
     regions, expected, iova = [], [], 0
     for gap, pages, offset in rows:
         iova += gap

@@ -5,7 +5,7 @@ from collections.abc import Awaitable, Callable
 import trio
 
 
-def run_trio(function: Callable[[], Awaitable[None]], deadline_s: float = 20.0) -> None:
+def run_trio(function: Callable[[], Awaitable[object]], deadline_s: float = 20.0) -> None:
     """Run with a deadline: a test that hangs fails."""
 
     async def bounded() -> None:

@@ -143,7 +143,7 @@ class Gateway:
     def stop(self) -> None:
         """Has `run` return. May be called from another thread or a signal handler."""
         self._stopping = True
-        with suppress(OSError):
+        with suppress(OSError, ValueError):  # it may have ended meanwhile
             os.eventfd_write(self._wake, 1)
 
     def close(self) -> None:
@@ -484,7 +484,7 @@ class Gateway:
         except Exception as error:
             outcome = Recovery("lease-lost", False, f"{type(error).__name__}: {error}")
         self._recoveries.append(outcome)
-        with suppress(OSError):
+        with suppress(OSError, ValueError):  # it may have ended meanwhile
             os.eventfd_write(self._wake, 1)
 
 

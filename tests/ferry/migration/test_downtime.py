@@ -10,7 +10,9 @@ from hypothesis import strategies as st
 from ferry.migration.downtime import VMM_PHASES, Downtime
 from ferry.migration.report import Report
 
-TOLD = st.one_of(st.floats(), st.integers(), st.none(), st.text(max_size=3), st.just([]))
+TOLD: st.SearchStrategy[Any] = st.one_of(
+    st.floats(), st.integers(), st.none(), st.text(max_size=3), st.just([])
+)
 PARTS = st.dictionaries(st.sampled_from(["own", "PCI restore", *sorted(VMM_PHASES)]), TOLD)
 
 

@@ -10,7 +10,7 @@ import trio
 
 from ferry.commands import receive, send
 from ferry.errors import Exit, Interrupted
-from ferry.migration import kernels
+from ferry.migration import kernels, receive_options, send_options
 from ferry.migration.stop_request import StopRequest
 from ferry.progress import Reporter
 from transport.kernels.declare import CompilationFailed
@@ -46,11 +46,15 @@ def test_why_they_cannot_be_kept_is_told(capsys: pytest.CaptureFixture[str]) -> 
 
 COMMANDS = [
     pytest.param(
-        send, partial(send.send, send.Options(to="ipc:///x", gateway=("/x",), qmp="/x")), id="send"
+        send,
+        partial(send.send, send_options.Options(to="ipc:///x", gateway=("/x",), qmp="/x")),
+        id="send",
     ),
     pytest.param(
         receive,
-        partial(receive.receive, receive.Options(listen="ipc:///x", gateway=("/x",), qmp="/x")),
+        partial(
+            receive.receive, receive_options.Options(listen="ipc:///x", gateway=("/x",), qmp="/x")
+        ),
         id="receive",
     ),
 ]

@@ -5,7 +5,7 @@ import io
 import json
 from collections.abc import Callable
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import pytest
@@ -94,9 +94,16 @@ def precopy(
     async def proof_ns() -> int:
         return int(proof_ms * 1e6)
 
-    parts: Any = (link, vmm, dirty, proof_ns)
     reporter = Reporter("send", as_json=True, stream=said or io.StringIO())
-    return Precopy(OPTIONS, *parts, Report(session=""), reporter)
+    return Precopy(
+        OPTIONS,
+        cast(Any, link),
+        cast(Any, vmm),
+        cast(Any, dirty),
+        proof_ns,
+        Report(session=""),
+        reporter,
+    )
 
 
 def taking(*seconds: float) -> Callable[[], Any]:

@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 import trio
+from numpy.typing import NDArray
 
 from ferry.errors import NotEqual
 from ferry.migration import verification
@@ -30,7 +31,8 @@ class Link:
 
     async def verify(self, indices: np.ndarray | None) -> np.ndarray:
         asked = ALL if indices is None else indices
-        return asked[self.here[asked] != self.there[asked]]
+        differ: NDArray[np.uint32] = asked[self.here[asked] != self.there[asked]]
+        return differ
 
     async def compare_regions(self, regions: list[tuple[int, int]]) -> list[RegionComparison]:
         return [

@@ -58,7 +58,10 @@ class Ram:
         self.fd = os.memfd_create("guest-ram")
         os.ftruncate(self.fd, RAM_BYTES)
         self.bytes = mmap.mmap(self.fd, RAM_BYTES)
-        self.regions = ((LOW, LOW_BYTES, 0), (HIGH, HIGH_BYTES, LOW_BYTES))
+        self.regions: tuple[tuple[int, int, int], ...] = (
+            (LOW, LOW_BYTES, 0),
+            (HIGH, HIGH_BYTES, LOW_BYTES),
+        )
 
     def offset(self, iova: int, length: int = 1) -> int:
         """Where a range is in the file; it may go over regions that adjoin in both."""
@@ -82,7 +85,8 @@ class Ram:
         self.bytes[at : at + len(data)] = data
 
     def u16(self, iova: int) -> int:
-        return struct.unpack_from("H", self.bytes, self.offset(iova, 2))[0]
+        value: int = struct.unpack_from("H", self.bytes, self.offset(iova, 2))[0]
+        return value
 
     def set_u16(self, iova: int, value: int) -> None:
         at = self.offset(iova, 2)
@@ -571,11 +575,11 @@ def make_pattern() -> Callable[[int, int], bytes]:
 
 
 @pytest.fixture
-def machines():
+def machines() -> Iterator[Callable[..., e1000_driver.Machine]]:
     """Makes machines with an 8254x NIC; they are closed in the end."""
     with contextlib.ExitStack() as stack:
 
-        def make(ram=None, **options):
+        def make(ram: e1000_driver.Ram | None = None, **options: Any) -> e1000_driver.Machine:
             machine = e1000_driver.Machine(ram, **options)
             stack.callback(machine.close)
             return machine
@@ -584,7 +588,7 @@ def machines():
 
 
 @pytest.fixture
-def driver(machines):
+def driver(machines: Callable[..., e1000_driver.Machine]) -> e1000_driver.Driver:
     machine = machines()
     machine.map()
     driver = e1000_driver.Driver(machine)

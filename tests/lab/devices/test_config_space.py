@@ -1,6 +1,8 @@
 """The configuration space as a bus driver sees it."""
 
 import struct
+from collections.abc import Callable
+from typing import Any
 
 import pytest
 from hypothesis import given
@@ -22,8 +24,8 @@ from sync.pci import CONFIG_BYTES, EXPRESS_CONFIG_BYTES, Command
 IDENTITY = PciIdentity(0x1AF4, 0x1042, 0x010000, 1, 0x1AF4, 0x1100)
 
 
-def new_space(**changes):
-    parts = {
+def new_space(**changes: Any) -> ConfigSpace:
+    parts: dict[str, Any] = {
         "identity": IDENTITY,
         "bars": [
             Bar(0, 0x4000),
@@ -40,11 +42,11 @@ def new_space(**changes):
     return ConfigSpace(identity, bars, capabilities, **parts)
 
 
-def number(space, offset, count):
+def number(space: ConfigSpace, offset: int, count: int) -> int:
     return int.from_bytes(space.read(offset, count), "little")
 
 
-def test_identity_is_where_the_header_has_it():
+def test_identity_is_where_the_header_has_it() -> None:
     space = new_space()
     assert number(space, 0x00, 4) == 0x1042_1AF4
     assert number(space, 0x08, 4) == 0x0100_0001
@@ -58,7 +60,7 @@ def test_identity_is_where_the_header_has_it():
     [(0x10, 4, 0x4000, 0b0000), (0x14, 4, 0x100, 0b0001), (0x18, 8, 1 << 33, 0b0100)],
     ids=["memory32", "io", "memory64"],
 )
-def test_sizing_a_bar_by_writing_all_ones(offset, width, size, kind):
+def test_sizing_a_bar_by_writing_all_ones(offset: int, width: int, size: int, kind: int) -> None:
     space = new_space()
     space.write(offset, b"\xff" * width)
     value = number(space, offset, width)
@@ -70,7 +72,7 @@ def test_sizing_a_bar_by_writing_all_ones(offset, width, size, kind):
     assert number(space, offset, width) == address | kind
 
 
-def test_a_bar_that_is_not_there_is_zero():
+def test_a_bar_that_is_not_there_is_zero() -> None:
     space = new_space()
     space.write(0x20, b"\xff" * 8)
     space.write(0x30, b"\xff" * 4)
@@ -78,7 +80,7 @@ def test_a_bar_that_is_not_there_is_zero():
     assert space.read(0x30, 4) == bytes(4)
 
 
-def test_command_bits():
+def test_command_bits() -> None:
     space = new_space()
     assert space.command == 0
     space.write(4, b"\xff\xff")
@@ -88,7 +90,7 @@ def test_command_bits():
     assert space.command == Command.BUS_MASTER | Command.SERR | Command.INTX_DISABLE
 
 
-def test_capabilities_form_a_list():
+def test_capabilities_form_a_list() -> None:
     space = new_space()
     assert number(space, 6, 2) & 0x10
     at = number(space, 0x34, 1)
@@ -103,14 +105,14 @@ def test_capabilities_form_a_list():
     assert space.read(0x4E, 5) == b"Xbcde"
 
 
-def test_without_capabilities_there_is_no_list():
+def test_without_capabilities_there_is_no_list() -> None:
     space = new_space(capabilities=[])
     assert not number(space, 6, 2) & 0x10
     assert number(space, 0x34, 1) == 0
     assert not space.msix_enabled
 
 
-def test_msix_control():
+def test_msix_control() -> None:
     space = new_space()
     assert struct.unpack("<HII", space.read(0x42, 10)) == (2, 0x2000, 0x2800)
     assert not space.msix_enabled
@@ -119,7 +121,7 @@ def test_msix_control():
     assert space.msix_enabled
 
 
-def test_interrupt_status_is_read_only_and_comes_from_the_device():
+def test_interrupt_status_is_read_only_and_comes_from_the_device() -> None:
     space = new_space()
     space.interrupt_status = True
     assert number(space, 6, 1) == 0x18
@@ -130,7 +132,7 @@ def test_interrupt_status_is_read_only_and_comes_from_the_device():
     assert number(space, 6, 1) == 0x10
 
 
-def test_a_pci_express_device_has_its_registers_in_both_spaces():
+def test_a_pci_express_device_has_its_registers_in_both_spaces() -> None:
     space = new_space(capabilities=[express_capability()], extended=[error_reporting()] * 2)
     assert space.size == EXPRESS_CONFIG_BYTES
     assert number(space, 0x40, 2) == 0x10
@@ -153,7 +155,7 @@ def test_a_pci_express_device_has_its_registers_in_both_spaces():
 
 
 @given(st.integers(-4, CONFIG_BYTES + 4), st.integers(0, CONFIG_BYTES + 4))
-def test_accesses_outside_are_refused(offset, count):
+def test_accesses_outside_are_refused(offset: int, count: int) -> None:
     space = new_space()
     if offset >= 0 and offset + count <= CONFIG_BYTES:
         assert len(space.read(offset, count)) == count
@@ -165,7 +167,7 @@ def test_accesses_outside_are_refused(offset, count):
 
 
 @given(st.lists(st.tuples(st.integers(0, 250), st.binary(min_size=1, max_size=6)), max_size=30))
-def test_whatever_is_written_can_be_saved_loaded_and_reset(writes):
+def test_whatever_is_written_can_be_saved_loaded_and_reset(writes: list[tuple[int, bytes]]) -> None:
     space, other = new_space(), new_space()
     fresh = space.read(0, CONFIG_BYTES)
     for offset, data in writes:
@@ -176,7 +178,7 @@ def test_whatever_is_written_can_be_saved_loaded_and_reset(writes):
     assert space.read(0, CONFIG_BYTES) == fresh
 
 
-def test_a_state_of_another_kind_of_device_is_refused():
+def test_a_state_of_another_kind_of_device_is_refused() -> None:
     space = new_space()
     saved = space.save()
     with pytest.raises(PciStateError, match="0x02"):
@@ -203,6 +205,6 @@ def test_a_state_of_another_kind_of_device_is_refused():
         lambda: new_space(capabilities=[Capability(9, b"", b"\xff")]),
     ],
 )
-def test_what_cannot_be_built(build):
+def test_what_cannot_be_built(build: Callable[..., Any]) -> None:
     with pytest.raises(ValueError):
         build()

@@ -12,7 +12,7 @@ PAGE = 4096
 SPAN_PAGES = 20_000
 
 
-def reported(log, iova, length, page=PAGE):
+def reported(log: DirtyLog, iova: int, length: int, page: int = PAGE) -> set[int]:
     bitmap = log.report(iova, length, page)
     assert len(bitmap) % 8 == 0
     bits = int.from_bytes(bitmap, "little")
@@ -21,7 +21,7 @@ def reported(log, iova, length, page=PAGE):
     return {iova + page * bit for bit in range(n_bits) if bits >> bit & 1}
 
 
-def touched(iova, length, page):
+def touched(iova: int, length: int, page: int) -> set[int]:
     return set(range(iova // page * page, iova + length, page)) if length else set()
 
 
@@ -34,7 +34,9 @@ windows = st.lists(
 
 
 @given(st.integers(0, 4), marks, windows)
-def test_i1_reports_are_what_was_marked_and_clear_it(coarseness, writes, reports):
+def test_i1_reports_are_what_was_marked_and_clear_it(
+    coarseness: int, writes: list[tuple[int, int]], reports: list[tuple[int, int, int]]
+) -> None:
     """Every page marked is reported once, by whatever windows and page sizes it is asked for."""
     log = DirtyLog(PAGE << coarseness)
     assert log.start(PAGE, []) == PAGE << coarseness
@@ -53,7 +55,9 @@ def test_i1_reports_are_what_was_marked_and_clear_it(coarseness, writes, reports
 
 
 @given(marks, st.lists(st.tuples(st.integers(0, SPAN_PAGES), st.integers(1, 500)), min_size=1))
-def test_only_the_ranges_asked_for_are_logged(writes, ranges):
+def test_only_the_ranges_asked_for_are_logged(
+    writes: list[tuple[int, int]], ranges: list[tuple[int, int]]
+) -> None:
     log = DirtyLog(PAGE)
     log.start(PAGE, [(first * PAGE, count * PAGE) for first, count in ranges])
     wanted = {page * PAGE for first, count in ranges for page in range(first, first + count)}
@@ -64,28 +68,28 @@ def test_only_the_ranges_asked_for_are_logged(writes, ranges):
     assert reported(log, 0, 2 * SPAN_PAGES * PAGE) == dirty
 
 
-def test_the_last_page_of_the_address_space():
+def test_the_last_page_of_the_address_space() -> None:
     log = DirtyLog(PAGE)
     log.start(PAGE, [])
     log.mark((1 << 64) - 1, 1)
     assert reported(log, (1 << 64) - PAGE, PAGE) == {(1 << 64) - PAGE}
 
 
-def test_a_hint_that_is_coarser_than_the_device_is_taken():
+def test_a_hint_that_is_coarser_than_the_device_is_taken() -> None:
     log = DirtyLog(PAGE)
     assert log.start(1 << 16, []) == 1 << 16
     log.mark(0x1_2345, 1)
     assert reported(log, 0, 1 << 18) == set(range(0x1_0000, 0x2_0000, PAGE))
 
 
-def test_i9_a_hint_that_is_absurd_is_cut():
+def test_i9_a_hint_that_is_absurd_is_cut() -> None:
     log = DirtyLog(PAGE)
     assert log.start(1 << 63, []) == 2 << 20
     log.mark(5, 1)
     assert len(reported(log, 0, 1 << 30)) == 512
 
 
-def test_nothing_is_logged_before_start_and_after_stop():
+def test_nothing_is_logged_before_start_and_after_stop() -> None:
     log = DirtyLog(PAGE)
     log.mark(0, PAGE)
     log.start(PAGE, [])
@@ -110,7 +114,7 @@ def test_nothing_is_logged_before_start_and_after_stop():
         (PAGE, [(0, PAGE)] * (MAX_RANGES + 1)),
     ],
 )
-def test_starts_that_make_no_sense(page, ranges):
+def test_starts_that_make_no_sense(page: int, ranges: list[tuple[int, int]]) -> None:
     log = DirtyLog(PAGE)
     with pytest.raises(DirtyLogError):
         log.start(page, ranges)
@@ -132,26 +136,26 @@ def test_starts_that_make_no_sense(page, ranges):
         (0, 1 << 63, PAGE),
     ],
 )
-def test_reports_that_make_no_sense(iova, length, page):
+def test_reports_that_make_no_sense(iova: int, length: int, page: int) -> None:
     log = DirtyLog(PAGE)
     log.start(PAGE, [])
     with pytest.raises(DirtyLogError):
         log.report(iova, length, page)
 
 
-def test_i1_no_mark_is_lost_between_concurrent_reports():
+def test_i1_no_mark_is_lost_between_concurrent_reports() -> None:
     log = DirtyLog(PAGE)
     log.start(PAGE, [])
     seen = set()
     done = threading.Event()
 
-    def write(number):
+    def write(number: int) -> None:
         for page in range(number, 8192, 4):
             log.mark(page * PAGE, PAGE)
 
     writers = [threading.Thread(target=write, args=(number,)) for number in range(4)]
 
-    def read():
+    def read() -> None:
         while not done.is_set():
             seen.update(reported(log, 0, 8192 * PAGE))
 

@@ -11,13 +11,14 @@ from sync.vfio_user.protocol import (
     LoggingReport,
     VfioUserError,
 )
+from tests.lab.devices.conftest import Bus, Host
 
 IN, OUT, GET_ID = 0, 1, 8
 VERSION_1, EVENT_IDX, INDIRECT = 1 << 32, 1 << 29, 1 << 28
 HIGH = 0x1_0000_0000
 
 
-def probe(bus, index):
+def probe(bus: Bus, index: int) -> bool:
     try:
         bus.client.feature(Feature.probe(index))
     except VfioUserError:
@@ -25,23 +26,23 @@ def probe(bus, index):
     return True
 
 
-def changed(before, after):
+def changed(before: dict[int, bytes], after: dict[int, bytes]) -> set[int]:
     return {iova for iova, page in after.items() if before[iova] != page}
 
 
-def around(iova, page):
+def around(iova: int, page: int) -> range:
     """The 4 KiB pages of the page that `iova` is in."""
     return range(iova & -page, (iova & -page) + page, 4096)
 
 
-def test_a_device_without_logging_says_so(host):
+def test_a_device_without_logging_says_so(host: Host) -> None:
     bus = host.connect(host.serve(host.image()))
     assert not any(probe(bus, index) for index in (1, 2, 6, 7, 8))
     with pytest.raises(VfioUserError):
         bus.start_logging()
 
 
-def test_a_device_with_logging_says_so(host):
+def test_a_device_with_logging_says_so(host: Host) -> None:
     bus = host.connect(host.serve(host.image(), logging_page_bytes=4096))
     assert [probe(bus, index) for index in (1, 2, 6, 7, 8)] == [False, False, True, True, True]
     with pytest.raises(VfioUserError):
@@ -50,7 +51,9 @@ def test_a_device_with_logging_says_so(host):
 
 @pytest.mark.parametrize("page", [4096, 65536])
 @pytest.mark.parametrize("indirect", [False, True], ids=["direct", "indirect"])
-def test_i1_every_page_that_a_request_changes_is_reported(host, page, indirect):
+def test_i1_every_page_that_a_request_changes_is_reported(
+    host: Host, page: int, indirect: bool
+) -> None:
     """Data, status byte and used ring, and no page more."""
     driver = host.boot(host.serve(host.image(), logging_page_bytes=page))
     bus, ram = driver.bus, driver.ram
@@ -71,7 +74,7 @@ def test_i1_every_page_that_a_request_changes_is_reported(host, page, indirect):
     assert not bus.dirty()
 
 
-def test_i1_the_log_is_there_after_the_memory_is_gone(host):
+def test_i1_the_log_is_there_after_the_memory_is_gone(host: Host) -> None:
     driver = host.boot(host.serve(host.image(), logging_page_bytes=4096))
     bus = driver.bus
     bus.start_logging()
@@ -81,7 +84,7 @@ def test_i1_the_log_is_there_after_the_memory_is_gone(host):
     assert {at & -4096 for at, _ in request.incoming} <= bus.dirty()
 
 
-def test_a_failed_read_is_logged_too(host):
+def test_a_failed_read_is_logged_too(host: Host) -> None:
     """The file ends in the middle of the data: what came before is in memory."""
     image = host.image()
     driver = host.boot(host.serve(image, logging_page_bytes=4096))
@@ -95,14 +98,14 @@ def test_a_failed_read_is_logged_too(host):
     assert {at & -4096, (at & -4096) + 4096} <= driver.bus.dirty()
 
 
-def test_writes_by_message_are_not_logged(host):
+def test_writes_by_message_are_not_logged(host: Host) -> None:
     driver = host.boot(host.serve(host.image(), logging_page_bytes=4096), messages=True)
     driver.bus.start_logging()
     assert driver.read(0, 4096)
     assert driver.bus.dirty() == set()
 
 
-def test_logging_stops_and_begins_again(host):
+def test_logging_stops_and_begins_again(host: Host) -> None:
     driver = host.boot(host.serve(host.image(), logging_page_bytes=4096))
     bus = driver.bus
     bus.start_logging()
@@ -116,7 +119,7 @@ def test_logging_stops_and_begins_again(host):
     assert not bus.dirty()
 
 
-def test_what_cannot_be_logged_or_reported(host):
+def test_what_cannot_be_logged_or_reported(host: Host) -> None:
     bus = host.connect(host.serve(host.image(), logging_page_bytes=4096))
     with pytest.raises(VfioUserError):
         bus.start_logging(ranges=[(1, 4096)])
@@ -126,7 +129,7 @@ def test_what_cannot_be_logged_or_reported(host):
         bus.client.feature(Feature.get(8, 100, request))
 
 
-def test_i1_a_report_before_the_data_arrives_does_not_swallow_it(host):
+def test_i1_a_report_before_the_data_arrives_does_not_swallow_it(host: Host) -> None:
     path, disk = host.serve_slow(logging_page_bytes=4096)
     driver = host.boot(path)
     driver.bus.start_logging()
@@ -139,7 +142,9 @@ def test_i1_a_report_before_the_data_arrives_does_not_swallow_it(host):
 
 
 @pytest.mark.parametrize("kind", [IN, GET_ID], ids=["in", "get-id"])
-def test_i1_a_page_is_dirty_before_anybody_can_know_that_it_was_written(host, kind):
+def test_i1_a_page_is_dirty_before_anybody_can_know_that_it_was_written(
+    host: Host, kind: int
+) -> None:
     """Rings are reached by message here, so the moment of completion can be looked at."""
     bus = host.connect(host.serve(host.image(), logging_page_bytes=4096))
     low, high = host.ram.regions
@@ -152,7 +157,7 @@ def test_i1_a_page_is_dirty_before_anybody_can_know_that_it_was_written(host, ki
     request = driver.submit(kind, 0, incoming=[512], kick=False)
     reports = []
 
-    def look(iova, data):
+    def look(iova: int, data: bytes) -> None:
         if iova == driver.used + 2:
             reports.append(bus.dirty())
 
@@ -163,7 +168,7 @@ def test_i1_a_page_is_dirty_before_anybody_can_know_that_it_was_written(host, ki
 
 
 @pytest.mark.parametrize("page", [4096, 65536])
-def test_i1_a_copy_made_from_reports_under_load_is_complete(host, page):
+def test_i1_a_copy_made_from_reports_under_load_is_complete(host: Host, page: int) -> None:
     """A pre-copy in miniature: report, copy what was reported, again and again, and once more
     after the device let go of memory. What only the device writes is then the same in the copy.
     """
@@ -179,7 +184,7 @@ def test_i1_a_copy_made_from_reports_under_load_is_complete(host, page):
     copy = ram.pages()
     done = threading.Event()
 
-    def load():
+    def load() -> None:
         choose = random.Random(page)
         for _ in range(200):
             while len(driver.free) < 8:

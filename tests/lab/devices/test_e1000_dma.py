@@ -2,6 +2,8 @@
 
 import random
 import struct
+from collections.abc import Callable
+from typing import Any
 
 import pytest
 
@@ -31,7 +33,7 @@ from tests.lab.devices.e1000_driver import (
 )
 
 
-def test_nothing_happens_without_bus_mastering_or_memory(machines):
+def test_nothing_happens_without_bus_mastering_or_memory(machines: Callable[..., Any]) -> None:
     machine = machines()
     driver = Driver(machine)
     driver.begin()
@@ -51,7 +53,7 @@ def test_nothing_happens_without_bus_mastering_or_memory(machines):
     assert driver.await_frames(1) == [frame(2)]
 
 
-def test_disabling_a_direction_ends_its_dma(driver):
+def test_disabling_a_direction_ends_its_dma(driver: Driver) -> None:
     driver.w(RCTL, driver.r(RCTL) & ~EN)
     driver.w(TCTL, driver.r(TCTL) & ~EN)
     driver.queue(driver.legacy(frame(1)))
@@ -65,8 +67,13 @@ def test_disabling_a_direction_ends_its_dma(driver):
     assert driver.machine.link.next() == frame(1)
 
 
+def rubbish_context(noise: random.Random) -> bytes:
+    ip, tcp, header = (noise.randrange(230) for _ in range(3))
+    return context(ip, tcp, header, noise.randrange(4), command=4)
+
+
 @pytest.mark.parametrize("seed", range(6))
-def test_descriptors_of_rubbish_leave_the_device_alive(driver, seed):
+def test_descriptors_of_rubbish_leave_the_device_alive(driver: Driver, seed: int) -> None:
     noise = random.Random(seed)
     packet = tcp_packet(b"y" * 3000)[0]
     for _ in range(40):
@@ -75,7 +82,7 @@ def test_descriptors_of_rubbish_leave_the_device_alive(driver, seed):
             driver.queue(noise.randbytes(16))
         elif kind == 1:
             driver.queue(
-                context(*(noise.randrange(230) for _ in range(3)), noise.randrange(4), command=4),
+                rubbish_context(noise),
                 driver.data(packet, command=EOP | IC_TSE | RS, options=3),
             )
         elif kind == 2:
@@ -101,7 +108,7 @@ def test_descriptors_of_rubbish_leave_the_device_alive(driver, seed):
         driver.wait()
 
 
-def test_what_the_device_writes_is_logged(machines):
+def test_what_the_device_writes_is_logged(machines: Callable[..., Any]) -> None:
     machine = machines(logging_page_bytes=4096)
     machine.map()
     driver = Driver(machine)

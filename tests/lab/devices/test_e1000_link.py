@@ -10,10 +10,13 @@ import stat
 import subprocess
 import sys
 import threading
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
 
 import pytest
 
-from ferry.cli import add_arguments, load
+from ferry.config import add_arguments, load
 from lab.children import start_child
 from lab.commands.nic import Options
 from lab.devices.e1000.cable import MAX_FRAME_BYTES, SocketLink
@@ -31,12 +34,12 @@ run(NicOptions(socket_path=sys.argv[1], link_path=sys.argv[2]))
 """
 
 
-def start_hub(path):
+def start_hub(path: Path) -> tuple[Hub, Callable[..., Any]]:
     hub = Hub(path)
     thread = threading.Thread(target=hub.serve_forever, daemon=True)
     thread.start()
 
-    def stop():
+    def stop() -> None:
         hub.close()
         thread.join(DEADLINE_S)
         assert not thread.is_alive()
@@ -44,7 +47,7 @@ def start_hub(path):
     return hub, stop
 
 
-def plug(hub, path, count):
+def plug(hub: Hub, path: Path, count: int) -> "list[Port]":
     """Ports that the hub knows of: what is sent earlier is lost."""
     ports = [Port(path) for _ in range(count)]
     while hub.n_ports < count:
@@ -55,41 +58,41 @@ def plug(hub, path, count):
 class Port:
     """A peer at the hub."""
 
-    def __init__(self, path):
+    def __init__(self, path: Path) -> None:
         self.socket = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         self.socket.settimeout(DEADLINE_S)
         self.socket.connect(str(path))
 
-    def send(self, data):
+    def send(self, data: bytes) -> None:
         self.socket.send(data)
 
-    def next(self):
+    def next(self) -> bytes:
         return self.socket.recv(1 << 17)
 
 
 @pytest.fixture
-def path(tmp_path):
+def path(tmp_path: Path) -> Path:
     return tmp_path / "hub"
 
 
 @pytest.fixture
-def hub(path):
+def hub(path: Path) -> Iterator[Hub]:
     hub, stop = start_hub(path)
     yield hub
     stop()
 
 
 @pytest.fixture
-def link(path):
+def link(path: Path) -> Iterator[tuple[SocketLink, queue.Queue[bytes]]]:
     """A link and what it received."""
-    frames = queue.Queue()
+    frames: queue.Queue[bytes] = queue.Queue()
     link = SocketLink(path)
     link.start(frames.put)
     yield link, frames
     link.close()
 
 
-def meet(port, frames):
+def meet(port: Port, frames: queue.Queue[bytes]) -> None:
     """Wait until the link is connected: frames for nobody are lost."""
     while True:
         port.send(b"are you there")
@@ -100,14 +103,14 @@ def meet(port, frames):
         return
 
 
-def drain(frames):
+def drain(frames: queue.Queue[bytes]) -> bytes:
     """Take what `meet` sent too often; the next frame is this one."""
     while (frame := frames.get(timeout=DEADLINE_S)) == b"are you there":
         continue
     return frame
 
 
-def test_frames_reach_every_other_port(hub, path):
+def test_frames_reach_every_other_port(hub: Hub, path: Path) -> None:
     assert stat.S_IMODE(path.stat().st_mode) == 0o600
     ports = plug(hub, path, 3)
     for number, port in enumerate(ports):
@@ -118,7 +121,7 @@ def test_frames_reach_every_other_port(hub, path):
     assert ports[1].next() == ports[2].next() == bytes(MAX_FRAME_BYTES)
 
 
-def test_a_port_that_does_not_read_or_leaves_holds_nobody_up(hub, path):
+def test_a_port_that_does_not_read_or_leaves_holds_nobody_up(hub: Hub, path: Path) -> None:
     talker, listener, deaf, gone = plug(hub, path, 4)
     gone.socket.close()
     for number in range(2000):
@@ -127,7 +130,9 @@ def test_a_port_that_does_not_read_or_leaves_holds_nobody_up(hub, path):
     assert deaf.next()[:2] == b"\0\0"
 
 
-def test_a_link_waits_for_its_peer_and_finds_it_again(path, link):
+def test_a_link_waits_for_its_peer_and_finds_it_again(
+    path: Path, link: tuple[SocketLink, queue.Queue[bytes]]
+) -> None:
     cable, frames = link
     cable.send(b"lost")
     for _ in range(2):
@@ -142,7 +147,9 @@ def test_a_link_waits_for_its_peer_and_finds_it_again(path, link):
         assert port.next() == b""
 
 
-def test_a_peer_that_does_not_read_loses_frames_only(path, link):
+def test_a_peer_that_does_not_read_loses_frames_only(
+    path: Path, link: tuple[SocketLink, queue.Queue[bytes]]
+) -> None:
     cable, _ = link
     with socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET) as listener:
         listener.bind(str(path))
@@ -158,7 +165,7 @@ def test_a_peer_that_does_not_read_loses_frames_only(path, link):
         peer.close()
 
 
-def test_the_process_serves_until_it_is_told_to_stop(hub, path, tmp_path):
+def test_the_process_serves_until_it_is_told_to_stop(hub: Hub, path: Path, tmp_path: Path) -> None:
     socket_path = tmp_path / "nic"
     process = start_child(
         [sys.executable, "-c", NIC, str(socket_path), str(path)],
@@ -186,12 +193,12 @@ def test_the_process_serves_until_it_is_told_to_stop(hub, path, tmp_path):
     [{"mac": "52:54"}, {"mac": "01:00:5e:00:00:01"}, {"mac": "g0:00:00:00:00:00"}]
     + [{"logging_page_bytes": size} for size in (1000, 2048, 4 << 20)],
 )
-def test_options_that_make_no_sense(wrong):
+def test_options_that_make_no_sense(wrong: dict[str, Any]) -> None:
     with pytest.raises(DeviceError):
-        build(NicOptions(**({"socket_path": "a", "link_path": "b"} | wrong)))
+        build(NicOptions(**{"socket_path": "a", "link_path": "b", **wrong}))
 
 
-def test_the_command_line():
+def test_the_command_line() -> None:
     parser = argparse.ArgumentParser()
     add_arguments(parser, Options)
     parsed = parser.parse_args(["--socket", "a", "--link", "b", "--logging", "4K"])

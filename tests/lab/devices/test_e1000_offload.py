@@ -20,7 +20,7 @@ from lab.devices.e1000.offload import (
 SMALL = st.integers(0, 255)
 
 
-def slow_sum(data):
+def slow_sum(data: bytes) -> int:
     data += b"\0" * (len(data) % 2)
     total = 0
     for (word,) in struct.iter_unpack(">H", data):
@@ -30,12 +30,12 @@ def slow_sum(data):
 
 
 @given(st.binary(max_size=300))
-def test_sum(data):
+def test_sum(data: bytes) -> None:
     assert ones_sum(data) == slow_sum(data)
 
 
 @given(st.binary(min_size=20, max_size=200), st.integers(0, 18), st.integers(0, 300))
-def test_a_checksum_makes_the_sum_complete(data, at, end):
+def test_a_checksum_makes_the_sum_complete(data: bytes, at: int, end: int) -> None:
     at -= at % 2
     frame = bytearray(data)
     frame[at : at + 2] = bytes(2)
@@ -64,7 +64,9 @@ def test_a_checksum_makes_the_sum_complete(data, at, end):
     st.booleans(),
     st.booleans(),
 )
-def test_whatever_a_guest_asks_for_is_done_or_refused(packet, context, ip, transport):
+def test_whatever_a_guest_asks_for_is_done_or_refused(
+    packet: bytes, context: Context, ip: bool, transport: bool
+) -> None:
     try:
         frames = segments(packet, context)
         for frame in frames:
@@ -78,14 +80,14 @@ def test_whatever_a_guest_asks_for_is_done_or_refused(packet, context, ip, trans
     assert sum(len(frame) - header for frame in frames) == len(packet) - header
 
 
-def test_too_many_segments_are_refused():
+def test_too_many_segments_are_refused() -> None:
     context = Context(header_bytes=54, segment_bytes=1, transport_start=34, transport_at=50)
     assert len(segments(bytes(54 + MAX_SEGMENTS), context)) == MAX_SEGMENTS
     with pytest.raises(OffloadError):
         segments(bytes(54 + MAX_SEGMENTS + 1), context)
 
 
-def test_a_datagram_never_has_a_checksum_of_zero():
+def test_a_datagram_never_has_a_checksum_of_zero() -> None:
     frame = bytearray(b"\xff\xff" + bytes(6))
     finish(frame, Context(transport_at=6), ip_checksum=False, transport_checksum=True)
     assert frame[6:] == b"\xff\xff"
@@ -94,5 +96,5 @@ def test_a_datagram_never_has_a_checksum_of_zero():
     assert frame[6:] == b"\0\0"
 
 
-def test_a_tag_stands_behind_the_addresses():
+def test_a_tag_stands_behind_the_addresses() -> None:
     assert insert_vlan(b"a" * 12 + b"rest", 0x8100, 5) == b"a" * 12 + b"\x81\0\0\x05rest"

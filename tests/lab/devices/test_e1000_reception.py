@@ -1,6 +1,8 @@
 """The 8254x NIC receives: buffers, CRC, filters."""
 
 import zlib
+from collections.abc import Callable
+from typing import Any
 
 import pytest
 
@@ -22,7 +24,7 @@ from tests.lab.devices.e1000_driver import (
 )
 
 
-def test_reception(driver):
+def test_reception(driver: Driver) -> None:
     """More frames than buffers: nothing is lost, and nothing comes out of order."""
     frames = [frame(number, 60 + number) for number in range(50)]
     for each in frames:
@@ -31,7 +33,9 @@ def test_reception(driver):
     assert driver.r(GPRC) == 50
 
 
-def test_what_is_received_carries_its_crc_unless_it_is_stripped(machines):
+def test_what_is_received_carries_its_crc_unless_it_is_stripped(
+    machines: Callable[..., Any],
+) -> None:
     machine = machines()
     machine.map()
     driver = Driver(machine)
@@ -43,7 +47,7 @@ def test_what_is_received_carries_its_crc_unless_it_is_stripped(machines):
     assert got == padded + zlib.crc32(padded).to_bytes(4, "little")
 
 
-def test_long_frames_go_over_several_buffers(machines):
+def test_long_frames_go_over_several_buffers(machines: Callable[..., Any]) -> None:
     machine = machines()
     machine.map()
     driver = Driver(machine)
@@ -73,7 +77,7 @@ def test_long_frames_go_over_several_buffers(machines):
         (0, bytes.fromhex("525400000007"), True),
     ],
 )
-def test_filter(machines, rctl, destination, wanted):
+def test_filter(machines: Callable[..., Any], rctl: int, destination: bytes, wanted: bool) -> None:
     machine = machines()
     machine.map()
     driver = Driver(machine)

@@ -2,11 +2,14 @@
 
 import os
 import struct
+from collections.abc import Callable
+from typing import Any, cast
 
 import pytest
 
 from lab.devices.e1000.nic import E1000
 from lab.devices.errors import DeviceError
+from lab.vfio_user.dma import DmaPort
 from sync.vfio_user.protocol import Feature, IrqSet, SetIrqs, VfioUserError
 from tests.lab.devices.e1000_driver import (
     BAR,
@@ -35,7 +38,7 @@ from tests.lab.devices.e1000_driver import (
 )
 
 
-def test_what_the_driver_finds_on_the_bus(machines):
+def test_what_the_driver_finds_on_the_bus(machines: Callable[..., Any]) -> None:
     machine = machines()
     config = machine.read(CONFIG, 0, 64)
     assert config[:4] == bytes.fromhex("86800e10") and config[9:12] == bytes.fromhex("000002")
@@ -46,7 +49,7 @@ def test_what_the_driver_finds_on_the_bus(machines):
 
 
 @pytest.mark.parametrize("through_io", [False, True])
-def test_a_reset_by_the_driver(machines, through_io):
+def test_a_reset_by_the_driver(machines: Callable[..., Any], through_io: bool) -> None:
     driver = Driver(machines())
     before = {at: driver.r(at) for at in (CTRL, STATUS, RCTL, TCTL, RA, RA + 4, 0x2820, 0x5820)}
     for at in (RCTL, TCTL, RA, RA + 4, 0x2820, 0x5820, IMS, ICS, TDBAL, RDT):
@@ -59,22 +62,22 @@ def test_a_reset_by_the_driver(machines, through_io):
     assert driver.r(STATUS) & 2 and driver.r(RA + 4) >> 31
 
 
-def test_eeprom_by_eerd_and_by_microwire(machines):
+def test_eeprom_by_eerd_and_by_microwire(machines: Callable[..., Any]) -> None:
     driver = Driver(machines())
 
-    def eerd(address):
+    def eerd(address: int) -> int:
         driver.w(EERD, 1 | address << 8)
         assert driver.r(EERD) & 0x10
         return driver.r(EERD) >> 16
 
-    def clock(bit):
+    def clock(bit: int) -> int:
         driver.w(EECD, 0x42 | bit << 2)
         driver.w(EECD, 0x43 | bit << 2)
         out = driver.r(EECD) >> 3 & 1
         driver.w(EECD, 0x42 | bit << 2)
         return out
 
-    def microwire(address):
+    def microwire(address: int) -> int:
         driver.w(EECD, 0x40)
         assert driver.r(EECD) & 0x80
         driver.w(EECD, 0x42)
@@ -91,7 +94,7 @@ def test_eeprom_by_eerd_and_by_microwire(machines):
     assert not driver.r(EECD) & 0x80
 
 
-def test_phy_by_mdic(machines):
+def test_phy_by_mdic(machines: Callable[..., Any]) -> None:
     driver = Driver(machines())
     assert (driver.phy(2), driver.phy(3)) == (0x0141, 0x0C20)
     assert driver.phy(1) & 0x24 == 0x24
@@ -105,7 +108,7 @@ def test_phy_by_mdic(machines):
     assert driver.mdic(2 << 26 | 7 << 21) & 1 << 30
 
 
-def test_interrupt_causes_and_masks(machines):
+def test_interrupt_causes_and_masks(machines: Callable[..., Any]) -> None:
     driver = Driver(machines())
     driver.w(ICS, LSC | RXT0)
     assert driver.r(ICS) == driver.r(ICS) == LSC | RXT0
@@ -124,7 +127,7 @@ def test_interrupt_causes_and_masks(machines):
     assert driver.r(ICS) == LSC
 
 
-def test_a_client_that_comes_back_finds_everything_as_it_was(driver):
+def test_a_client_that_comes_back_finds_everything_as_it_was(driver: Driver) -> None:
     machine = driver.machine
     driver.w(IMC, 0xFFFFFFFF)
     machine.link.deliver(frame(1))
@@ -135,7 +138,7 @@ def test_a_client_that_comes_back_finds_everything_as_it_was(driver):
     machine.link.deliver(frame(3))
     driver.kick()
     before = bytes(driver.memory)
-    machine.nic.attached(object())
+    machine.nic.attached(cast(DmaPort, object()))
     assert bytes(driver.memory) == before
     flags = IrqSet.DATA_EVENTFD | IrqSet.ACTION_TRIGGER
     machine.nic.set_irqs(SetIrqs(flags, 0, 0, 1), [os.dup(machine.line)])
@@ -148,7 +151,7 @@ def test_a_client_that_comes_back_finds_everything_as_it_was(driver):
     assert frames == [frame(1), frame(3)]
 
 
-def test_accesses_that_no_driver_makes(driver):
+def test_accesses_that_no_driver_makes(driver: Driver) -> None:
     nic = driver.machine.nic
     for size in (1, 2, 3, 8, 64):
         assert len(nic.region_read(BAR, 0xBE, size)) == size

@@ -2,11 +2,14 @@
 
 import os
 import time
+from collections.abc import Callable
+from typing import Any, cast
 
 import pytest
 from trio.testing import trio_test
 
 from sync.registers.choose import load_profiles, source_for, target_for
+from sync.registers.interface import GatewayPort
 from sync.registers.record import Access, Op, pack_access, unpack_accesses
 from tests.lab.devices.e1000_driver import (
     BAR,
@@ -31,6 +34,7 @@ from tests.lab.devices.e1000_driver import (
     TX_RING,
     TXDW,
     Driver,
+    Machine,
     frame,
 )
 
@@ -38,27 +42,27 @@ from tests.lab.devices.e1000_driver import (
 class Gateway:
     """Captures what the guest does, and executes batches in between."""
 
-    def __init__(self, machine):
+    def __init__(self, machine: Machine) -> None:
         self.machine = machine
-        self.seq = None
+        self.seq: int | None = None
         self.pending = b""
 
-    def read(self, region, offset, size):
+    def read(self, region: int, offset: int, size: int) -> bytes:
         data = self.machine.read(region, offset, size)
         self._note(Access(Op.READ, region, offset, size, data))
         return data
 
-    def write(self, region, offset, data):
+    def write(self, region: int, offset: int, data: bytes) -> None:
         self.machine.write(region, offset, data)
         self._note(Access(Op.WRITE, region, offset, len(data), data))
 
-    def _note(self, access):
+    def _note(self, access: Access) -> None:
         if self.seq is not None:
             record = pack_access(access, self.seq)
             self.seq += len(record) // 32
             self.pending += record
 
-    async def batch(self, records):
+    async def batch(self, records: bytes) -> bytes:
         out = b""
         for number, access in enumerate(unpack_accesses(records)):
             if access.op is Op.READ:
@@ -69,21 +73,21 @@ class Gateway:
             out += pack_access(access, number)
         return out
 
-    async def journal(self, max_records=65536):
+    async def journal(self, max_records: int = 65536) -> tuple[bytes, bool]:
         taken, self.pending = self.pending, b""
         return taken, False
 
 
-def until(condition):
+def until(condition: Callable[..., Any]) -> None:
     deadline = time.monotonic() + DEADLINE_S
     while not condition():
         assert time.monotonic() < deadline
         os.sched_yield()
 
 
-def traffic(driver, numbers):
+def traffic(driver: Driver, numbers: range) -> None:
     """Both ways, and some more registers; what was received."""
-    got = []
+    got: list[bytes] = []
     for number in numbers:
         driver.queue(driver.legacy(frame(number, 60 + number), 2048 * (number % 16)))
         driver.kick()
@@ -102,7 +106,9 @@ def traffic(driver, numbers):
 @pytest.mark.parametrize("during", [0, 1, 9, 45])
 @pytest.mark.parametrize("resets", [False, True])
 @trio_test
-async def test_i4_a_driver_is_carried_over_in_the_middle_of_its_traffic(machines, during, resets):
+async def test_i4_a_driver_is_carried_over_in_the_middle_of_its_traffic(
+    machines: Callable[..., Any], during: int, resets: bool
+) -> None:
     """By registers alone; some of it between snapshot and end, or nothing at all."""
     profiles = load_profiles()
     source = machines()
@@ -113,8 +119,8 @@ async def test_i4_a_driver_is_carried_over_in_the_middle_of_its_traffic(machines
     driver.begin()
     traffic(driver, range(1, 22))
     driver.w(IMS, 0x200)
-    near = source_for(source.view(), gateways[0], profiles)
-    far = target_for(await near.offer(), target.view(), gateways[1], profiles)
+    near = source_for(source.view(), cast(GatewayPort, gateways[0]), profiles)
+    far = target_for(await near.offer(), target.view(), cast(GatewayPort, gateways[1]), profiles)
     await far.check()
     target.reset()
     values = await gateways[0].batch(await near.snapshot())
@@ -169,7 +175,7 @@ async def test_i4_a_driver_is_carried_over_in_the_middle_of_its_traffic(machines
     assert target.link.next() == frame(77)
     driver.machine = driver.port = target
     assert int.from_bytes(pending, "little") & RXT0
-    got = []
+    got: list[bytes] = []
     while not got:
         causes = driver.wait()
         got = driver.received()

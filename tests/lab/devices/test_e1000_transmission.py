@@ -2,6 +2,8 @@
 
 import random
 import struct
+from collections.abc import Callable
+from typing import Any
 
 import pytest
 
@@ -32,7 +34,7 @@ from tests.lab.devices.e1000_driver import (
 )
 
 
-def test_legacy_transmission(driver):
+def test_legacy_transmission(driver: Driver) -> None:
     frames = [frame(number, 60 + 50 * number) for number in range(10)]
     for number, each in enumerate(frames):
         cut = 20 + number
@@ -52,7 +54,7 @@ def test_legacy_transmission(driver):
     assert driver.r(TOTH) == 0 and driver.r(TOTL) == 0
 
 
-def test_short_frames_are_padded_and_legacy_checksums_inserted(driver):
+def test_short_frames_are_padded_and_legacy_checksums_inserted(driver: Driver) -> None:
     driver.queue(driver.legacy(frame(0, 20)))
     driver.kick()
     assert driver.machine.link.next() == frame(0, 20).ljust(60, b"\0")
@@ -66,7 +68,7 @@ def test_short_frames_are_padded_and_legacy_checksums_inserted(driver):
 
 @pytest.mark.parametrize("version", [4, 6])
 @pytest.mark.parametrize("size", [1, 1000, 1448, 1449, 60000])
-def test_segmentation(driver, version, size):
+def test_segmentation(driver: Driver, version: int, size: int) -> None:
     payload = random.Random(size).randbytes(size)
     packet, ip, tcp, header = tcp_packet(payload, version=version)
     mss, options = 1448, 3 if version == 4 else 2
@@ -104,19 +106,19 @@ def test_segmentation(driver, version, size):
     assert whole == payload and driver.machine.link.sent.empty()
 
 
-def test_checksum_offload_without_segmentation(driver):
+def test_checksum_offload_without_segmentation(driver: Driver) -> None:
     packet, ip, tcp, header = tcp_packet(b"abc")
-    packet = bytearray(packet)
-    packet[tcp + 16 : tcp + 18] = words_sum(
+    changed = bytearray(packet)
+    changed[tcp + 16 : tcp + 18] = words_sum(
         packet[ip + 12 : tcp] + struct.pack(">HH", 23, 6)
     ).to_bytes(2, "big")
-    driver.queue(context(ip, tcp, header, 0), driver.data(bytes(packet), options=2))
+    driver.queue(context(ip, tcp, header, 0), driver.data(bytes(changed), options=2))
     driver.kick()
     sent = driver.machine.link.next()[: len(packet)]
     assert words_sum(sent[ip + 12 : tcp] + struct.pack(">HH", 23, 6) + sent[tcp:]) == 0xFFFF
 
 
-def test_a_context_goes_with_its_packet(driver):
+def test_a_context_goes_with_its_packet(driver: Driver) -> None:
     """What is in front of the head is all that another device needs."""
     ip, tcp, header = tcp_packet(b"x" * 100)[1:]
     driver.queue(context(ip, tcp, header, 1448, command=4))
@@ -131,7 +133,7 @@ def test_a_context_goes_with_its_packet(driver):
     assert driver.wait() & TXDW and driver.r(TDH) == 3
 
 
-def test_vlan_tags(machines):
+def test_vlan_tags(machines: Callable[..., Any]) -> None:
     machine = machines()
     machine.map()
     driver = Driver(machine)

@@ -1,11 +1,13 @@
 """The DMA map: what can be reached, what is absent, what is a fault."""
 
 import os
+from collections.abc import Iterator
 
 import pytest
 
 from lab.devices.dirty_log import DirtyLog
 from lab.devices.memory import MAX_ABSENT_RANGES, GuestMemory, MemoryAbsent, MemoryFault
+from sync.errors import SyncError
 from sync.vfio_user.protocol import Disconnected, DmaFlags, DmaMap, VfioUserError
 
 PAGE = 4096
@@ -17,46 +19,56 @@ class Messages:
 
     base = 1 << 20
 
-    def __init__(self):
+    def __init__(self) -> None:
         self.bytes = bytearray(16 * PAGE)
-        self.error = None
+        self.error: SyncError | None = None
 
-    def read(self, address, count):
+    def read(self, address: int, count: int) -> bytes:
         if self.error:
             raise self.error
         return bytes(self.bytes[address - self.base : address - self.base + count])
 
-    def write(self, address, data):
+    def write(self, address: int, data: bytes) -> None:
         if self.error:
             raise self.error
         self.bytes[address - self.base : address - self.base + len(data)] = data
 
 
 @pytest.fixture
-def messages():
+def messages() -> Messages:
     return Messages()
 
 
 @pytest.fixture
-def memory(messages):
+def memory(messages: Messages) -> Iterator[GuestMemory]:
     memory = GuestMemory()
     memory.attach(messages)
     yield memory
     memory.unmap_all()
 
 
-def memfd(size=16 * PAGE, content=b""):
+def memfd(size: int = 16 * PAGE, content: bytes = b"") -> int:
     fd = os.memfd_create("memory")
     os.ftruncate(fd, size)
     os.pwrite(fd, content, 0)
     return fd
 
 
-def add(memory, address, size, *, flags=READ | WRITE, offset=0, fd=None):
+def add(
+    memory: GuestMemory,
+    address: int,
+    size: int,
+    *,
+    flags: DmaFlags = READ | WRITE,
+    offset: int = 0,
+    fd: int | None = None,
+) -> None:
     memory.map(DmaMap(flags, offset, address, size), fd)
 
 
-def test_ranges_go_over_adjacent_regions_of_both_kinds(memory, messages):
+def test_ranges_go_over_adjacent_regions_of_both_kinds(
+    memory: GuestMemory, messages: Messages
+) -> None:
     add(memory, Messages.base - PAGE, PAGE, fd=memfd())
     add(memory, Messages.base, PAGE)
     add(memory, Messages.base + PAGE, PAGE, fd=memfd(), offset=PAGE)
@@ -69,7 +81,7 @@ def test_ranges_go_over_adjacent_regions_of_both_kinds(memory, messages):
     assert kinds == [False, True, False]
 
 
-def test_writes_reach_the_file(memory):
+def test_writes_reach_the_file(memory: GuestMemory) -> None:
     fd = memfd()
     add(memory, 0, 2 * PAGE, fd=os.dup(fd), offset=PAGE)
     memory.write(PAGE - 2, b"abcd")
@@ -80,14 +92,14 @@ def test_writes_reach_the_file(memory):
     os.close(fd)
 
 
-def test_numbers_by_message(memory, messages):
+def test_numbers_by_message(memory: GuestMemory, messages: Messages) -> None:
     add(memory, Messages.base, PAGE)
     memory.write_u16(Messages.base + 2, 0x1234)
     assert messages.bytes[2:4] == b"\x34\x12"
     assert memory.read_u16(Messages.base + 2) == 0x1234
 
 
-def test_a_number_over_the_edge_of_a_region(memory):
+def test_a_number_over_the_edge_of_a_region(memory: GuestMemory) -> None:
     add(memory, 0, PAGE, fd=memfd())
     memory.settle()
     with pytest.raises(MemoryFault):
@@ -96,7 +108,7 @@ def test_a_number_over_the_edge_of_a_region(memory):
         memory.write_u16(PAGE - 1, 1)
 
 
-def test_access_rights(memory):
+def test_access_rights(memory: GuestMemory) -> None:
     add(memory, 0, PAGE, flags=READ, fd=memfd(content=b"rom"))
     add(memory, PAGE, PAGE, flags=WRITE, fd=memfd())
     memory.settle()
@@ -109,7 +121,7 @@ def test_access_rights(memory):
 
 
 @pytest.mark.parametrize("address", [PAGE, 5 * PAGE, (1 << 64) - 1])
-def test_what_never_was_is_a_fault_once_the_driver_works(memory, address):
+def test_what_never_was_is_a_fault_once_the_driver_works(memory: GuestMemory, address: int) -> None:
     add(memory, 0, PAGE, fd=memfd())
     with pytest.raises(MemoryAbsent):
         memory.read(address, 1)
@@ -120,7 +132,7 @@ def test_what_never_was_is_a_fault_once_the_driver_works(memory, address):
         memory.segments(address - 1, 100, READ)
 
 
-def test_what_was_unmapped_is_absent_until_it_is_mapped_again(memory):
+def test_what_was_unmapped_is_absent_until_it_is_mapped_again(memory: GuestMemory) -> None:
     for start in (0, PAGE, 4 * PAGE):
         add(memory, start, PAGE, fd=memfd())
     memory.settle()
@@ -140,7 +152,7 @@ def test_what_was_unmapped_is_absent_until_it_is_mapped_again(memory):
         memory.read(PAGE, 1)
 
 
-def test_a_part_of_what_was_unmapped_may_come_back(memory):
+def test_a_part_of_what_was_unmapped_may_come_back(memory: GuestMemory) -> None:
     add(memory, 0, PAGE, fd=memfd())
     add(memory, 4 * PAGE, 4 * PAGE, fd=memfd())
     memory.settle()
@@ -152,7 +164,7 @@ def test_a_part_of_what_was_unmapped_may_come_back(memory):
             memory.read(address, 1)
 
 
-def test_i9_what_is_remembered_of_unmapped_ranges_is_bounded(memory):
+def test_i9_what_is_remembered_of_unmapped_ranges_is_bounded(memory: GuestMemory) -> None:
     add(memory, 1 << 40, PAGE, fd=memfd())
     memory.settle()
     for number in range(MAX_ABSENT_RANGES + 1):
@@ -164,7 +176,7 @@ def test_i9_what_is_remembered_of_unmapped_ranges_is_bounded(memory):
         memory.read(2 * PAGE, 1)
 
 
-def test_nothing_is_touched_without_a_client(memory):
+def test_nothing_is_touched_without_a_client(memory: GuestMemory) -> None:
     add(memory, 0, PAGE, fd=memfd())
     (segment,) = memory.segments(0, 4, WRITE)
     memory.lose()
@@ -180,7 +192,7 @@ def test_nothing_is_touched_without_a_client(memory):
             touch()
 
 
-def test_answers_of_the_client(memory, messages):
+def test_answers_of_the_client(memory: GuestMemory, messages: Messages) -> None:
     add(memory, Messages.base, PAGE)
     messages.error = VfioUserError(14)
     with pytest.raises(MemoryFault):
@@ -194,7 +206,7 @@ def test_answers_of_the_client(memory, messages):
         memory.write(Messages.base, b"x")
 
 
-def test_only_writes_through_an_own_mapping_are_logged(messages):
+def test_only_writes_through_an_own_mapping_are_logged(messages: Messages) -> None:
     log = DirtyLog(PAGE)
     memory = GuestMemory(log)
     memory.attach(messages)
@@ -212,7 +224,9 @@ def test_only_writes_through_an_own_mapping_are_logged(messages):
 @pytest.mark.parametrize(
     ("offset", "size"), [(0, 17 * PAGE), (16 * PAGE, PAGE), (1, PAGE), (1 << 62, PAGE)]
 )
-def test_i9_a_region_beyond_its_file_is_refused(memory, offset, size):
+def test_i9_a_region_beyond_its_file_is_refused(
+    memory: GuestMemory, offset: int, size: int
+) -> None:
     """It would be a bus error later. The descriptor stays with the caller."""
     fd = memfd()
     with pytest.raises(VfioUserError):
@@ -220,7 +234,7 @@ def test_i9_a_region_beyond_its_file_is_refused(memory, offset, size):
     os.close(fd)
 
 
-def test_a_descriptor_that_cannot_be_mapped(memory):
+def test_a_descriptor_that_cannot_be_mapped(memory: GuestMemory) -> None:
     reader, writer = os.pipe()
     with pytest.raises(VfioUserError):
         add(memory, 0, PAGE, fd=reader)
@@ -228,7 +242,7 @@ def test_a_descriptor_that_cannot_be_mapped(memory):
     os.close(writer)
 
 
-def test_unmapping_what_is_not_there(memory):
+def test_unmapping_what_is_not_there(memory: GuestMemory) -> None:
     add(memory, 0, 2 * PAGE, fd=memfd())
     with pytest.raises(VfioUserError):
         memory.unmap(0, PAGE)

@@ -2,12 +2,15 @@
 
 import os
 import struct
+from collections.abc import Callable, Iterator
+from typing import Any
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from sync.vfio_user.protocol import DmaMap
+from tests.lab.devices.conftest import Driver, Host
 
 IN, GET_ID = 0, 8
 NEEDS_RESET = 0x40
@@ -17,86 +20,86 @@ ROM = 0x3000_0000
 GUARD = 0x10000
 
 
-def chain(driver, *descriptors):
+def chain(driver: Driver, *descriptors: tuple[int, int, int, int]) -> None:
     """Descriptors 0, 1, 2, …; the first is published."""
     for index, (address, length, flags, following) in enumerate(descriptors):
         driver.set_descriptor(index, address, length, flags, following)
     driver.publish(0)
 
 
-def table(driver, *descriptors):
+def table(driver: Driver, *descriptors: tuple[int, int, int, int]) -> int:
     at = driver.tables
     for index, descriptor in enumerate(descriptors):
         driver.ram.write(at + 16 * index, struct.pack("<QIHH", *descriptor))
     return at
 
 
-def header(driver, kind=IN):
+def header(driver: Driver, kind: int = IN) -> int:
     at = driver.outgoing.take(16)
     driver.ram.write(at, struct.pack("<IIQ", kind, 0, 0))
     return at
 
 
-def avail_index(driver, value):
+def avail_index(driver: Driver, value: int) -> None:
     driver.ram.set_u16(driver.avail + 2, value)
     driver.kick()
 
 
-def loop(driver):
+def loop(driver: Driver) -> None:
     chain(driver, (header(driver), 16, NEXT, 1), (driver.incoming.start, 16, NEXT, 0))
 
 
-def loop_on_itself(driver):
+def loop_on_itself(driver: Driver) -> None:
     chain(driver, (header(driver), 16, NEXT, 0))
 
 
-def loop_in_a_table(driver):
+def loop_in_a_table(driver: Driver) -> None:
     at = table(driver, (header(driver), 16, NEXT, 1), (driver.incoming.start, 16, NEXT, 1))
     chain(driver, (at, 32, INDIRECT, 0))
 
 
-def next_out_of_range(driver):
+def next_out_of_range(driver: Driver) -> None:
     chain(driver, (header(driver), 16, NEXT, 64))
 
 
-def next_out_of_table(driver):
+def next_out_of_table(driver: Driver) -> None:
     at = table(driver, (header(driver), 16, NEXT, 5))
     chain(driver, (at, 16, INDIRECT, 0))
 
 
-def head_out_of_range(driver):
+def head_out_of_range(driver: Driver) -> None:
     driver.publish(64)
 
 
-def head_far_out_of_range(driver):
+def head_far_out_of_range(driver: Driver) -> None:
     driver.publish(0xFFFF)
 
 
-def too_many_available(driver):
+def too_many_available(driver: Driver) -> None:
     avail_index(driver, 65)
 
 
-def available_goes_back(driver):
+def available_goes_back(driver: Driver) -> None:
     avail_index(driver, 0xFFFF)
 
 
-def address_nowhere(driver):
+def address_nowhere(driver: Driver) -> None:
     chain(driver, (header(driver), 16, NEXT, 1), (0x10, 4096, WRITE, 0))
 
 
-def address_at_the_end_of_all(driver):
+def address_at_the_end_of_all(driver: Driver) -> None:
     chain(driver, (header(driver), 16, NEXT, 1), ((1 << 64) - 1, 4096, WRITE, 0))
 
 
-def header_nowhere(driver):
+def header_nowhere(driver: Driver) -> None:
     chain(driver, (0xDEAD_0000, 16, NEXT, 1), (driver.incoming.start, 513, WRITE, 0))
 
 
-def huge_length(driver):
+def huge_length(driver: Driver) -> None:
     chain(driver, (header(driver), 16, NEXT, 1), (driver.incoming.start, 0xFFFF_FFFF, WRITE, 0))
 
 
-def many_huge_lengths(driver):
+def many_huge_lengths(driver: Driver) -> None:
     parts = [(driver.incoming.start, 1 << 20, NEXT | WRITE, n + 2) for n in range(62)]
     chain(
         driver,
@@ -106,54 +109,54 @@ def many_huge_lengths(driver):
     )
 
 
-def range_over_a_gap(driver):
+def range_over_a_gap(driver: Driver) -> None:
     low_end = driver.ram.regions[0][0] + driver.ram.regions[0][1]
     chain(driver, (header(driver), 16, NEXT, 1), (low_end - 256, 513, WRITE, 0))
 
 
-def write_to_rom(driver):
+def write_to_rom(driver: Driver) -> None:
     chain(driver, (header(driver), 16, NEXT, 1), (ROM, 513, WRITE, 0))
 
 
-def no_status(driver):
+def no_status(driver: Driver) -> None:
     chain(driver, (header(driver), 16, 0, 0))
 
 
-def no_header(driver):
+def no_header(driver: Driver) -> None:
     chain(driver, (driver.incoming.start, 513, WRITE, 0))
 
 
-def short_header(driver):
+def short_header(driver: Driver) -> None:
     chain(driver, (header(driver), 15, NEXT, 1), (driver.incoming.start, 513, WRITE, 0))
 
 
-def readable_behind_writable(driver):
+def readable_behind_writable(driver: Driver) -> None:
     chain(driver, (driver.incoming.start, 513, NEXT | WRITE, 1), (header(driver), 16, 0, 0))
 
 
-def nested_table(driver):
+def nested_table(driver: Driver) -> None:
     at = table(driver, (driver.tables, 16, INDIRECT, 0))
     chain(driver, (at, 16, INDIRECT, 0))
 
 
-def table_with_a_next(driver):
+def table_with_a_next(driver: Driver) -> None:
     at = table(driver, (header(driver), 16, 0, 0))
     chain(driver, (at, 16, INDIRECT | NEXT, 1), (driver.incoming.start, 1, WRITE, 0))
 
 
-def empty_table(driver):
+def empty_table(driver: Driver) -> None:
     chain(driver, (driver.tables, 0, INDIRECT, 0))
 
 
-def odd_table(driver):
+def odd_table(driver: Driver) -> None:
     chain(driver, (driver.tables, 24, INDIRECT, 0))
 
 
-def huge_table(driver):
+def huge_table(driver: Driver) -> None:
     chain(driver, (driver.tables, 0xFFFF_FFF0, INDIRECT, 0))
 
 
-def table_nowhere(driver):
+def table_nowhere(driver: Driver) -> None:
     chain(driver, (0x10, 32, INDIRECT, 0))
 
 
@@ -188,7 +191,7 @@ ATTACKS = [
 
 
 @pytest.fixture
-def rom():
+def rom() -> Iterator[int]:
     """Memory that the device may only read, and that nobody writes."""
     fd = os.memfd_create("rom")
     os.ftruncate(fd, GUARD)
@@ -199,7 +202,9 @@ def rom():
 
 @pytest.mark.parametrize("messages", [False, True], ids=["mapping", "messages"])
 @pytest.mark.parametrize("attack", ATTACKS, ids=lambda attack: attack.__name__)
-def test_i9_a_broken_ring_needs_a_reset_and_nothing_else(host, rom, attack, messages):
+def test_i9_a_broken_ring_needs_a_reset_and_nothing_else(
+    host: Host, rom: int, attack: Callable[..., Any], messages: bool
+) -> None:
     path = host.serve(host.image())
     driver = host.boot(path, messages=messages)
     bus = driver.bus
@@ -212,21 +217,21 @@ def test_i9_a_broken_ring_needs_a_reset_and_nothing_else(host, rom, attack, mess
     assert again.read(0, 512) == host.image().read_bytes()[:512]
 
 
-def test_a_ring_that_is_nowhere(host):
+def test_a_ring_that_is_nowhere(host: Host, monkeypatch: pytest.MonkeyPatch) -> None:
     driver = host.boot(host.serve(host.image()))
     again = host.driver(driver.bus)
     again.used = 0x10_0000
     driver.bus.write(1, 0x14, 1, 0)
-    ram_write, again.ram.write = again.ram.write, lambda *_: None
+    monkeypatch.setattr(again.ram, "write", lambda *_: None)
     again.begin()
-    again.ram.write = ram_write
+    monkeypatch.undo()
     again.kick()
     driver.bus.wait(0)
     assert driver.bus.read(1, 0x14, 1) & NEEDS_RESET
 
 
 @pytest.mark.parametrize(("area", "shift"), [("desc", 8), ("avail", 1), ("used", 2)])
-def test_a_ring_that_is_not_aligned(host, area, shift):
+def test_a_ring_that_is_not_aligned(host: Host, area: str, shift: int) -> None:
     driver = host.boot(host.serve(host.image()))
     again = host.driver(driver.bus)
     setattr(again, area, getattr(again, area) + shift)
@@ -236,7 +241,7 @@ def test_a_ring_that_is_not_aligned(host, area, shift):
     assert driver.bus.read(1, 0x14, 1) & NEEDS_RESET
 
 
-def test_a_descriptor_that_is_in_use(host):
+def test_a_descriptor_that_is_in_use(host: Host) -> None:
     path, disk = host.serve_slow()
     driver = host.boot(path)
     request = driver.submit(IN, incoming=[512])
@@ -247,21 +252,21 @@ def test_a_descriptor_that_is_in_use(host):
     disk.go.set()
 
 
-def test_a_table_without_the_feature(host):
+def test_a_table_without_the_feature(host: Host) -> None:
     driver = host.boot(host.serve(host.image()), features=VERSION_1)
     driver.submit(GET_ID, incoming=[20], indirect=True)
     driver.bus.wait(0)
     assert driver.bus.read(1, 0x14, 1) & NEEDS_RESET
 
 
-def test_a_broken_ring_with_intx(host):
+def test_a_broken_ring_with_intx(host: Host) -> None:
     driver = host.boot(host.serve(host.image()), intx=True)
     loop(driver)
     driver.bus.wait(0)
     assert driver.bus.read(3, 0, 1) == 2
 
 
-def test_an_ordinary_descriptor_before_a_table_is_legal(host):
+def test_an_ordinary_descriptor_before_a_table_is_legal(host: Host) -> None:
     """Virtio 1.2, 2.7.5.3.2: the device has to take this."""
     driver = host.boot(host.serve(host.image()))
     at = table(
@@ -289,7 +294,13 @@ descriptors = st.tuples(
     st.lists(st.integers(0, 9), min_size=1, max_size=12),
     st.booleans(),
 )
-def test_i9_random_rings_do_not_kill_the_device(new_host, ring, indirect, heads, event):
+def test_i9_random_rings_do_not_kill_the_device(
+    new_host: Callable[[], Host],
+    ring: list[tuple[int, int, int, int]],
+    indirect: list[tuple[int, int, int, int]],
+    heads: list[int],
+    event: bool,
+) -> None:
     """Nothing outside of the regions is written, and a reset brings the device back."""
     host = new_host()
     try:

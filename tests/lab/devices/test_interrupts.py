@@ -1,6 +1,7 @@
 """INTx as a level with automatic mask, MSI-X as messages."""
 
 import os
+from collections.abc import Iterator
 
 import pytest
 
@@ -15,13 +16,13 @@ TRIGGER, MASK, UNMASK = IrqSet.ACTION_TRIGGER, IrqSet.ACTION_MASK, IrqSet.ACTION
 class Listener:
     """An eventfd of which the device gets a copy."""
 
-    def __init__(self):
+    def __init__(self) -> None:
         self.fd = os.eventfd(0, os.EFD_NONBLOCK)
 
-    def copy(self):
+    def copy(self) -> int:
         return os.dup(self.fd)
 
-    def count(self):
+    def count(self) -> int:
         try:
             return os.eventfd_read(self.fd)
         except BlockingIOError:
@@ -29,21 +30,21 @@ class Listener:
 
 
 @pytest.fixture
-def interrupts():
+def interrupts() -> Iterator[Interrupts]:
     interrupts = Interrupts(3)
     yield interrupts
     interrupts.disconnect()
 
 
 @pytest.fixture
-def listeners():
+def listeners() -> Iterator[list[Listener]]:
     made = [Listener() for _ in range(3)]
     yield made
     for listener in made:
         os.close(listener.fd)
 
 
-def test_what_there_is(interrupts):
+def test_what_there_is(interrupts: Interrupts) -> None:
     counts = [interrupts.info(index).count for index in range(5)]
     assert counts == [1, 0, 3, 0, 0]
     assert interrupts.info(INTX).flags == 0b111
@@ -51,7 +52,9 @@ def test_what_there_is(interrupts):
         interrupts.info(5)
 
 
-def test_the_line_masks_itself_until_it_is_unmasked(interrupts, listeners):
+def test_the_line_masks_itself_until_it_is_unmasked(
+    interrupts: Interrupts, listeners: list[Listener]
+) -> None:
     line = listeners[0]
     interrupts.set_irqs(SetIrqs(EVENTFD | TRIGGER, INTX, 0, 1), [line.copy()])
     interrupts.set_level(True)
@@ -67,7 +70,9 @@ def test_the_line_masks_itself_until_it_is_unmasked(interrupts, listeners):
     assert line.count() == 1
 
 
-def test_a_line_that_is_masked_on_purpose(interrupts, listeners):
+def test_a_line_that_is_masked_on_purpose(
+    interrupts: Interrupts, listeners: list[Listener]
+) -> None:
     line = listeners[0]
     interrupts.set_irqs(SetIrqs(EVENTFD | TRIGGER, INTX, 0, 1), [line.copy()])
     interrupts.set_irqs(SetIrqs(NONE | MASK, INTX, 0, 1), [])
@@ -78,7 +83,9 @@ def test_a_line_that_is_masked_on_purpose(interrupts, listeners):
     assert line.count() == 1
 
 
-def test_an_asserted_line_fires_when_somebody_begins_to_listen(interrupts, listeners):
+def test_an_asserted_line_fires_when_somebody_begins_to_listen(
+    interrupts: Interrupts, listeners: list[Listener]
+) -> None:
     interrupts.set_level(True)
     for listener in listeners:
         interrupts.set_irqs(SetIrqs(EVENTFD | TRIGGER, INTX, 0, 1), [listener.copy()])
@@ -89,7 +96,9 @@ def test_an_asserted_line_fires_when_somebody_begins_to_listen(interrupts, liste
     assert [listener.count() for listener in listeners] == [0, 0, 0]
 
 
-def test_vectors_are_kept_for_who_listens_later(interrupts, listeners):
+def test_vectors_are_kept_for_who_listens_later(
+    interrupts: Interrupts, listeners: list[Listener]
+) -> None:
     interrupts.signal(1)
     interrupts.signal(1)
     interrupts.signal(2)
@@ -107,7 +116,7 @@ def test_vectors_are_kept_for_who_listens_later(interrupts, listeners):
     assert interrupts.pending() == {1}
 
 
-def test_msix_is_configured_even_without_a_descriptor(interrupts):
+def test_msix_is_configured_even_without_a_descriptor(interrupts: Interrupts) -> None:
     assert not interrupts.msix_configured
     interrupts.set_irqs(SetIrqs(EVENTFD | TRIGGER, MSIX, 0, 1), [])
     assert interrupts.msix_configured
@@ -115,7 +124,9 @@ def test_msix_is_configured_even_without_a_descriptor(interrupts):
     assert not interrupts.msix_configured
 
 
-def test_a_client_can_have_its_own_eventfds_fired(interrupts, listeners):
+def test_a_client_can_have_its_own_eventfds_fired(
+    interrupts: Interrupts, listeners: list[Listener]
+) -> None:
     fds = [listener.copy() for listener in listeners]
     interrupts.set_irqs(SetIrqs(EVENTFD | TRIGGER, MSIX, 0, 3), fds)
     interrupts.set_irqs(SetIrqs(NONE | TRIGGER, MSIX, 1, 2), [])
@@ -123,7 +134,9 @@ def test_a_client_can_have_its_own_eventfds_fired(interrupts, listeners):
     assert [listener.count() for listener in listeners] == [0, 1, 2]
 
 
-def test_descriptors_are_closed_when_they_are_replaced_and_at_the_end(interrupts):
+def test_descriptors_are_closed_when_they_are_replaced_and_at_the_end(
+    interrupts: Interrupts,
+) -> None:
     reader, writer = os.pipe()
     interrupts.set_irqs(SetIrqs(EVENTFD | TRIGGER, MSIX, 0, 1), [writer])
     other = os.eventfd(0)
@@ -136,7 +149,7 @@ def test_descriptors_are_closed_when_they_are_replaced_and_at_the_end(interrupts
     assert interrupts.pending() == {2}
 
 
-def test_i9_a_descriptor_that_would_block_or_breaks_does_no_harm(interrupts):
+def test_i9_a_descriptor_that_would_block_or_breaks_does_no_harm(interrupts: Interrupts) -> None:
     full = os.eventfd(0)
     os.eventfd_write(full, (1 << 64) - 2)
     reader, broken = os.pipe()
@@ -147,7 +160,7 @@ def test_i9_a_descriptor_that_would_block_or_breaks_does_no_harm(interrupts):
     assert os.eventfd_read(full) == (1 << 64) - 2
 
 
-def test_reset_keeps_the_listeners(interrupts, listeners):
+def test_reset_keeps_the_listeners(interrupts: Interrupts, listeners: list[Listener]) -> None:
     interrupts.set_irqs(SetIrqs(EVENTFD | TRIGGER, INTX, 0, 1), [listeners[0].copy()])
     interrupts.set_level(True)
     interrupts.signal(1)
@@ -168,12 +181,14 @@ def test_reset_keeps_the_listeners(interrupts, listeners):
         SetIrqs(NONE | UNMASK, INTX, 0, 0),
     ],
 )
-def test_what_is_refused(interrupts, request_):
+def test_what_is_refused(interrupts: Interrupts, request_: SetIrqs) -> None:
     with pytest.raises(VfioUserError):
         interrupts.set_irqs(request_, [])
 
 
-def test_descriptors_of_a_refused_request_stay_the_callers(interrupts, listeners):
+def test_descriptors_of_a_refused_request_stay_the_callers(
+    interrupts: Interrupts, listeners: list[Listener]
+) -> None:
     with pytest.raises(VfioUserError):
         interrupts.set_irqs(SetIrqs(EVENTFD | TRIGGER, MSIX, 0, 2), [listeners[0].fd])
     with pytest.raises(VfioUserError):
@@ -181,7 +196,7 @@ def test_descriptors_of_a_refused_request_stay_the_callers(interrupts, listeners
     assert listeners[0].count() == 0
 
 
-def test_the_msix_table_is_memory_with_reserved_bits():
+def test_the_msix_table_is_memory_with_reserved_bits() -> None:
     table = MsixTable(2)
     assert table.read(0, 16) == bytes(12) + b"\1\0\0\0"
     table.write(0, b"\xff" * 40)

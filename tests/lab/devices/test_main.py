@@ -6,13 +6,17 @@ import signal
 import stat
 import subprocess
 import sys
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from signal import Signals
+from typing import Any
 
 import pytest
 
 from lab.children import start_child
 from lab.devices.errors import DeviceError
 from lab.devices.main import DeviceOptions, build, run
+from tests.lab.devices.conftest import Host
 from tests.listening import wait_until_listening
 
 DEADLINE_S = 20
@@ -25,10 +29,10 @@ run(DeviceOptions(**json.loads(sys.argv[1])))
 
 
 @pytest.fixture
-def start(tmp_path):
+def start(tmp_path: Path) -> Iterator[Callable[..., Any]]:
     started = []
 
-    def new(**options):
+    def new(**options: Any) -> subprocess.Popen[str]:
         fields = {"socket_path": str(tmp_path / "dev.sock"), **options}
         process = start_child(
             [sys.executable, "-c", CODE, json.dumps(fields)],
@@ -37,6 +41,7 @@ def start(tmp_path):
             text=True,
         )
         started.append(process)
+        assert process.stdout is not None
         assert process.stdout.readline() == "False\n"
         return process
 
@@ -46,13 +51,15 @@ def start(tmp_path):
         process.communicate()
 
 
-def count_files():
+def count_files() -> int:
     return sum(1 for _ in Path("/proc/self/fd").iterdir())
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 @pytest.mark.parametrize("busy", [False, True], ids=["idle", "busy"])
-def test_a_device_process_serves_until_it_is_told_to_stop(host, tmp_path, start, number, busy):
+def test_a_device_process_serves_until_it_is_told_to_stop(
+    host: Host, tmp_path: Path, start: Callable[..., Any], number: Signals, busy: bool
+) -> None:
     process = start(image_path=str(host.image()), serial="process", queues=2, v2=True)
     path = tmp_path / "dev.sock"
     wait_until_listening(path, process)
@@ -66,14 +73,14 @@ def test_a_device_process_serves_until_it_is_told_to_stop(host, tmp_path, start,
     assert not path.exists()
 
 
-def test_a_missing_image_ends_the_process(host, start):
+def test_a_missing_image_ends_the_process(host: Host, start: Callable[..., Any]) -> None:
     process = start(image_path="missing.img")
     _, errors = process.communicate(timeout=DEADLINE_S)
     assert process.returncode == 1
     assert "DeviceError: cannot open the image missing.img: No such file" in errors
 
 
-def test_a_socket_that_cannot_be_made(host, tmp_path):
+def test_a_socket_that_cannot_be_made(host: Host, tmp_path: Path) -> None:
     options = DeviceOptions(socket_path=tmp_path / "no" / "dev.sock", image_path=host.image())
     with pytest.raises(DeviceError, match="cannot listen"):
         run(options)
@@ -92,15 +99,20 @@ def test_a_socket_that_cannot_be_made(host, tmp_path):
         {"image_path": "."},
     ],
 )
-def test_options_that_make_no_sense(host, tmp_path, wrong):
-    fields = {"socket_path": tmp_path / "dev.sock", "image_path": host.image()} | wrong
+def test_options_that_make_no_sense(
+    host: Host, tmp_path: Path, wrong: dict[str, int | str]
+) -> None:
+    fields: dict[str, Any] = {
+        "socket_path": tmp_path / "dev.sock",
+        "image_path": host.image(),
+    } | wrong
     open_files = count_files()
     with pytest.raises(DeviceError):
         build(DeviceOptions(**fields))
     assert count_files() == open_files
 
 
-def test_options_cannot_be_changed(host):
+def test_options_cannot_be_changed(host: Host) -> None:
     options = DeviceOptions(socket_path="a", image_path="b")
     with pytest.raises(dataclasses.FrozenInstanceError):
-        options.v2 = True
+        options.v2 = True  # type: ignore[misc]

@@ -1,17 +1,24 @@
 """Memory that goes and comes back, and clients that do."""
 
 import threading
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
 
 import pytest
 
+from lab.devices.workers import Hold
 from sync.vfio_user.protocol import DmaUnmap, MigrationState
+from tests.lab.devices.conftest import Driver, Host, SlowDisk
 
 IN, OUT, GET_ID = 0, 1, 8
 SECTOR = 512
 VERSION_1, EVENT_IDX, INDIRECT = 1 << 32, 1 << 29, 1 << 28
 
 
-def reconnect(host, driver, path, *, messages=False, intx=False):
+def reconnect(
+    host: Host, driver: Driver, path: Path, *, messages: bool = False, intx: bool = False
+) -> None:
     """What a restarted gateway does: connect, map, set interrupts. Registers are left alone."""
     bus = host.connect(path, messages=messages)
     bus.map()
@@ -19,27 +26,27 @@ def reconnect(host, driver, path, *, messages=False, intx=False):
     driver.bus = bus
 
 
-def watch(disk, name):
+def watch(disk: SlowDisk, name: str) -> list[Any]:
     """Let the disk go on when the device waits for it; the transfers under way when its memory's
     method `name` is called, or an empty list if it was not."""
     seen = []
     memory, workers = disk.device.memory, disk.device.workers
     method, hold = getattr(memory, name), workers.hold
 
-    def called(*arguments):
+    def called(*arguments: Any) -> None:
         seen.append(disk.busy)
         method(*arguments)
 
-    def held(reason):
+    def held(reason: Hold) -> None:
         disk.go.set()
         hold(reason)
 
     setattr(memory, name, called)
-    workers.hold = held
+    workers.hold = held  # type: ignore[method-assign]
     return seen
 
 
-def test_unmap_returns_when_requests_in_flight_are_complete(host):
+def test_unmap_returns_when_requests_in_flight_are_complete(host: Host) -> None:
     path, disk = host.serve_slow()
     driver = host.boot(path)
     requests = [driver.submit(IN, n, incoming=[SECTOR]) for n in range(3)]
@@ -53,7 +60,7 @@ def test_unmap_returns_when_requests_in_flight_are_complete(host):
     assert all(driver.ram.read(request.status, 1) == b"\0" for request in requests)
 
 
-def test_a_client_that_goes_is_let_go_when_nothing_uses_its_memory(host):
+def test_a_client_that_goes_is_let_go_when_nothing_uses_its_memory(host: Host) -> None:
     path, disk = host.serve_slow()
     driver = host.boot(path)
     requests = [driver.submit(IN, n, incoming=[SECTOR]) for n in range(3)]
@@ -67,7 +74,7 @@ def test_a_client_that_goes_is_let_go_when_nothing_uses_its_memory(host):
     assert all(driver.ram.read(request.status, 1) == b"\xee" for request in requests)
 
 
-def test_a_device_touches_nothing_that_is_unmapped(host):
+def test_a_device_touches_nothing_that_is_unmapped(host: Host) -> None:
     driver = host.boot(host.serve(host.image()))
     driver.bus.unmap()
     before = bytes(driver.ram.bytes)
@@ -83,7 +90,7 @@ def test_a_device_touches_nothing_that_is_unmapped(host):
 
 
 @pytest.mark.parametrize("order", [(0, 1), (1, 0)], ids=["rings-first", "data-first"])
-def test_memory_may_come_back_in_pieces(host, order):
+def test_memory_may_come_back_in_pieces(host: Host, order: tuple[int, int]) -> None:
     """Rings and headers are in one region, data in another; the device waits for both."""
     driver = host.boot(host.serve(host.image()))
     bus, regions = driver.bus, driver.ram.regions
@@ -97,7 +104,7 @@ def test_memory_may_come_back_in_pieces(host, order):
     assert driver.finish(request) == 0
 
 
-def test_a_used_ring_that_is_gone_when_a_request_is_done(host):
+def test_a_used_ring_that_is_gone_when_a_request_is_done(host: Host) -> None:
     """The used ring lies in a region of its own: taken with it unmapped, completed with it back."""
     ram = host.ram
     driver = host.boot(host.serve(host.image()))
@@ -119,7 +126,7 @@ def test_a_used_ring_that_is_gone_when_a_request_is_done(host):
     assert again.finish(request) == 0
 
 
-def test_remapping_under_load(host, make_pattern):
+def test_remapping_under_load(host: Host, make_pattern: Callable[[int, int], bytes]) -> None:
     driver = host.boot(host.serve(host.image()), features=VERSION_1 | INDIRECT | EVENT_IDX)
     content = make_pattern(64 * 4096, 1)
     requests = []
@@ -137,7 +144,9 @@ def test_remapping_under_load(host, make_pattern):
 
 @pytest.mark.parametrize("intx", [False, True], ids=["msix", "intx"])
 @pytest.mark.parametrize("messages", [False, True], ids=["mapping", "messages"])
-def test_a_client_that_dies_in_the_middle_loses_nothing(host, messages, intx):
+def test_a_client_that_dies_in_the_middle_loses_nothing(
+    host: Host, messages: bool, intx: bool
+) -> None:
     path, disk = host.serve_slow(n_workers=3)
     driver = host.boot(path, messages=messages, intx=intx)
     data = b"new" * 512
@@ -156,11 +165,18 @@ def test_a_client_that_dies_in_the_middle_loses_nothing(host, messages, intx):
     assert driver.read(100, len(data)) == data
 
 
-def test_nothing_is_touched_after_the_client_went(host, monkeypatch):
+def test_nothing_is_touched_after_the_client_went(
+    host: Host, monkeypatch: pytest.MonkeyPatch
+) -> None:
     path, disk = host.serve_slow(n_workers=2)
     memory = disk.device.memory
     lose, lost = memory.lose, threading.Event()
-    monkeypatch.setattr(memory, "lose", lambda: (lose(), lost.set()))
+
+    def lose_noted() -> None:
+        lose()
+        lost.set()
+
+    monkeypatch.setattr(memory, "lose", lose_noted)
     driver = host.boot(path)
     requests = [driver.submit(OUT, n, [bytes(SECTOR)]) for n in range(2)]
     disk.wait_for(2)
@@ -182,7 +198,7 @@ def test_nothing_is_touched_after_the_client_went(host, monkeypatch):
 
 
 @pytest.mark.parametrize("intx", [False, True], ids=["msix", "intx"])
-def test_an_interrupt_that_nobody_saw_is_repeated(host, intx):
+def test_an_interrupt_that_nobody_saw_is_repeated(host: Host, intx: bool) -> None:
     path = host.serve(host.image())
     driver = host.boot(path, intx=intx)
     request = driver.submit(GET_ID, incoming=[20])
@@ -193,7 +209,7 @@ def test_an_interrupt_that_nobody_saw_is_repeated(host, intx):
     assert request.head in driver.collect()
 
 
-def test_a_client_that_starts_over_gets_a_fresh_device(host):
+def test_a_client_that_starts_over_gets_a_fresh_device(host: Host) -> None:
     path, disk = host.serve_slow()
     driver = host.boot(path)
     driver.submit(IN, incoming=[SECTOR])
@@ -205,7 +221,7 @@ def test_a_client_that_starts_over_gets_a_fresh_device(host):
     assert not again.collect()
 
 
-def test_many_reconnects_under_load(host, make_pattern):
+def test_many_reconnects_under_load(host: Host, make_pattern: Callable[[int, int], bytes]) -> None:
     path = host.serve(host.image())
     driver = host.boot(path)
     content = make_pattern(64 * 4096, 1)
@@ -218,7 +234,7 @@ def test_many_reconnects_under_load(host, make_pattern):
             assert driver.result(request) == content[4096 * n : 4096 * (n + 1)]
 
 
-def test_a_stopped_device_stays_stopped_when_its_client_goes(host):
+def test_a_stopped_device_stays_stopped_when_its_client_goes(host: Host) -> None:
     path = host.serve(host.image(), v2=True)
     driver = host.boot(path)
     driver.bus.set_state(MigrationState.STOP_COPY)
@@ -231,7 +247,7 @@ def test_a_stopped_device_stays_stopped_when_its_client_goes(host):
     assert driver.finish(request) == 0
 
 
-def test_logging_ends_with_its_client(host):
+def test_logging_ends_with_its_client(host: Host) -> None:
     path = host.serve(host.image(), logging_page_bytes=4096)
     driver = host.boot(path)
     driver.bus.start_logging()

@@ -1,11 +1,16 @@
 """A device goes on where another one stopped: by its v2 state, or by a replay of its registers."""
 
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from lab.devices.state_stream import Section, pack_section, unpack_stream
 from sync.vfio_user.protocol import Feature, MigrationState, VfioUserError
+from tests.lab.devices.conftest import Bus, Driver, Host
 
 STOP, RUNNING = MigrationState.STOP, MigrationState.RUNNING
 STOP_COPY, RESUMING = MigrationState.STOP_COPY, MigrationState.RESUMING
@@ -18,21 +23,21 @@ FEATURES = {"flags": VERSION_1 | INDIRECT | FLUSH, "event": VERSION_1 | INDIRECT
 
 
 @pytest.fixture
-def image(host):
+def image(host: Host) -> Path:
     return host.image()
 
 
-def attach(driver, bus, *, intx=False):
+def attach(driver: Driver, bus: Bus, *, intx: bool = False) -> None:
     """The driver goes on with another bus, as a guest does after it was moved."""
     driver.bus = bus
     bus.use_irqs(0 if intx else 2, 1 if intx else driver_vectors(bus))
 
 
-def driver_vectors(bus):
+def driver_vectors(bus: Bus) -> int:
     return bus.client.irq_info(2).count
 
 
-def transfer(source, target, chunk=64):
+def transfer(source: Bus, target: Bus, chunk: int = 64) -> None:
     stream = source.read_stream()
     target.set_state(RESUMING)
     for at in range(0, len(stream), chunk):
@@ -43,7 +48,9 @@ def transfer(source, target, chunk=64):
 @pytest.mark.parametrize("features", FEATURES.values(), ids=FEATURES)
 @pytest.mark.parametrize("intx", [False, True], ids=["msix", "intx"])
 @pytest.mark.parametrize("pre_copy", [False, True], ids=["stop", "pre-copy"])
-def test_v2_moves_a_device_under_load(host, image, features, intx, pre_copy):
+def test_v2_moves_a_device_under_load(
+    host: Host, image: Path, features: int, intx: bool, pre_copy: bool
+) -> None:
     driver = host.boot(host.serve(image, v2=True), features=features, intx=intx)
     source = driver.bus
     target = host.connect(host.serve(image, v2=True))
@@ -83,7 +90,7 @@ def test_v2_moves_a_device_under_load(host, image, features, intx, pre_copy):
     assert image.read_bytes()[5 * SECTOR :][:5120] == b"moved" * 1024
 
 
-def test_v2_carries_every_register(host, image):
+def test_v2_carries_every_register(host: Host, image: Path) -> None:
     source = host.connect(host.serve(image, v2=True, n_queues=2))
     source.map()
     driver = host.driver(source)
@@ -103,7 +110,7 @@ def test_v2_carries_every_register(host, image):
     assert target.state() == STOP
 
 
-def test_v2_back_and_forth_and_an_abort(host, image):
+def test_v2_back_and_forth_and_an_abort(host: Host, image: Path) -> None:
     driver = host.boot(host.serve(image, v2=True))
     buses = [driver.bus, host.connect(host.serve(image, v2=True))]
     content = image.read_bytes()
@@ -128,7 +135,7 @@ def test_v2_back_and_forth_and_an_abort(host, image):
         assert source.state() == RUNNING
 
 
-def test_a_stopped_device_completes_and_then_touches_nothing(host):
+def test_a_stopped_device_completes_and_then_touches_nothing(host: Host) -> None:
     path, disk = host.serve_slow(v2=True)
     driver = host.boot(path)
     first = driver.submit(IN, incoming=[512])
@@ -148,7 +155,7 @@ def test_a_stopped_device_completes_and_then_touches_nothing(host):
     assert driver.finish(second) == 0
 
 
-def test_a_device_that_is_not_migratable_says_so(host, image):
+def test_a_device_that_is_not_migratable_says_so(host: Host, image: Path) -> None:
     bus = host.connect(host.serve(image))
     for call in (
         bus.state,
@@ -160,7 +167,7 @@ def test_a_device_that_is_not_migratable_says_so(host, image):
             call()
 
 
-def test_what_a_migratable_device_offers(host, image):
+def test_what_a_migratable_device_offers(host: Host, image: Path) -> None:
     bus = host.connect(host.serve(image, v2=True))
     assert bus.client.feature(Feature.get(1, 8)).data == b"\5" + bytes(7)
     bus.client.feature(Feature.probe(2, 1 << 16 | 1 << 17))
@@ -179,7 +186,7 @@ def test_what_a_migratable_device_offers(host, image):
             call()
 
 
-def corrupted(stream):
+def corrupted(stream: bytes) -> Iterator[tuple[str, bytes]]:
     yield "nothing", b""
     yield "cut", stream[:-1]
     yield "longer", stream + b"x"
@@ -187,7 +194,7 @@ def corrupted(stream):
     yield "twice", stream + stream
 
 
-def test_i9_data_that_is_no_state_is_refused_and_changes_nothing(host, image):
+def test_i9_data_that_is_no_state_is_refused_and_changes_nothing(host: Host, image: Path) -> None:
     driver = host.boot(host.serve(image, v2=True))
     driver.bus.set_state(STOP_COPY)
     stream = driver.bus.read_stream()
@@ -217,7 +224,9 @@ def test_i9_data_that_is_no_state_is_refused_and_changes_nothing(host, image):
 @pytest.mark.parametrize(
     "other", [{"n_queues": 2}, {"read_only": True}, {"size": 1 << 20}], ids=["queues", "ro", "size"]
 )
-def test_a_device_that_is_built_differently_is_refused(host, image, other):
+def test_a_device_that_is_built_differently_is_refused(
+    host: Host, image: Path, other: dict[str, Any]
+) -> None:
     source = host.connect(host.serve(image, v2=True))
     source.set_state(STOP_COPY)
     other_image = host.image(size=other.pop("size", 4 << 20))
@@ -226,7 +235,7 @@ def test_a_device_that_is_built_differently_is_refused(host, image, other):
         transfer(source, target)
 
 
-def test_the_serial_tells_devices_apart_and_does_not_hinder(host, image):
+def test_the_serial_tells_devices_apart_and_does_not_hinder(host: Host, image: Path) -> None:
     driver = host.boot(host.serve(image, v2=True, serial="here"))
     source = driver.bus
     target = host.connect(host.serve(image, v2=True, serial="there"))
@@ -243,7 +252,9 @@ def test_the_serial_tells_devices_apart_and_does_not_hinder(host, image):
 
 @settings(max_examples=25, deadline=None)
 @given(st.binary(min_size=1, max_size=40), st.integers(0, 400))
-def test_i9_a_state_with_a_right_checksum_and_wrong_content(new_host, noise, at):
+def test_i9_a_state_with_a_right_checksum_and_wrong_content(
+    new_host: Callable[[], Host], noise: bytes, at: int
+) -> None:
     """Who can write a checksum can write anything: the content is checked, too."""
     host = new_host()
     try:
@@ -273,7 +284,7 @@ def test_i9_a_state_with_a_right_checksum_and_wrong_content(new_host, noise, at)
         host.close()
 
 
-def snapshot(bus):
+def snapshot(bus: Bus) -> list[tuple[int, int, int]]:
     """The registers that a driver wrote, as a replay would write them."""
     queue = [(0x18, 2), (0x1A, 2), (0x20, 8), (0x28, 8), (0x30, 8), (0x1C, 2)]
     writes = []
@@ -291,7 +302,9 @@ def snapshot(bus):
 
 @pytest.mark.parametrize("features", FEATURES.values(), ids=FEATURES)
 @pytest.mark.parametrize("intx", [False, True], ids=["msix", "intx"])
-def test_i4_a_replay_of_registers_moves_a_device_that_offers_nothing(host, features, intx):
+def test_i4_a_replay_of_registers_moves_a_device_that_offers_nothing(
+    host: Host, features: int, intx: bool
+) -> None:
     """The target finds its place in the ring by itself, and touches nothing before a doorbell."""
     image = host.image()
     driver = host.boot(host.serve(image), features=features, intx=intx)

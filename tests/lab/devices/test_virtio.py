@@ -1,6 +1,8 @@
 """What a virtio driver meets in the registers, step by step."""
 
 import os
+from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -8,6 +10,7 @@ from lab.devices.disk import Disk
 from lab.devices.errors import DeviceError
 from lab.devices.virtio.blk import VirtioBlk
 from sync.vfio_user.protocol import DmaUnmap, IrqSet, SetIrqs, VfioUserError
+from tests.lab.devices.conftest import Bus, Host
 
 COMMON, NOTIFY, ISR, DEVICE, WINDOW, MSIX = 1, 2, 3, 4, 5, 0x11
 VERSION_1, EVENT_IDX, INDIRECT, FLUSH = 1 << 32, 1 << 29, 1 << 28, 1 << 9
@@ -16,15 +19,15 @@ CONFIG = 7
 
 
 @pytest.fixture
-def bus(host):
+def bus(host: Host) -> Bus:
     return host.connect(host.serve(host.image(), n_queues=3))
 
 
-def status(bus):
+def status(bus: Bus) -> int:
     return bus.read(COMMON, 0x14, 1)
 
 
-def features(bus):
+def features(bus: Bus) -> int:
     found = 0
     for half in (0, 1, 2):
         bus.write(COMMON, 0, 4, half)
@@ -32,7 +35,7 @@ def features(bus):
     return found
 
 
-def negotiate(bus, wanted):
+def negotiate(bus: Bus, wanted: int) -> bool:
     for value in (0, 1, 3):
         bus.write(COMMON, 0x14, 1, value)
     for half in (0, 1):
@@ -42,7 +45,7 @@ def negotiate(bus, wanted):
     return bool(status(bus) & 8)
 
 
-def test_a_driver_finds_its_structures(bus):
+def test_a_driver_finds_its_structures(bus: Bus) -> None:
     assert bus.config(0, 4) == 0x1042_1AF4
     assert bus.config(8, 1) >= 1
     assert set(bus.caps) == {COMMON, NOTIFY, ISR, DEVICE, WINDOW, MSIX}
@@ -58,7 +61,7 @@ def test_a_driver_finds_its_structures(bus):
     assert [bus.caps[kind][3] for kind in kinds] == [0x40, 0x4C, 0x5C, 0x70, 0x80, 0x90]
 
 
-def test_regions_and_interrupts(bus):
+def test_regions_and_interrupts(bus: Bus) -> None:
     info = bus.client.device_info()
     assert (info.flags, info.num_regions, info.num_irqs) == (3, 9, 5)
     sizes = [bus.client.region_info(index).size for index in range(9)]
@@ -67,7 +70,7 @@ def test_regions_and_interrupts(bus):
     assert [bus.client.irq_info(index).count for index in range(5)] == [1, 0, 4, 0, 0]
 
 
-def test_device_configuration(host):
+def test_device_configuration(host: Host) -> None:
     bus = host.connect(host.serve(host.image(size=10 * 512 + 100)))
     assert bus.read(DEVICE, 0, 8) == 10
     assert bus.read(DEVICE, 12, 4) == 254
@@ -78,7 +81,7 @@ def test_device_configuration(host):
     assert bus.read(DEVICE, 36, 8) == 0
 
 
-def test_features_are_accepted_only_if_they_were_offered(bus):
+def test_features_are_accepted_only_if_they_were_offered(bus: Bus) -> None:
     offered = features(bus)
     assert offered & (VERSION_1 | EVENT_IDX | INDIRECT | FLUSH) == (
         VERSION_1 | EVENT_IDX | INDIRECT | FLUSH
@@ -92,7 +95,7 @@ def test_features_are_accepted_only_if_they_were_offered(bus):
     assert bus.read(COMMON, 12, 4) == offered >> 32
 
 
-def test_a_driver_cannot_skip_a_step(bus):
+def test_a_driver_cannot_skip_a_step(bus: Bus) -> None:
     bus.write(COMMON, 0x14, 1, 7)
     assert status(bus) == 3
     assert negotiate(bus, VERSION_1)
@@ -106,7 +109,7 @@ def test_a_driver_cannot_skip_a_step(bus):
     assert status(bus) == 0
 
 
-def test_queue_registers_are_banked(bus):
+def test_queue_registers_are_banked(bus: Bus) -> None:
     assert bus.read(COMMON, 0x12, 2) == 3
     for queue in range(3):
         bus.write(COMMON, 0x16, 2, queue)
@@ -128,7 +131,7 @@ def test_queue_registers_are_banked(bus):
         assert bus.read(COMMON, 0x1C, 2) == 0
 
 
-def test_a_queue_that_is_not_there(bus):
+def test_a_queue_that_is_not_there(bus: Bus) -> None:
     bus.write(COMMON, 0x16, 2, 3)
     for offset in (0x18, 0x1C, 0x1E):
         bus.write(COMMON, offset, 2, 1)
@@ -140,12 +143,12 @@ def test_a_queue_that_is_not_there(bus):
 
 
 @pytest.mark.parametrize("size", [0, 3, 512, 0xFFFF])
-def test_sizes_that_a_queue_cannot_have(bus, size):
+def test_sizes_that_a_queue_cannot_have(bus: Bus, size: int) -> None:
     bus.write(COMMON, 0x18, 2, size)
     assert bus.read(COMMON, 0x18, 2) == 256
 
 
-def test_an_enabled_queue_does_not_change(bus):
+def test_an_enabled_queue_does_not_change(bus: Bus) -> None:
     bus.write(COMMON, 0x20, 8, 0x4000)
     bus.write(COMMON, 0x1C, 2, 1)
     bus.write(COMMON, 0x1C, 2, 0)
@@ -158,7 +161,7 @@ def test_an_enabled_queue_does_not_change(bus):
     assert bus.read(COMMON, 0x1A, 2) == 2
 
 
-def test_vectors_that_are_not_there(bus):
+def test_vectors_that_are_not_there(bus: Bus) -> None:
     for offset in (0x10, 0x1A):
         bus.write(COMMON, offset, 2, 3)
         assert bus.read(COMMON, offset, 2) == 3
@@ -166,7 +169,7 @@ def test_vectors_that_are_not_there(bus):
         assert bus.read(COMMON, offset, 2) == 0xFFFF
 
 
-def test_registers_take_accesses_of_any_shape(bus):
+def test_registers_take_accesses_of_any_shape(bus: Bus) -> None:
     bus.write(COMMON, 0x20, 1, 0x11)
     bus.write(COMMON, 0x21, 2, 0x3322)
     bus.write(COMMON, 0x27, 1, 0x88)
@@ -182,10 +185,10 @@ def test_registers_take_accesses_of_any_shape(bus):
     bus.write(NOTIFY, 0xFFC, 4, 1)
 
 
-def test_the_window_shows_the_bars(bus):
+def test_the_window_shows_the_bars(bus: Bus) -> None:
     window = bus.caps[WINDOW][3]
 
-    def point(bar, offset, length):
+    def point(bar: int, offset: int, length: int) -> None:
         bus.set_config(window + 4, 1, bar)
         bus.set_config(window + 8, 4, offset)
         bus.set_config(window + 12, 4, length)
@@ -204,7 +207,7 @@ def test_the_window_shows_the_bars(bus):
     bus.client.region_read(CONFIG, 0, 256)
 
 
-def test_the_msix_bar(bus):
+def test_the_msix_bar(bus: Bus) -> None:
     table = bytes(range(4, 20))
     bus.client.region_write(1, 16, table)
     assert bus.client.region_read(1, 16, 15) == table[:12] + bytes([table[12] & 1, 0, 0])
@@ -212,7 +215,7 @@ def test_the_msix_bar(bus):
     assert bus.client.region_read(1, 0x800, 8) == bytes(8)
 
 
-def test_interrupts_before_anybody_listens_are_pending(host):
+def test_interrupts_before_anybody_listens_are_pending(host: Host) -> None:
     driver = host.boot(host.serve(host.image()))
     bus = driver.bus
     bus.use_irqs(2, 2)
@@ -227,7 +230,7 @@ def test_interrupts_before_anybody_listens_are_pending(host):
     assert bus.client.region_read(1, 0x800, 1) == b"\0"
 
 
-def test_intx_follows_the_isr(host):
+def test_intx_follows_the_isr(host: Host) -> None:
     driver = host.boot(host.serve(host.image()), intx=True)
     bus = driver.bus
     driver.submit(8, incoming=[20])
@@ -256,7 +259,7 @@ def test_intx_follows_the_isr(host):
     assert not bus.config(6, 1) & 8
 
 
-def test_a_reset_by_the_driver_ends_dma_and_clears_everything(host):
+def test_a_reset_by_the_driver_ends_dma_and_clears_everything(host: Host) -> None:
     path, disk = host.serve_slow()
     driver = host.boot(path)
     bus = driver.bus
@@ -276,7 +279,7 @@ def test_a_reset_by_the_driver_ends_dma_and_clears_everything(host):
     assert bytes(driver.ram.bytes) == image
 
 
-def test_a_device_reset_clears_the_configuration_too(host):
+def test_a_device_reset_clears_the_configuration_too(host: Host) -> None:
     driver = host.boot(host.serve(host.image()))
     bus = driver.bus
     bus.set_config(0x10, 4, 0xFEB0_0000)
@@ -291,7 +294,7 @@ def test_a_device_reset_clears_the_configuration_too(host):
     assert again.read(0, 512)
 
 
-def test_no_dma_without_bus_mastering(host):
+def test_no_dma_without_bus_mastering(host: Host) -> None:
     driver = host.boot(host.serve(host.image()))
     bus = driver.bus
     bus.set_config(4, 2, 0x0002)
@@ -304,7 +307,7 @@ def test_no_dma_without_bus_mastering(host):
     assert driver.finish(request) == 0
 
 
-def test_a_notification_before_driver_ok_is_not_lost(host):
+def test_a_notification_before_driver_ok_is_not_lost(host: Host) -> None:
     bus = host.connect(host.serve(host.image()))
     bus.map()
     driver = host.driver(bus)
@@ -318,7 +321,7 @@ def test_a_notification_before_driver_ok_is_not_lost(host):
     assert driver.finish(request) == 0
 
 
-def test_accesses_outside_are_refused(bus):
+def test_accesses_outside_are_refused(bus: Bus) -> None:
     for region, offset, count in (
         (0, 0x4000, 1),
         (0, 0x3FFF, 2),
@@ -335,7 +338,7 @@ def test_accesses_outside_are_refused(bus):
 @pytest.mark.parametrize(
     "options", [{"serial": "x" * 21}, {"serial": "\xe9"}, {"n_queues": 0}, {"n_queues": 65}]
 )
-def test_options_that_make_no_device(tmp_path, options):
+def test_options_that_make_no_device(tmp_path: Path, options: dict[str, Any]) -> None:
     image = tmp_path / "image"
     image.write_bytes(bytes(512))
     disk = Disk(image)
@@ -344,7 +347,7 @@ def test_options_that_make_no_device(tmp_path, options):
     disk.close()
 
 
-def test_images_that_are_no_disk(tmp_path):
+def test_images_that_are_no_disk(tmp_path: Path) -> None:
     (tmp_path / "short").write_bytes(bytes(511))
     fifo = tmp_path / "fifo"
     os.mkfifo(fifo)
@@ -356,5 +359,5 @@ def test_images_that_are_no_disk(tmp_path):
                 Disk(tmp_path / path, read_only=True)
 
 
-def _all_off(index):
+def _all_off(index: int) -> SetIrqs:
     return SetIrqs(IrqSet.DATA_EVENTFD | IrqSet.ACTION_TRIGGER, index, 0, 2)

@@ -1,10 +1,14 @@
 """virtio-blk end to end: a driver, a server, real memory and a real image."""
 
 import os
+from collections.abc import Callable
+from typing import Any
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+
+from tests.lab.devices.conftest import Driver, Host, Request
 
 SECTOR = 512
 IN, OUT, FLUSH, GET_ID = 0, 1, 4, 8
@@ -15,7 +19,13 @@ VERSION_1, EVENT_IDX, INDIRECT, F_FLUSH, F_RO = 1 << 32, 1 << 29, 1 << 28, 1 << 
 @pytest.mark.parametrize("intx", [False, True], ids=["msix", "intx"])
 @pytest.mark.parametrize("indirect", [False, True], ids=["direct", "indirect"])
 @pytest.mark.parametrize("messages", [False, True], ids=["mapping", "messages"])
-def test_reads_and_writes(host, intx, indirect, messages, make_pattern):
+def test_reads_and_writes(
+    host: Host,
+    intx: bool,
+    indirect: bool,
+    messages: bool,
+    make_pattern: Callable[[int, int], bytes],
+) -> None:
     image = host.image()
     before = image.read_bytes()
     driver = host.boot(host.serve(image), messages=messages, intx=intx)
@@ -29,7 +39,9 @@ def test_reads_and_writes(host, intx, indirect, messages, make_pattern):
 
 
 @pytest.mark.parametrize("messages", [False, True], ids=["mapping", "messages"])
-def test_data_in_pieces_of_any_length(host, messages, make_pattern):
+def test_data_in_pieces_of_any_length(
+    host: Host, messages: bool, make_pattern: Callable[[int, int], bytes]
+) -> None:
     image = host.image()
     driver = host.boot(host.serve(image), messages=messages)
     data = make_pattern(4 * SECTOR, 5)
@@ -42,7 +54,9 @@ def test_data_in_pieces_of_any_length(host, messages, make_pattern):
 
 
 @pytest.mark.parametrize("messages", [False, True], ids=["mapping", "messages"])
-def test_a_request_across_two_regions_and_one_descriptor_for_header_and_data(host, messages):
+def test_a_request_across_two_regions_and_one_descriptor_for_header_and_data(
+    host: Host, messages: bool
+) -> None:
     """A driver may cut a request into descriptors as it likes (virtio 1.2, 2.7.4)."""
     image = host.image()
     ram = host.ram
@@ -68,7 +82,9 @@ def test_a_request_across_two_regions_and_one_descriptor_for_header_and_data(hos
     assert driver.result(request) == b"A" * 512
 
 
-def test_several_requests_are_in_flight_at_once(host, make_pattern):
+def test_several_requests_are_in_flight_at_once(
+    host: Host, make_pattern: Callable[[int, int], bytes]
+) -> None:
     path, disk = host.serve_slow(n_workers=4)
     driver = host.boot(path, features=VERSION_1 | INDIRECT | EVENT_IDX)
     requests = [driver.submit(IN, 8 * n, incoming=[4096], indirect=n % 2 == 0) for n in range(10)]
@@ -82,7 +98,7 @@ def test_several_requests_are_in_flight_at_once(host, make_pattern):
         assert driver.result(request) == image[number * 4096 : (number + 1) * 4096]
 
 
-def test_several_queues(host, make_pattern):
+def test_several_queues(host: Host, make_pattern: Callable[[int, int], bytes]) -> None:
     image = host.image()
     bus = host.connect(host.serve(image, n_queues=2))
     bus.map()
@@ -109,7 +125,7 @@ def test_several_queues(host, make_pattern):
     assert bus.fired(2) == 0
 
 
-def test_written_lengths_are_in_the_used_ring(host):
+def test_written_lengths_are_in_the_used_ring(host: Host) -> None:
     driver = host.boot(host.serve(host.image()))
     for kind, sector, outgoing, incoming, written in (
         (IN, 0, [], [1024], 1025),
@@ -123,8 +139,8 @@ def test_written_lengths_are_in_the_used_ring(host):
         assert driver.wait_any() == {request.head: written}
 
 
-def test_get_id_and_flush(host, monkeypatch):
-    synced = []
+def test_get_id_and_flush(host: Host, monkeypatch: pytest.MonkeyPatch) -> None:
+    synced: list[Any] = []
     monkeypatch.setattr(os, "fdatasync", synced.append)
     driver = host.boot(host.serve(host.image(), serial="target-7"))
     for room in ([20], [4, 16], [20, 100]):
@@ -137,15 +153,17 @@ def test_get_id_and_flush(host, monkeypatch):
     assert len(synced) == 1
 
 
-def test_every_write_is_safe_for_a_driver_that_cannot_flush(host, monkeypatch):
-    synced = []
+def test_every_write_is_safe_for_a_driver_that_cannot_flush(
+    host: Host, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    synced: list[Any] = []
     monkeypatch.setattr(os, "fdatasync", synced.append)
     driver = host.boot(host.serve(host.image()), features=VERSION_1)
     driver.write(0, bytes(512))
     assert len(synced) == 1
 
 
-def test_requests_that_fail_leave_the_disk_and_the_device_alone(host):
+def test_requests_that_fail_leave_the_disk_and_the_device_alone(host: Host) -> None:
     image = host.image()
     before = image.read_bytes()
     last = len(before) // SECTOR
@@ -167,7 +185,7 @@ def test_requests_that_fail_leave_the_disk_and_the_device_alone(host):
     assert driver.finish(driver.submit(IN, 5)) == OK
 
 
-def test_a_read_only_image(host):
+def test_a_read_only_image(host: Host) -> None:
     image = host.image()
     image.chmod(0o400)
     driver = host.boot(host.serve(image, read_only=True), features=VERSION_1 | F_RO)
@@ -177,7 +195,7 @@ def test_a_read_only_image(host):
     assert image.read_bytes() == before
 
 
-def test_an_image_that_shrank(host):
+def test_an_image_that_shrank(host: Host) -> None:
     image = host.image()
     driver = host.boot(host.serve(image))
     os.truncate(image, 4096)
@@ -187,7 +205,9 @@ def test_an_image_that_shrank(host):
 
 
 @pytest.mark.parametrize("features", [VERSION_1, VERSION_1 | EVENT_IDX], ids=["flags", "event"])
-def test_indices_wrap_around(host, features, make_pattern):
+def test_indices_wrap_around(
+    host: Host, features: int, make_pattern: Callable[[int, int], bytes]
+) -> None:
     driver = host.boot(host.serve(host.image()), features=features)
     start = 0xFFFF - 20
     for address in (driver.used + 2, driver.avail + 2, driver.used + 4 + 8 * driver.size):
@@ -200,7 +220,7 @@ def test_indices_wrap_around(host, features, make_pattern):
     assert driver.seen == start + 48 & 0xFFFF
 
 
-def test_a_driver_may_suppress_interrupts(host):
+def test_a_driver_may_suppress_interrupts(host: Host) -> None:
     driver = host.boot(host.serve(host.image()))
     driver.ram.set_u16(driver.avail, 1)
     request = driver.submit(GET_ID, incoming=[20])
@@ -226,7 +246,11 @@ setups = st.tuples(st.booleans(), st.booleans(), st.booleans(), st.sampled_from(
 
 @settings(max_examples=25, deadline=None)
 @given(setups, st.lists(st.lists(requests, min_size=1, max_size=6), min_size=1, max_size=8))
-def test_any_mix_of_requests_is_what_a_plain_array_does(new_host, setup, batches):
+def test_any_mix_of_requests_is_what_a_plain_array_does(
+    new_host: Callable[[], Host],
+    setup: tuple[bool, bool, bool, int],
+    batches: list[list[tuple[int, int, list[Any], bool]]],
+) -> None:
     """A batch is in flight together; its requests touch no sector twice, so their order is free."""
     messages, intx, event, workers = setup
     host = new_host()
@@ -247,9 +271,11 @@ def test_any_mix_of_requests_is_what_a_plain_array_does(new_host, setup, batches
         host.close()
 
 
-def _run_batch(driver, disk, batch):
-    expected = []
-    busy = set()
+def _run_batch(
+    driver: Driver, disk: bytearray, batch: list[tuple[int, int, list[int], bool]]
+) -> None:
+    expected: list[tuple[Request, int, bytes | None]] = []
+    busy: set[int] = set()
     for kind, sector, pieces, indirect in batch:
         length = sum(pieces)
         sectors = set(range(sector, sector + -(-length // SECTOR))) if kind in (IN, OUT) else set()

@@ -1,6 +1,8 @@
 """Threads and holds."""
 
 import threading
+from collections.abc import Callable, Iterator
+from typing import Any
 
 import pytest
 
@@ -10,10 +12,15 @@ DEADLINE_S = 10
 
 
 @pytest.fixture
-def start():
+def start() -> Iterator[Callable[..., Any]]:
     started = []
 
-    def new(count, step, failed=lambda work: None, holds=()):
+    def new(
+        count: int,
+        step: Callable[..., Any],
+        failed: Callable[..., Any] = lambda work: None,
+        holds: set[Hold] | tuple[()] = (),
+    ) -> Workers[Any]:
         workers = Workers(count, step, failed, set(holds))
         started.append(workers)
         return workers
@@ -23,7 +30,7 @@ def start():
         workers.close()
 
 
-def test_what_is_kicked_is_stepped_by_several_threads(start):
+def test_what_is_kicked_is_stepped_by_several_threads(start: Callable[..., Any]) -> None:
     meeting = threading.Barrier(3)
     workers = start(2, lambda work: meeting.wait(DEADLINE_S))
     workers.kick("a")
@@ -31,11 +38,11 @@ def test_what_is_kicked_is_stepped_by_several_threads(start):
     meeting.wait(DEADLINE_S)
 
 
-def test_a_hold_waits_for_what_runs_and_keeps_what_was_kicked(start):
+def test_a_hold_waits_for_what_runs_and_keeps_what_was_kicked(start: Callable[..., Any]) -> None:
     entered, go, done = threading.Event(), threading.Event(), threading.Semaphore(0)
     stepped = []
 
-    def step(work):
+    def step(work: int) -> None:
         entered.set()
         assert go.wait(DEADLINE_S)
         stepped.append(work)
@@ -62,7 +69,7 @@ def test_a_hold_waits_for_what_runs_and_keeps_what_was_kicked(start):
     assert stepped == [1, 2]
 
 
-def test_every_hold_has_to_go(start):
+def test_every_hold_has_to_go(start: Callable[..., Any]) -> None:
     done = threading.Event()
     workers = start(1, lambda work: done.set(), holds={Hold.NO_CLIENT, Hold.NO_BUS_MASTER})
     workers.kick(1)
@@ -72,10 +79,10 @@ def test_every_hold_has_to_go(start):
     assert done.wait(DEADLINE_S)
 
 
-def test_what_was_cancelled_is_not_stepped(start):
+def test_what_was_cancelled_is_not_stepped(start: Callable[..., Any]) -> None:
     stepped, done = [], threading.Event()
 
-    def step(work):
+    def step(work: int) -> None:
         stepped.append(work)
         done.set()
 
@@ -88,10 +95,11 @@ def test_what_was_cancelled_is_not_stepped(start):
     assert stepped == [2]
 
 
-def test_a_step_that_fails_does_not_end_its_thread(start):
-    told, done = [], threading.Event()
+def test_a_step_that_fails_does_not_end_its_thread(start: Callable[..., Any]) -> None:
+    told: list[Any] = []
+    done = threading.Event()
 
-    def step(work):
+    def step(work: str) -> None:
         if work == "bad":
             raise RuntimeError("on purpose")
         done.set()

@@ -115,7 +115,7 @@ class FakeDisk(Device):
         """Whether everything that the driver published is served."""
         with self.lock:
             (driver,) = struct.unpack_from("<Q", self.common, 40)
-            return self.next == struct.unpack("<H", self._get(driver + 2, 2))[0]
+            return bool(self.next == struct.unpack("<H", self._get(driver + 2, 2))[0])
 
     def kick(self) -> None:
         """As if the driver had notified it."""

@@ -8,7 +8,7 @@ from lab.guest.errors import GuestOptionsError
 from lab.guest.layout import Layout
 from lab.guest.options import GuestOptions
 
-PATHS = {"device_path": "device", "qmp_path": "qmp"}
+PATHS: dict[str, Any] = {"device_path": "device", "qmp_path": "qmp"}
 
 
 def test_they_survive_json() -> None:

@@ -60,7 +60,7 @@ def test_i9_no_damage_goes_unnoticed(data: st.DataObject) -> None:
     position = data.draw(st.integers(0, len(good) - 1))
     good[position] ^= 1 << data.draw(st.integers(0, 7))
     reader = StreamReader()
-    reader.feed(good)
+    reader.feed(bytes(good))
     try:
         while reader.next_record() is not None:
             pass

@@ -2,6 +2,7 @@
 
 import stat
 from dataclasses import dataclass
+from typing import Any
 
 import pytest
 from hypothesis import given
@@ -23,7 +24,8 @@ class Entry:
 
 def read_newc(data: bytes) -> list[Entry]:
     """buffer-format.rst: header, name, padding, content, padding; TRAILER!!! ends it."""
-    entries, at = [], 0
+    entries: list[Any] = []
+    at = 0
     while True:
         assert at % 4 == 0
         assert data[at : at + 6] == b"070701"

@@ -11,17 +11,21 @@ import random
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from lab.vfio_user.client import Client
 from lab.vfio_user.server import Device, DmaPort, Server
+from sync.errors import SyncError
+from sync.gateway.engine.core import Limits
 from sync.gateway.engine.custody import Custody
 from sync.gateway.engine.device_handshake import handshake
 from sync.gateway.engine.device_link import DeviceLink
-from sync.gateway.engine.loop import Gateway, GatewayOptions, Limits
+from sync.gateway.engine.job_runner import Job
+from sync.gateway.engine.loop import Gateway, GatewayOptions
 from sync.vfio_user.protocol import (
     FLAG_NO_REPLY,
     HEADER,
@@ -42,6 +46,8 @@ from sync.vfio_user.protocol import (
 from tests.sync.gateway.model_device import DeviceFeatures, ModelDevice, Registers
 
 WAIT_S = 10.0
+
+Bytes = bytes | bytearray | memoryview
 
 
 class Bench:
@@ -71,12 +77,12 @@ class Bench:
     def close(self) -> None:
         self.link.close()
 
-    def _to_device(self, message: object, descriptors: object) -> None:
+    def _to_device(self, message: Bytes, descriptors: Sequence[int]) -> None:
         self.to_device.append((bytes(message), len(descriptors)))
         for descriptor in descriptors:
             os.close(descriptor)
 
-    def _to_vmm(self, message: object, descriptors: object) -> None:
+    def _to_vmm(self, message: Bytes, descriptors: Sequence[int]) -> None:
         self.to_vmm.append((bytes(message), len(descriptors)))
         for descriptor in descriptors:
             os.close(descriptor)
@@ -114,7 +120,7 @@ class Bench:
         relay.from_vmm(self._next_id, command, flags, 0, view, copies)
         return self._next_id
 
-    def ask(self, command: int, body: bytes = b"", **options: object) -> tuple[int, bytes]:
+    def ask(self, command: int, body: bytes = b"", **options: Any) -> tuple[int, bytes]:
         """The VMM sends a command and gets its reply: errno and body."""
         number = self.vmm(command, body, **options)
         self.settle()
@@ -127,15 +133,15 @@ class Bench:
                 return (error if flags & 0x20 else 0), message[HEADER.size :]
         raise AssertionError("no reply")
 
-    def start(self, job: object, *, held: bool = False) -> list[tuple[object, object]]:
+    def start(self, job: Job[Any], *, held: bool = False) -> list[tuple[Any, SyncError | None]]:
         """Starts a job; the list gets (result, error) when it ends."""
-        outcome: list[tuple[object, object]] = []
+        outcome: list[tuple[Any, SyncError | None]] = []
         self.link.runner.start(
             job, lambda result, error: outcome.append((result, error)), held=held
         )
         return outcome
 
-    def job(self, job: object, *, held: bool = False) -> object:
+    def job(self, job: Job[Any], *, held: bool = False) -> Any:
         """Runs a job to its end; returns its result or raises its error."""
         outcome = self.start(job, held=held)
         self.settle()
@@ -324,7 +330,7 @@ class House:
         options = GatewayOptions(self.vmm_path, self.device_path, self.control_path)
         Gateway(options, self._log).close()
 
-    def serve(self, device: Device, **options: object) -> Server:
+    def serve(self, device: Device, **options: Any) -> Server:
         server = Server(self.device_path, device, **options)
         thread = threading.Thread(target=server.serve_forever, daemon=True)
         thread.start()
@@ -339,7 +345,7 @@ class House:
                 thread.join(WAIT_S)
                 assert not thread.is_alive()
 
-    def vmm(self, **options: object) -> Client:
+    def vmm(self, **options: Any) -> Client:
         """A VMM that has connected."""
         client = Client(self.vmm_path, timeout_s=WAIT_S, **options)
         self._clients.append(client)
@@ -373,7 +379,7 @@ def make_house(tmp_path: Path) -> Iterator[Callable[..., House]]:
     """A function that makes a house; its arguments are the gateway's limits."""
     houses: list[House] = []
 
-    def make(**limits: object) -> House:
+    def make(**limits: Any) -> House:
         limits.setdefault("device_deadline_s", WAIT_S)
         houses.append(House(tmp_path, Limits(**limits)))
         return houses[-1]

@@ -1,9 +1,11 @@
 """What the tests of mediation do to a bench: mediate it, and be its guest."""
 
 import os
+from typing import Any
 
-from sync.gateway.control.requests import Mediate
+from sync.gateway.control.requests import Mediate, Mediation, Tracker
 from sync.gateway.engine import jobs
+from sync.gateway.engine.job_runner import Job
 from sync.registers.record import (
     Access,
     Op,
@@ -13,6 +15,7 @@ from sync.vfio_user.protocol import (
     Command,
     RegionAccess,
 )
+from tests.sync.gateway.conftest import Bench
 
 PAGE = 4096
 SELECTOR, BANKED, COUNTER = 0x10, 0x14, 0x20
@@ -27,34 +30,44 @@ def writing(offset: int, value: int, *, back: bool = False, region: int = 0) -> 
     return Access(Op.WRITE, region, offset, 4, data, write_back=back)
 
 
-def mediating(bench, tracker="none", *, capture=True, snapshot=b"", page=PAGE):
+def mediating(
+    bench: Bench,
+    tracker: Tracker = "none",
+    *,
+    capture: bool = True,
+    snapshot: bytes = b"",
+    page: int = PAGE,
+) -> Job[Mediation]:
     """The job that `mediate` runs."""
     request = Mediate(tracker, page, capture, snapshot)
     return jobs.mediate(bench.link, bench.custody, request)
 
 
-def mediate(bench, *arguments, **options):
-    return bench.job(mediating(bench, *arguments, **options), held=True)
+def mediate(bench: Bench, *arguments: Any, **options: Any) -> Mediation:
+    mediation: Mediation = bench.job(mediating(bench, *arguments, **options), held=True)
+    return mediation
 
 
-def restore(bench) -> None:
+def restore(bench: Bench) -> None:
     bench.job(jobs.restore(bench.link, bench.custody), held=True)
 
 
-def guest_read(bench, offset: int, size: int = 4, region: int = 0) -> int:
+def guest_read(bench: Bench, offset: int, size: int = 4, region: int = 0) -> int:
     return bench.vmm(Command.REGION_READ, RegionAccess(offset, region, size).pack())
 
 
-def guest_write(bench, offset: int, data: bytes, *, posted=False, region: int = 0) -> int:
+def guest_write(
+    bench: Bench, offset: int, data: bytes, *, posted: bool = False, region: int = 0
+) -> int:
     body = RegionAccess(offset, region, len(data), data).pack()
     return bench.vmm(Command.REGION_WRITE, body, posted=posted)
 
 
-def take_journal(bench) -> list[Access]:
+def take_journal(bench: Bench) -> list[Access]:
     return list(unpack_accesses(bench.link.journal.take(1 << 20)))
 
 
-def take_dirty_pages(bench) -> set[int]:
+def take_dirty_pages(bench: Bench) -> set[int]:
     bitmap = bench.link.service.bitmap
     collected = bench.job(jobs.dirty(bench.link))
     start = collected.half * bitmap.half_bytes

@@ -228,9 +228,9 @@ class ModelDevice:
                 raise VfioUserError(errno.EINVAL)
             return body
         if command == Command.DEVICE_FEATURE:
-            request = Feature.unpack(body)
-            data = self.features.handle(request)
-            return Feature(request.flags, data).pack()
+            feature = Feature.unpack(body)
+            data = self.features.handle(feature)
+            return Feature(feature.flags, data).pack()
         if command == Command.MIG_DATA_READ:
             size = MigData.unpack(body).size
             state = self.features

@@ -2,13 +2,16 @@
 
 import os
 import socket
+from pathlib import Path
 
 from sync.gateway.control.client import GatewayClient
+from sync.gateway.control.info import GatewayInfo
+from tests.sync.gateway.conftest import House
 
 PAGE = 4096
 
 
-def connect_raw(path) -> socket.socket:
+def connect_raw(path: Path) -> socket.socket:
     sock = socket.socket(socket.AF_UNIX)
     sock.settimeout(10)
     sock.connect(str(path))
@@ -30,6 +33,6 @@ def new_ram(pages: int) -> int:
     return number
 
 
-async def status_of(house):
+async def status_of(house: House) -> GatewayInfo:
     async with await GatewayClient.connect(house.control_path) as gateway:
         return await gateway.status()

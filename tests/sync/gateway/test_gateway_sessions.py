@@ -3,11 +3,15 @@
 import errno
 import os
 import stat
+from collections.abc import Callable
+from pathlib import Path
 
 import pytest
 import trio
 
+from lab.vfio_user.client import Client
 from sync.gateway.control.client import GatewayClient
+from sync.gateway.engine.custody import ClientRole
 from sync.gateway.engine.listener import Listener
 from sync.gateway.errors import (
     AnswerLost,
@@ -36,6 +40,7 @@ from sync.vfio_user.protocol import (
     TwinSocket,
     VfioUserError,
 )
+from tests.sync.gateway.conftest import House, Pause, ServedDevice
 
 PAGE = 4096
 
@@ -46,7 +51,9 @@ def _ram(pages: int) -> int:
     return number
 
 
-def test_a_vmm_works_with_its_device_through_the_gateway(make_house, make_device) -> None:
+def test_a_vmm_works_with_its_device_through_the_gateway(
+    make_house: Callable[..., House], make_device: type[ServedDevice]
+) -> None:
     house, device = make_house(), make_device()
     house.serve(device)
     vmm = house.vmm()
@@ -71,7 +78,9 @@ def test_a_vmm_works_with_its_device_through_the_gateway(make_house, make_device
 
 
 @pytest.mark.parametrize("twin", [True, False])
-def test_dma_by_message_on_either_socket(make_house, make_device, twin: bool) -> None:
+def test_dma_by_message_on_either_socket(
+    make_house: Callable[..., House], make_device: type[ServedDevice], twin: bool
+) -> None:
     """Without a twin socket the device's messages cross the VMM's on the one connection."""
     house, device = make_house(), make_device()
     house.serve(
@@ -83,7 +92,9 @@ def test_dma_by_message_on_either_socket(make_house, make_device, twin: bool) ->
     vmm.dma_map(DmaMap(3, 0, 0x10000, 4 * PAGE), ram)
 
     async def main() -> None:
-        async with await GatewayClient.connect(house.control_path, role="source") as gateway:
+        async with await GatewayClient.connect(
+            house.control_path, role=ClientRole.SOURCE
+        ) as gateway:
             await gateway.mediate(tracker="message", capture=False)
             async with trio.open_nursery() as nursery:
                 nursery.start_soon(trio.to_thread.run_sync, _hammer_dma, device)
@@ -96,19 +107,21 @@ def test_dma_by_message_on_either_socket(make_house, make_device, twin: bool) ->
     os.close(ram)
 
 
-def _hammer_dma(device) -> None:
+def _hammer_dma(device: ServedDevice) -> None:
     for value in range(200):
         device.dma.write(0x10000, value.to_bytes(4, "little"))
         assert device.dma.read(0x10000, 4) == value.to_bytes(4, "little")
 
 
-def _hammer_registers(vmm) -> None:
+def _hammer_registers(vmm: Client) -> None:
     for value in range(200):
         vmm.region_write(0, 0, value.to_bytes(4, "little"), posted=True)
         assert vmm.region_read(0, 0, 4) == value.to_bytes(4, "little")
 
 
-def test_memory_without_a_descriptor_is_the_vmms_to_serve(make_house, make_device) -> None:
+def test_memory_without_a_descriptor_is_the_vmms_to_serve(
+    make_house: Callable[..., House], make_device: type[ServedDevice]
+) -> None:
     house, device = make_house(), make_device()
     house.serve(device)
     seen: list[tuple[int, bytes]] = []
@@ -124,7 +137,9 @@ def test_memory_without_a_descriptor_is_the_vmms_to_serve(make_house, make_devic
         device.dma.read(0x90000, 1)
 
 
-def test_a_whole_migration_at_the_source(make_house, make_device) -> None:
+def test_a_whole_migration_at_the_source(
+    make_house: Callable[..., House], make_device: type[ServedDevice]
+) -> None:
     house, device = make_house(), make_device(v2=True, logging=True)
     house.serve(device)
     vmm = house.vmm()
@@ -136,7 +151,7 @@ def test_a_whole_migration_at_the_source(make_house, make_device) -> None:
 
     async def main() -> None:
         async with await GatewayClient.connect(
-            house.control_path, role="source", session="s1"
+            house.control_path, role=ClientRole.SOURCE, session="s1"
         ) as gateway:
             info = gateway.info
             assert (info.identity.vendor, info.identity.device) == (0x1AF4, 0x1042)
@@ -159,6 +174,7 @@ def test_a_whole_migration_at_the_source(make_house, make_device) -> None:
             device.features.wrote(0x13000, 10)
             dirty = await gateway.dirty()
             start = dirty.half * mediation.half_bytes
+            assert mediation.dirty_fd is not None
             assert os.pread(mediation.dirty_fd, 8, start) == b"\x08" + bytes(7)
             assert dirty.layout_generation == mediation.layout_generation
             os.close(mediation.dirty_fd)
@@ -193,7 +209,9 @@ def test_a_whole_migration_at_the_source(make_house, make_device) -> None:
     os.close(event)
 
 
-def test_a_whole_migration_at_the_target(make_house, make_device) -> None:
+def test_a_whole_migration_at_the_target(
+    make_house: Callable[..., House], make_device: type[ServedDevice]
+) -> None:
     house, device = make_house(), make_device(v2=True)
     house.serve(device)
     vmm = house.vmm()
@@ -203,7 +221,7 @@ def test_a_whole_migration_at_the_target(make_house, make_device) -> None:
 
     async def main() -> None:
         async with await GatewayClient.connect(
-            house.control_path, role="target", session="s1"
+            house.control_path, role=ClientRole.TARGET, session="s1"
         ) as gateway:
             await gateway.standby("s1")
             assert device.mapped == {}
@@ -240,7 +258,7 @@ def test_a_whole_migration_at_the_target(make_house, make_device) -> None:
 # --- who may come ---
 
 
-def test_sockets_are_for_their_owner_alone(make_house) -> None:
+def test_sockets_are_for_their_owner_alone(make_house: Callable[..., House]) -> None:
     house = make_house()
     for path in (house.vmm_path, house.control_path):
         assert stat.S_IMODE(path.stat().st_mode) == 0o600
@@ -249,7 +267,7 @@ def test_sockets_are_for_their_owner_alone(make_house) -> None:
     house.open()
 
 
-def test_a_dead_socket_is_replaced_and_a_live_one_is_not(tmp_path) -> None:
+def test_a_dead_socket_is_replaced_and_a_live_one_is_not(tmp_path: Path) -> None:
     path = tmp_path / "socket"
     dead = Listener(path)
     os.close(os.dup(dead.fileno()))
@@ -266,7 +284,9 @@ def test_a_dead_socket_is_replaced_and_a_live_one_is_not(tmp_path) -> None:
     assert path.read_text() == "precious"
 
 
-def test_a_second_gateway_is_refused_and_disturbs_nothing(make_house, make_device) -> None:
+def test_a_second_gateway_is_refused_and_disturbs_nothing(
+    make_house: Callable[..., House], make_device: type[ServedDevice]
+) -> None:
     house, device = make_house(), make_device()
     house.serve(device)
     vmm = house.vmm()
@@ -276,15 +296,17 @@ def test_a_second_gateway_is_refused_and_disturbs_nothing(make_house, make_devic
     assert device.attachments == 1
 
 
-def test_one_lease_and_many_observers(make_house, make_device) -> None:
+def test_one_lease_and_many_observers(
+    make_house: Callable[..., House], make_device: type[ServedDevice]
+) -> None:
     house = make_house()
     house.serve(make_device())
     house.vmm()
 
     async def main() -> None:
         path = house.control_path
-        async with await GatewayClient.connect(path, role="source", session="s") as holder:
-            for role in ("source", "target"):
+        async with await GatewayClient.connect(path, role=ClientRole.SOURCE, session="s") as holder:
+            for role in (ClientRole.SOURCE, ClientRole.TARGET):
                 with pytest.raises(LeaseHeld):
                     await GatewayClient.connect(path, role=role)
             async with await GatewayClient.connect(path) as observer:
@@ -296,19 +318,23 @@ def test_one_lease_and_many_observers(make_house, make_device) -> None:
                 await holder.standby("s")
             await holder.mediate(tracker="none", capture=True)
         await trio.to_thread.run_sync(house.wait_event, "restored")
-        async with await GatewayClient.connect(path, role="target") as holder:
+        async with await GatewayClient.connect(path, role=ClientRole.TARGET) as holder:
             assert holder.info.lease == "target"
 
     trio.run(main)
 
 
-def test_requests_are_refused_with_a_reason(make_house, make_device) -> None:
+def test_requests_are_refused_with_a_reason(
+    make_house: Callable[..., House], make_device: type[ServedDevice]
+) -> None:
     house = make_house()
 
     async def main() -> None:
         with pytest.raises(GatewayUnreachable):
             await GatewayClient.connect(house.control_path.with_name("nobody"))
-        async with await GatewayClient.connect(house.control_path, role="source") as gateway:
+        async with await GatewayClient.connect(
+            house.control_path, role=ClientRole.SOURCE
+        ) as gateway:
             with pytest.raises(NoDevice):
                 await gateway.mediate(tracker="none", capture=True)
             house.serve(make_device())
@@ -319,7 +345,7 @@ def test_requests_are_refused_with_a_reason(make_house, make_device) -> None:
             with pytest.raises(Unsupported):
                 await gateway.mediate(tracker="message", capture=True)
             with pytest.raises(BadRequest):
-                await gateway.mediate(tracker="magic", capture=True)
+                await gateway.mediate(tracker="magic", capture=True)  # type: ignore[arg-type]
             with pytest.raises(BadRequest):
                 await gateway.mediate(tracker="none", page_size=4095, capture=True)
             with pytest.raises(BadRequest):
@@ -336,7 +362,10 @@ def test_requests_are_refused_with_a_reason(make_house, make_device) -> None:
 
 
 def test_many_regions_are_handed_out_in_parts(
-    make_house, make_device, descriptors, wait_until
+    make_house: Callable[..., House],
+    make_device: type[ServedDevice],
+    descriptors: Callable[[], int],
+    wait_until: Callable[[Callable[[], bool]], None],
 ) -> None:
     house, device = make_house(), make_device()
     house.serve(device)
@@ -361,13 +390,17 @@ def test_many_regions_are_handed_out_in_parts(
     os.close(ram)
 
 
-def test_a_cancelled_request_leaves_the_connection_usable(make_house, make_device, pause) -> None:
+def test_a_cancelled_request_leaves_the_connection_usable(
+    make_house: Callable[..., House], make_device: type[ServedDevice], pause: Pause
+) -> None:
     house, device = make_house(), make_device()
     house.serve(device)
     vmm = house.vmm()
 
     async def main() -> None:
-        async with await GatewayClient.connect(house.control_path, role="source") as gateway:
+        async with await GatewayClient.connect(
+            house.control_path, role=ClientRole.SOURCE
+        ) as gateway:
             await gateway.mediate(tracker="none", capture=True)
             vmm.region_write(0, 0, b"abcd")
             device.on_read = pause
@@ -387,14 +420,18 @@ def test_a_cancelled_request_leaves_the_connection_usable(make_house, make_devic
     trio.run(main)
 
 
-def test_i4_a_journal_that_was_cut_off_is_not_continued(make_house, make_device, pause) -> None:
+def test_i4_a_journal_that_was_cut_off_is_not_continued(
+    make_house: Callable[..., House], make_device: type[ServedDevice], pause: Pause
+) -> None:
     """The gateway has let go of what the lost answer held."""
     house, device = make_house(), make_device()
     house.serve(device)
     vmm = house.vmm()
 
     async def main() -> None:
-        async with await GatewayClient.connect(house.control_path, role="source") as gateway:
+        async with await GatewayClient.connect(
+            house.control_path, role=ClientRole.SOURCE
+        ) as gateway:
             await gateway.mediate(tracker="none", capture=True)
             vmm.region_write(0, 0, b"abcd")
             device.on_read = pause
@@ -422,7 +459,9 @@ async def _read_slowly(gateway: GatewayClient) -> None:
     await gateway.batch(pack_accesses([Access(Op.READ, 0, 0, 4)]))
 
 
-def test_the_client_hears_when_the_gateway_ends(make_house, make_device) -> None:
+def test_the_client_hears_when_the_gateway_ends(
+    make_house: Callable[..., House], make_device: type[ServedDevice]
+) -> None:
     house = make_house()
     house.serve(make_device())
 

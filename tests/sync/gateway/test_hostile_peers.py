@@ -4,13 +4,16 @@ import os
 import random
 import socket
 import struct
+from collections.abc import Callable
 from dataclasses import fields
+from typing import Any, cast
 
 import trio
 
 from sync.gateway.control.client import GatewayClient
 from sync.gateway.control.requests import REQUESTS, VERSION, ControlHello, Status
 from sync.gateway.control.wire import MAX_BLOB_BYTES, ControlMessage, encode
+from sync.gateway.engine.custody import ClientRole
 from sync.gateway.errors import GatewayError
 from sync.vfio_user.protocol import (
     HEADER,
@@ -19,11 +22,15 @@ from sync.vfio_user.protocol import (
     Version,
     encode_message,
 )
+from tests.sync.gateway.conftest import House, ServedDevice
 from tests.sync.gateway.raw_peers import PAGE, connect_raw, has_ended, new_ram, status_of
 
 
 def test_i9_a_hostile_controller_is_cut_off_and_nobody_else_notices(
-    make_house, make_device, descriptors, rng: random.Random
+    make_house: Callable[..., House],
+    make_device: type[ServedDevice],
+    descriptors: Callable[[], int],
+    rng: random.Random,
 ) -> None:
     house = make_house()
     house.serve(make_device())
@@ -50,17 +57,22 @@ def test_i9_a_hostile_controller_is_cut_off_and_nobody_else_notices(
     assert descriptors() == before
 
 
-def test_i9_nonsense_requests_are_answered_with_an_error(make_house, make_device) -> None:
+def test_i9_nonsense_requests_are_answered_with_an_error(
+    make_house: Callable[..., House], make_device: type[ServedDevice]
+) -> None:
     house = make_house()
     house.serve(make_device())
     house.vmm()
-    values = [None, -1, 1 << 70, 1.5, "x" * 4000, [], {}, True, "a\0b"]
+    values: list[Any] = [None, -1, 1 << 70, 1.5, "x" * 4000, [], {}, True, "a\0b"]
     long = "\u00e9" * 10915  # An answer that quotes it has to stay within its own limits.
 
     async def main() -> None:
-        async with await GatewayClient.connect(house.control_path, role="source") as gateway:
-            for op in [*REQUESTS, "nonsense", long, 7, None]:
-                names = [field.name for field in fields(REQUESTS.get(op, ControlHello))]
+        async with await GatewayClient.connect(
+            house.control_path, role=ClientRole.SOURCE
+        ) as gateway:
+            ops: list[Any] = [*REQUESTS, "nonsense", long, 7, None]
+            for op in ops:
+                names = [field.name for field in fields(cast(Any, REQUESTS.get(op, ControlHello)))]
                 for sent in [{}, {long: 0}, *(dict.fromkeys(names, value) for value in values)]:
                     try:
                         message = ControlMessage({"op": op, **sent}, b"junk", [])
@@ -72,7 +84,9 @@ def test_i9_nonsense_requests_are_answered_with_an_error(make_house, make_device
     trio.run(main)
 
 
-def test_i10_a_controller_that_does_not_read_holds_nobody_up(make_house, make_device) -> None:
+def test_i10_a_controller_that_does_not_read_holds_nobody_up(
+    make_house: Callable[..., House], make_device: type[ServedDevice]
+) -> None:
     house, device = make_house(journal_records=256), make_device()
     house.serve(device)
     vmm = house.vmm()
@@ -93,7 +107,7 @@ def test_i10_a_controller_that_does_not_read_holds_nobody_up(make_house, make_de
 
 
 def test_i9_a_hostile_vmm_is_cut_off_and_the_next_is_served(
-    make_house, make_device, rng: random.Random
+    make_house: Callable[..., House], make_device: type[ServedDevice], rng: random.Random
 ) -> None:
     house, device = make_house(), make_device()
     house.serve(device)
@@ -123,7 +137,9 @@ def test_i9_a_hostile_vmm_is_cut_off_and_the_next_is_served(
     assert vmm.region_read(0, 0, 4) == bytes(4)
 
 
-def test_i9_a_hostile_device_is_cut_off_and_tried_again(make_house, make_device) -> None:
+def test_i9_a_hostile_device_is_cut_off_and_tried_again(
+    make_house: Callable[..., House], make_device: type[ServedDevice]
+) -> None:
     house = make_house()
     listener = socket.socket(socket.AF_UNIX)
     listener.settimeout(10)
@@ -142,7 +158,12 @@ def test_i9_a_hostile_device_is_cut_off_and_tried_again(make_house, make_device)
     assert house.vmm().region_read(0, 0, 4) == bytes(4)
 
 
-def test_no_descriptor_is_left_behind(make_house, make_device, descriptors, wait_until) -> None:
+def test_no_descriptor_is_left_behind(
+    make_house: Callable[..., House],
+    make_device: type[ServedDevice],
+    descriptors: Callable[[], int],
+    wait_until: Callable[[Callable[[], bool]], None],
+) -> None:
     house, device = make_house(), make_device()
     house.serve(device)
     house.wait_event("device-connected")
@@ -153,8 +174,11 @@ def test_no_descriptor_is_left_behind(make_house, make_device, descriptors, wait
         vmm.dma_map(DmaMap(3, 0, 0x10000, 4 * PAGE), ram)
 
         async def main() -> None:
-            async with await GatewayClient.connect(house.control_path, role="source") as gateway:
+            async with await GatewayClient.connect(
+                house.control_path, role=ClientRole.SOURCE
+            ) as gateway:
                 mediation = await gateway.mediate(tracker="message", capture=True)
+                assert mediation.dirty_fd is not None
                 os.close(mediation.dirty_fd)
                 device.dma.write(0x10000, b"x")
                 for region in await gateway.memory():

@@ -1,22 +1,25 @@
 """The controller goes away: who owns the guest then, and who resumes it."""
 
 import os
+from collections.abc import Callable
 
 import pytest
 import trio
 
 import sync.vmm.recover
 from sync.gateway.control.client import GatewayClient
+from sync.gateway.engine.custody import ClientRole
 from sync.gateway.errors import GatewayError, SessionFenced
 from sync.registers.record import Access, Op, pack_accesses
 from sync.vfio_user.protocol import (
     DmaMap,
 )
+from tests.sync.gateway.conftest import House, ServedDevice
 from tests.sync.gateway.raw_peers import PAGE, new_ram, status_of
 
 
 @pytest.fixture
-def recoveries(monkeypatch) -> list[tuple[str, float]]:
+def recoveries(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, float]]:
     """The VMMs that the gateway has resumed."""
     calls: list[tuple[str, float]] = []
 
@@ -40,7 +43,10 @@ async def to_state(gateway: GatewayClient, state: str) -> None:
 
 @pytest.mark.parametrize("state", ["passthrough", "mediated", "stopped"])
 def test_i8_a_lost_source_is_put_back_to_passthrough_and_its_vmm_resumed(
-    make_house, make_device, recoveries, state: str
+    make_house: Callable[..., House],
+    make_device: type[ServedDevice],
+    recoveries: list[tuple[str, float]],
+    state: str,
 ) -> None:
     house, device = make_house(), make_device()
     house.serve(device)
@@ -49,11 +55,15 @@ def test_i8_a_lost_source_is_put_back_to_passthrough_and_its_vmm_resumed(
     vmm.dma_map(DmaMap(3, 0, 0x10000, 2 * PAGE), ram)
 
     async def main() -> None:
-        async with await GatewayClient.connect(house.control_path, role="source") as gateway:
+        async with await GatewayClient.connect(
+            house.control_path, role=ClientRole.SOURCE
+        ) as gateway:
             await gateway.arm_recovery("/run/vmm.qmp", 3.5)
             await to_state(gateway, state)
         await trio.to_thread.run_sync(house.wait_event, "recovered")
-        async with await GatewayClient.connect(house.control_path, role="source") as gateway:
+        async with await GatewayClient.connect(
+            house.control_path, role=ClientRole.SOURCE
+        ) as gateway:
             info = gateway.info
             assert (info.state, info.owner) == ("passthrough", "owned")
             assert info.last_recovery.ok
@@ -69,14 +79,18 @@ def test_i8_a_lost_source_is_put_back_to_passthrough_and_its_vmm_resumed(
 
 
 def test_i8_a_controller_that_falls_silent_over_a_stopped_guest_is_cut_off(
-    make_house, make_device, recoveries
+    make_house: Callable[..., House],
+    make_device: type[ServedDevice],
+    recoveries: list[tuple[str, float]],
 ) -> None:
     house, device = make_house(lease_silence_s=0.1), make_device()
     house.serve(device)
     house.vmm()
 
     async def main() -> None:
-        async with await GatewayClient.connect(house.control_path, role="source") as gateway:
+        async with await GatewayClient.connect(
+            house.control_path, role=ClientRole.SOURCE
+        ) as gateway:
             await gateway.arm_recovery("/run/vmm.qmp", 3.5)
             await gateway.mediate(tracker="none", capture=True)
             await gateway.stop(fence=False)
@@ -88,7 +102,11 @@ def test_i8_a_controller_that_falls_silent_over_a_stopped_guest_is_cut_off(
     assert recoveries
 
 
-def test_i8_a_recovery_that_fails_is_told(make_house, make_device, monkeypatch) -> None:
+def test_i8_a_recovery_that_fails_is_told(
+    make_house: Callable[..., House],
+    make_device: type[ServedDevice],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     def recover(path: str, deadline_s: float) -> str:
         raise OSError("no such VMM")
 
@@ -98,7 +116,9 @@ def test_i8_a_recovery_that_fails_is_told(make_house, make_device, monkeypatch) 
     house.vmm()
 
     async def main() -> None:
-        async with await GatewayClient.connect(house.control_path, role="source") as gateway:
+        async with await GatewayClient.connect(
+            house.control_path, role=ClientRole.SOURCE
+        ) as gateway:
             await gateway.arm_recovery("/run/vmm.qmp", 1)
             await gateway.mediate(tracker="none", capture=True)
         await trio.to_thread.run_sync(house.wait_event, "recovered")
@@ -110,7 +130,9 @@ def test_i8_a_recovery_that_fails_is_told(make_house, make_device, monkeypatch) 
 
 
 def test_i7_a_released_source_stays_released_and_is_never_resumed(
-    make_house, make_device, recoveries
+    make_house: Callable[..., House],
+    make_device: type[ServedDevice],
+    recoveries: list[tuple[str, float]],
 ) -> None:
     house, device = make_house(), make_device()
     house.serve(device)
@@ -119,13 +141,15 @@ def test_i7_a_released_source_stays_released_and_is_never_resumed(
     vmm.dma_map(DmaMap(3, 0, 0x10000, 2 * PAGE), ram)
 
     async def main() -> None:
-        async with await GatewayClient.connect(house.control_path, role="source") as gateway:
+        async with await GatewayClient.connect(
+            house.control_path, role=ClientRole.SOURCE
+        ) as gateway:
             await gateway.arm_recovery("/run/vmm.qmp", 1)
             await to_state(gateway, "released")
         await trio.to_thread.run_sync(house.wait_event, "lease-lost")
         vmm.region_write(0, 8, b"bell")
         async with await GatewayClient.connect(
-            house.control_path, role="source", session="s"
+            house.control_path, role=ClientRole.SOURCE, session="s"
         ) as gateway:
             assert (gateway.info.state, gateway.info.owner) == ("released", "released")
             assert gateway.info.dropped_writes == 1
@@ -142,7 +166,9 @@ def test_i7_a_released_source_stays_released_and_is_never_resumed(
 
 
 def test_i7_a_vmm_that_was_released_is_not_resumed_even_if_it_has_come_back(
-    make_house, make_device, recoveries
+    make_house: Callable[..., House],
+    make_device: type[ServedDevice],
+    recoveries: list[tuple[str, float]],
 ) -> None:
     """The device is lost after the release, so the VMM is disconnected and connects anew: by the
     record it owns its guest, but the guest may run on the target by now."""
@@ -151,7 +177,9 @@ def test_i7_a_vmm_that_was_released_is_not_resumed_even_if_it_has_come_back(
     house.vmm()
 
     async def main() -> None:
-        async with await GatewayClient.connect(house.control_path, role="source") as gateway:
+        async with await GatewayClient.connect(
+            house.control_path, role=ClientRole.SOURCE
+        ) as gateway:
             await gateway.arm_recovery("/run/vmm.qmp", 1)
             await gateway.mediate(tracker="none", capture=True)
             await gateway.stop(fence=True)
@@ -162,7 +190,7 @@ def test_i7_a_vmm_that_was_released_is_not_resumed_even_if_it_has_come_back(
             await trio.to_thread.run_sync(house.vmm)
             assert (await gateway.status()).owner == "owned"
         await trio.to_thread.run_sync(house.wait_event, "lease-lost")
-        async with await GatewayClient.connect(house.control_path, role="source"):
+        async with await GatewayClient.connect(house.control_path, role=ClientRole.SOURCE):
             pass
 
     trio.run(main)
@@ -170,14 +198,18 @@ def test_i7_a_vmm_that_was_released_is_not_resumed_even_if_it_has_come_back(
 
 
 def test_i8_a_vmm_whose_device_died_with_the_controller_is_resumed_all_the_same(
-    make_house, make_device, recoveries
+    make_house: Callable[..., House],
+    make_device: type[ServedDevice],
+    recoveries: list[tuple[str, float]],
 ) -> None:
     house, device = make_house(), make_device()
     server = house.serve(device)
     house.vmm()
 
     async def main() -> None:
-        async with await GatewayClient.connect(house.control_path, role="source") as gateway:
+        async with await GatewayClient.connect(
+            house.control_path, role=ClientRole.SOURCE
+        ) as gateway:
             await gateway.arm_recovery("/run/vmm.qmp", 1)
             await gateway.mediate(tracker="none", capture=True)
             await gateway.stop(fence=True)
@@ -189,13 +221,19 @@ def test_i8_a_vmm_whose_device_died_with_the_controller_is_resumed_all_the_same(
     assert recoveries == [("/run/vmm.qmp", 1)]
 
 
-def test_i7_a_disarmed_recovery_leaves_the_vmm_alone(make_house, make_device, recoveries) -> None:
+def test_i7_a_disarmed_recovery_leaves_the_vmm_alone(
+    make_house: Callable[..., House],
+    make_device: type[ServedDevice],
+    recoveries: list[tuple[str, float]],
+) -> None:
     house = make_house()
     house.serve(make_device())
     house.vmm()
 
     async def main() -> None:
-        async with await GatewayClient.connect(house.control_path, role="source") as gateway:
+        async with await GatewayClient.connect(
+            house.control_path, role=ClientRole.SOURCE
+        ) as gateway:
             await gateway.arm_recovery("/run/vmm.qmp", 1)
             await gateway.mediate(tracker="none", capture=True)
             await gateway.passthrough()
@@ -206,7 +244,9 @@ def test_i7_a_disarmed_recovery_leaves_the_vmm_alone(make_house, make_device, re
     assert recoveries == []
 
 
-def test_i7_a_lost_target_is_fenced(make_house, make_device) -> None:
+def test_i7_a_lost_target_is_fenced(
+    make_house: Callable[..., House], make_device: type[ServedDevice]
+) -> None:
     house, device = make_house(), make_device()
     house.serve(device)
     vmm = house.vmm()
@@ -214,12 +254,16 @@ def test_i7_a_lost_target_is_fenced(make_house, make_device) -> None:
     vmm.dma_map(DmaMap(3, 0, 0x10000, 2 * PAGE), ram)
 
     async def main() -> None:
-        async with await GatewayClient.connect(house.control_path, role="target") as gateway:
+        async with await GatewayClient.connect(
+            house.control_path, role=ClientRole.TARGET
+        ) as gateway:
             await gateway.standby("s")
         await trio.to_thread.run_sync(house.wait_event, "abandoned")
         info = await status_of(house)
         assert (info.state, info.owner, info.session) == ("passthrough", "fenced", "s")
-        async with await GatewayClient.connect(house.control_path, role="target") as gateway:
+        async with await GatewayClient.connect(
+            house.control_path, role=ClientRole.TARGET
+        ) as gateway:
             with pytest.raises(SessionFenced):
                 await gateway.standby("s")
             await gateway.standby("t")
@@ -231,7 +275,9 @@ def test_i7_a_lost_target_is_fenced(make_house, make_device) -> None:
 
 
 def test_i7_a_target_that_holds_the_commit_keeps_it_until_it_is_started(
-    make_house, make_device, recoveries
+    make_house: Callable[..., House],
+    make_device: type[ServedDevice],
+    recoveries: list[tuple[str, float]],
 ) -> None:
     house, device = make_house(), make_device()
     house.serve(device)
@@ -239,14 +285,18 @@ def test_i7_a_target_that_holds_the_commit_keeps_it_until_it_is_started(
 
     async def main() -> None:
         path = house.control_path
-        async with await GatewayClient.connect(path, role="target", session="s") as gateway:
+        async with await GatewayClient.connect(
+            path, role=ClientRole.TARGET, session="s"
+        ) as gateway:
             await gateway.standby("s")
             await gateway.own("s", pack_accesses([Access(Op.WRITE, 0, 8, 4, b"held")]))
         await trio.to_thread.run_sync(house.wait_event, "lease-lost")
         info = await status_of(house)
         assert (info.state, info.owner, info.session) == ("standby", "owned", "s")
         assert device.registers.bar[8:12] == bytes(4)
-        async with await GatewayClient.connect(path, role="target", session="s") as gateway:
+        async with await GatewayClient.connect(
+            path, role=ClientRole.TARGET, session="s"
+        ) as gateway:
             await gateway.own("s")
             await gateway.start()
         assert bytes(device.registers.bar[8:12]) == b"held"

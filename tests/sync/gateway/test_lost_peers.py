@@ -3,11 +3,14 @@
 import os
 import struct
 import threading
+from collections.abc import Callable
 
 import pytest
 import trio
 
+from lab.vfio_user.client import Client
 from sync.gateway.control.client import GatewayClient
+from sync.gateway.engine.custody import ClientRole
 from sync.gateway.errors import DeviceLost, VmmLost
 from sync.registers.record import Access, Op, pack_accesses
 from sync.vfio_user.protocol import (
@@ -18,12 +21,15 @@ from sync.vfio_user.protocol import (
     Version,
     encode_message,
 )
+from tests.sync.gateway.conftest import House, Pause, ServedDevice
 from tests.sync.gateway.raw_peers import PAGE, connect_raw, has_ended, new_ram, status_of
 
 
-def test_a_vmm_that_is_first_waits_for_its_device(make_house, make_device) -> None:
+def test_a_vmm_that_is_first_waits_for_its_device(
+    make_house: Callable[..., House], make_device: type[ServedDevice]
+) -> None:
     house = make_house()
-    vmms: list[object] = []
+    vmms: list[Client] = []
     waiting = threading.Thread(target=lambda: vmms.append(house.vmm()))
     waiting.start()
     device = make_device()
@@ -32,7 +38,7 @@ def test_a_vmm_that_is_first_waits_for_its_device(make_house, make_device) -> No
     assert vmms[0].region_read(0, 0, 4) == bytes(4)
 
 
-def test_a_vmm_is_not_kept_waiting_for_ever(make_house) -> None:
+def test_a_vmm_is_not_kept_waiting_for_ever(make_house: Callable[..., House]) -> None:
     house = make_house(device_wait_s=0.05)
     with connect_raw(house.vmm_path) as sock:
         sock.sendall(encode_message(1, Command.VERSION, Version().pack()))
@@ -40,13 +46,17 @@ def test_a_vmm_is_not_kept_waiting_for_ever(make_house) -> None:
     house.wait_event("vmm-refused")
 
 
-def test_the_device_goes_and_comes_back(make_house, make_device) -> None:
+def test_the_device_goes_and_comes_back(
+    make_house: Callable[..., House], make_device: type[ServedDevice]
+) -> None:
     house, device = make_house(), make_device()
     server = house.serve(device)
     vmm = house.vmm()
 
     async def main() -> None:
-        async with await GatewayClient.connect(house.control_path, role="source") as gateway:
+        async with await GatewayClient.connect(
+            house.control_path, role=ClientRole.SOURCE
+        ) as gateway:
             await gateway.mediate(tracker="none", capture=True)
             await trio.to_thread.run_sync(house.end_device, server)
             await trio.to_thread.run_sync(house.wait_event, "device-lost")
@@ -64,13 +74,17 @@ def test_the_device_goes_and_comes_back(make_house, make_device) -> None:
             with pytest.raises(DeviceLost):
                 await gateway.mediate(tracker="none", capture=True)
             assert new.region_read(0, 0, 4) == bytes(4)
-        async with await GatewayClient.connect(house.control_path, role="source") as gateway:
+        async with await GatewayClient.connect(
+            house.control_path, role=ClientRole.SOURCE
+        ) as gateway:
             await gateway.mediate(tracker="none", capture=True)
 
     trio.run(main)
 
 
-def test_the_vmm_goes_and_another_comes(make_house, make_device) -> None:
+def test_the_vmm_goes_and_another_comes(
+    make_house: Callable[..., House], make_device: type[ServedDevice]
+) -> None:
     house, device = make_house(), make_device()
     house.serve(device)
     vmm = house.vmm()
@@ -79,8 +93,11 @@ def test_the_vmm_goes_and_another_comes(make_house, make_device) -> None:
     vmm.region_write(0, 0, b"mine")
 
     async def main() -> None:
-        async with await GatewayClient.connect(house.control_path, role="source") as gateway:
+        async with await GatewayClient.connect(
+            house.control_path, role=ClientRole.SOURCE
+        ) as gateway:
             mediation = await gateway.mediate(tracker="message", capture=True)
+            assert mediation.dirty_fd is not None
             os.close(mediation.dirty_fd)
             vmm.close()
             await trio.to_thread.run_sync(house.wait_event, "vmm-lost")
@@ -98,7 +115,9 @@ def test_the_vmm_goes_and_another_comes(make_house, make_device) -> None:
     os.close(ram)
 
 
-def test_the_device_dies_in_the_middle_of_an_access(make_house, make_device, pause) -> None:
+def test_the_device_dies_in_the_middle_of_an_access(
+    make_house: Callable[..., House], make_device: type[ServedDevice], pause: Pause
+) -> None:
     house, device = make_house(), make_device()
     server = house.serve(device)
     vmm = house.vmm()
@@ -125,7 +144,9 @@ def test_the_device_dies_in_the_middle_of_an_access(make_house, make_device, pau
     assert house.vmm().region_read(0, 0, 4) == bytes(4)
 
 
-def test_the_vmm_dies_in_the_middle_of_an_access(make_house, make_device, pause) -> None:
+def test_the_vmm_dies_in_the_middle_of_an_access(
+    make_house: Callable[..., House], make_device: type[ServedDevice], pause: Pause
+) -> None:
     house, device = make_house(), make_device()
     house.serve(device)
     with connect_raw(house.vmm_path) as sock:
@@ -142,14 +163,16 @@ def test_the_vmm_dies_in_the_middle_of_an_access(make_house, make_device, pause)
 
 
 def test_i10_a_device_that_hangs_while_the_guest_is_held_is_given_up(
-    make_house, make_device, pause
+    make_house: Callable[..., House], make_device: type[ServedDevice], pause: Pause
 ) -> None:
     house, device = make_house(device_deadline_s=0.2), make_device()
     house.serve(device)
     vmm = house.vmm()
 
     async def main() -> None:
-        async with await GatewayClient.connect(house.control_path, role="source") as gateway:
+        async with await GatewayClient.connect(
+            house.control_path, role=ClientRole.SOURCE
+        ) as gateway:
             device.on_read = pause
             with pytest.raises(DeviceLost):
                 await gateway.mediate(
@@ -166,7 +189,7 @@ def test_i10_a_device_that_hangs_while_the_guest_is_held_is_given_up(
 
 
 def test_a_gateway_that_was_started_anew_finds_the_device_as_it_was(
-    make_house, make_device
+    make_house: Callable[..., House], make_device: type[ServedDevice]
 ) -> None:
     """Nothing is stored that the VMM does not send again; a device that a migration had stopped is
     set running when the VMM has shared its memory and touches a register."""
@@ -177,7 +200,9 @@ def test_a_gateway_that_was_started_anew_finds_the_device_as_it_was(
     ram = new_ram(2)
 
     async def migrate() -> None:
-        async with await GatewayClient.connect(house.control_path, role="source") as gateway:
+        async with await GatewayClient.connect(
+            house.control_path, role=ClientRole.SOURCE
+        ) as gateway:
             await gateway.mediate(tracker="none", capture=False)
             await gateway.mig_state(MigrationState.STOP_COPY)
             await trio.to_thread.run_sync(house.end)
@@ -189,7 +214,7 @@ def test_a_gateway_that_was_started_anew_finds_the_device_as_it_was(
     again.dma_map(DmaMap(3, 0, 0x10000, 2 * PAGE), ram)
     assert device.features.state is MigrationState.STOP_COPY, "it has no memory yet"
     assert again.region_read(0, 0, 4) == b"keep"
-    assert device.features.state is MigrationState.RUNNING
+    assert device.features.state.name == "RUNNING"
     info = trio.run(status_of, house)
     assert (info.owner, info.session) == ("owned", "")
     os.close(ram)

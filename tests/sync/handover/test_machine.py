@@ -18,7 +18,8 @@ from sync.handover.states import TERMINAL, Deadlines, HandoverState, Role
 
 A, E, S = Action, Event, HandoverState
 
-COURSES = {
+Course = list[tuple[Event, HandoverState, tuple[Action, ...]]]
+COURSES: dict[Role, Course] = {
     Role.SOURCE: [
         (E.START, S.PREPARING, (A.PREPARE,)),
         (E.PREPARED, S.MEDIATING, (A.MEDIATE,)),
@@ -44,7 +45,7 @@ COURSES = {
         (E.STARTED, S.COMMITTED, (A.SEND_COMMITTED,)),
     ],
 }
-CHECKS = {
+CHECKS: dict[Role, Course] = {
     Role.SOURCE: [
         (E.START, S.PREPARING, (A.PREPARE,)),
         (E.CHECKED, S.CHECKED, ()),

@@ -212,7 +212,7 @@ def test_a_bank_beyond_its_limit_is_refused(model: SimpleNamespace) -> None:
     layout = Layout(
         parse_profile(text.replace('count = "n"', 'count = "n"\nlimit = 2')), model.view()
     )
-    values = {(0, None): b"\0\0", (1, None): b"\3\0"}
+    values: dict[tuple[int, int | None], bytes] = {(0, None): b"\0\0", (1, None): b"\3\0"}
     with pytest.raises(ProfileMismatch, match="allows 2 b, the device has 3"):
         snapshot_plan(layout, values)
     values[1, None] = b"\2\0"

@@ -42,6 +42,16 @@ from sync.vfio_user.protocol import (
 WAIT_S = 10.0
 
 
+def noting(seen: list[tuple[int, int]]) -> Callable[[int, int], bytes]:
+    """Answers nothing, and notes what was asked for."""
+
+    def read(address: int, count: int) -> bytes:
+        seen.append((address, count))
+        return b""
+
+    return read
+
+
 @pytest.fixture
 def client(served: Path) -> Iterator[Client]:
     with Client(served) as client:
@@ -151,11 +161,12 @@ def test_callbacks_that_fail_refuse_the_access(served: Path, device: Any) -> Non
 
     with Client(served, on_dma_read=read) as client:
         client.dma_map(DmaMap(3, 0, 0, 8192))
-        for access, errno in [
+        refused: list[tuple[Callable[[], object], int]] = [
             (lambda: device.dma.read(0, 1), EAGAIN),
             (lambda: device.dma.read(4096, 1), EIO),
             (lambda: device.dma.write(0, b"x"), ENOTSUP),
-        ]:
+        ]
+        for access, errno in refused:
             with pytest.raises(VfioUserError) as refusal:
                 access()
             assert refusal.value.errno == errno
@@ -350,12 +361,15 @@ def test_a_server_that_goes_away(liar: LyingServer) -> None:
 
 def test_i9_dma_requests_that_cannot_be(liar: LyingServer) -> None:
     """They are refused one by one, over the twin socket here."""
-    seen = []
+    seen: list[tuple[int, int]] = []
     ours, theirs = socket.socketpair()
     liar.version = Version(capabilities=Capabilities(twin_socket=TwinSocket(True, 0))).pack()
     liar.fds = [theirs.fileno()]
     liar.stream = b""
-    with ours, Client(liar.path, on_dma_read=lambda *access: seen.append(access) or b"") as client:
+    with (
+        ours,
+        Client(liar.path, on_dma_read=noting(seen)) as client,
+    ):
         theirs.close()
         ours.settimeout(WAIT_S)
         for command, body, errno in [
@@ -380,9 +394,9 @@ def test_with_a_twin_socket_nothing_is_served_on_the_main_one(liar: LyingServer)
     liar.version = Version(capabilities=Capabilities(twin_socket=TwinSocket(True, 0))).pack()
     liar.fds = [theirs.fileno()]
     liar.stream = encode_message(7, Command.DMA_READ, DmaAccess(0, 4).pack())
-    reads = []
+    reads: list[tuple[int, int]] = []
     with ours, theirs:
-        client = Client(liar.path, on_dma_read=lambda *access: reads.append(access) or b"")
+        client = Client(liar.path, on_dma_read=noting(reads))
         with client, pytest.raises(Disconnected):
             client.reset()
     assert liar.received == encode_message(7, Command.DMA_READ, reply=True, error=ENOTSUP)

@@ -6,8 +6,9 @@ import random
 import socket
 import struct
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from errno import EACCES, EEXIST, EFAULT, EINVAL, ENOENT, ENOSPC, ENOTSUP
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -58,6 +59,10 @@ def errno_of(action: Callable[[], object]) -> int:
 def test_the_table_against_sets_of_pages(steps: list[tuple[str, tuple[int, int], int]]) -> None:
     table = DmaTable(4, PAGE)
     model: dict[tuple[int, int], tuple[set[int], int]] = {}
+
+    def remove(region: DmaMap) -> None:
+        table.remove(table.find(region.address, region.size))
+
     for action, (page, count), flags in steps:
         pages = set(range(page, page + count))
         region = DmaMap(flags, 0, page * PAGE, count * PAGE)
@@ -67,15 +72,13 @@ def test_the_table_against_sets_of_pages(steps: list[tuple[str, tuple[int, int],
                 expected = EEXIST
             elif len(model) == 4:
                 expected = ENOSPC
-            assert errno_of(lambda region=region: table.check(region)) == expected
+            assert errno_of(partial(table.check, region)) == expected
             if not expected:
                 table.add(region)
                 model[page, count] = pages, flags
         elif action == "remove":
             expected = 0 if (page, count) in model else ENOENT
-            assert (
-                errno_of(lambda r=region: table.remove(table.find(r.address, r.size))) == expected
-            )
+            assert errno_of(partial(remove, region)) == expected
             model.pop((page, count), None)
         else:
             flag = DmaFlags.READ if flags & 1 else DmaFlags.WRITE
@@ -118,7 +121,7 @@ class Memory:
         )
 
 
-def in_threads(actions: list[Callable[[], None]]) -> None:
+def in_threads(actions: Sequence[Callable[[], None]]) -> None:
     failures: list[BaseException] = []
 
     def run(action: Callable[[], None]) -> None:
@@ -198,10 +201,7 @@ def test_threads_of_both_sides_at_once(
                 # The device answers this write only after DMA of its own.
                 client.region_write(0, 2048 + 16 * number, bytes([step]) * 16)
 
-        in_threads(
-            [lambda n=n: device_thread(n) for n in range(3)]
-            + [lambda n=n: guest_thread(n) for n in range(3)]
-        )
+        in_threads([partial(work, n) for work in (device_thread, guest_thread) for n in range(3)])
         for number in range(3):
             start = 15 * PAGE + 2048 + 16 * number
             assert memory.data[start : start + 16] == bytes([39]) * 16

@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 
 from sync.vfio_user.errors import ProtocolError
 from sync.vfio_user.framing import Framer, recv_into_framer, send_message
+from sync.vfio_user.protocol import Header
 
 LIMIT = 300
 
@@ -28,7 +29,7 @@ good_messages = st.builds(
 streams = st.lists(good_messages | st.binary(max_size=40), max_size=6).map(b"".join)
 
 
-def drain(framer: Framer) -> tuple[list[tuple[object, bytes]], str | None]:
+def drain(framer: Framer) -> tuple[list[tuple[Header, bytes]], str | None]:
     messages = []
     try:
         while (message := framer.next_message()) is not None:

@@ -310,7 +310,7 @@ def test_header() -> None:
     assert error == bytes.fromhex("0100 0200 10000000 21000000 11000000")
     for wrong in ({"error": 5}, {"error": 5, "reply": True, "body": b"x"}):
         with pytest.raises(ValueError, match="error"):
-            encode_message(1, 1, **wrong)  # type: ignore[arg-type]
+            encode_message(1, 1, **wrong)
 
 
 def test_dma_write_replies_of_both_lengths() -> None:
@@ -426,4 +426,4 @@ def test_a_multi_write_takes_no_more_than_eight_bytes() -> None:
 
 def test_every_message_has_been_covered() -> None:
     assert {type(message) for message, _, _ in LAYOUTS} <= set(MESSAGES)
-    assert FeatureIndex.DMA_LOGGING_REPORT == 8
+    assert FeatureIndex.DMA_LOGGING_REPORT.value == 8

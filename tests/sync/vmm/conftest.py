@@ -57,6 +57,7 @@ class FakeQemu:
         self._streams: list[trio.SocketStream] = []
         self._out: list[bytes] = []
         self._turn = trio.Semaphore(1)
+        self._writing = trio.Lock()
 
     def event(self, name: str, seconds: int = 1700000000, **data: Any) -> None:
         """Says that something happened, before the next answer or greeting."""
@@ -78,9 +79,8 @@ class FakeQemu:
             self.run_state = run_state
 
     async def send_events(self) -> None:
-        out, self._out = b"".join(self._out), []
         for stream in self._streams:
-            await stream.send_all(out)
+            await self._write(stream)
 
     async def hang_up(self) -> None:
         for stream in self._streams:
@@ -100,7 +100,7 @@ class FakeQemu:
         async with self._turn:
             self._streams = [stream]
             try:
-                await stream.send_all(self._events() + GREETING)
+                await self._write(stream, GREETING)
                 await self._answer(stream)
             except (trio.BrokenResourceError, trio.ClosedResourceError):
                 return
@@ -125,11 +125,13 @@ class FakeQemu:
                     if name in self.on:
                         self.on[name]()
                     reply["return"] = self.query(name)
-                await stream.send_all(self._events() + json.dumps(reply).encode() + b"\r\n")
+                await self._write(stream, json.dumps(reply).encode() + b"\r\n")
 
-    def _events(self) -> bytes:
-        out, self._out = b"".join(self._out), []
-        return out
+    async def _write(self, stream: trio.SocketStream, message: bytes = b"") -> None:
+        """The events up to now, then `message`."""
+        events, self._out = b"".join(self._out), []
+        async with self._writing:
+            await stream.send_all(events + message)
 
 
 @pytest.fixture
@@ -169,4 +171,5 @@ def with_qemu(socket_folder: Path) -> Callable[..., None]:
 @pytest.fixture
 def active_migration() -> dict[str, Any]:
     """What QEMU's query-migrate returns in the middle of a migration."""
-    return json.loads(json.dumps(ACTIVE))
+    copy: dict[str, Any] = json.loads(json.dumps(ACTIVE))
+    return copy

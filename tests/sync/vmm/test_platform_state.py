@@ -92,14 +92,14 @@ def config(capabilities: list[tuple[int, int, bytes]]) -> bytes:
 
 def test_capabilities_are_found_in_the_order_of_the_list() -> None:
     space = config([(0x80, 0x09, b""), (0x40, 0x11, b""), (0x60, 0x09, b"")])
-    assert find_capabilities(space) == {0x09: 0x80, 0x11: 0x40}
+    assert find_capabilities(bytes(space)) == {0x09: 0x80, 0x11: 0x40}
 
 
 def test_i9_a_list_of_capabilities_that_never_ends_is_refused() -> None:
     space = bytearray(config([(0x40, 0x09, b""), (0x50, 0x09, b"")]))
     space[0x51] = 0x40
     with pytest.raises(PlatformError, match="no end"):
-        find_capabilities(space)
+        find_capabilities(bytes(space))
 
 
 @pytest.mark.parametrize("capability", [(0xFC, 0x11, b""), (0xF8, 0x05, b"\x80\x00")])

@@ -60,11 +60,13 @@ def test_no_reply_in_time_is_told_and_a_late_one_does_no_harm(with_qemu: Any) ->
                 await client.execute("stop", deadline_s=0.02)
             with trio.move_on_after(0.02):
                 await client.execute("stop")
-            await qemu._streams[0].send_all(b'{"return": {}, "id": 2}\n{"return": {}, "id": 3}\n')
+            await qemu._write(
+                qemu._streams[0], b'{"return": {}, "id": 2}\n{"return": {}, "id": 3}\n'
+            )
             assert (await client.execute("query-status"))["running"]
             assert not client._replies and not client._abandoned
             with pytest.raises(QmpProtocolError):
-                await qemu._streams[0].send_all(b'{"return": {}, "id": 3}\n')
+                await qemu._write(qemu._streams[0], b'{"return": {}, "id": 3}\n')
                 await client.wait_event(since=0)
 
     with_qemu(body)
@@ -121,7 +123,7 @@ def test_the_end_of_the_connection_reaches_everybody_who_waits(with_qemu: Any) -
 def test_i9_nonsense_ends_the_connection(with_qemu: Any) -> None:
     async def body(qemu: Any) -> None:
         async with await QmpClient.connect(qemu.path) as client:
-            await qemu._streams[0].send_all(b"nonsense\n")
+            await qemu._write(qemu._streams[0], b"nonsense\n")
             for _ in range(2):
                 with pytest.raises(QmpProtocolError):
                     await client.execute("query-status")

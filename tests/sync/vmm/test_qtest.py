@@ -1,6 +1,8 @@
 """qtest's lines: what is sent, what is taken for an answer, and that nothing else is."""
 
 import socket
+from collections.abc import Callable
+from typing import Any
 
 import pytest
 import trio
@@ -40,7 +42,9 @@ def test_commands_as_qemu_takes_them() -> None:
         (memory_write, (0, b"")),
     ],
 )
-def test_what_would_abort_qemu_is_never_sent(make, arguments) -> None:  # type: ignore[no-untyped-def]
+def test_what_would_abort_qemu_is_never_sent(
+    make: Callable[..., Any], arguments: tuple[bytes | int, ...]
+) -> None:
     with pytest.raises(ValueError, match=r"bits|cannot be accessed"):
         make(*arguments)
 

@@ -6,12 +6,15 @@ import os
 import pickle
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Callable
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
+import llvmlite
+import numba
 import numba.core.caching
 import numpy as np
 import pytest
@@ -136,8 +139,8 @@ def test_numba_is_kept_from_looking_for_another_folder(
             raise PermissionError
         return make(**where)
 
-    make = numba.core.caching.tempfile.TemporaryFile
-    monkeypatch.setattr(numba.core.caching.tempfile, "TemporaryFile", refused)
+    make = tempfile.TemporaryFile
+    monkeypatch.setattr(tempfile, "TemporaryFile", refused)
     assert load() is Origin.IN_MEMORY
     assert not list(Path(__file__).parent.rglob("test_cache.total*"))
 
@@ -207,7 +210,7 @@ def test_one_process_compiles_at_a_time(base: Path, monkeypatch: pytest.MonkeyPa
         if waited == 3:
             first.close()
 
-    monkeypatch.setattr(cache.time, "sleep", until_it_is_closed)
+    monkeypatch.setattr(time, "sleep", until_it_is_closed)
     first = ExitStack()
     first.enter_context(open_folder()).wait_for_turn()
     with open_folder() as second:
@@ -233,11 +236,11 @@ def test_whatever_the_code_depends_on_makes_another_folder(
     changes: list[Callable[[], object]] = [
         lambda: None,
         lambda: source.write_text("two"),
-        lambda: monkeypatch.setattr(cache.numba, "__version__", "2"),
-        lambda: monkeypatch.setattr(cache.llvmlite, "__version__", "2"),
+        lambda: monkeypatch.setattr(numba, "__version__", "2"),
+        lambda: monkeypatch.setattr(llvmlite, "__version__", "2"),
         lambda: monkeypatch.setattr(cache, "processor", lambda: ["another"]),
         lambda: monkeypatch.setattr(sys, "version", "4.0"),
-        lambda: monkeypatch.setattr(cache.np, "__version__", "3.0"),
+        lambda: monkeypatch.setattr(np, "__version__", "3.0"),
         lambda: monkeypatch.setenv("NUMBA_OPT", "1"),
     ]
     seen = set()

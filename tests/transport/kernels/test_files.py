@@ -108,7 +108,9 @@ pages = st.dictionaries(st.integers(0, N_PAGES - 1), st.integers(0, 3), max_size
 
 @settings(max_examples=60, deadline=None)
 @given(before=pages, rounds=st.lists(pages, min_size=1, max_size=4), data=st.data())
-def test_the_target_becomes_equal_whatever_either_file_holds(before, rounds, data) -> None:  # type: ignore[no-untyped-def]
+def test_the_target_becomes_equal_whatever_either_file_holds(
+    before: dict[int, int], rounds: list[dict[int, int]], data: st.DataObject
+) -> None:
     """0 is a page of zeros, which is no hole. The codec may change between rounds (I5)."""
     with file_memory() as source, file_memory() as target:
         for page, byte in before.items():
@@ -156,7 +158,7 @@ def test_lanes_take_turns_only_where_pages_are_added_to_a_file(has_files: bool) 
         pair = Pair(source, target, NONE, turns)
         indices = np.arange(4, dtype=np.uint32)
         for byte in (1, 2, 3):
-            for page in indices:
+            for page in map(int, indices):
                 source.write(page, page_of(byte + 10 * page))
             pair.send(indices)
             assert turns.taken == has_files
@@ -233,7 +235,7 @@ def test_a_copy_into_a_hole_is_found_there_and_what_lies_behind_it_is_in_none() 
         assert apply_copies(target, pages, base)[0] == 0
         filled = np.flatnonzero(target.content().any(axis=1))
         assert filled.tolist() == [0, 40, 50, 61]
-        for page in filled:
+        for page in map(int, filled):
             assert target.content()[page].tobytes() == page_of(1)
         assert target.touched() <= 6
 

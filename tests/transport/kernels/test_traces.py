@@ -60,13 +60,13 @@ def test_a_recorded_guest_arrives(name: str, most: float) -> None:
         return sent_bytes
 
     send(np.arange(n_pages, dtype=np.uint32), 0)
-    assert hashlib.sha256(target).hexdigest() == digests[0]
+    assert hashlib.sha256(target.data).hexdigest() == digests[0]
     raw_bytes = wire_bytes = 0
     for round_no, (indices, pages) in enumerate(rounds, 1):
         memory.reshape(-1, 4096)[indices] = pages
         wire_bytes += send(indices, round_no)
         raw_bytes += pages.nbytes
-        assert hashlib.sha256(target).hexdigest() == digests[round_no]
+        assert hashlib.sha256(target.data).hexdigest() == digests[round_no]
     assert wire_bytes < most * raw_bytes
 
 

@@ -1,5 +1,6 @@
 """Attaching memory on both sides, and what is refused: sizes, shapes, files, page indices."""
 
+from collections.abc import Awaitable, Callable
 from typing import Any
 
 import numpy as np
@@ -52,10 +53,11 @@ def test_a_round_waits_until_the_receiver_has_memory(link_pair: Any) -> None:
 def test_indices_that_are_none_are_refused(indices: Any, link_pair: Any) -> None:
     async def scenario() -> None:
         async with link_pair(n_pages=100) as pair:
-            for call in (
+            calls: list[Callable[[], Awaitable[Any]]] = [
                 lambda: pair.sender.send_round(indices, 1),
                 lambda: pair.sender.verify(indices),
-            ):
+            ]
+            for call in calls:
                 with pytest.raises(ValueError, match="page indices"):
                     await call()
 

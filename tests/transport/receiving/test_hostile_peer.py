@@ -160,8 +160,8 @@ def test_i9_a_bad_frame_ends_the_session_and_writes_nothing_more(
     async def scenario() -> None:
         memory, _ = await attack_receiver(say_frames(choose), FrameError)
         # Of the good frames in front, which hold one page each, nothing but these pages.
-        good = {replayed: 2, skipped: 1}.get(choose, 0)
-        touched = memory.reshape(-1, PAGE).any(axis=1).nonzero()[0].tolist()
+        good = 2 if choose is replayed else 1 if choose is skipped else 0
+        touched = np.flatnonzero(memory.reshape(-1, PAGE).any(axis=1)).tolist()
         assert touched == list(range(N_PAGES - good, N_PAGES))
 
     run_trio(scenario)

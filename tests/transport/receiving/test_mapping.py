@@ -86,7 +86,7 @@ def test_a_walk_that_would_find_nothing_new_is_not_begun(monkeypatch: pytest.Mon
         looked_at.append(at)
         return seek(descriptor, at, what)
 
-    monkeypatch.setattr(mapping.os, "lseek", count)
+    monkeypatch.setattr(os, "lseek", count)
     mapper = Mapper(guest.array, guest.extents)
     for _ in range(N_PAGES):
         mapper.step()

@@ -1,5 +1,7 @@
 """The sender's half of a comparison, without a network."""
 
+from typing import cast
+
 import numpy as np
 import pytest
 
@@ -49,7 +51,7 @@ def test_answers_may_come_before_this_side_has_digested(which: int, lane: LaneSo
     while not share.finished:
         outgoing = share.produce(np.empty(0, np.uint8))
         if outgoing is not None:
-            request = unpack_request(memoryview(outgoing.data))
+            request = unpack_request(memoryview(cast(bytes, outgoing.data)))
             share.on_answer(outgoing.context, answer_request(request, theirs, files, SEED))
     if isinstance(share, CompareShare):
         assert share.differing().tolist() == [MAX_COMPARE_PAGES + 7]

@@ -157,8 +157,8 @@ events = st.tuples(st.just("write"), few_pages, st.integers(0, 3)) | st.tuples(
     lanes=st.integers(1, 3),
     codecs=st.lists(st.sampled_from(["delta", "lz4", "zstd:1"]), min_size=1, max_size=3),
 )
-def test_i5_pages_of_few_contents_arrive_whatever_happens_to_their_originals(  # type: ignore[no-untyped-def]
-    rounds, cache_pages, lanes, codecs
+def test_i5_pages_of_few_contents_arrive_whatever_happens_to_their_originals(
+    rounds: list[list[tuple[str, int, int]]], cache_pages: int, lanes: int, codecs: list[str]
 ) -> None:
     """They are written while nobody sends them, forgotten, and spoiled at the receiver. What it
     rejects arrives at the second attempt, for good."""

@@ -16,6 +16,7 @@ import xxhash
 import zstandard
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from hypothesis.strategies._internal.random import ArtificialRandom
 
 from tests.transport.lane_pair import (
     KINDS,
@@ -120,8 +121,13 @@ writes = st.tuples(
     ),
     order=st.randoms(use_true_random=False),
 )
-def test_i3_the_target_becomes_equal_whatever_is_written(  # type: ignore[no-untyped-def]
-    rounds, cache_pages, lanes, frame_bytes, codecs, order
+def test_i3_the_target_becomes_equal_whatever_is_written(
+    rounds: list[list[tuple[int, str, int]]],
+    cache_pages: int,
+    lanes: int,
+    frame_bytes: int,
+    codecs: list[str],
+    order: ArtificialRandom,
 ) -> None:
     """In every round, whatever the order in which the lanes' frames arrive."""
     source, target, by_the_book = np.zeros((3, N_PAGES, 4096), np.uint8)
@@ -218,8 +224,8 @@ def test_without_a_cache_there_are_no_deltas_but_equal_pages_are_left_out() -> N
 def test_a_page_in_use_keeps_its_place_in_the_cache() -> None:
     lane, source, _target = pair(cache_pages=4)
     everything = np.arange(N_PAGES, dtype=np.uint32)
-    for page in everything:
-        rewrite(source[page], "random", int(page))
+    for number in map(int, everything):
+        rewrite(source[number], "random", number)
     lane.send_one(0)
     for page in range(1, 40):
         rewrite(source[0], "byte", page)

@@ -2,9 +2,11 @@
 
 import ctypes
 import mmap
+from typing import Any
 
 import numpy as np
 import pytest
+from numpy.typing import NDArray
 
 from transport.sending.replica import AHEAD_SLOTS, STEP_SLOTS, Replica
 from transport.sending.rounds import LaneSource, Source
@@ -14,14 +16,14 @@ HUGE_PAGE = 2 << 20
 SLOTS = 8192
 
 
-def resident(array: np.ndarray) -> np.ndarray:
+def resident(array: NDArray[Any]) -> NDArray[np.bool_]:
     """Of which pages of `array` there is memory: bool[pages that it touches] (mincore(2))."""
     start = array.ctypes.data // PAGE * PAGE
     pages = -(-(array.ctypes.data + array.nbytes - start) // PAGE)
     found = (ctypes.c_ubyte * pages)()
     libc = ctypes.CDLL(None, use_errno=True)
     assert libc.mincore(ctypes.c_void_p(start), ctypes.c_size_t(pages * PAGE), found) == 0
-    return np.frombuffer(found, np.uint8).astype(bool)
+    return np.frombuffer(bytes(found), np.uint8).astype(np.bool_)
 
 
 @pytest.mark.parametrize("hand", [0, 3000, SLOTS - 100])

@@ -5,6 +5,7 @@ import socket
 import stat
 import struct
 import threading
+from collections.abc import Awaitable, Callable
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -323,12 +324,13 @@ def test_a_sender_that_gives_up_during_the_greeting_is_lost_to_the_receiver() ->
 def test_nothing_can_be_said_before_the_greeting() -> None:
     async def scenario() -> None:
         async with open_receiver("tcp://127.0.0.1:*") as receiver:
-            for call in (
+            calls: list[Callable[[], Awaitable[None]]] = [
                 lambda: receiver.send_record(1, b""),
                 lambda: receiver.accept(b""),
                 lambda: receiver.refuse(b""),
                 lambda: receiver.tunnel_send(b"1"),
-            ):
+            ]
+            for call in calls:
                 with pytest.raises(RuntimeError):
                     await call()
             with pytest.raises(RuntimeError):

@@ -1,7 +1,7 @@
 """One control connection: a request at a time, and an end for a client that does not read."""
 
 import socket
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import pytest
 
@@ -51,7 +51,9 @@ def test_i10_a_client_that_does_not_read_is_given_up(pair: Pair) -> None:
         pass
 
 
-def test_descriptors_in_a_request_are_an_error_and_no_leak(pair: Pair, descriptors) -> None:
+def test_descriptors_in_a_request_are_an_error_and_no_leak(
+    pair: Pair, descriptors: Callable[[], int]
+) -> None:
     peer, client, _ = pair
     before = descriptors()
     socket.send_fds(client, [encode({"op": "status"})], [0])
@@ -61,7 +63,7 @@ def test_descriptors_in_a_request_are_an_error_and_no_leak(pair: Pair, descripto
     assert descriptors() == before - 1
 
 
-def test_the_end_of_the_stream(pair: Pair, descriptors) -> None:
+def test_the_end_of_the_stream(pair: Pair, descriptors: Callable[[], int]) -> None:
     peer, client, _ = pair
     client.close()
     assert not peer.receive()

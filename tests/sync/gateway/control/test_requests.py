@@ -55,8 +55,8 @@ AT_ONCE = {"status", "memory"}
 AFTER_LOSS = {"passthrough", "abandon", "arm_recovery", "disarm_recovery"}
 TAKES = {"dirty", "journal", "mig_read"}
 
-NO_NUMBERS = [None, "1", True, 1.0, [], {}]
-NO_TEXTS = [None, 1, True, [], {}, "a\0b"]
+NO_NUMBERS: list[Any] = [None, "1", True, 1.0, [], {}]
+NO_TEXTS: list[Any] = [None, 1, True, [], {}, "a\0b"]
 NO_SESSIONS = [*NO_TEXTS, "", "a b", "x" * 65, "a\n", "\u00e9"]
 SESSIONS = st.from_regex(r"[0-9A-Za-z_-]{1,64}", fullmatch=True)
 

@@ -2,6 +2,7 @@
 
 import os
 import struct
+from collections.abc import Callable
 
 import pytest
 from hypothesis import given, settings
@@ -22,7 +23,9 @@ MESSAGES = st.lists(st.tuples(FIELDS, st.binary(max_size=100)), max_size=6)
 
 @given(MESSAGES, st.integers(1, 50))
 @settings(deadline=None)
-def test_messages_come_out_as_they_went_in_whatever_the_chunks(messages, step: int) -> None:
+def test_messages_come_out_as_they_went_in_whatever_the_chunks(
+    messages: list[tuple[dict[str, int | str | None], bytes]], step: int
+) -> None:
     stream = b"".join(encode(fields, blob) for fields, blob in messages)
     decoder = ControlDecoder(0)
     for start in range(0, len(stream), step):
@@ -67,7 +70,7 @@ def test_nothing_over_the_limits_is_sent() -> None:
         encode({}, bytes(MAX_BLOB_BYTES + 1))
 
 
-def test_descriptors_belong_to_the_message_they_came_with(descriptors) -> None:
+def test_descriptors_belong_to_the_message_they_came_with(descriptors: Callable[[], int]) -> None:
     before = descriptors()
     decoder = ControlDecoder(2)
     first, second = encode({"n": 1}), encode({"n": 2}, b"blob")

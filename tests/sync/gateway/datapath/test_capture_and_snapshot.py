@@ -2,6 +2,7 @@
 
 import errno
 import struct
+from collections.abc import Callable
 
 import pytest
 from hypothesis import HealthCheck, given, settings
@@ -25,6 +26,7 @@ from sync.vfio_user.protocol import (
     RegionAccess,
     WriteMulti,
 )
+from tests.sync.gateway.conftest import Bench
 from tests.sync.gateway.mediation import (
     BANKED,
     COUNTER,
@@ -49,7 +51,7 @@ ACCESSES = st.lists(
 )
 
 
-def issue(bench, kind: str, offset: int, data: bytes, region: int) -> None:
+def issue(bench: Bench, kind: str, offset: int, data: bytes, region: int) -> None:
     if kind == "read":
         guest_read(bench, offset, len(data), region)
     elif kind in ("write", "posted"):
@@ -70,7 +72,7 @@ def issue(bench, kind: str, offset: int, data: bytes, region: int) -> None:
 @given(ACCESSES, st.sets(st.integers(0, 60), max_size=3))
 @settings(deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 def test_i4_the_journal_is_what_the_device_executed_in_its_order(
-    make_bench, accesses, refused
+    make_bench: Callable[..., Bench], accesses: list[tuple[str, int, bytes, int]], refused: set[int]
 ) -> None:
     """The oracle is the device's own log. The VMM pipelines as much as it likes, the device may
     refuse some registers, and accesses of the time before are not in the journal."""
@@ -100,7 +102,9 @@ def test_i4_the_journal_is_what_the_device_executed_in_its_order(
     bench.close()
 
 
-def test_an_access_the_device_refuses_is_journaled_as_failed(make_bench) -> None:
+def test_an_access_the_device_refuses_is_journaled_as_failed(
+    make_bench: Callable[..., Bench],
+) -> None:
     bench = make_bench()
     mediate(bench)
     bench.device.registers.refuse_offsets = {8}
@@ -114,7 +118,9 @@ def test_an_access_the_device_refuses_is_journaled_as_failed(make_bench) -> None
     ]
 
 
-def test_the_rest_of_a_multi_write_that_stopped_is_journaled_as_failed(make_bench) -> None:
+def test_the_rest_of_a_multi_write_that_stopped_is_journaled_as_failed(
+    make_bench: Callable[..., Bench],
+) -> None:
     bench = make_bench()
     mediate(bench)
     bench.device.registers.refuse_offsets = {1}
@@ -123,7 +129,7 @@ def test_the_rest_of_a_multi_write_that_stopped_is_journaled_as_failed(make_benc
     assert [access.failed for access in take_journal(bench)] == [False, True, True]
 
 
-def test_without_capture_nothing_is_journaled(make_bench) -> None:
+def test_without_capture_nothing_is_journaled(make_bench: Callable[..., Bench]) -> None:
     bench = make_bench(v2=True)
     mediate(bench, capture=False)
     guest_write(bench, 0, b"abcd")
@@ -141,7 +147,9 @@ def test_without_capture_nothing_is_journaled(make_bench) -> None:
         RegionAccess(0, 0, (1 << 20) + 1).pack(),
     ],
 )
-def test_i9_an_access_that_no_record_can_hold_is_refused(make_bench, body: bytes) -> None:
+def test_i9_an_access_that_no_record_can_hold_is_refused(
+    make_bench: Callable[..., Bench], body: bytes
+) -> None:
     bench = make_bench()
     mediate(bench)
     assert bench.ask(Command.REGION_READ, body)[0] == errno.EINVAL
@@ -149,7 +157,9 @@ def test_i9_an_access_that_no_record_can_hold_is_refused(make_bench, body: bytes
     assert bench.link.journal.n_records == 0
 
 
-def test_the_vmm_keeps_its_fingers_off_the_migration_state(make_bench) -> None:
+def test_the_vmm_keeps_its_fingers_off_the_migration_state(
+    make_bench: Callable[..., Bench],
+) -> None:
     bench = make_bench(v2=True)
     request = Feature.get(FeatureIndex.MIGRATION, 8).pack()
     assert bench.ask(Command.DEVICE_FEATURE, request)[0] == 0
@@ -159,7 +169,9 @@ def test_the_vmm_keeps_its_fingers_off_the_migration_state(make_bench) -> None:
 
 @given(st.data())
 @settings(deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
-def test_a_snapshot_of_a_banked_register_leaves_no_trace(make_bench, data) -> None:
+def test_a_snapshot_of_a_banked_register_leaves_no_trace(
+    make_bench: Callable[..., Bench], data: st.DataObject
+) -> None:
     """The guest selects banks and uses them all the time, pipelined; the snapshot selects banks of
     its own. The oracle is a guest that is alone with its device."""
     steps = st.tuples(st.sampled_from(["select", "write", "read"]), st.integers(0, 3))
@@ -168,7 +180,7 @@ def test_a_snapshot_of_a_banked_register_leaves_no_trace(make_bench, data) -> No
     stepped = data.draw(st.integers(0, 8))
     alone, bench = make_bench(), make_bench()
 
-    def play(which, script) -> list[int]:
+    def play(which: Bench, script: list[tuple[str, int]]) -> list[int]:
         numbers = []
         for kind, value in script:
             raw = value.to_bytes(4, "little")
@@ -217,7 +229,9 @@ def test_a_snapshot_of_a_banked_register_leaves_no_trace(make_bench, data) -> No
         each.close()
 
 
-def test_the_snapshot_comes_back_in_the_shape_it_was_given(make_bench) -> None:
+def test_the_snapshot_comes_back_in_the_shape_it_was_given(
+    make_bench: Callable[..., Bench],
+) -> None:
     bench = make_bench()
     bench.device.registers.bar[64:84] = bytes(range(20))
     bench.device.registers.refuse_offsets = {4}
@@ -231,7 +245,7 @@ def test_the_snapshot_comes_back_in_the_shape_it_was_given(make_bench) -> None:
     assert seqs == [50, 51, 52, 53, 54]
 
 
-def test_a_snapshot_that_is_no_batch_changes_nothing(make_bench) -> None:
+def test_a_snapshot_that_is_no_batch_changes_nothing(make_bench: Callable[..., Bench]) -> None:
     bench = make_bench()
     for nonsense in (b"x" * 31, bytes(31) + b"\xff", pack_accesses([reading(1 << 63, 8)])[:16]):
         with pytest.raises(BadRequest):

@@ -1,5 +1,7 @@
 """What was read on the guest's behalf reaches the guest: exactly once, wherever it goes on."""
 
+from collections.abc import Callable
+
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -10,18 +12,19 @@ from sync.gateway.engine.custody import CustodyState
 from sync.gateway.errors import BadRequest
 from sync.registers.record import Access, Op, pack_accesses, unpack_accesses
 from sync.vfio_user.protocol import Command, RegionAccess, Version
+from tests.sync.gateway.conftest import Bench
 from tests.sync.gateway.mediation import mediating
 
 CAUSE = 0x40
 """A register of the model device; the test clears it where a real one would by being read."""
 
 
-def _guest_reads(bench, offset: int = CAUSE, size: int = 1) -> bytes:
+def _guest_reads(bench: Bench, offset: int = CAUSE, size: int = 1) -> bytes:
     _, body = bench.ask(Command.REGION_READ, RegionAccess(offset, 0, size).pack())
     return RegionAccess.unpack(body).data
 
 
-def _take(bench) -> bytes:
+def _take(bench: Bench) -> bytes:
     """What the migration reads instead of the guest, with the device at rest."""
     records = pack_accesses([Access(Op.READ, 0, CAUSE, 1, deferred=True)])
     done = list(unpack_accesses(bench.job(jobs.batch(bench.link, records))))
@@ -29,14 +32,16 @@ def _take(bench) -> bytes:
     return done[0].data
 
 
-def _mediate_and_stop(bench, *, capture: bool = True) -> None:
+def _mediate_and_stop(bench: Bench, *, capture: bool = True) -> None:
     job = mediating(bench, capture=capture)
     bench.job(job, held=True)
     bench.job(jobs.stop(bench.link, bench.custody, fence=False, resume=b""), held=True)
 
 
 @pytest.mark.parametrize("capture", [True, False])
-def test_i8_a_source_that_goes_on_gets_what_was_read(make_bench, capture: bool) -> None:
+def test_i8_a_source_that_goes_on_gets_what_was_read(
+    make_bench: Callable[..., Bench], capture: bool
+) -> None:
     bench = make_bench()
     bench.device.registers.bar[CAUSE] = 1
     _mediate_and_stop(bench, capture=capture)
@@ -47,7 +52,7 @@ def test_i8_a_source_that_goes_on_gets_what_was_read(make_bench, capture: bool) 
     assert _guest_reads(bench) == b"\2"
 
 
-def test_a_second_migration_takes_over_what_is_still_owed(make_bench) -> None:
+def test_a_second_migration_takes_over_what_is_still_owed(make_bench: Callable[..., Bench]) -> None:
     bench = make_bench()
     bench.device.registers.bar[CAUSE] = 1
     _mediate_and_stop(bench)
@@ -62,7 +67,7 @@ def test_a_second_migration_takes_over_what_is_still_owed(make_bench) -> None:
     assert _guest_reads(bench) == b"\0"
 
 
-def test_the_target_pays_without_the_device_seeing_it(make_bench) -> None:
+def test_the_target_pays_without_the_device_seeing_it(make_bench: Callable[..., Bench]) -> None:
     bench = make_bench()
     bench.job(jobs.standby(bench.link, bench.custody, "s"), held=True)
     bench.custody.own("s")
@@ -74,7 +79,7 @@ def test_the_target_pays_without_the_device_seeing_it(make_bench) -> None:
     assert _guest_reads(bench) == b"\0"
 
 
-def test_a_counter_goes_on_from_what_it_had_come_to(make_bench) -> None:
+def test_a_counter_goes_on_from_what_it_had_come_to(make_bench: Callable[..., Bench]) -> None:
     bench = make_bench()
     bench.job(jobs.standby(bench.link, bench.custody, "s"), held=True)
     bench.custody.own("s")
@@ -100,9 +105,9 @@ def test_every_byte_is_paid_once(
         for at, value in enumerate(data, offset):
             expected[region, at] |= value
     for region, offset, size in reads:
-        data = bytearray(size)
-        deferred.deliver(region, offset, memoryview(data))
-        assert list(data) == [expected[region, at] for at in range(offset, offset + size)]
+        found = bytearray(size)
+        deferred.deliver(region, offset, memoryview(found))
+        assert list(found) == [expected[region, at] for at in range(offset, offset + size)]
         for at in range(offset, offset + size):
             expected[region, at] = 0
     assert bool(deferred) == any(expected.values())
@@ -145,7 +150,9 @@ def test_i9_a_controller_cannot_owe_without_bound(count: bool) -> None:
         deferred.add(1, 0, b"\1")
 
 
-def test_i8_too_great_a_debt_does_not_keep_the_source_from_going_on(make_bench) -> None:
+def test_i8_too_great_a_debt_does_not_keep_the_source_from_going_on(
+    make_bench: Callable[..., Bench],
+) -> None:
     bench = make_bench()
     _mediate_and_stop(bench)
     debt = Access(Op.WRITE, 0, 0, MAX_BYTES + 1, b"\1" * (MAX_BYTES + 1), deferred=True)
@@ -156,7 +163,7 @@ def test_i8_too_great_a_debt_does_not_keep_the_source_from_going_on(make_bench) 
     assert not bench.link.relay.holding
 
 
-def test_another_vmm_is_owed_nothing(make_bench) -> None:
+def test_another_vmm_is_owed_nothing(make_bench: Callable[..., Bench]) -> None:
     bench = make_bench()
     bench.link.deferred.add(0, CAUSE, b"\7")
     bench.link.attach_vmm(lambda data, fds: None, Version())

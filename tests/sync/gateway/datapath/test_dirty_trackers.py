@@ -2,6 +2,7 @@
 
 import errno
 import os
+from collections.abc import Callable
 
 import pytest
 from hypothesis import HealthCheck, given, settings
@@ -20,6 +21,7 @@ from sync.vfio_user.protocol import (
     DmaAccess,
     FeatureIndex,
 )
+from tests.sync.gateway.conftest import Bench
 from tests.sync.gateway.mediation import (
     PAGE,
     guest_read,
@@ -32,7 +34,9 @@ from tests.sync.gateway.mediation import (
 
 @given(st.lists(st.tuples(st.integers(0, 8 * PAGE - 1), st.integers(1, 3 * PAGE)), max_size=20))
 @settings(deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
-def test_i1_the_message_tracker_marks_exactly_the_pages_written(make_bench, writes) -> None:
+def test_i1_the_message_tracker_marks_exactly_the_pages_written(
+    make_bench: Callable[..., Bench], writes: list[tuple[int, int]]
+) -> None:
     bench = make_bench()
     fds = [bench.share(0x10000, 5 * PAGE), bench.share(0x10000 + 5 * PAGE, 3 * PAGE)]
     mediate(bench, "message")
@@ -50,7 +54,9 @@ def test_i1_the_message_tracker_marks_exactly_the_pages_written(make_bench, writ
     bench.close()
 
 
-def test_the_message_tracker_takes_the_descriptors_away_and_gives_them_back(make_bench) -> None:
+def test_the_message_tracker_takes_the_descriptors_away_and_gives_them_back(
+    make_bench: Callable[..., Bench],
+) -> None:
     bench = make_bench()
     fd = bench.share(0x10000, PAGE)
     bench.share(0x80000, PAGE, fd=False)
@@ -72,7 +78,9 @@ def test_the_message_tracker_takes_the_descriptors_away_and_gives_them_back(make
         os.close(number)
 
 
-def test_a_device_that_drains_on_unmap_is_served_meanwhile(make_bench) -> None:
+def test_a_device_that_drains_on_unmap_is_served_meanwhile(
+    make_bench: Callable[..., Bench],
+) -> None:
     """It asks for guest memory before it lets go of it, while the guest is held back."""
     bench = make_bench()
     fd = bench.share(0x10000, PAGE)
@@ -92,7 +100,9 @@ def test_a_device_that_drains_on_unmap_is_served_meanwhile(make_bench) -> None:
     os.close(fd)
 
 
-def test_a_remap_that_the_device_refuses_is_undone(make_bench) -> None:
+def test_a_remap_that_the_device_refuses_is_undone(
+    make_bench: Callable[..., Bench], monkeypatch: pytest.MonkeyPatch
+) -> None:
     bench = make_bench()
     fds = [bench.share(0x10000, PAGE), bench.share(0x20000, PAGE)]
     device = bench.device
@@ -103,7 +113,7 @@ def test_a_remap_that_the_device_refuses_is_undone(make_bench) -> None:
             device.refuse[Command.DMA_MAP] = errno.EINVAL
         return execute(command, body, n_descriptors)
 
-    device._execute = refuse_one
+    monkeypatch.setattr(device, "_execute", refuse_one)
     outcome = bench.start(
         mediating(bench, "message"),
         held=True,
@@ -131,7 +141,7 @@ def test_a_remap_that_the_device_refuses_is_undone(make_bench) -> None:
 )
 @settings(deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 def test_i1_the_logging_tracker_reports_every_page_written(
-    make_bench, pages, device_page, transfer
+    make_bench: Callable[..., Bench], pages: set[int], device_page: int, transfer: int
 ) -> None:
     """Any granularity of the device, any limit on a report, and regions that fill no word."""
     bench = make_bench(logging=True)
@@ -160,7 +170,7 @@ def test_i1_the_logging_tracker_reports_every_page_written(
     bench.close()
 
 
-def test_i1_dma_by_message_counts_while_the_device_logs(make_bench) -> None:
+def test_i1_dma_by_message_counts_while_the_device_logs(make_bench: Callable[..., Bench]) -> None:
     bench = make_bench(logging=True)
     fd = bench.share(0x10000, 4 * PAGE)
     mediate(bench, "logging")
@@ -170,7 +180,9 @@ def test_i1_dma_by_message_counts_while_the_device_logs(make_bench) -> None:
     os.close(fd)
 
 
-def test_a_device_that_logs_for_a_gateway_that_was_killed_starts_again(make_bench) -> None:
+def test_a_device_that_logs_for_a_gateway_that_was_killed_starts_again(
+    make_bench: Callable[..., Bench],
+) -> None:
     bench = make_bench(logging=True)
     fd = bench.share(0x10000, PAGE)
     bench.device.features.log_page = PAGE
@@ -180,7 +192,9 @@ def test_a_device_that_logs_for_a_gateway_that_was_killed_starts_again(make_benc
     os.close(fd)
 
 
-def test_a_report_that_is_refused_is_said_to_be_incomplete(make_bench) -> None:
+def test_a_report_that_is_refused_is_said_to_be_incomplete(
+    make_bench: Callable[..., Bench],
+) -> None:
     bench = make_bench(logging=True)
     fd = bench.share(0x10000, PAGE)
     mediate(bench, "logging")
@@ -189,7 +203,9 @@ def test_a_report_that_is_refused_is_said_to_be_incomplete(make_bench) -> None:
     os.close(fd)
 
 
-def test_what_cannot_be_tracked_is_refused_before_anything_is_done(make_bench) -> None:
+def test_what_cannot_be_tracked_is_refused_before_anything_is_done(
+    make_bench: Callable[..., Bench],
+) -> None:
     bench = make_bench()
     with pytest.raises(Unsupported):
         mediate(bench, "message")

@@ -4,15 +4,18 @@ import errno
 import os
 import struct
 from collections.abc import Callable, Iterator
+from functools import partial
+from typing import Any
 
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from sync.gateway.datapath.bitmap import DirtyBitmap
-from sync.gateway.datapath.dma import AtDevice, DmaFault, DmaMemory
+from sync.gateway.datapath.dma import AtDevice, DmaFault, DmaMemory, DmaRegion
 from sync.gateway.errors import LayoutUnaligned
 from sync.vfio_user.protocol import HEADER, Command, DmaAccess, DmaMap, encode_message
+from tests.sync.gateway.conftest import Bench
 
 PAGE = 4096
 RW, R, W = 3, 1, 2
@@ -50,18 +53,23 @@ def _errno(action: Callable[[], object]) -> int:
     return caught.value.errno
 
 
+def file_of(region: DmaRegion) -> int:
+    assert region.descriptor is not None
+    return region.descriptor
+
+
 def test_an_access_may_span_adjacent_regions(memory: DmaMemory) -> None:
     memory.write(0x2FFC, b"left" + b"right")
     assert memory.read(0x2FFC, 9) == b"leftright"
     first, second = memory.regions[:2]
-    assert os.pread(first.descriptor, 4, PAGE + 2 * PAGE - 4) == b"left"
-    assert os.pread(second.descriptor, 5, 0) == b"right"
+    assert os.pread(file_of(first), 4, PAGE + 2 * PAGE - 4) == b"left"
+    assert os.pread(file_of(second), 5, 0) == b"right"
 
 
 def test_i9_nothing_outside_of_the_map_is_reached(memory: DmaMemory) -> None:
     for address, count in [(0, 4), (0xFFE, 4), (0x3FFE, 4), (0x7FFF, 1), ((1 << 64) - 4, 4)]:
-        assert _errno(lambda a=address, c=count: memory.read(a, c)) == errno.EFAULT
-        assert _errno(lambda a=address, c=count: memory.write(a, bytes(c))) == errno.EFAULT
+        assert _errno(partial(memory.read, address, count)) == errno.EFAULT
+        assert _errno(partial(memory.write, address, bytes(count))) == errno.EFAULT
 
 
 def test_i9_a_write_that_fails_half_way_writes_nothing(memory: DmaMemory) -> None:
@@ -90,7 +98,7 @@ def test_a_file_that_is_too_short_is_refused(memory: DmaMemory) -> None:
 
 def test_a_file_that_shrank_since_is_an_error_and_no_sigbus(memory: DmaMemory) -> None:
     region = memory.regions[1]
-    os.ftruncate(region.descriptor, 0)
+    os.ftruncate(file_of(region), 0)
     assert _errno(lambda: memory.read(0x3000, 1)) == errno.EFAULT
 
 
@@ -111,13 +119,13 @@ def test_the_map_holds_what_was_added_and_never_overlaps(
             generation += 1
         elif add:
             request = DmaMap(RW, 0, address, size)
-            assert _errno(lambda r=request: memory.add(r, None)) == errno.EEXIST
+            assert _errno(partial(memory.add, request, None)) == errno.EEXIST
         elif model.get(address) == size:
             memory.remove(memory.exactly(address, size))
             del model[address]
             generation += 1
         else:
-            assert _errno(lambda a=address, s=size: memory.exactly(a, s)) == errno.ENOENT
+            assert _errno(partial(memory.exactly, address, size)) == errno.ENOENT
         assert [(r.address, r.request.size) for r in memory.regions] == sorted(model.items())
         assert memory.generation == generation
 
@@ -140,11 +148,11 @@ def test_the_flat_page_space_is_the_regions_with_a_descriptor_in_order(memory: D
 # --- by message ---
 
 
-def _access(bench, command: int, address: int, count: int, data: bytes = b"") -> int:
+def _access(bench: Bench, command: int, address: int, count: int, data: bytes = b"") -> int:
     return bench.dma(command, struct.pack("<QQ", address, count) + data)[0]
 
 
-def test_dma_by_message_is_answered_from_our_own_mapping(make_bench) -> None:
+def test_dma_by_message_is_answered_from_our_own_mapping(make_bench: Callable[..., Bench]) -> None:
     bench = make_bench()
     fd = bench.share(0x10000, 4 * PAGE)
     os.pwrite(fd, b"guest", 100)
@@ -171,7 +179,7 @@ def test_dma_by_message_is_answered_from_our_own_mapping(make_bench) -> None:
     ],
 )
 def test_i9_hostile_dma_writes_are_refused_and_leave_no_trace(
-    make_bench, address: int, count: int, carried: int, expected: int
+    make_bench: Callable[..., Bench], address: int, count: int, carried: int, expected: int
 ) -> None:
     bench = make_bench()
     fds = [bench.share(0x10000, PAGE), bench.share(0x20000, PAGE, flags=R)]
@@ -184,7 +192,7 @@ def test_i9_hostile_dma_writes_are_refused_and_leave_no_trace(
 @given(st.binary(max_size=64), st.sampled_from([Command.DMA_READ, Command.DMA_WRITE, 3, 77]))
 @settings(deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 def test_i9_any_bytes_from_the_device_are_answered_with_an_error_or_executed(
-    make_bench, body: bytes, command: int
+    make_bench: Callable[..., Bench], body: bytes, command: int
 ) -> None:
     bench = make_bench()
     fd = bench.share(0x10000, PAGE)
@@ -194,7 +202,9 @@ def test_i9_any_bytes_from_the_device_are_answered_with_an_error_or_executed(
     bench.close()
 
 
-def test_a_region_without_a_descriptor_is_the_vmms_to_answer(make_bench) -> None:
+def test_a_region_without_a_descriptor_is_the_vmms_to_answer(
+    make_bench: Callable[..., Bench],
+) -> None:
     bench = make_bench()
     bench.share(0x10000, PAGE, fd=False)
     replies: list[bytes] = []
@@ -221,7 +231,9 @@ def test_a_region_without_a_descriptor_is_the_vmms_to_answer(make_bench) -> None
     assert replies[0][16:] == DmaAccess(0x10000, 4, b"data").pack()
 
 
-def test_i1_a_write_by_message_is_marked_after_the_copy(make_bench, monkeypatch) -> None:
+def test_i1_a_write_by_message_is_marked_after_the_copy(
+    make_bench: Callable[..., Bench], monkeypatch: pytest.MonkeyPatch
+) -> None:
     """A mark that comes before the copy can be taken by a reader that then misses the data."""
     bench = make_bench()
     fd = bench.share(0x10000, 4 * PAGE)
@@ -229,8 +241,17 @@ def test_i1_a_write_by_message_is_marked_after_the_copy(make_bench, monkeypatch)
     bench.link.track(bitmap)
     order: list[str] = []
     mark, write = bitmap.mark, bench.link.memory.write
-    monkeypatch.setattr(bitmap, "mark", lambda *a: (order.append("mark"), mark(*a)))
-    monkeypatch.setattr(bench.link.memory, "write", lambda *a: (order.append("copy"), write(*a)))
+
+    def mark_noted(*arguments: Any) -> None:
+        order.append("mark")
+        mark(*arguments)
+
+    def write_noted(*arguments: Any) -> None:
+        order.append("copy")
+        write(*arguments)
+
+    monkeypatch.setattr(bitmap, "mark", mark_noted)
+    monkeypatch.setattr(bench.link.memory, "write", write_noted)
     assert _access(bench, Command.DMA_WRITE, 0x11FFF, 2, b"ab") == 0
     assert order == ["copy", "mark"]
     assert os.pread(bitmap.descriptor, 1, 0) == b"\x06"

@@ -2,6 +2,7 @@
 `ProtocolError` for that connection: nothing else, and no descriptor is left behind."""
 
 import os
+from collections.abc import Callable
 
 import pytest
 from hypothesis import HealthCheck, given, settings
@@ -11,6 +12,7 @@ from sync.gateway.engine import jobs
 from sync.gateway.engine.custody import CustodyState
 from sync.vfio_user.errors import ProtocolError
 from sync.vfio_user.protocol import FLAG_NO_REPLY, FLAG_REPLY, Command, encode_message
+from tests.sync.gateway.conftest import Bench
 from tests.sync.gateway.mediation import mediate
 
 PAGE = 4096
@@ -27,7 +29,7 @@ MESSAGES = st.lists(
 )
 
 
-def _enter(bench, state: CustodyState) -> None:
+def _enter(bench: Bench, state: CustodyState) -> None:
     link, custody = bench.link, bench.custody
     if state is CustodyState.STANDBY:
         bench.job(jobs.standby(link, custody, "s"), held=True)
@@ -45,7 +47,12 @@ def _enter(bench, state: CustodyState) -> None:
 @settings(
     deadline=None, max_examples=60, suppress_health_check=[HealthCheck.function_scoped_fixture]
 )
-def test_i9_any_message_of_a_vmm_in_any_state(make_bench, descriptors, state, messages) -> None:
+def test_i9_any_message_of_a_vmm_in_any_state(
+    make_bench: Callable[..., Bench],
+    descriptors: Callable[[], int],
+    state: CustodyState,
+    messages: list[tuple[Command | int, bytes, int, int, bool]],
+) -> None:
     ram = os.memfd_create("ram")
     os.ftruncate(ram, PAGE)
     before = descriptors()
@@ -77,7 +84,11 @@ def test_i9_any_message_of_a_vmm_in_any_state(make_bench, descriptors, state, me
     deadline=None, max_examples=60, suppress_health_check=[HealthCheck.function_scoped_fixture]
 )
 def test_i9_any_message_of_a_device_in_any_state(
-    make_bench, descriptors, state, messages, asked
+    make_bench: Callable[..., Bench],
+    descriptors: Callable[[], int],
+    state: CustodyState,
+    messages: list[tuple[Command | int, bytes, int, int, bool]],
+    asked: list[Command | int],
 ) -> None:
     """Replies of any length and with any errno to what the VMM has asked, and commands of its
     own."""

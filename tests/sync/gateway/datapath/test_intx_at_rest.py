@@ -1,14 +1,17 @@
 """A stopped device does not assert INTx again: the VMM would carry the line to the target."""
 
+from collections.abc import Callable
+
 from sync.gateway.engine import jobs
 from sync.vfio_user.protocol import Command, IrqSet, PciIrq, SetIrqs
+from tests.sync.gateway.conftest import Bench
 from tests.sync.gateway.mediation import mediating
 
 UNMASK = SetIrqs(IrqSet.DATA_NONE | IrqSet.ACTION_UNMASK, PciIrq.INTX, 0, 1).pack()
 MASK = SetIrqs(IrqSet.DATA_NONE | IrqSet.ACTION_MASK, PciIrq.INTX, 0, 1).pack()
 
 
-def _stopped(make_bench):  # type: ignore[no-untyped-def]
+def _stopped(make_bench: Callable[..., Bench]) -> Bench:
     bench = make_bench()
     mediate = mediating(bench)
     bench.job(mediate, held=True)
@@ -17,11 +20,13 @@ def _stopped(make_bench):  # type: ignore[no-untyped-def]
     return bench
 
 
-def _restore(bench) -> None:  # type: ignore[no-untyped-def]
+def _restore(bench: Bench) -> None:
     bench.job(jobs.restore(bench.link, bench.custody), held=True)
 
 
-def test_an_unmask_reaches_the_device_only_if_it_goes_on_here(make_bench) -> None:
+def test_an_unmask_reaches_the_device_only_if_it_goes_on_here(
+    make_bench: Callable[..., Bench],
+) -> None:
     bench = _stopped(make_bench)
     bench.ask(Command.DEVICE_SET_IRQS, UNMASK)
     assert Command.DEVICE_SET_IRQS not in bench.device.commands
@@ -31,7 +36,7 @@ def test_an_unmask_reaches_the_device_only_if_it_goes_on_here(make_bench) -> Non
     assert bench.device.commands.count(Command.DEVICE_SET_IRQS) == 2
 
 
-def test_nothing_is_unmasked_that_the_vmm_did_not_unmask(make_bench) -> None:
+def test_nothing_is_unmasked_that_the_vmm_did_not_unmask(make_bench: Callable[..., Bench]) -> None:
     bench = _stopped(make_bench)
     bench.ask(Command.DEVICE_SET_IRQS, MASK)
     assert bench.device.commands.count(Command.DEVICE_SET_IRQS) == 1

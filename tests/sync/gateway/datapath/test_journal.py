@@ -1,9 +1,12 @@
 """The journal against a plain list: order, completeness, bound."""
 
+from random import Random
+from typing import Any
+
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from sync.gateway.datapath.journal import Journal
+from sync.gateway.datapath.journal import Entry, Journal
 from sync.registers.record import RECORD_BYTES, STRUCT, Access, Op, unpack_accesses
 
 ACCESS = st.tuples(
@@ -15,7 +18,7 @@ ACCESS = st.tuples(
 )
 
 
-def _begin(journal: Journal, kind: str, region: int, offset: int, data: bytes) -> object:
+def _begin(journal: Journal, kind: str, region: int, offset: int, data: bytes) -> Entry | None:
     if kind == "posted":
         journal.posted(region, offset, data)
         return None
@@ -39,7 +42,9 @@ def _expected(kind: str, region: int, offset: int, data: bytes, failed: bool) ->
 
 @given(st.lists(ACCESS, max_size=30), st.randoms(use_true_random=False))
 @settings(max_examples=200, deadline=None)
-def test_records_come_in_the_order_of_execution(accesses: list, random: object) -> None:
+def test_records_come_in_the_order_of_execution(
+    accesses: list[tuple[Any, ...]], random: Random
+) -> None:
     """Replies may come in any order: an access shows only when all before it are complete."""
     journal = Journal()
     entries = [_begin(journal, *access[:4]) for access in accesses]
@@ -49,7 +54,9 @@ def test_records_come_in_the_order_of_execution(accesses: list, random: object) 
     for number in open_ones:
         kind, _, _, data, failed = accesses[number]
         read = data if kind == "read" and not failed else None
-        journal.finish(entries[number], data=read, failed=failed)
+        entry = entries[number]
+        assert entry is not None
+        journal.finish(entry, data=read, failed=failed)
         taken += journal.take(1000)
         complete = [access.op for access in unpack_accesses(bytes(taken))]
         assert len(complete) <= len(accesses)

@@ -3,12 +3,15 @@
 import errno
 import os
 import struct
+from collections.abc import Callable
+from functools import partial
 
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from hypothesis.strategies._internal.random import ArtificialRandom
 
-from sync.gateway.datapath.relay import MAX_OUTSTANDING, Relay
+from sync.gateway.datapath.relay import MAX_OUTSTANDING, Relay, Send
 from sync.vfio_user.errors import ProtocolError
 from sync.vfio_user.protocol import (
     FLAG_NO_REPLY,
@@ -26,6 +29,7 @@ from sync.vfio_user.protocol import (
     Version,
     encode_message,
 )
+from tests.sync.gateway.conftest import Bench
 
 PAGE = 4096
 
@@ -43,7 +47,9 @@ class Ends:
         self.relay = Relay(lambda data, fds: self.device.append(bytes(data)))
         self.relay.to_vmm = lambda data, fds: self.vmm.append(bytes(data))
 
-    def from_vmm(self, number: int, command: int, body: bytes = b"", *, posted: bool = False):
+    def from_vmm(
+        self, number: int, command: int, body: bytes = b"", *, posted: bool = False
+    ) -> None:
         flags = FLAG_NO_REPLY if posted else 0
         message = _message(number, command, body, no_reply=posted)
         self.relay.from_vmm(number, command, flags, 0, message, [])
@@ -57,15 +63,19 @@ class Ends:
 
 @given(st.lists(st.tuples(st.booleans(), st.integers(0, 3), st.binary(max_size=8))), st.randoms())
 @settings(deadline=None)
-def test_every_reply_finds_its_way_with_any_ids_and_in_any_order(steps, random) -> None:
+def test_every_reply_finds_its_way_with_any_ids_and_in_any_order(
+    steps: list[tuple[bool, int, bytes]], random: ArtificialRandom
+) -> None:
     """The VMM may use one id as often as it likes; our own commands go in between."""
     ends = Ends()
     mine: list[int] = []
+
+    def note(number: int, *_: object) -> None:
+        mine.append(number)
+
     for number, (ours, message_id, body) in enumerate(steps):
         if ours:
-            ends.relay.ask(
-                Command.DEVICE_FEATURE, body, (), lambda e, m, f, n=number: mine.append(n)
-            )
+            ends.relay.ask(Command.DEVICE_FEATURE, body, (), partial(note, number))
         else:
             ends.from_vmm(message_id, Command.REGION_READ, body)
     ids = [HEADER.unpack_from(sent)[0] for sent in ends.device]
@@ -111,7 +121,11 @@ def test_a_reply_that_nobody_waits_for_is_a_protocol_error(side: str) -> None:
 def test_what_is_held_goes_on_in_order_and_replies_are_not_held() -> None:
     ends = Ends()
     relay = ends.relay
-    relay.device_command = lambda i, c, f, m, back: relay.forward_to_vmm(i, f, m, back)
+
+    def to_vmm(number: int, _: int, flags: int, message: memoryview, back: Send) -> None:
+        relay.forward_to_vmm(number, flags, message, back)
+
+    relay.device_command = to_vmm
     relay.hold()
     relay.hold()
     for number in range(3):
@@ -142,7 +156,9 @@ def test_i9_what_a_vmm_may_have_under_way_is_bounded() -> None:
     assert ends.relay.vmm_blocked
 
 
-def test_a_held_command_that_is_nonsense_is_reported_as_the_vmms_fault(make_bench) -> None:
+def test_a_held_command_that_is_nonsense_is_reported_as_the_vmms_fault(
+    make_bench: Callable[..., Bench],
+) -> None:
     bench = make_bench()
     relay = bench.link.relay
     relay.hold()
@@ -156,7 +172,9 @@ def test_a_held_command_that_is_nonsense_is_reported_as_the_vmms_fault(make_benc
 # --- set-up commands, in passthrough ---
 
 
-def test_a_region_is_described_without_the_offer_to_map_it(make_bench) -> None:
+def test_a_region_is_described_without_the_offer_to_map_it(
+    make_bench: Callable[..., Bench],
+) -> None:
     bench = make_bench()
     assert bench.link.facts.regions[0].flags & RegionFlags.MMAP, "the device does offer it"
     error, body = bench.ask(Command.DEVICE_GET_REGION_INFO, RegionInfoRequest(0).pack())
@@ -166,7 +184,7 @@ def test_a_region_is_described_without_the_offer_to_map_it(make_bench) -> None:
     assert info.size == 4096
 
 
-def test_there_are_no_io_descriptors_for_the_vmm(make_bench) -> None:
+def test_there_are_no_io_descriptors_for_the_vmm(make_bench: Callable[..., Bench]) -> None:
     bench = make_bench()
     request = RegionIoFdsRequest(2).pack()
     error, body = bench.ask(Command.DEVICE_GET_REGION_IO_FDS, request)
@@ -174,12 +192,14 @@ def test_there_are_no_io_descriptors_for_the_vmm(make_bench) -> None:
     assert bench.device.commands == []
 
 
-def test_a_second_version_is_a_protocol_error(make_bench) -> None:
+def test_a_second_version_is_a_protocol_error(make_bench: Callable[..., Bench]) -> None:
     with pytest.raises(ProtocolError):
         make_bench().vmm(Command.VERSION, Version().pack())
 
 
-def test_memory_is_shared_with_its_descriptor_and_can_be_taken_back(make_bench, descriptors):
+def test_memory_is_shared_with_its_descriptor_and_can_be_taken_back(
+    make_bench: Callable[..., Bench], descriptors: Callable[[], int]
+) -> None:
     bench = make_bench()
     before = descriptors()
     fd = bench.share(0x10000, PAGE)
@@ -194,7 +214,9 @@ def test_memory_is_shared_with_its_descriptor_and_can_be_taken_back(make_bench, 
     assert descriptors() == before
 
 
-def test_memory_that_the_device_refuses_is_not_kept(make_bench, descriptors) -> None:
+def test_memory_that_the_device_refuses_is_not_kept(
+    make_bench: Callable[..., Bench], descriptors: Callable[[], int]
+) -> None:
     bench = make_bench()
     before = descriptors()
     bench.device.refuse[Command.DMA_MAP] = errno.ENOMEM
@@ -207,7 +229,7 @@ def test_memory_that_the_device_refuses_is_not_kept(make_bench, descriptors) -> 
     assert descriptors() == before
 
 
-def test_unmap_and_map_may_be_pipelined(make_bench) -> None:
+def test_unmap_and_map_may_be_pipelined(make_bench: Callable[..., Bench]) -> None:
     """As QEMU does it: the next command does not wait for the answer to the one before."""
     bench = make_bench()
     fd = bench.share(0x10000, PAGE)
@@ -220,7 +242,7 @@ def test_unmap_and_map_may_be_pipelined(make_bench) -> None:
     os.close(fd)
 
 
-def test_all_regions_can_be_taken_back_at_once(make_bench) -> None:
+def test_all_regions_can_be_taken_back_at_once(make_bench: Callable[..., Bench]) -> None:
     bench = make_bench()
     fds = [bench.share(0x10000, PAGE), bench.share(0x20000, PAGE)]
     error, _ = bench.ask(Command.DMA_UNMAP, DmaUnmap(2, 0, 0).pack())
@@ -231,7 +253,9 @@ def test_all_regions_can_be_taken_back_at_once(make_bench) -> None:
         os.close(fd)
 
 
-def test_posted_set_up_commands_are_followed_and_not_answered(make_bench) -> None:
+def test_posted_set_up_commands_are_followed_and_not_answered(
+    make_bench: Callable[..., Bench],
+) -> None:
     bench = make_bench()
     bench.vmm(Command.DMA_MAP, DmaMap(3, 0, 0x10000, PAGE).pack(), posted=True)
     bench.vmm(Command.DEVICE_GET_REGION_INFO, RegionInfoRequest(0).pack(), posted=True)
@@ -248,7 +272,12 @@ def test_posted_set_up_commands_are_followed_and_not_answered(make_bench) -> Non
 )
 @settings(deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 def test_i9_no_bytes_of_a_vmm_leak_a_descriptor_or_break_the_relay(
-    make_bench, descriptors, command: int, body: bytes, n_fds: int, posted: bool
+    make_bench: Callable[..., Bench],
+    descriptors: Callable[[], int],
+    command: int,
+    body: bytes,
+    n_fds: int,
+    posted: bool,
 ) -> None:
     bench = make_bench()
     fd = os.memfd_create("ram")
@@ -265,7 +294,7 @@ def test_i9_no_bytes_of_a_vmm_leak_a_descriptor_or_break_the_relay(
     os.close(fd)
 
 
-def test_interrupts_are_passed_on_and_kept(make_bench) -> None:
+def test_interrupts_are_passed_on_and_kept(make_bench: Callable[..., Bench]) -> None:
     bench = make_bench()
     events = [os.eventfd(0, os.EFD_NONBLOCK) for _ in range(2)]
     assign = SetIrqs(IrqSet.DATA_EVENTFD | IrqSet.ACTION_TRIGGER, 2, 1, 2)

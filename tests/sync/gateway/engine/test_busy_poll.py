@@ -2,6 +2,7 @@
 
 from dataclasses import dataclass
 
+import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -100,7 +101,7 @@ def test_without_a_window_it_only_sleeps() -> None:
     assert world.polls == 0
 
 
-def test_one_processor_has_no_window(monkeypatch) -> None:
+def test_one_processor_has_no_window(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("os.sched_getaffinity", lambda _: {0})
     assert usable_window_s(WINDOW_S) == 0
     monkeypatch.setattr("os.sched_getaffinity", lambda _: {0, 3})

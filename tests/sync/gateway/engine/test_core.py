@@ -1,16 +1,18 @@
 """The gateway without its sockets: what waits for a busy device, and what must not wait."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import pytest
 
 from sync.gateway.control.requests import VERSION
 from sync.gateway.control.server import ControlServer
-from sync.gateway.control.wire import ControlMessage
+from sync.gateway.control.wire import ControlMessage, Fields
 from sync.gateway.engine.core import Core, Limits
 from sync.gateway.engine.custody import ClientRole
 from sync.registers.record import STRUCT, Op
 from sync.vfio_user.protocol import HEADER, Command, Version
+from tests.sync.gateway.conftest import Bench
+from tests.sync.gateway.model_device import ModelDevice
 
 READ_RECORD = STRUCT.pack(0, 0, 0, 0, 4, Op.READ, 0)
 
@@ -23,10 +25,15 @@ class Caller:
         self.session = ""
         self.busy = False
         self.closed = False
-        self.replies: list[dict[str, object]] = []
+        self.replies: list[Fields] = []
         self._server = server
 
-    def reply(self, fields, blob, descriptors) -> None:
+    def reply(
+        self,
+        fields: Fields,
+        blob: bytes,
+        descriptors: Sequence[int],
+    ) -> None:
         self.busy = False
         self.replies.append(fields)
 
@@ -37,7 +44,7 @@ class Caller:
 class Desk:
     """A core with a model device that answers when it is told to."""
 
-    def __init__(self, device) -> None:
+    def __init__(self, device: ModelDevice) -> None:
         self.device = device
         self.sent: list[bytes] = []
         self.recovered: list[str] = []
@@ -75,7 +82,7 @@ class Desk:
 
 
 @pytest.fixture
-def desk(make_bench: Callable[..., object]) -> Desk:
+def desk(make_bench: Callable[..., Bench]) -> Desk:
     return Desk(make_bench().device)
 
 
@@ -131,7 +138,9 @@ def test_what_waited_is_answered_when_the_device_goes(desk: Desk) -> None:
     assert holder.replies[-1]["error"] == "device-lost"
 
 
-def test_a_device_that_was_left_stopped_runs_with_the_first_access(make_bench) -> None:
+def test_a_device_that_was_left_stopped_runs_with_the_first_access(
+    make_bench: Callable[..., Bench],
+) -> None:
     bench = make_bench(v2=True)
     bench.device.features.state = type(bench.device.features.state).STOP
     desk = Desk(bench.device)

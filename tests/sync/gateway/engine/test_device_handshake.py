@@ -2,6 +2,7 @@
 
 import os
 import socket
+from collections.abc import Callable
 
 import pytest
 from hypothesis import HealthCheck, given, settings
@@ -28,9 +29,13 @@ from sync.vfio_user.protocol import (
     VfioUserError,
     encode_message,
 )
+from tests.sync.gateway.conftest import Bench
+from tests.sync.gateway.model_device import ModelDevice
 
 
-def _shake(device, bodies=None, twin: int = -1) -> DeviceLink:
+def _shake(
+    device: ModelDevice, bodies: dict[Command | int, bytes] | None = None, twin: int = -1
+) -> DeviceLink:
     """Runs the handshake with `device`; `bodies` replaces its replies by command."""
     sent: list[bytes] = []
     link = DeviceLink(
@@ -63,7 +68,7 @@ def _shake(device, bodies=None, twin: int = -1) -> DeviceLink:
     return link
 
 
-def test_a_device_is_described_by_itself(make_bench) -> None:
+def test_a_device_is_described_by_itself(make_bench: Callable[..., Bench]) -> None:
     facts = make_bench(v2=True, logging=True).link.facts
     assert facts.identity == Identity(0x1AF4, 0x1042, 0, 0, 1, 0x010000)
     assert (facts.supports.v2, facts.supports.precopy, facts.supports.logging) == (True,) * 3
@@ -73,13 +78,13 @@ def test_a_device_is_described_by_itself(make_bench) -> None:
     assert (plain.v2, plain.precopy, plain.logging, plain.reset) == (False, False, False, True)
 
 
-def test_logging_needs_all_of_its_three_commands(make_bench) -> None:
+def test_logging_needs_all_of_its_three_commands(make_bench: Callable[..., Bench]) -> None:
     device = make_bench(logging=True).device
     device.features.refuse = {8}
     assert not _shake(device).facts.supports.logging
 
 
-def test_a_device_that_was_left_stopped_is_known_as_such(make_bench) -> None:
+def test_a_device_that_was_left_stopped_is_known_as_such(make_bench: Callable[..., Bench]) -> None:
     device = make_bench(v2=True).device
     device.features.state = MigrationState.STOP
     assert not _shake(device).facts.running
@@ -103,14 +108,18 @@ def test_a_device_that_was_left_stopped_is_known_as_such(make_bench) -> None:
         (Command.REGION_READ, bytes(15)),
     ],
 )
-def test_i9_a_device_that_lies_is_a_protocol_error(make_bench, command: int, body: bytes) -> None:
+def test_i9_a_device_that_lies_is_a_protocol_error(
+    make_bench: Callable[..., Bench], command: int, body: bytes
+) -> None:
     with pytest.raises(ProtocolError):
         _shake(make_bench().device, {command: body})
 
 
 @given(st.sampled_from([1, 4, 5, 7, 9, 16]), st.binary(max_size=64))
 @settings(deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
-def test_i9_any_answer_ends_in_facts_or_a_typed_error(make_bench, command, body) -> None:
+def test_i9_any_answer_ends_in_facts_or_a_typed_error(
+    make_bench: Callable[..., Bench], command: int, body: bytes
+) -> None:
     bench = make_bench(v2=True, logging=True)
     try:
         link = _shake(bench.device, {command: body})
@@ -121,7 +130,9 @@ def test_i9_any_answer_ends_in_facts_or_a_typed_error(make_bench, command, body)
     bench.close()
 
 
-def test_a_twin_socket_that_is_not_wanted_is_closed(make_bench, descriptors) -> None:
+def test_a_twin_socket_that_is_not_wanted_is_closed(
+    make_bench: Callable[..., Bench], descriptors: Callable[[], int]
+) -> None:
     bench = make_bench()
     before = descriptors()
     ours, theirs = socket.socketpair()
@@ -136,7 +147,7 @@ def test_a_twin_socket_that_is_not_wanted_is_closed(make_bench, descriptors) -> 
     assert descriptors() == before
 
 
-def test_a_status_crosses_the_socket_unchanged(make_bench) -> None:
+def test_a_status_crosses_the_socket_unchanged(make_bench: Callable[..., Bench]) -> None:
     core = Core(Limits(), lambda: 0.0, lambda *_, **__: None, lambda *_: None)
     bench = make_bench(v2=True)
     core.link, core.facts, core.ready = bench.link, bench.link.facts, True
@@ -145,10 +156,13 @@ def test_a_status_crosses_the_socket_unchanged(make_bench) -> None:
     decoder = ControlDecoder(0)
     decoder.feed(encode(*pack(info)[:2]), [])
     received = decoder.next_message()
+    assert received is not None
     assert unpack(GatewayInfo, received) == info
 
 
-def test_a_refused_region_is_left_out(make_bench) -> None:
+def test_a_refused_region_is_left_out(
+    make_bench: Callable[..., Bench], monkeypatch: pytest.MonkeyPatch
+) -> None:
     device = make_bench().device
     execute = device._execute
 
@@ -157,5 +171,5 @@ def test_a_refused_region_is_left_out(make_bench) -> None:
             raise VfioUserError(22)
         return execute(command, body, n_descriptors)
 
-    device._execute = refuse
+    monkeypatch.setattr(device, "_execute", refuse)
     assert sorted(_shake(device).facts.regions) == list(range(8))

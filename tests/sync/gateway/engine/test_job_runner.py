@@ -1,12 +1,13 @@
 """Jobs at the device: order, window, deadlines, and their end when the device goes."""
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import pytest
 
 from sync.gateway.datapath.relay import Relay
-from sync.gateway.engine.job_runner import WINDOW, Call, JobRunner
+from sync.gateway.engine.job_runner import WINDOW, Call, Job, JobRunner
 from sync.gateway.errors import DeviceLost, DeviceRefused, DeviceTimeout
 from sync.vfio_user.errors import ProtocolError
 from sync.vfio_user.protocol import HEADER, encode_message
@@ -22,12 +23,12 @@ class Table:
         self.runner = JobRunner(self.relay, lambda: self.now, 5.0)
         self.outcome: list[tuple[object, object]] = []
 
-    def _take(self, data: object, descriptors: list[int]) -> None:
+    def _take(self, data: bytes | bytearray | memoryview, descriptors: Sequence[int]) -> None:
         self.sent.append(bytes(data))
         for descriptor in descriptors:
             os.close(descriptor)
 
-    def start(self, job: object, *, held: bool = False) -> None:
+    def start(self, job: Job[Any], *, held: bool = False) -> None:
         self.runner.start(
             job, lambda result, error: self.outcome.append((result, error)), held=held
         )
@@ -45,7 +46,7 @@ def table() -> Table:
 
 
 def test_no_more_than_a_window_is_under_way_and_answers_keep_their_order(table: Table) -> None:
-    def job():
+    def job() -> Job[str]:
         answers = yield [Call(100 + number) for number in range(100)]
         assert [answer.body for answer in answers] == [bytes([number % 7]) for number in range(100)]
         return "done"
@@ -62,7 +63,7 @@ def test_no_more_than_a_window_is_under_way_and_answers_keep_their_order(table: 
 
 
 def test_empty_lists_cost_nothing_and_errors_end_the_job(table: Table) -> None:
-    def job():
+    def job() -> Job[None]:
         assert (yield []) == []
         (answer,) = yield [Call(1)]
         answer.error = 5
@@ -75,7 +76,7 @@ def test_empty_lists_cost_nothing_and_errors_end_the_job(table: Table) -> None:
 
 
 def test_i10_a_held_job_has_one_deadline_for_all_of_its_steps(table: Table) -> None:
-    def job():
+    def job() -> Job[None]:
         while True:
             yield [Call(1)]
 
@@ -90,7 +91,7 @@ def test_i10_a_held_job_has_one_deadline_for_all_of_its_steps(table: Table) -> N
 
 
 def test_a_job_that_holds_nobody_up_only_fails_itself(table: Table) -> None:
-    def job():
+    def job() -> Job[None]:
         yield [Call(1)]
         yield [Call(2)]
 
@@ -103,7 +104,7 @@ def test_a_job_that_holds_nobody_up_only_fails_itself(table: Table) -> None:
     table.answer(1)
     assert len(table.outcome) == 1, "the late answer is nobody's"
 
-    def another():
+    def another() -> Job[None]:
         yield [Call(3)]
 
     table.start(another())
@@ -114,7 +115,7 @@ def test_a_job_that_holds_nobody_up_only_fails_itself(table: Table) -> None:
 def test_the_descriptors_of_an_answer_that_nobody_takes_are_closed(
     table: Table, descriptors: Callable[[], int]
 ) -> None:
-    def job():
+    def job() -> Job[None]:
         yield [Call(1), Call(2)]
 
     before = descriptors()
@@ -136,7 +137,7 @@ def test_the_descriptors_of_an_answer_that_nobody_takes_are_closed(
 
 
 def test_a_job_waits_until_the_vmms_own_changes_are_through(table: Table) -> None:
-    def job():
+    def job() -> Job[None]:
         yield [Call(1)]
 
     table.relay.hold()
@@ -149,7 +150,7 @@ def test_a_job_waits_until_the_vmms_own_changes_are_through(table: Table) -> Non
 
 
 def test_a_job_aborted_before_it_began_does_nothing(table: Table) -> None:
-    def job():
+    def job() -> Job[None]:
         yield [Call(1)]
 
     table.relay.hold()
@@ -161,7 +162,7 @@ def test_a_job_aborted_before_it_began_does_nothing(table: Table) -> None:
 
 
 def test_a_device_that_breaks_the_protocol_is_not_the_jobs_to_hide(table: Table) -> None:
-    def job():
+    def job() -> Job[None]:
         yield [Call(1)]
         raise ProtocolError("nonsense")
 

@@ -2,6 +2,7 @@
 
 import errno
 import os
+from collections.abc import Callable
 
 import pytest
 
@@ -28,6 +29,7 @@ from sync.vfio_user.protocol import (
     SetIrqs,
     WriteMulti,
 )
+from tests.sync.gateway.conftest import Bench
 from tests.sync.gateway.mediation import (
     PAGE,
     guest_read,
@@ -39,7 +41,7 @@ from tests.sync.gateway.mediation import (
 )
 
 
-def test_a_fence_takes_all_memory_away(make_bench) -> None:
+def test_a_fence_takes_all_memory_away(make_bench: Callable[..., Bench]) -> None:
     bench = make_bench()
     fds = [bench.share(0x10000, PAGE), bench.share(0x20000, PAGE)]
     mediate(bench, "message")
@@ -65,7 +67,9 @@ def test_a_fence_takes_all_memory_away(make_bench) -> None:
         os.close(number)
 
 
-def test_a_device_with_migration_states_runs_again_after_an_abort(make_bench) -> None:
+def test_a_device_with_migration_states_runs_again_after_an_abort(
+    make_bench: Callable[..., Bench],
+) -> None:
     bench = make_bench(v2=True)
     mediate(bench, capture=False)
     job = jobs.set_migration_state(bench.link, MigrationState.STOP_COPY)
@@ -78,7 +82,9 @@ def test_a_device_with_migration_states_runs_again_after_an_abort(make_bench) ->
     assert bench.job(jobs.get_migration_state(bench.link)) is MigrationState.RUNNING
 
 
-def test_i8_a_restore_tries_everything_even_if_a_step_is_refused(make_bench) -> None:
+def test_i8_a_restore_tries_everything_even_if_a_step_is_refused(
+    make_bench: Callable[..., Bench],
+) -> None:
     bench = make_bench(v2=True, logging=True)
     fd = bench.share(0x10000, PAGE)
     mediate(bench, "logging")
@@ -93,11 +99,13 @@ def test_i8_a_restore_tries_everything_even_if_a_step_is_refused(make_bench) -> 
     os.close(fd)
 
 
-def stand_by(bench, session: str = "s") -> None:
+def stand_by(bench: Bench, session: str = "s") -> None:
     bench.job(jobs.standby(bench.link, bench.custody, session), held=True)
 
 
-def test_i4_a_standby_has_no_memory_and_executes_no_register_write(make_bench) -> None:
+def test_i4_a_standby_has_no_memory_and_executes_no_register_write(
+    make_bench: Callable[..., Bench],
+) -> None:
     bench = make_bench()
     fd = bench.share(0x10000, PAGE)
     bench.device.registers.bar[0] = 1
@@ -128,7 +136,9 @@ def test_i4_a_standby_has_no_memory_and_executes_no_register_write(make_bench) -
         os.close(number)
 
 
-def test_i4_what_was_held_is_executed_once_and_only_after_the_commit(make_bench) -> None:
+def test_i4_what_was_held_is_executed_once_and_only_after_the_commit(
+    make_bench: Callable[..., Bench],
+) -> None:
     bench = make_bench(v2=True)
     fd = bench.share(0x10000, PAGE)
     stand_by(bench)
@@ -165,7 +175,9 @@ def test_i4_what_was_held_is_executed_once_and_only_after_the_commit(make_bench)
         os.close(number)
 
 
-def test_i7_an_abandoned_standby_is_in_passthrough_and_fenced(make_bench) -> None:
+def test_i7_an_abandoned_standby_is_in_passthrough_and_fenced(
+    make_bench: Callable[..., Bench],
+) -> None:
     bench = make_bench()
     fd = bench.share(0x10000, PAGE)
     stand_by(bench)
@@ -178,7 +190,7 @@ def test_i7_an_abandoned_standby_is_in_passthrough_and_fenced(make_bench) -> Non
     os.close(fd)
 
 
-def test_a_standby_that_the_device_refuses_is_undone(make_bench) -> None:
+def test_a_standby_that_the_device_refuses_is_undone(make_bench: Callable[..., Bench]) -> None:
     bench = make_bench()
     fd = bench.share(0x10000, PAGE)
     bench.device.refuse[Command.DEVICE_RESET] = errno.EIO
@@ -190,7 +202,7 @@ def test_a_standby_that_the_device_refuses_is_undone(make_bench) -> None:
     os.close(fd)
 
 
-def test_i7_a_released_source_executes_no_register_write(make_bench) -> None:
+def test_i7_a_released_source_executes_no_register_write(make_bench: Callable[..., Bench]) -> None:
     bench = make_bench()
     mediate(bench)
     bench.job(jobs.stop(bench.link, bench.custody, fence=True, resume=b""), held=True)
