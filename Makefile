@@ -28,7 +28,7 @@ prepare: $(VENV)/ready
 lint: $(VENV)/ready
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
-	$(BIN)/mypy --strict transport sync ferry lab perf tests
+	$(BIN)/mypy --strict transport sync ferry lab perf tests docs examples
 
 $(VENV)/ready: pyproject.toml
 	$(PYTHON) -m venv $(VENV)
