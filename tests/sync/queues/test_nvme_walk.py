@@ -151,6 +151,45 @@ def test_every_position_of_the_admin_rings_with_events_under_way() -> None:
         finish(world)
 
 
+@pytest.mark.parametrize("walks_ahead", [False, True])
+def test_completions_that_the_driver_has_not_taken_stay_there(walks_ahead: bool) -> None:
+    for position in range(12):
+        for unconsumed in range(1, 5):
+            world = World(position)
+            driver = world.driver
+            driver.enable(8, 8)
+            world.create(1, 5, [5])
+            world.work(driver.sqs[1], position)
+            if walks_ahead:
+                world.ahead()
+            for _ in range(unconsumed):
+                driver.read_or_write(driver.sqs[1], world.random)
+            world.come_to_rest()
+            world.switch()
+            queue = world.target.cqs[1]
+            assert (queue.tail - queue.head) % 5 == unconsumed
+            assert world.on_target.signals == [1]
+            finish(world)
+
+
+def test_a_queue_may_be_used_before_its_making_was_acknowledged() -> None:
+    world = World(12)
+    driver = world.driver
+    driver.enable(8, 8)
+    world.create(1, 8, [8])
+    sq = driver.sqs.pop(1)
+    world.admin(0x00, dwords=(1,))
+    driver.sqs[1] = sq
+    sq.tail = sq.head = 0
+    driver.submit(driver.sqs[0], 0x01, prp1=sq.base, dwords=(7 << 16 | 1, 1 << 16 | 1))
+    world.here.run()
+    world.work(sq, 3)
+    driver.take(driver.cqs[0])
+    world.come_to_rest()
+    world.switch()
+    finish(world)
+
+
 def test_a_walk_ahead_leaves_little_for_the_downtime() -> None:
     world = World(1)
     world.driver.enable(32, 32)
