@@ -9,4 +9,5 @@ DEMO = Command("lab.demo", "migrate a small guest under load on this machine, an
 DEMO_QEMU = Command("lab.qemu.demo", "the same with a stock Linux guest in a stock QEMU")
 DEVICE = Command("lab.commands.device", "serve a virtio-blk device over vfio-user")
 NIC = Command("lab.commands.nic", "serve an Intel 8254x network card over vfio-user")
+NVME = Command("lab.commands.nvme", "serve an NVMe controller over vfio-user")
 GUEST = Command("lab.commands.guest", "run the small guest: a VMM, a driver and a checked workload")

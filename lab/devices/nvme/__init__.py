@@ -1,0 +1,1 @@
+"""An NVMe controller over vfio-user, with namespaces in image files."""
