@@ -1,0 +1,139 @@
+"""One call: start the emulated host, run a program in it, bring back what it printed.
+
+The host has an IOMMU, so that `vfio-pci` serves its functions as on real hardware:
+
+    two NVMe controllers of one namespace, two virtio-blk of one image, two e1000 on one network,
+    edu
+
+Its root file system is the real host's, so the program and its interpreter are where they are here;
+what is written there is gone at the end. A folder holds image files, logs and the program's script.
+"""
+
+import shlex
+import subprocess
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from importlib.resources import files
+from pathlib import Path
+
+from lab.children import start_child
+from lab.qemu.cpio import CpioArchive
+from lab.qemu.environment import Environment
+from lab.qemu.errors import MachineError
+from lab.qemu.initramfs import write_initramfs
+from lab.qemu.modules import read_module, read_order
+
+MODULES = (
+    *("virtio_pci", "9p", "9pnet_virtio", "overlay"),
+    *("vfio_pci", "vfio_iommu_type1", "nvme", "virtio_blk", "e1000"),
+)
+MEMORY_BYTES = 2 << 30
+IMAGE_BYTES = 64 << 20
+DEADLINE_S = 300.0
+_EXIT = "FERRY exit "
+_COMMAND_LINE = (
+    # Without the last the kernel panics now and then on a busy machine.
+    "console=ttyS0 panic=-1 quiet loglevel=4 intel_iommu=on iommu=pt no_timer_check"
+)
+
+
+@dataclass(frozen=True, slots=True)
+class Outcome:
+    """What a program in the emulated host did."""
+
+    status: int
+    """Its exit status."""
+    output: str
+    """What it printed, to either of its outputs."""
+    console: str
+    """The emulated host's kernel."""
+
+
+def run_in_l1(
+    environment: Environment,
+    folder: Path,
+    program: Sequence[str],
+    variables: Mapping[str, str],
+    deadline_s: float = DEADLINE_S,
+) -> Outcome:
+    """Run `program`, with environment `variables`, as root in a host that is started for it.
+
+    Raises `MachineError` if the host does not come to an end by itself in time.
+    """
+    script, report, console = folder / "job", folder / "report.log", folder / "console.log"
+    settings = [f"export {name}={shlex.quote(value)}" for name, value in variables.items()]
+    script.write_text("\n".join([*settings, f"exec {shlex.join(program)}", ""]))
+    initramfs = folder / "initramfs.cpio"
+    write_initramfs(initramfs, build(environment))
+    for name in ("nvme.img", "disk.img"):
+        with (folder / name).open("wb") as image:
+            image.truncate(IMAGE_BYTES)
+    command = [str(environment.qemu.program), *_arguments(environment, folder, initramfs, script)]
+    with (folder / "qemu.log").open("wb") as log:
+        process = start_child(
+            command, stdin=subprocess.DEVNULL, stdout=log, stderr=subprocess.STDOUT
+        )
+    try:
+        process.wait(deadline_s)
+    except subprocess.TimeoutExpired as error:
+        raise MachineError(f"L1 is not done after {deadline_s:g} s: {_tail(console)}") from error
+    finally:
+        process.kill()
+        process.wait()
+    output, found, status = report.read_text(errors="replace").rpartition(_EXIT)
+    if not found:
+        raise MachineError(f"L1 ended early: {_tail(folder / 'qemu.log')} {_tail(console)}")
+    return Outcome(int(status), output, console.read_text(errors="replace"))
+
+
+def build(environment: Environment) -> bytes:
+    """The first file system: busybox, the init script and modules."""
+    archive = CpioArchive()
+    for name in ("bin", "dev", "proc", "sys"):
+        archive.add_folder(name)
+    archive.add_character_device("dev/console", 5, 1)
+    archive.add_file("bin/busybox", environment.busybox.read_bytes(), 0o755)
+    archive.add_file("init", files("lab.l1").joinpath("init.sh").read_bytes(), 0o755)
+    order = []
+    for path in read_order(environment.modules, MODULES):
+        order.append(Path(path).name.split(".ko")[0] + ".ko")
+        archive.add_file(f"lib/modules/{order[-1]}", read_module(environment.modules / path))
+    archive.add_file("lib/modules/order", "".join(f"{name}\n" for name in order).encode())
+    return archive.finish()
+
+
+def _arguments(environment: Environment, folder: Path, initramfs: Path, script: Path) -> list[str]:
+    nvme, disk = folder / "nvme.img", folder / "disk.img"
+    return [
+        *("-nodefaults", "-no-user-config", "-no-reboot", "-display", "none"),
+        *("-machine", "q35,kernel-irqchip=split", "-accel", "tcg,thread=multi", "-cpu", "max"),
+        *("-smp", "2", "-m", f"{MEMORY_BYTES}B"),
+        *("-device", "intel-iommu,intremap=on,caching-mode=on"),
+        *("-kernel", str(environment.kernel), "-initrd", str(initramfs)),
+        *("-append", f"{_COMMAND_LINE} ferry.job={script}"),
+        *("-fsdev", "local,id=host,path=/,security_model=none,readonly=on,multidevs=remap"),
+        *("-device", "virtio-9p-pci,fsdev=host,mount_tag=host"),
+        # One serial for all controllers of a subsystem.
+        *("-device", "nvme-subsys,id=subsystem,nqn=ferry"),
+        *("-device", "nvme,id=nvme0,subsys=subsystem,serial=ferry"),
+        *("-device", "nvme,id=nvme1,subsys=subsystem,serial=ferry"),
+        *("-drive", f"if=none,id=namespace,file={nvme},format=raw"),
+        *("-device", "nvme-ns,drive=namespace,nsid=1,shared=on,bus=nvme0"),
+        *_disk("disk0", disk),
+        *_disk("disk1", disk),
+        *("-netdev", "hubport,id=net0,hubid=0", "-netdev", "hubport,id=net1,hubid=0"),
+        *("-device", "e1000,netdev=net0,mac=52:54:00:00:00:01"),
+        *("-device", "e1000,netdev=net1,mac=52:54:00:00:00:02"),
+        *("-device", "edu"),
+        *("-serial", f"file:{folder / 'console.log'}", "-serial", f"file:{folder / 'report.log'}"),
+    ]
+
+
+def _disk(name: str, image: Path) -> list[str]:
+    drive = f"if=none,id={name},file.filename={image},file.locking=off,format=raw"
+    device = f"virtio-blk-pci,drive={name},disable-legacy=on,iommu_platform=on,share-rw=on"
+    return ["-drive", drive, "-device", device]
+
+
+def _tail(path: Path) -> str:
+    return path.read_text(errors="replace")[-2000:] if path.exists() else ""

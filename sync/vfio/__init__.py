@@ -1,0 +1,1 @@
+"""Functions of the host, through the kernel's VFIO: the legacy container and group."""

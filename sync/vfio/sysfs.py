@@ -1,0 +1,119 @@
+"""PCI functions of the host as sysfs shows them: drivers, IOMMU groups, binding to vfio-pci.
+
+Owns what is read from and written to sysfs. Source: Linux, Documentation/ABI/testing/sysfs-bus-pci.
+"""
+
+import re
+from dataclasses import dataclass
+from pathlib import Path
+
+from sync.vfio.errors import DriverInUse, GroupNotViable, NoFunction, NoIommu, VfioError
+
+VFIO_DRIVER = "vfio-pci"
+SYSFS = Path("/sys")
+_ADDRESS = re.compile(r"(?:[0-9a-f]{4}:)?[0-9a-f]{2}:[0-1][0-9a-f]\.[0-7]", re.IGNORECASE)
+_HARMLESS_DRIVERS = frozenset({VFIO_DRIVER, "pci-stub", "pcieport"})
+"""Who may have another function of the group: they do no DMA of their own (the kernel's rule)."""
+
+
+def parse_address(text: str) -> str:
+    """`0000:01:00.0` for what a user writes; the domain may be left out. Raises `NoFunction`."""
+    if not _ADDRESS.fullmatch(text):
+        raise NoFunction(f"{text!r} is no address of a PCI function, as 0000:01:00.0 is")
+    return (text if text.count(":") == 2 else f"0000:{text}").lower()
+
+
+@dataclass(frozen=True, slots=True)
+class PciFunction:
+    """A function at `address`. Raises `NoFunction` if the host has none there."""
+
+    address: str
+    sysfs: Path = SYSFS
+
+    def __post_init__(self) -> None:
+        if not self._folder.is_dir():
+            raise NoFunction(f"there is no PCI function {self.address} on this host")
+
+    @property
+    def _folder(self) -> Path:
+        return self.sysfs / "bus/pci/devices" / self.address
+
+    @property
+    def class_code(self) -> int:
+        """24 bits: class, subclass, interface."""
+        return int((self._folder / "class").read_text(), 16)
+
+    @property
+    def driver(self) -> str | None:
+        """The driver that has it."""
+        link = self._folder / "driver"
+        return link.readlink().name if link.is_symlink() else None
+
+    @property
+    def group(self) -> str:
+        """Number of its IOMMU group. Raises `NoIommu`."""
+        link = self._folder / "iommu_group"
+        if not link.is_symlink():
+            raise NoIommu(
+                f"{self.address} is behind no IOMMU: switch it on in the firmware (VT-d, AMD-Vi) "
+                "and for the kernel (intel_iommu=on), then start the host again"
+            )
+        return link.readlink().name
+
+    def neighbours(self) -> list["PciFunction"]:
+        """The other functions of its IOMMU group."""
+        folder = self.sysfs / "kernel/iommu_groups" / self.group / "devices"
+        names = sorted(each.name for each in folder.iterdir())
+        return [PciFunction(name, self.sysfs) for name in names if name != self.address]
+
+    def require_viable(self) -> None:
+        """Raise `GroupNotViable` if the host still uses another function of the group."""
+        in_use = [
+            f"{each.address} ({each.driver})"
+            for each in self.neighbours()
+            if each.driver is not None and each.driver not in _HARMLESS_DRIVERS
+        ]
+        if in_use:
+            raise GroupNotViable(
+                f"{self.address} shares IOMMU group {self.group} with {', '.join(in_use)}: bind "
+                f"these to {VFIO_DRIVER}, too, or put the device into another slot"
+            )
+
+    def require_vfio(self) -> None:
+        """Raise `DriverInUse` unless vfio-pci has it."""
+        if self.driver != VFIO_DRIVER:
+            has = f"the driver {self.driver}" if self.driver else "no driver"
+            raise DriverInUse(f"{has} has {self.address}, and {VFIO_DRIVER} has to: ask for --bind")
+
+    def bind(self) -> str | None:
+        """Give it to vfio-pci. Returns who had it, for `restore`. Raises `VfioError`."""
+        before = self.driver
+        if before != VFIO_DRIVER:
+            self._hand_over(VFIO_DRIVER)
+        if self.driver != VFIO_DRIVER:
+            raise VfioError(
+                f"{self.address} could not be bound to {VFIO_DRIVER}: modprobe {VFIO_DRIVER}, and "
+                "look at the kernel's log"
+            )
+        return before
+
+    def restore(self, driver: str | None) -> None:
+        """Give it back to `driver`, or to none. Raises `VfioError`."""
+        if self.driver != driver:
+            self._hand_over(driver)
+
+    def _hand_over(self, driver: str | None) -> None:
+        if self.driver is not None:
+            self._write(self._folder / "driver/unbind", self.address)
+        # An override that names one driver keeps all others away; an empty line ends it.
+        self._write(self._folder / "driver_override", driver or "\n")
+        if driver is not None:
+            self._write(self.sysfs / "bus/pci/drivers_probe", self.address)
+            if driver != VFIO_DRIVER:
+                self._write(self._folder / "driver_override", "\n")
+
+    def _write(self, path: Path, text: str) -> None:
+        try:
+            path.write_text(text)
+        except OSError as error:
+            raise VfioError(f"{path}: {error.strerror} (binding needs root)") from error

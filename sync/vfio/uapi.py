@@ -1,0 +1,106 @@
+"""Numbers and forms of the kernel's VFIO interface, as far as they are used.
+
+Owns no behaviour. Source: Linux, include/uapi/linux/vfio.h (6.12).
+"""
+
+import struct
+from enum import IntEnum, IntFlag
+
+API_VERSION = 0
+TYPE1V2_IOMMU = 3
+
+
+def _request(number: int) -> int:
+    return ord(";") << 8 | 100 + number
+
+
+class Ioctl(IntEnum):
+    """Requests; none of them encodes a size."""
+
+    GET_API_VERSION = _request(0)
+    CHECK_EXTENSION = _request(1)
+    SET_IOMMU = _request(2)
+    GROUP_GET_STATUS = _request(3)
+    GROUP_SET_CONTAINER = _request(4)
+    GROUP_GET_DEVICE_FD = _request(6)
+    DEVICE_GET_INFO = _request(7)
+    DEVICE_GET_REGION_INFO = _request(8)
+    DEVICE_GET_IRQ_INFO = _request(9)
+    DEVICE_SET_IRQS = _request(10)
+    DEVICE_RESET = _request(11)
+    IOMMU_GET_INFO = _request(12)
+    IOMMU_MAP_DMA = _request(13)
+    IOMMU_UNMAP_DMA = _request(14)
+    DEVICE_FEATURE = _request(17)
+
+
+class GroupFlags(IntFlag):
+    VIABLE = 1 << 0
+    CONTAINER_SET = 1 << 1
+
+
+class DeviceFlags(IntFlag):
+    RESET = 1 << 0
+    PCI = 1 << 1
+
+
+class RegionFlags(IntFlag):
+    READ = 1 << 0
+    WRITE = 1 << 1
+    MMAP = 1 << 2
+
+
+class DmaFlags(IntFlag):
+    READ = 1 << 0
+    WRITE = 1 << 1
+
+
+class IrqIndex(IntEnum):
+    INTX = 0
+    MSI = 1
+    MSIX = 2
+    ERR = 3
+    REQ = 4
+
+
+class IrqSet(IntFlag):
+    DATA_NONE = 1 << 0
+    DATA_EVENTFD = 1 << 2
+    ACTION_MASK = 1 << 3
+    ACTION_UNMASK = 1 << 4
+    ACTION_TRIGGER = 1 << 5
+
+
+class FeatureFlags(IntFlag):
+    GET = 1 << 16
+    SET = 1 << 17
+    PROBE = 1 << 18
+
+
+CONFIG_REGION = 7
+N_REGIONS = 9
+
+GROUP_STATUS = struct.Struct("=II")
+DEVICE_INFO = struct.Struct("=IIIII")
+"""argsz, flags, num_regions, num_irqs, cap_offset."""
+REGION_INFO = struct.Struct("=IIIIQQ")
+"""argsz, flags, index, cap_offset, size, offset."""
+IRQ_INFO = struct.Struct("=IIII")
+"""argsz, flags, index, count."""
+SET_IRQS = struct.Struct("=IIIII")
+"""argsz, flags, index, start, count; data behind it."""
+DMA_MAP = struct.Struct("=IIQQQ")
+"""argsz, flags, vaddr, iova, size."""
+DMA_UNMAP = struct.Struct("=IIQQ")
+"""argsz, flags, iova, size."""
+IOMMU_INFO = struct.Struct("=IIQI4x")
+"""argsz, flags, iova_pgsizes, cap_offset."""
+IOMMU_INFO_CAPS = 1 << 1
+CAPABILITY = struct.Struct("=HHI")
+"""id, version, offset of the next one."""
+CAP_IOVA_RANGE = 1
+IOVA_RANGES = struct.Struct("=II")
+"""nr_iovas, reserved; pairs of the first and the last address behind it."""
+IOVA_RANGE = struct.Struct("=QQ")
+FEATURE = struct.Struct("=II")
+"""argsz, flags; data behind it."""
