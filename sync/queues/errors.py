@@ -17,6 +17,8 @@ class MemoryUnreadable(SyncError):
 class CannotMove(QueueError):
     """The device is in a state that cannot be carried to another one."""
 
+    exit_name = "refused"
+
     def __init__(self, reasons: Sequence[str]) -> None:
         self.reasons = tuple(reasons)
         super().__init__(f"the device cannot be moved now: {'; '.join(self.reasons)}")
@@ -36,3 +38,5 @@ class StateError(QueueError):
 
 class PluginError(QueueError):
     """A plug-in of the group `vfio_ferry.queues` cannot be used."""
+
+    exit_name = "usage"

@@ -22,6 +22,15 @@ import logging
 import struct
 from collections.abc import Callable, Sequence
 
+from lab.devices.config_space import (
+    Bar,
+    BarKind,
+    ConfigSpace,
+    PciIdentity,
+    error_reporting,
+    express_capability,
+    msix_capability,
+)
 from lab.devices.disk import SECTOR_BYTES, Disk
 from lab.devices.errors import DeviceError, StateStreamError
 from lab.devices.interrupts import Interrupts
@@ -35,16 +44,7 @@ from lab.devices.nvme.queues import (
     data_ranges,
 )
 from lab.devices.pci_device import MSIX_BAR_BYTES, MSIX_PBA_OFFSET, PciDevice
-from sync.pci import (
-    Bar,
-    BarKind,
-    Command,
-    ConfigSpace,
-    PciIdentity,
-    error_reporting,
-    express_capability,
-    msix_capability,
-)
+from sync.pci import Command
 from sync.vfio_user.protocol import DmaFlags
 
 logger = logging.getLogger(__name__)

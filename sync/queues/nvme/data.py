@@ -100,7 +100,7 @@ def _prp_ranges(
     if length is None:
         yield prp1, first
         yield prp2, page_bytes - prp2 % page_bytes
-        for entry in _prp_list(prp2, MAX_LIST_ENTRIES, memory, page_bytes):
+        for entry in _prp_list(prp2, MAX_LIST_ENTRIES, memory, page_bytes, pointers=True):
             if entry == 0:
                 return
             yield entry, page_bytes
@@ -117,10 +117,16 @@ def _prp_ranges(
         left -= page_bytes
 
 
-def _prp_list(at: int, count: int, memory: Memory, page_bytes: int) -> Iterator[int]:
-    """Up to `count` entries of a list that may go on behind the last entry of each page."""
+def _prp_list(
+    at: int, count: int, memory: Memory, page_bytes: int, *, pointers: bool = False
+) -> Iterator[int]:
+    """Up to `count` entries of a list that may go on behind the last entry of each page.
+
+    `pointers`: what may point to the next list may be an entry as well, and is among them.
+    """
     count = min(count, MAX_LIST_ENTRIES)
-    while count > 0:
+    # The first list may have room for one entry, those behind it are whole pages: no more lists.
+    for _ in range(count // (page_bytes // 8 - 1) + 2):
         room = (page_bytes - at % page_bytes) // 8
         n_read = min(room, count)
         try:
@@ -130,8 +136,8 @@ def _prp_list(at: int, count: int, memory: Memory, page_bytes: int) -> Iterator[
         if count <= room:
             yield from entries
             return
-        yield from entries[:-1]
-        count -= n_read
+        yield from entries if pointers else entries[:-1]
+        count -= n_read - 1
         at = entries[-1]
         if at == 0:
             return

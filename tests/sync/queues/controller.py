@@ -87,14 +87,14 @@ class Taken:
 
     @property
     def cid(self) -> int:
-        return struct.unpack_from("<H", self.entry, 2)[0]
+        return int.from_bytes(self.entry[2:4], "little")
 
     def dword(self, number: int) -> int:
-        return struct.unpack_from("<I", self.entry, 4 * number)[0]
+        return int.from_bytes(self.entry[4 * number : 4 * number + 4], "little")
 
     @property
     def prp1(self) -> int:
-        return struct.unpack_from("<Q", self.entry, 24)[0]
+        return int.from_bytes(self.entry[24:32], "little")
 
 
 @dataclass

@@ -101,7 +101,7 @@ def test_a_guest_goes_on_where_its_rings_were_walked_to(
 
 def has_more(world: World, cq_id: int) -> bool:
     cq = world.driver.cqs[cq_id]
-    (status,) = struct.unpack("<H", world.memory.read(cq.base + 16 * cq.head + 14, 2))
+    status = world.memory.read(cq.base + 16 * cq.head + 14, 1)[0]
     return status & 1 == cq.phase
 
 

@@ -254,9 +254,10 @@ def test_a_command_of_unknown_length_names_all_that_it_may_write() -> None:
     world = world_at_work()
     world.watch.dirty()
     pages = [world.memory.allocate(PAGE) for _ in range(4)]
-    world.memory.write(pages[1], struct.pack("<QQ", pages[2], pages[3]))
+    at_its_end = pages[1] + PAGE - 16
+    world.memory.write(at_its_end, struct.pack("<QQ", pages[2], pages[3]))
     driver = world.driver
-    driver.submit(driver.sqs[0], 0xC2, prp1=pages[0], prp2=pages[1])
+    driver.submit(driver.sqs[0], 0xC2, prp1=pages[0], prp2=at_its_end)
     assert {page(iova) for iova in pages} <= world.watch.dirty()
 
 
