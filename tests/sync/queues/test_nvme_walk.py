@@ -52,7 +52,7 @@ def finish(world: World) -> None:
     stride=st.sampled_from([0, 0, 2]),
     walks_ahead=st.booleans(),
 )
-@settings(max_examples=25)
+@settings(max_examples=60)
 def test_a_guest_goes_on_where_its_rings_were_walked_to(
     seed: int,
     admin_sizes: tuple[int, int],
