@@ -25,7 +25,7 @@ from types import ModuleType
 from typing import Any
 
 from ferry.cli import COMMANDS
-from ferry.config import flag_of
+from ferry.config import default_text, flag_of
 from ferry.errors import Exit
 from ferry.migration import messages
 from ferry.migration.conversation import RULES
@@ -252,9 +252,10 @@ def options() -> str:
 def _default(field: "dataclasses.Field[Any]") -> str:
     if field.default is dataclasses.MISSING:
         return "required"
-    if field.default in (None, "", ()):
-        return ""
-    return "off" if field.default is False else f"`{field.default}`"
+    if field.default is False:
+        return "off"
+    text = default_text(field)
+    return f"`{text}`" if text else ""
 
 
 def _help(field: "dataclasses.Field[Any]") -> str:

@@ -4,20 +4,20 @@ Commands are imported when they are run: `gateway` and `device` start in a fract
 that numba and the kernels of `send` and `receive` need.
 """
 
-import argparse
+import dataclasses
 import importlib
 import importlib.metadata
 import os
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
 from ferry.collector import collector_off
-from ferry.config import add_arguments, load
+from ferry.config import Parser, add_arguments, flag_of, load
 from ferry.errors import Exit
 from ferry.exit_codes import describe, exit_code_of
-from ferry.progress import complain, silence
+from ferry.progress import Reporter, complain, silence
 
 
 @dataclass(frozen=True)
@@ -51,7 +51,24 @@ def main(arguments: list[str] | None = None) -> int:
     arguments = sys.argv[1:] if arguments is None else arguments
     if arguments[:1] == ["bench"]:
         return _run_bench(arguments[1:])
-    parser = argparse.ArgumentParser(
+    wanted = arguments[0] if arguments else ""
+    known = COMMANDS if wanted in COMMANDS else COMMANDS | _more_commands()
+
+    def work() -> int:
+        parsed = _parser(known, wanted).parse_args(arguments)
+        if parsed.command == "exit-codes":
+            return _print_exit_codes()
+        module: Any = importlib.import_module(known[parsed.command].module)
+        tables = {*known, *_more_names()} if parsed.config else ()
+        return int(module.run(load(module.Options, parsed.command, parsed, tables)))
+
+    name = wanted if wanted in known or wanted == "exit-codes" else ""
+    return _guarded(name, work, debug="--debug" in arguments, as_json="--json" in arguments)
+
+
+def _parser(known: Mapping[str, Command], wanted: str) -> Parser:
+    """The parser of the whole command line, with the options of the command that is `wanted`."""
+    parser = Parser(
         prog="vfio-ferry",
         description="Moves the pass-through devices of a running virtual machine to another host.",
         epilog="Exit codes: see `vfio-ferry exit-codes`.",
@@ -59,19 +76,19 @@ def main(arguments: list[str] | None = None) -> int:
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     commands.add_parser("exit-codes", help="print every exit code and what it means")
     commands.add_parser("bench", help="measure: list, run, compare, plot")
-    wanted = arguments[0] if arguments else ""
-    known = COMMANDS if wanted in COMMANDS else COMMANDS | _more_commands()
     for name, command in known.items():
         sub = commands.add_parser(name, help=command.help, description=command.help)
         if name == wanted:
             with collector_off():
-                module = importlib.import_module(command.module)
-            add_arguments(sub, module.Options)
+                options = importlib.import_module(command.module).Options
+            add_arguments(sub, options)
             sub.add_argument("--debug", action="store_true", help="print tracebacks")
-    parsed = parser.parse_args(arguments)
-    if parsed.command == "exit-codes":
-        return _guarded("exit-codes", _print_exit_codes, debug=False)
-    return _run(known[parsed.command], parsed)
+            parser.flags = [flag_of(field) for field in dataclasses.fields(options)]
+    return parser
+
+
+def _more_names() -> list[str]:
+    return [entry.name for entry in importlib.metadata.entry_points(group=MORE_COMMANDS)]
 
 
 def _more_commands() -> dict[str, Command]:
@@ -98,18 +115,10 @@ def _run_bench(arguments: list[str]) -> int:
     """The harness has sub-commands of its own."""
     module: Any = importlib.import_module("perf.command")
     rest = [word for word in arguments if word != "--debug"]
-    return _guarded("bench", lambda: module.main(rest), debug="--debug" in arguments)
+    return _guarded("bench", lambda: module.main(rest), debug="--debug" in arguments, as_json=False)
 
 
-def _run(command: Command, parsed: argparse.Namespace) -> int:
-    module: Any = importlib.import_module(command.module)
-    name = parsed.command
-    return _guarded(
-        name, lambda: module.run(load(module.Options, name, parsed)), debug=parsed.debug
-    )
-
-
-def _guarded(name: str, work: Callable[[], int], *, debug: bool) -> int:
+def _guarded(name: str, work: Callable[[], int], *, debug: bool, as_json: bool) -> int:
     try:
         code = int(work())
         sys.stdout.flush()
@@ -122,7 +131,11 @@ def _guarded(name: str, work: Callable[[], int], *, debug: bool) -> int:
         if not _output_is_taken() and isinstance(error, BrokenPipeError):
             return Exit.LOCAL  # without a word: whoever read, as `head` does, has had enough
         code = exit_code_of(error)
-        complain(f"vfio-ferry {name}: {describe(error)}")
+        if as_json:
+            Reporter(name, as_json=True).event(
+                "error", message=describe(error), exit_code=int(code), exit_name=code.name.lower()
+            )
+        complain(f"{f'vfio-ferry {name}'.strip()}: {describe(error)}")
         if code is Exit.INTERNAL:
             complain("this is a defect; --debug prints where it happened")
         return code

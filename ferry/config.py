@@ -7,26 +7,48 @@ parser, so that a value is refused with the same words wherever it came from.
 
 import argparse
 import dataclasses
+import difflib
 import re
 import tomllib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, NoReturn, TypeVar
 
 from ferry.errors import ConfigError
 
 T = TypeVar("T")
 
-_SIZE = re.compile(r"(\d+)\s*([KMGT]?)(?:i?B)?", re.IGNORECASE)
+_SIZE = re.compile(r"(\d+)\s*([KMGTkmgt]?)(?:i?B)?")
 _SIZE_UNITS = {"": 1, "K": 1 << 10, "M": 1 << 20, "G": 1 << 30, "T": 1 << 40}
+_BITS = re.compile(r"(\d+)\s*([KMGTkmgt]?)bit/s")
+_BIT_UNITS = {"": 1, "K": 10**3, "M": 10**6, "G": 10**9, "T": 10**12}
 
 
 def size(text: str) -> int:
-    """`64K`, `256MiB`, `4096` as a number of bytes."""
+    """`64K`, `256MiB`, `4096` as a number of bytes, in steps of 1024. A small b, which means bits
+    elsewhere, is refused."""
     match = _SIZE.fullmatch(text.strip())
     if not match:
-        raise ValueError("a size like 4096, 64K, 256M or 2G")
+        raise ValueError("bytes, like 4096, 64K, 256MiB or 2G (in steps of 1024)")
     return int(match[1]) * _SIZE_UNITS[match[2].upper()]
+
+
+def rate(text: str) -> int:
+    """Bytes a second, more than 0: a size with or without `/s`, or bits in steps of 1000 as
+    `100Mbit/s`."""
+    bits = _BITS.fullmatch(text.strip())
+    try:
+        if bits:
+            value = int(bits[1]) * _BIT_UNITS[bits[2].upper()] // 8
+        else:
+            value = size(text.strip().removesuffix("/s"))
+    except ValueError:
+        value = 0
+    if not value:
+        raise ValueError(
+            "more than 0 bytes a second, like 100M or 100MiB/s, or bits a second, like 800Mbit/s"
+        )
+    return value
 
 
 def log_page(text: str) -> int:
@@ -95,8 +117,44 @@ def option(
     return dataclasses.field(default=default, metadata=metadata)
 
 
+_UNITS = {"size": "BYTES", "log_page": "BYTES", "rate": "BYTES/s", "seconds": "SECONDS"}
+
+
 def flag_of(field: "dataclasses.Field[Any]") -> str:
     return "--" + field.name.replace("_", "-")
+
+
+def default_text(field: "dataclasses.Field[Any]") -> str:
+    """The default of an option as a user would write it; empty where there is none to name."""
+    value = field.default
+    if value is dataclasses.MISSING or value in (None, False, "", ()):
+        return ""
+    if _UNITS.get(field.metadata["parse"].__name__, "").startswith("BYTES"):
+        for unit in ("T", "G", "M", "K"):
+            if value % _SIZE_UNITS[unit] == 0:
+                return f"{value // _SIZE_UNITS[unit]}{unit}"
+    return str(value)
+
+
+def nearest(word: str, known: Iterable[str]) -> str:
+    """A sentence's end that names what is most like `word`, or all of `known`."""
+    known = sorted(known)
+    found = difflib.get_close_matches(word, known, 1, 0.6)
+    return f"did you mean {found[0]!r}?" if found else f"it knows {', '.join(known)}"
+
+
+class Parser(argparse.ArgumentParser):
+    """A parser whose refusals are a `ConfigError`, as those of a file are, and name the option
+    that was meant."""
+
+    def error(self, message: str) -> NoReturn:
+        for word in re.findall(r"(?<=unrecognized arguments: )--[^\s=]+", message):
+            found = difflib.get_close_matches(word, self.flags, 1, 0.6)
+            message += f"; did you mean {found[0]}?" if found else ""
+        raise ConfigError(f"{message}; see: {self.prog} --help")
+
+    flags: Sequence[str] = ()
+    """What may have been meant, of all that is parsed here."""
 
 
 def add_arguments(parser: argparse.ArgumentParser, options: type[Any]) -> None:
@@ -106,8 +164,8 @@ def add_arguments(parser: argparse.ArgumentParser, options: type[Any]) -> None:
         meta = field.metadata
         text = meta["help"]
         required = field.default is dataclasses.MISSING
-        if field.default not in (dataclasses.MISSING, None, False, ()):
-            text += f" (default: {field.default})"
+        if default_text(field):
+            text += f" (default: {default_text(field)})"
         if field.default is False:
             parser.add_argument(
                 flag_of(field), action="store_true", default=argparse.SUPPRESS, help=text
@@ -119,23 +177,26 @@ def add_arguments(parser: argparse.ArgumentParser, options: type[Any]) -> None:
             default=argparse.SUPPRESS,
             metavar="{" + ",".join(filter(None, meta["choices"])) + "}"
             if meta["choices"]
-            else field.name.rsplit("_", 1)[-1].upper(),
-            help=text + (" (required)" if required else ""),
+            else _UNITS.get(meta["parse"].__name__, field.name.rsplit("_", 1)[-1].upper()),
+            help=(text + (" (required)" if required else "")).replace("%", "%%"),
         )
 
 
-def load(options: type[T], command: str, arguments: argparse.Namespace) -> T:
+def load(
+    options: type[T], command: str, arguments: argparse.Namespace, tables: Iterable[str] = ()
+) -> T:
     """The options of `command`: its defaults, the file's values over them, the flags over both.
+    `tables` are the other commands, whose options may stand in the same file.
 
     Raises `ConfigError` naming the flag or key, what it holds, and what it may hold.
     """
     given = vars(arguments)
-    from_file = _read_table(given.get("config"), command)
+    from_file = _read_table(given.get("config"), command, {command, *tables})
     fields = {field.name: field for field in dataclasses.fields(options)}  # type: ignore[arg-type]
     unknown = [key for key in from_file if key.replace("-", "_") not in fields]
     if unknown:
-        known = ", ".join(sorted(name.replace("_", "-") for name in fields))
-        raise ConfigError(f"[{command}] has no key {unknown[0]!r}; it knows {known}")
+        hint = nearest(unknown[0], (name.replace("_", "-") for name in fields))
+        raise ConfigError(f"[{command}] has no key {unknown[0]!r}; {hint}")
     values: dict[str, Any] = {}
     for key, raw in from_file.items():
         name = key.replace("-", "_")
@@ -148,7 +209,7 @@ def load(options: type[T], command: str, arguments: argparse.Namespace) -> T:
     return options(**values)
 
 
-def _read_table(path: str | None, command: str) -> dict[str, Any]:
+def _read_table(path: str | None, command: str, tables: set[str]) -> dict[str, Any]:
     if path is None:
         return {}
     try:
@@ -157,6 +218,8 @@ def _read_table(path: str | None, command: str) -> dict[str, Any]:
         raise ConfigError(f"cannot read {path}: {error.strerror}") from error
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
         raise ConfigError(f"{path} is not valid TOML: {error}") from error
+    for name in document.keys() - tables:
+        raise ConfigError(f"{path} has a table [{name}] of no command; {nearest(name, tables)}")
     table = document.get(command, {})
     if not isinstance(table, dict):
         raise ConfigError(f"[{command}] in {path} has to be a table")

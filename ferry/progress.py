@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any, TextIO
 
 from ferry.findings import Finding
+from sync.gateway.log import SCHEMA
 
 
 def bytes_text(value: float) -> str:
@@ -95,6 +96,9 @@ class Reporter:
         self._json = as_json
         self._stream = stream or sys.stdout
 
+    def _head(self, name: str) -> dict[str, Any]:
+        return {"event": name, "schema": SCHEMA, "time": time.time(), "role": self._role}
+
     def finding(self, finding: Finding) -> None:
         self.event("finding", **asdict(finding))
 
@@ -104,7 +108,7 @@ class Reporter:
         more."""
         if self._json:
             values.pop("text", None) if name == "report" else None
-            line = json.dumps({"event": name, "time": time.time(), "role": self._role, **values})
+            line = json.dumps({**self._head(name), **values})
         else:
             line = _RENDER.get(name, _generic)({"role": self._role, **values})
             if not line:

@@ -64,7 +64,15 @@ class Report:
     duration_s: float = 0.0
 
     def values(self) -> dict[str, Any]:
-        return dict(vars(self))
+        """The report as an event has it, with keys as they are everywhere: `VMM stop` is `vmm_stop`
+        there."""
+        named = {
+            name: {
+                key.lower().replace(" ", "_"): value for key, value in getattr(self, name).items()
+            }
+            for name in ("downtime_ms", "beside_vmm_ms", "wire_bytes")
+        }
+        return dict(vars(self)) | named
 
     def text(self) -> str:
         """The report as lines for a terminal."""

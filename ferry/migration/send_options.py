@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 from typing import Literal
 
-from ferry.config import endpoint, log_page, natural, option, positive, seconds, size
+from ferry.config import endpoint, log_page, natural, option, positive, rate, seconds, size
 from ferry.errors import ConfigError
 from ferry.migration.phases import BREAK_AT_CHOICES
 from ferry.secret_file import HELP, read_secret
@@ -24,13 +24,6 @@ def codec_name(text: str) -> str:
         except ValueError as error:
             raise ValueError(f"auto, {error}") from None
     return text
-
-
-def bandwidth(text: str) -> int:
-    """Bytes a second, more than 0. Raises `ValueError` for any other text."""
-    if not size(text):
-        raise ValueError("a size a second like 100M, more than 0")
-    return size(text)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -81,7 +74,9 @@ class Options:
     )
     cache: int = option("bytes kept to compute deltas from", 64 << 20, parse=size)
     bandwidth: int | None = option(
-        "limit in bytes per second, for everything", _LINK.bandwidth_bytes_per_s, parse=bandwidth
+        "limit for everything that crosses: bytes a second, or bits as in 800Mbit/s",
+        _LINK.bandwidth_bytes_per_s,
+        parse=rate,
     )
     secret: str | None = option(HELP, None)
     connect_timeout: float = option(

@@ -5,6 +5,9 @@ import os
 import select
 import time
 
+SCHEMA = 1
+"""Of the JSON lines of every command. Raised when a key goes or means something else, not when one
+is added."""
 MAX_LINE_BYTES = 4096
 """A pipe that is writable at all takes this much at once (PIPE_BUF)."""
 
@@ -20,7 +23,8 @@ class Log:
     def __call__(self, event: str, **fields: object) -> None:
         """One line: `event` and its fields."""
         if self._as_json:
-            line = json.dumps({"time": round(time.time(), 6), "event": event, **fields})
+            head = {"time": round(time.time(), 6), "event": event, "schema": SCHEMA}
+            line = json.dumps(head | fields)
         else:
             told = (f"{name}={json.dumps(value)}" for name, value in fields.items() if value != "")
             line = " ".join([f"gateway: {event}", *told])

@@ -33,8 +33,8 @@ def test_a_device_moves_with_its_running_guest(tmp_path: Path, method: Method) -
         assert report["verification"]["scope"].startswith("all")
         assert sum(region["length"] for region in report["verification"]["regions"]) > 40 << 20
         assert set(report["downtime_ms"]) == {
-            *("VMM stop", "pause", "device stop", "VMM transfer", "final state", "verify"),
-            *("PCI restore", "ready", "release", "own", "device start", "VMM resume", "commit"),
+            *("vmm_stop", "pause", "device_stop", "vmm_transfer", "final_state", "verify"),
+            *("pci_restore", "ready", "release", "own", "device_start", "vmm_resume", "commit"),
         }
         parts = report["downtime_own_ms"] + report["downtime_vmm_ms"]
         assert parts == pytest.approx(sum(report["downtime_ms"].values()))

@@ -1,5 +1,6 @@
 """The command line as a user meets it: help, exit codes, no traceback."""
 
+import json
 import os
 import subprocess
 import sys
@@ -144,3 +145,21 @@ def test_how_long_a_gateway_polls_has_a_bound(capsys: pytest.CaptureFixture[str]
     words = ["gateway", "--listen", "l", "--device", "d", "--control", "c"]
     assert main([*words, "--busy-poll", "1001"]) == Exit.USAGE
     assert "at most 1000" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("arguments", "says"),
+    [
+        (["send", "--json", "--bandwith", "1M"], "did you mean --bandwidth?"),
+        (["send", "--json", "--qmp", "q"], "--to is missing"),
+        (["sned", "--json"], "invalid choice: 'sned'"),
+    ],
+)
+def test_wrong_use_is_an_event_too(
+    arguments: list[str], says: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(arguments) == Exit.USAGE
+    printed = capsys.readouterr()
+    (event,) = map(json.loads, printed.out.splitlines())
+    assert says in event["message"] and says in printed.err
+    assert (event["event"], event["exit_code"], event["exit_name"]) == ("error", 2, "usage")

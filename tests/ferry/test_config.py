@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from ferry.config import add_arguments, endpoint, load, option, positive, seconds, size
+from ferry.config import add_arguments, endpoint, load, option, positive, rate, seconds, size
 from ferry.errors import ConfigError
 
 
@@ -81,7 +81,7 @@ def test_what_is_required_is_asked_for() -> None:
         parse()
 
 
-@given(st.integers(0, 1 << 40), st.sampled_from(["", "K", "M", "G", "k", "KiB", "mb"]))
+@given(st.integers(0, 1 << 40), st.sampled_from(["", "K", "M", "G", "k", "KiB", "mB"]))
 def test_sizes(number: int, unit: str) -> None:
     factor = {"": 1, "k": 1 << 10, "m": 1 << 20, "g": 1 << 30}[unit[:1].lower()]
     assert size(f"{number}{unit}") == number * factor
@@ -89,8 +89,54 @@ def test_sizes(number: int, unit: str) -> None:
 
 @given(st.text())
 def test_parsers_refuse_with_value_error_only(text: str) -> None:
-    for parser in (size, positive, seconds, endpoint):
+    for parser in (size, rate, positive, seconds, endpoint):
         try:
             parser(text)
         except ValueError:
             continue
+
+
+@pytest.mark.parametrize(
+    ("text", "bytes_per_s"),
+    [
+        ("1000", 1000),
+        ("100M", 100 << 20),
+        ("100MiB/s", 100 << 20),
+        ("2K/s", 2048),
+        ("800Mbit/s", 10**8),
+        ("8bit/s", 1),
+    ],
+)
+def test_rates_say_their_unit(text: str, bytes_per_s: int) -> None:
+    assert rate(text) == bytes_per_s
+
+
+@pytest.mark.parametrize("text", ["100Mb", "100Mb/s", "100Mbit", "0", "0/s", "7bit/s", "1.5G"])
+def test_rates_that_could_mean_two_things_are_refused(text: str) -> None:
+    with pytest.raises(ValueError, match=r"bytes a second.*800Mbit/s"):
+        rate(text)
+
+
+@pytest.mark.parametrize("text", ["64Kb", "64kib", "1 mb"])
+def test_a_small_b_is_no_byte(text: str) -> None:
+    with pytest.raises(ValueError, match="steps of 1024"):
+        size(text)
+
+
+@pytest.mark.parametrize(
+    ("text", "says"),
+    [
+        ('[thng]\nwhere = "tcp://h:1"\n', r"\[thng\] of no command; did you mean 'thing'\?"),
+        ("[thing]\ntimse = 1\n", "did you mean 'times'?"),
+    ],
+)
+def test_what_is_misspelt_is_named_with_the_nearest(tmp_path: Path, text: str, says: str) -> None:
+    with pytest.raises(ConfigError, match=says):
+        parse("--config", config(tmp_path, text))
+
+
+def test_a_file_may_have_the_tables_of_other_commands(tmp_path: Path) -> None:
+    parser = argparse.ArgumentParser()
+    add_arguments(parser, Options)
+    path = config(tmp_path, '[other]\nx = 1\n[thing]\nwhere = "tcp://h:1"\n')
+    assert load(Options, "thing", parser.parse_args(["--config", path]), {"other"}).times == 3
