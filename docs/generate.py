@@ -38,6 +38,7 @@ from sync.handover.states import TERMINAL, Deadlines, HandoverState, Role
 from sync.registers import interface, payload, record
 from sync.registers.profile import locate, model, toml
 from sync.vmm import platform_state
+from transport.session import greeting
 from transport.wire import frames, records
 
 FOLDER = Path(__file__).parent
@@ -132,6 +133,18 @@ def gateway_states() -> str:
         if state is not custody.CustodyState.PASSTHROUGH
     ]
     return mermaid([f"[*] --> {custody.CustodyState.PASSTHROUGH.value}", *moves, *lost])
+
+
+def greeting_of(rows: greeting.Table, start: greeting.State) -> str:
+    """One role's side of `transport.session.greeting`, without what ends in the same state."""
+    edges = [f"[*] --> {start.name}"]
+    for state, row in rows.items():
+        ways: dict[greeting.State, list[str]] = defaultdict(list)
+        for event, way in row.items():
+            if way.state is not state:
+                ways[way.state].append(event.name)
+        edges += [f"{state.name} --> {to.name} : {', '.join(why)}" for to, why in ways.items()]
+    return mermaid(edges)
 
 
 # --- tables ---
@@ -350,6 +363,8 @@ PARTS: dict[str, Callable[[], str]] = {
     "handover-source": partial(handover, Role.SOURCE),
     "handover-target": partial(handover, Role.TARGET),
     "gateway-states": gateway_states,
+    "greeting-sender": partial(greeting_of, greeting.SENDER, greeting.State.CALLING),
+    "greeting-receiver": partial(greeting_of, greeting.RECEIVER, greeting.State.LISTENING),
     "register-calls": partial(drawing, interface),
     "session-routing": partial(drawing, records, 0),
     "session-layouts": partial(drawing, records, 1),

@@ -12,6 +12,7 @@ from docs import generate
 from ferry.errors import Exit
 from sync.handover.machine import TABLES
 from sync.handover.states import Role
+from transport.session import greeting
 
 HOUSE = Path(__file__).parents[2]
 PRODUCT = ("transport", "sync", "ferry")
@@ -55,6 +56,14 @@ def test_a_diagram_has_every_way_from_a_state_to_another(role: Role) -> None:
         for event, way in row.items():
             if way.state is not state:
                 assert (state.name, way.state.name) in edges, event
+
+
+@pytest.mark.parametrize("rows", [greeting.SENDER, greeting.RECEIVER], ids=["sender", "receiver"])
+def test_the_greetings_diagram_has_every_way_from_a_state_to_another(rows: greeting.Table) -> None:
+    edges = set(re.findall(r"(\w+) --> (\w+)", generate.greeting_of(rows, next(iter(rows)))))
+    for state, row in rows.items():
+        for way in row.values():
+            assert way.state is state or (state.name, way.state.name) in edges
 
 
 def test_the_table_of_exit_codes_has_exactly_those_that_there_are() -> None:
