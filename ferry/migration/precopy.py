@@ -203,6 +203,8 @@ class Precopy:
         return {
             "round": round_.round_no if round_ else 0,
             "vmm_round": vmm.rounds,
+            "total_bytes": PAGE_BYTES * self._dirty.n_pages,
+            "downtime_limit_ms": self._options.downtime_limit,
             "remaining_bytes": own + vmm.remaining_bytes,
             "own_remaining_bytes": own,
             "vmm_remaining_bytes": vmm.remaining_bytes,

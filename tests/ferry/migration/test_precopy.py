@@ -164,7 +164,7 @@ def test_progress_unites_both_streams_in_the_middle_of_a_round() -> None:
     assert last["predicted_downtime_ms"] is None
     line = io.StringIO()
     Reporter("send", as_json=False, stream=line).event("progress", **last)
-    assert "left 300.0 MiB (device 16.0 KiB, VMM 300.0 MiB)" in line.getvalue()
+    assert "left of devices 16.0 KiB, of the VMM 300.0 MiB" in line.getvalue()
     assert "downtime not known yet" in line.getvalue()
     assert "%" not in line.getvalue()
 
