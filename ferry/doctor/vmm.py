@@ -12,7 +12,7 @@ from typing import Any
 from ferry.doctor.qemu_program import MINIMUM_VERSION, parse_version
 from ferry.findings import Finding, note, ok, problem
 from sync.vmm.driver import Vmm, blocked_reasons
-from sync.vmm.errors import VmmBusy, VmmError, VmmRefused
+from sync.vmm.errors import VmmBusy, VmmError, VmmNotReady, VmmRefused
 from sync.vmm.identity import identify
 from sync.vmm.pci import DRIVER, find_devices, way_to
 from sync.vmm.qtest import obstacle
@@ -149,10 +149,11 @@ async def _devices(vmm: Vmm, path: str, n_gateways: int) -> AsyncIterator[Findin
 
 async def _place(vmm: Vmm, device: str) -> str:
     try:
-        (devfn, *bridges), _ = await way_to(vmm, device)
-    except VmmRefused as error:
+        way = await way_to(vmm, device)
+    except (VmmNotReady, VmmRefused) as error:
         return f"its place is not told: {error}"
-    slots = [f"{value >> 3:02x}.{value & 7}" for value in (devfn, *bridges)]
-    if not bridges:
-        return f"at {slots[0]} of the root bus"
-    return f"at {slots[0]} behind the bridge at {' behind that at '.join(slots[1:])}"
+    slots = [f"{value >> 3:02x}.{value & 7}" for value in way.devfns]
+    root = f" of root bus {way.root_bus:02x}" if way.root_bus else " of the root bus"
+    if len(slots) == 1:
+        return f"at {slots[0]}{root}"
+    return f"at {slots[0]} behind the bridge at {' behind that at '.join(slots[1:])}{root}"

@@ -11,7 +11,7 @@ What has to be undone is noted in an `Undo` before it is begun, and is undone fr
 import contextlib
 import secrets
 import time
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
 
@@ -116,7 +116,7 @@ class Source:
         vmm = await self._held.enter_async_context(await Vmm.connect(options.qmp))
         await vmm.check_source()
         identity = await identify(vmm)
-        platform = await self._attach_platform(vmm)
+        platform = await self._attach_platform(vmm, devices)
         files, rows = layout.rows()
         hello = MigrationHello(
             session=self._session.hex(),
@@ -140,7 +140,9 @@ class Source:
         self.runner.offer({Action.MEDIATE: partial(self._mediate, prepared)})
         return Event.PREPARED
 
-    async def _attach_platform(self, vmm: Vmm) -> PciPlatform | None:
+    async def _attach_platform(
+        self, vmm: Vmm, devices: Sequence[SourceDevice]
+    ) -> PciPlatform | None:
         platform = await PciPlatform.attach(vmm, self._options.qmp)
         if platform is None:
             return None
@@ -151,7 +153,7 @@ class Source:
                 f"the VMM has {platform.n_devices} vfio-user-pci devices, --gateway was given "
                 f"{n_gateways} times: give it once for each of them"
             )
-        await platform.locate()
+        await platform.locate([device.info.identity for device in devices])
         return platform
 
     # --- pre-copy ---
@@ -251,6 +253,8 @@ class Source:
         self, prepared: Prepared, pump: RegisterPump, downtime: Downtime
     ) -> Event:
         await pump.finish()
+        if prepared.platform is not None:
+            await prepared.platform.read()
         for device in prepared.devices:
             await device.registers.quiesce()
             await device.gateway.stop(

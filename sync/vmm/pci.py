@@ -8,6 +8,7 @@ accesses and their order. Not owned: the device's own state, and the bytes (`pla
     attach, locate   while the guest runs        attach    before there is a guest
     peek             while the guest runs
                                                  restore   before the stream
+    read             paused, its devices run
     save             paused, its devices stopped
                                                  restore   loaded and paused
 
@@ -16,12 +17,16 @@ x86 machine has and which reach every bus. A running guest uses them, too: so on
 paused, and CF8 is put back. Before, it is read by ECAM (PCI Express Base Specification 3.0, 7.2.2)
 if the machine has it, so that little is left to do then: what is restored before the stream
 survives it, unless it lies behind a bridge. What is above 255 is the device's.
+
+Each place is compared with what QEMU says of it (`query-pci`) and with what the gateways know of
+their devices: at a wrong place another device's configuration would be saved and written.
 """
 
+import contextlib
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
-from typing import Any
+from typing import Any, NamedTuple
 
 from sync.pci import (
     BAR0,
@@ -32,6 +37,7 @@ from sync.pci import (
     MSI_CAPABILITY,
     MSIX_CAPABILITY,
     ROM,
+    Identity,
 )
 from sync.vmm.driver import Vmm
 from sync.vmm.errors import QmpProtocolError, VmmNotReady, VmmRefused
@@ -54,13 +60,29 @@ MAX_PEEK_BYTES = 1 << 17
 
 _CF8, _CFC = 0xCF8, 0xCFC
 _CF8_ENABLE = 1 << 31
-_CONTAINERS = ("/machine/peripheral", "/machine/peripheral-anon")
+_NAMED, _UNNAMED = "/machine/peripheral", "/machine/peripheral-anon"
+_CONTAINERS = (_NAMED, _UNNAMED)
+_EXPANDER_HOSTS = ("pxb-host", "pxb-cxl-host")
+_EXPANDERS = ("child<pxb>", "child<pxb-pcie>", "child<pxb-cxl>")
+"""Devices that bring a root bus of their own, with the number `bus_nr`; and their host bridges."""
 _MAX_BRIDGES = 16
 """At most so many lie on the way to a device; a guest numbers at most 256 buses."""
 _ECAM_UNMAPPED = (1 << 64) - 1
+_REFUSED = b"\xff" * 4
 _ECAM_READ_BYTES = 16
 """In one go: QEMU asks the device for each 4 of them, and the guest may have to wait."""
 _ADDRESS = re.compile(r"(?P<slot>[0-9a-f]{1,2})\.(?P<function>[0-7])\Z")
+
+
+class Way(NamedTuple):
+    """The way from a device down to its root bus."""
+
+    devfns: list[int]
+    """Device and function of the device, then of each bridge."""
+    root_bus: int
+    """The number of the root bus."""
+    host: str
+    """The QOM path of the host bridge."""
 
 
 class PciPlatform:
@@ -72,6 +94,9 @@ class PciPlatform:
         self._paths = paths
         self._functions: tuple[tuple[int, int], ...] = ()
         self._known: dict[tuple[int, int], bytes] = {}
+        self._configs: dict[tuple[int, int], bytes] | None = None
+        self._cf8 = 0
+        self._ways: dict[str, Way] = {}
         self._peeked: dict[tuple[int, int], Function] = {}
 
     @property
@@ -91,20 +116,39 @@ class PciPlatform:
     async def aclose(self) -> None:
         await self._qtest.aclose()
 
-    async def locate(self) -> None:
+    async def locate(self, identities: Sequence[Identity] = ()) -> None:
         """Finds out what does not change any more, so that `save` need not. The guest has numbered
-        its buses: it is past its firmware. Raises `VmmNotReady` if it is not."""
-        buses = await self._vmm.execute("query-pci")
-        found = {}
+        its buses: it is past its firmware. Raises `VmmNotReady` if it is not.
+
+        `identities` are those of the gateways' devices. Raises `PlatformError` if another device is
+        where one of them should be.
+        """
+        inventory = _inventory(await self._vmm.execute("query-pci"))
+        hosts = {}
+        expected = list(identities)
         for path in self._paths:
-            bus, devfn, host = await _locate(self._vmm, path, buses)
-            found[bus, devfn] = host
-        self._functions = tuple(sorted(found))
-        for bus, devfn in self._functions:
-            base = await _ecam(self._vmm, found[bus, devfn])
+            way = await self._way(path)
+            where = _locate(inventory, way)
+            _check_entry(path, where, inventory.get(where))
+            hosts[where] = way.host
+            seen = _identity_of(inventory[where])
+            base = await _ecam(self._vmm, way.host)
             if base is not None:
-                address = base + (bus << 20 | devfn << 12)
-                self._known[bus, devfn] = await self._read(address, CONFIG_BYTES)
+                address = base + (where[0] << 20 | where[1] << 12)
+                config = await self._read(address, CONFIG_BYTES)
+                _check_read(where, config)
+                self._known[where] = config
+                seen = Identity.from_config_space(config)
+            if identities:
+                _take(expected, where, seen, precise=base is not None)
+        if len(hosts) != len(self._paths):
+            raise PlatformError(f"two {DRIVER} devices seem to be in one place: {sorted(hosts)}")
+        self._functions = tuple(sorted(hosts))
+
+    async def _way(self, path: str) -> Way:
+        if path not in self._ways:
+            self._ways[path] = await way_to(self._vmm, path)
+        return self._ways[path]
 
     async def _read(self, address: int, size: int) -> bytes:
         """Registers of a guest that runs, which is not held up for long."""
@@ -148,10 +192,11 @@ class PciPlatform:
         self._peeked = peeked
         return blob
 
-    async def save(self) -> bytes:
-        """What `restore` needs on the target. The guest is paused and its devices are stopped.
+    async def read(self) -> None:
+        """Reads what may have changed in the configuration. The guest is paused, its devices are
+        not stopped yet: one that is, need not answer (linux/vfio.h, VFIO_DEVICE_STATE_STOP_COPY).
 
-        INTx lines are deasserted: one that is asserted now would stay so on the target for good.
+        Raises `PlatformError` if a device does not answer now.
         """
         if not self._functions:
             await self.locate()
@@ -159,14 +204,30 @@ class PciPlatform:
         commands = [port_read(_CF8, 4)]
         for bus, devfn in self._functions:
             commands += _config_reads(bus, devfn, self._unknown((bus, devfn)))
-        cf8, *values = _values(commands, await self._qtest.run(commands))
-        commands = [port_write(_CF8, 4, cf8)]
+        self._cf8, *values = _values(commands, await self._qtest.run(commands))
+        await self._qtest.run([port_write(_CF8, 4, self._cf8)])
+        self._configs = {}
+        for where in self._functions:
+            offsets = self._unknown(where)
+            config = _filled(self._known.get(where, bytes(CONFIG_BYTES)), offsets, values)
+            del values[: len(offsets)]
+            _check_read(where, config)
+            self._configs[where] = config
+
+    async def save(self) -> bytes:
+        """What `restore` needs on the target, after `read`. The guest is paused and its devices are
+        stopped.
+
+        INTx lines are deasserted: one that is asserted now would stay so on the target for good.
+        """
+        if self._configs is None:
+            await self.read()
+        assert self._configs is not None
+        await self._vmm.settle()
+        commands: list[str] = []
         reads: dict[tuple[int, int], int] = {}
         functions = []
-        for bus, devfn in self._functions:
-            offsets = self._unknown((bus, devfn))
-            config = _filled(self._known.get((bus, devfn), bytes(CONFIG_BYTES)), offsets, values)
-            del values[: len(offsets)]
+        for (bus, devfn), config in self._configs.items():
             function = function_of(bus, devfn, config)
             msix = msix_at(function.msix_at, config) if function.msix_at else None
             if address := _table_address(function, msix):
@@ -184,7 +245,7 @@ class PciPlatform:
             for f in functions
         )
         changed = (f for f in whole if self._peeked.get((f.bus, f.devfn)) != f)
-        return Platform(cf8, len(self._paths), tuple(changed)).pack()
+        return Platform(self._cf8, len(self._paths), tuple(changed)).pack()
 
     async def restore(self, blob: bytes) -> None:
         """Gives the functions what `peek` or `save` found. There is no guest yet, or it is paused.
@@ -210,7 +271,26 @@ class PciPlatform:
                 f"the source's VMM has {platform.n_devices} {DRIVER} devices, the one here "
                 f"{len(self._paths)}: start both with the same devices"
             )
+        if platform.functions:
+            await self._check_places(platform)
         return platform, [await self._check(function) for function in platform.functions]
+
+    async def _check_places(self, platform: Platform) -> None:
+        """Raises `PlatformError` where the source has a device and none of ours is. Buses behind
+        bridges have their numbers once the stream is loaded."""
+        inventory = _inventory(await self._vmm.execute("query-pci"))
+        ours = set()
+        for path in self._paths:
+            way = await self._way(path)
+            with contextlib.suppress(VmmNotReady):
+                ours.add(_locate(inventory, way))
+        for function in platform.functions:
+            if (function.bus, function.devfn) not in ours:
+                raise PlatformError(
+                    f"the source's VMM has a {DRIVER} at {function.name}, the one here has "
+                    f"{', '.join(_name(place) for place in sorted(ours)) or 'none'}: start both "
+                    "with the same devices in the same places"
+                )
 
     async def _check(self, function: Function) -> Msix | None:
         """The MSI-X capability of the device in the place of the source's `function`."""
@@ -344,47 +424,156 @@ def _values(commands: list[str], replies: list[bytes]) -> list[int]:
 
 async def find_devices(vmm: Vmm) -> tuple[str, ...]:
     """The QOM paths of the vfio-user devices; none if the VMM has no object model."""
-    paths = []
-    for container in _CONTAINERS:
-        try:
-            children = await vmm.execute("qom-list", {"path": container})
-        except VmmRefused as error:
-            if error.error_class == "CommandNotFound":
-                return ()
-            raise
-        if not isinstance(children, list) or not all(isinstance(item, dict) for item in children):
-            raise QmpProtocolError("qom-list returned no list of properties")
-        paths += [
-            f"{container}/{item.get('name')}"
-            for item in children
-            if item.get("type") == f"child<{DRIVER}>"
-        ]
+    try:
+        paths = await _children(vmm, f"child<{DRIVER}>")
+    except VmmRefused as error:
+        if error.error_class == "CommandNotFound":
+            return ()
+        raise
     if len(paths) > MAX_FUNCTIONS:
         raise VmmNotReady(f"the VMM has more than {MAX_FUNCTIONS} {DRIVER} devices")
     return tuple(paths)
 
 
-async def _locate(vmm: Vmm, path: str, buses: Any) -> tuple[int, int, str]:
-    """(bus, device and function, host bridge's path) of the device at the QOM path `path`."""
-    way, host = await way_to(vmm, path)
-    devfn, *bridges = way
-    bus = 0
+async def _children(vmm: Vmm, *kinds: str) -> list[str]:
+    """The QOM paths of the devices of these kinds."""
+    paths = []
+    for container in _CONTAINERS:
+        children = await vmm.execute("qom-list", {"path": container})
+        if not isinstance(children, list) or not all(isinstance(item, dict) for item in children):
+            raise QmpProtocolError("qom-list returned no list of properties")
+        paths += [f"{container}/{c.get('name')}" for c in children if c.get("type") in kinds]
+    return paths
+
+
+def _locate(inventory: Mapping[tuple[int, int], Any], way: Way) -> tuple[int, int]:
+    """(bus, device and function) of the device at the end of `way`."""
+    devfn, *bridges = way.devfns
+    bus = way.root_bus
     for bridge in reversed(bridges):
-        bus = _secondary_bus(buses, bus, bridge)
-    return bus, devfn, host
+        bus = _secondary_bus(inventory, bus, bridge)
+    return bus, devfn
 
 
-async def way_to(vmm: Vmm, path: str) -> tuple[list[int], str]:
-    """The device and function of the device at the QOM path `path` and of each bridge on the way
-    down to the root bus, and the host bridge's path."""
-    way: list[int] = []
-    while path.startswith(_CONTAINERS):
-        if len(way) > _MAX_BRIDGES:
+async def way_to(vmm: Vmm, path: str) -> Way:
+    """The way from the device at the QOM path `path` to its root bus.
+
+    Bridges that QEMU has added by itself are on it, too (`pxb` has one).
+    """
+    devfns: list[int] = []
+    buses: list[str] = []
+    place = path
+    while True:
+        try:
+            address = await vmm.execute("qom-get", {"path": place, "property": "addr"})
+        except VmmRefused:
+            break  # no device on a PCI bus: the host bridge
+        if len(devfns) > _MAX_BRIDGES:
             raise VmmNotReady(f"{path} lies behind more than {_MAX_BRIDGES} bridges")
-        way.append(_devfn(await vmm.execute("qom-get", {"path": path, "property": "addr"})))
-        parent = await vmm.execute("qom-get", {"path": path, "property": "parent_bus"})
-        path = str(parent).rpartition("/")[0]
-    return way, path
+        devfns.append(_devfn(address))
+        parent = await vmm.execute("qom-get", {"path": place, "property": "parent_bus"})
+        place, _, bus = str(parent).rpartition("/")
+        buses.append(bus)
+    if not devfns:
+        raise VmmNotReady(f"the VMM does not tell on which bus {path} is")
+    return Way(devfns, await _root_bus(vmm, place, buses), place)
+
+
+async def _root_bus(vmm: Vmm, host: str, buses: Sequence[str]) -> int:
+    """The number of the root bus of the host bridge at `host`. `buses`: the names of those on the
+    way there; an expander's own, or the one of the bridge it brings, has its name."""
+    if await vmm.execute("qom-get", {"path": host, "property": "type"}) not in _EXPANDER_HOSTS:
+        return 0
+    for expander in await _children(vmm, *_EXPANDERS):
+        if expander.startswith(f"{_NAMED}/") and expander.rpartition("/")[2] in buses:
+            number = await vmm.execute("qom-get", {"path": expander, "property": "bus_nr"})
+            if type(number) is int and 0 <= number < 256:
+                return number
+            raise QmpProtocolError(f"the number of the root bus {expander} is {number!r}")
+    raise VmmNotReady(
+        f"the VMM does not tell the number of the root bus {buses[-1]}: give its pxb device an id"
+    )
+
+
+def _inventory(buses: Any) -> dict[tuple[int, int], Mapping[str, Any]]:
+    """What `query-pci` tells of each function, by (bus, device and function)."""
+    found = {}
+    try:
+        pending: list[Mapping[str, Any]] = [item for root in buses for item in root["devices"]]
+        while pending:
+            device = pending.pop()
+            found[device["bus"], device["slot"] << 3 | device["function"]] = device
+            pending += device.get("pci_bridge", {}).get("devices", [])
+    except (KeyError, TypeError, AttributeError) as error:
+        raise QmpProtocolError("query-pci returned something malformed") from error
+    return found
+
+
+def _identity_of(entry: Mapping[str, Any]) -> Identity:
+    """As far as `query-pci` tells it: there is no revision and no programming interface."""
+    try:
+        ids, class_code = entry["id"], entry["class_info"]["class"]
+        return Identity(
+            vendor=ids["vendor"],
+            device=ids["device"],
+            subsystem_vendor=ids.get("subsystem-vendor", 0),
+            subsystem=ids.get("subsystem", 0),
+            revision=0,
+            class_code=class_code << 8,
+        )
+    except (KeyError, TypeError, AttributeError) as error:
+        raise QmpProtocolError("query-pci returned something malformed") from error
+
+
+def _check_entry(path: str, where: tuple[int, int], entry: Mapping[str, Any] | None) -> None:
+    """Raises `PlatformError` if QEMU has something else than the device `path` at `where`."""
+    container, _, name = path.rpartition("/")
+    if entry is None:
+        raise PlatformError(f"query-pci shows nothing at {_name(where)}, where {path} should be")
+    if entry.get("qdev_id") != (name if container == _NAMED else ""):
+        raise PlatformError(
+            f"{path} should be at {_name(where)}, query-pci shows "
+            f"{entry.get('qdev_id') or 'another device'} there: this topology cannot be migrated"
+        )
+
+
+def _check_read(where: tuple[int, int], config: bytes) -> None:
+    """Raises `PlatformError` for what QEMU returns if the device has refused the access."""
+    if config[:4] == _REFUSED or config[COMMAND : COMMAND + 4] == _REFUSED:
+        raise PlatformError(
+            f"the configuration of the device at {_name(where)} cannot be read: it refuses the "
+            "access, or there is no device"
+        )
+
+
+def _take(
+    expected: list[Identity], where: tuple[int, int], seen: Identity, *, precise: bool
+) -> None:
+    """Removes from `expected` the device that was seen at `where`. Raises `PlatformError` if it is
+    none of them."""
+    for identity in expected:
+        known = identity
+        if not precise:
+            known = replace(identity, revision=0, class_code=identity.class_code & 0xFFFF00)
+        if known == seen:
+            expected.remove(identity)
+            return
+    raise PlatformError(
+        f"the VMM has {_ids(seen)} at {_name(where)}, the gateways have "
+        f"{', '.join(map(_ids, expected)) or 'no more devices'}: name the gateways of this VMM"
+    )
+
+
+def _ids(identity: Identity) -> str:
+    return (
+        f"{identity.vendor:04x}:{identity.device:04x} (subsystem {identity.subsystem_vendor:04x}:"
+        f"{identity.subsystem:04x}, revision {identity.revision:02x}, class "
+        f"{identity.class_code:06x})"
+    )
+
+
+def _name(where: tuple[int, int]) -> str:
+    return f"{where[0]:02x}:{where[1] >> 3:02x}.{where[1] & 7}"
 
 
 async def _ecam(vmm: Vmm, host: str) -> int | None:
@@ -405,23 +594,16 @@ def _devfn(address: Any) -> int:
     return value
 
 
-def _secondary_bus(buses: Any, bus: int, devfn: int) -> int:
-    """The bus behind the bridge at `devfn` on `bus`, as `query-pci` tells it."""
-    try:
-        pending: list[Mapping[str, Any]] = [item for root in buses for item in root["devices"]]
-        while pending:
-            device = pending.pop()
-            bridge = device.get("pci_bridge")
-            if bridge is None:
-                continue
-            if (device["bus"], device["slot"] << 3 | device["function"]) == (bus, devfn):
-                number = bridge["bus"]["secondary"]
-                if type(number) is int and 0 < number < 256:
-                    return number
-                break
-            pending += bridge.get("devices", [])
-    except (KeyError, TypeError, AttributeError) as error:
-        raise QmpProtocolError("query-pci returned something malformed") from error
+def _secondary_bus(inventory: Mapping[tuple[int, int], Any], bus: int, devfn: int) -> int:
+    """The bus behind the bridge at `devfn` on `bus`."""
+    bridge = inventory.get((bus, devfn), {}).get("pci_bridge")
+    if bridge is not None:
+        try:
+            number = bridge["bus"]["secondary"]
+        except (KeyError, TypeError) as error:
+            raise QmpProtocolError("query-pci returned something malformed") from error
+        if type(number) is int and 0 < number < 256:
+            return number
     raise VmmNotReady(
         f"the guest has not numbered the bus behind the bridge at {bus:02x}:{devfn >> 3:02x}: "
         "migrate it when it has booted"

@@ -25,6 +25,7 @@ ANSWERS: dict[str, Any] = {
     "/machine/peripheral": [{"name": "device4", "type": f"child<{DRIVER}>"}],
     "/machine/peripheral-anon": [],
     "/objects": [],
+    "/machine/q35 type": "q35-pcihost",
     f"{DEVICE} addr": 0x20,
     f"{DEVICE} parent_bus": "/machine/q35/pcie.0",
 }

@@ -4,12 +4,13 @@ import json
 import tempfile
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import pytest
 import trio
 
+from sync.pci import Identity
 from sync.vmm.errors import QmpProtocolError, VmmNotReady, VmmRefused
 from sync.vmm.pci import PciPlatform, restore_platform, save_platform
 from sync.vmm.platform_state import Platform, PlatformError
@@ -59,10 +60,20 @@ class Function:
 class Machine:
     """What `Vmm.execute` and qtest show of a QEMU; `functions` by (bus, devfn)."""
 
-    def __init__(self, *, ecam: bool = True, root_port: bool = False) -> None:
+    def __init__(
+        self, *, ecam: bool = True, root_port: bool = False, expander: str | None = None
+    ) -> None:
+        """`expander`: the type of a device with a root bus of its own, which the root port (or,
+        for `pxb`, the bridge that QEMU adds) is on."""
+        root_port = root_port or expander is not None
         self.function = Function()
         self.where = (3, 0) if root_port else (0, 0x20)
         self.root_port = root_port
+        self.expander = expander
+        self.expander_id = "pxb1"
+        self.qdev_id = ""
+        self.stopped = False
+        """The device refuses every access; QEMU returns ones for it."""
         self.ecam = ecam
         self.cf8 = 0x8000_0004
         self.chardev: str | None = None
@@ -104,6 +115,8 @@ class Machine:
         if path == "/objects":
             return [{"name": name, "type": "child<qtest>"} for name in self.objects]
         found = [{"name": "type", "type": "string"}, {"name": "d1", "type": "child<e1000>"}]
+        if path == "/machine/peripheral" and self.expander:
+            found.append({"name": self.expander_id, "type": f"child<{self.expander}>"})
         if path == "/machine/peripheral-anon" and self.has_device:
             found.append({"name": "device[0]", "type": "child<vfio-user-pci>"})
         return found
@@ -113,15 +126,57 @@ class Machine:
             if not self.ecam:
                 raise VmmRefused("qom-get", "GenericError", "Property not found")
             return ECAM
-        if path == "/machine/peripheral/port":
-            return {"addr": "05.0", "parent_bus": "/machine/q35/pcie.0"}[property]
-        bus = "/machine/peripheral/port/port" if self.root_port else "/machine/q35/pcie.0"
-        return {"addr": self.where[1], "parent_bus": bus}[property]
+        device = "/machine/peripheral-anon/device[0]"
+        main = {"type": "q35-pcihost"}
+        known: dict[str, dict[str, Any]] = {"/machine/q35": main}
+        bus = "/machine/q35/pcie.0"
+        if self.expander == "pxb":
+            known["/machine/unattached/device[22]"] = {"type": "pxb-host"}
+            port = "/machine/unattached/device[23]"
+            known[port] = {"addr": 0, "parent_bus": "/machine/unattached/device[22]/pxb-internal"}
+            bus = f"{port}/{self.expander_id}"
+        elif self.root_port:
+            port = "/machine/peripheral/port"
+            known[port] = {"addr": "05.0", "parent_bus": bus}
+            if self.expander:
+                known["/machine/unattached/device[22]"] = {"type": "pxb-host"}
+                known[port]["parent_bus"] = f"/machine/unattached/device[22]/{self.expander_id}"
+            bus = f"{port}/port"
+        known[device] = {"addr": self.where[1], "parent_bus": bus}
+        known[f"/machine/peripheral/{self.expander_id}"] = {"bus_nr": 0x80}
+        try:
+            return known[path][property]
+        except KeyError:
+            raise VmmRefused("qom-get", "GenericError", "Property not found") from None
 
     def query_pci(self) -> Any:
-        bridge = {"bus": {"number": 0, "secondary": 3, "subordinate": 3}, "devices": []}
-        port = {"bus": 0, "slot": 5, "function": 0, "pci_bridge": bridge}
-        return [{"bus": 0, "devices": [{"bus": 0, "slot": 0, "function": 0}, port]}]
+        def entry(bus: int, slot: int, **more: Any) -> dict[str, Any]:
+            ids = {"vendor": 0x1B36, "device": 0xC}
+            told = {"qdev_id": "", "id": ids, "class_info": {"class": 0x604}}
+            return {"bus": bus, "slot": slot, "function": 0, **told, **more}
+
+        config = self.function.config
+        numbers = [int.from_bytes(config[at : at + 2], "little") for at in (0, 2, 0x2C, 0x2E, 0xA)]
+        names = ("vendor", "device", "subsystem-vendor", "subsystem")
+        device = entry(
+            self.where[0],
+            self.where[1] >> 3,
+            qdev_id=self.qdev_id,
+            id=dict(zip(names, numbers[:4], strict=True)),
+            class_info={"class": numbers[4]},
+        )
+        main = [entry(0, 0)]
+        if not self.root_port:
+            return [{"bus": 0, "devices": [*main, device]}]
+        root = 0x80 if self.expander else 0
+        bridge = {"bus": {"number": 0, "secondary": 3, "subordinate": 3}, "devices": [device]}
+        port = entry(root, 0 if self.expander == "pxb" else 5, qdev_id="port", pci_bridge=bridge)
+        if not self.expander:
+            return [{"bus": 0, "devices": [*main, port]}]
+        # What a walk that takes every root bus for bus 0 comes to.
+        decoy = {**bridge, "bus": {**bridge["bus"], "secondary": 4}, "devices": []}
+        main.append(entry(0, port["slot"], pci_bridge=decoy))
+        return [{"bus": 0x80, "devices": [port]}, {"bus": 0, "devices": main}]
 
     async def serve(self, stream: trio.SocketStream) -> None:
         buffer = b""
@@ -160,7 +215,8 @@ class Machine:
             self.cf8 = value
             return b"OK"
         bus, devfn, at = self.cf8 >> 16 & 0xFF, self.cf8 >> 8 & 0xFF, self.cf8 & 0xFC
-        config = self.function.config if (bus, devfn) == self.where else bytearray(b"\xff" * 256)
+        there = (bus, devfn) == self.where and not self.stopped
+        config = self.function.config if there else bytearray(b"\xff" * 256)
         at += port - 0xCFC
         if value is None:
             return b"OK 0x%04x" % int.from_bytes(config[at : at + size], "little")
@@ -199,11 +255,14 @@ def vmm(machine: Machine) -> Any:
 
 
 @pytest.mark.parametrize("ecam", [True, False])
-@pytest.mark.parametrize("root_port", [True, False])
+@pytest.mark.parametrize("place", ["root bus", "root port", "pxb-pcie", "pxb"])
 @pytest.mark.parametrize("msix", [True, False])
-def test_the_target_gets_what_the_source_had(ecam: bool, root_port: bool, msix: bool) -> None:
-    source = Machine(ecam=ecam, root_port=root_port)
-    target = Machine(ecam=ecam, root_port=root_port)
+def test_the_target_gets_what_the_source_had(ecam: bool, place: str, msix: bool) -> None:
+    """Root buses have numbers of their own, and QEMU adds bridges by itself."""
+    expander = place if place.startswith("pxb") else None
+    source, target = (
+        Machine(ecam=ecam, root_port=place == "root port", expander=expander) for _ in range(2)
+    )
     source.function.configure(msix=msix)
     target.cf8 = 0
 
@@ -320,7 +379,7 @@ def test_another_device_is_refused_before_anything_is_written(change: str) -> No
 def test_a_bus_that_the_guest_has_not_numbered_is_said() -> None:
     machine = Machine(root_port=True)
     pci = machine.query_pci()
-    pci[0]["devices"][1]["pci_bridge"]["bus"]["secondary"] = 0
+    pci[0]["devices"][1]["pci_bridge"] = {"bus": {"secondary": 0}}
     machine.malformed["query-pci"] = pci
 
     async def body(machine: Machine) -> None:
@@ -361,3 +420,108 @@ def test_a_path_too_long_for_a_socket_is_said() -> None:
             await save_platform(vmm(machine), "/" + "x" * 101)
 
     run(body, Machine())
+
+
+def test_a_root_bus_whose_number_is_not_told_is_refused_by_name() -> None:
+    """QEMU names the bus of an expander without an id after its type."""
+    machine = Machine(expander="pxb-pcie")
+    machine.expander_id = "other"
+
+    async def body(machine: Machine) -> None:
+        platform = await PciPlatform.attach(vmm(machine), machine.path)
+        assert platform is not None
+        machine.expander_id = "pxb-pcie-bus.0"
+        machine.malformed["qom-list"] = []
+        with pytest.raises(VmmNotReady, match=r"pxb-pcie-bus\.0: give its pxb device an id"):
+            await platform.locate()
+        await platform.aclose()
+
+    run(body, machine)
+
+
+KNOWN = Identity(
+    vendor=0x1AF4,
+    device=0x1042,
+    subsystem_vendor=0x1AF4,
+    subsystem=0x1100,
+    revision=1,
+    class_code=0x018000,
+)
+
+
+@pytest.mark.parametrize("ecam", [True, False])
+@pytest.mark.parametrize("wrong", ["", "vendor", "device", "subsystem", "class_code", "revision"])
+def test_the_device_in_the_place_is_the_one_that_the_gateway_knows(wrong: str, ecam: bool) -> None:
+    machine = Machine(ecam=ecam)
+    machine.function.put(0x08, b"\x01\x00\x80\x01")
+    machine.function.put(0x2C, b"\xf4\x1a\x00\x11")
+    known = replace(KNOWN, **{wrong: 0x77 << 8}) if wrong else KNOWN
+
+    async def body(machine: Machine) -> None:
+        platform = await PciPlatform.attach(vmm(machine), machine.path)
+        assert platform is not None
+        if not wrong or (wrong == "revision" and not ecam):  # `query-pci` does not tell it
+            await platform.locate([known])
+        else:
+            with pytest.raises(PlatformError, match="the gateways have"):
+                await platform.locate([known])
+        await platform.aclose()
+
+    run(body, machine)
+
+
+def test_another_device_in_the_place_is_refused() -> None:
+    """Whatever the walk came to: `query-pci` has to show the very device there."""
+    machine = Machine()
+    machine.qdev_id = "somebody"
+
+    async def body(machine: Machine) -> None:
+        with pytest.raises(PlatformError, match="shows somebody there"):
+            await save_platform(vmm(machine), machine.path)
+
+    run(body, machine)
+
+
+def test_a_like_device_that_is_not_the_gateways_does_not_pass_at_the_target() -> None:
+    """An emulated device with the same ids at the source's place, the gateway's beside it."""
+    source, target = Machine(), Machine()
+    source.function.configure(msix=True)
+
+    async def body(source: Machine, target: Machine) -> None:
+        blob = await save_platform(vmm(source), source.path)
+        before = bytes(target.function.config)
+        anon = "/machine/peripheral-anon/device[0]"
+        real = target.qom_get
+
+        def elsewhere(path: str, property: str) -> Any:
+            return 0x30 if (path, property) == (anon, "addr") else real(path, property)
+
+        target.qom_get = elsewhere  # type: ignore[method-assign]
+        with pytest.raises(PlatformError, match=r"has 00:06\.0: start both"):
+            await restore_platform(vmm(target), target.path, blob)
+        assert target.function.config == before
+
+    run(body, source, target)
+
+
+@pytest.mark.parametrize("ecam", [True, False])
+def test_configuration_is_read_before_the_device_stops_and_a_failed_read_is_an_error(
+    ecam: bool,
+) -> None:
+    source, target = Machine(ecam=ecam), Machine(ecam=ecam)
+    source.function.configure(msix=True)
+
+    async def body(source: Machine, target: Machine) -> None:
+        platform = await PciPlatform.attach(vmm(source), source.path)
+        assert platform is not None
+        await platform.locate()
+        await platform.read()
+        source.stopped = True
+        blob = await platform.save()
+        with pytest.raises(PlatformError, match="cannot be read"):
+            await platform.read()
+        await platform.aclose()
+        await restore_platform(vmm(target), target.path, blob)
+        assert target.function.config == source.function.config
+
+    run(body, source, target)
