@@ -5,6 +5,11 @@ import os
 from sync.errors import SyncError
 
 
+def errno_text(number: int) -> str:
+    """What an errno of an error reply means; the wire has 32 bits for it, C has 31."""
+    return os.strerror(number) if number < 1 << 31 else f"error {number}"
+
+
 class ProtocolError(SyncError):
     """The peer sent something that the protocol does not allow; its connection cannot be used."""
 
@@ -20,5 +25,5 @@ class VfioUserError(SyncError):
     """
 
     def __init__(self, errno: int, message: str = "") -> None:
-        super().__init__(message or os.strerror(errno))
+        super().__init__(message or errno_text(errno))
         self.errno = errno

@@ -19,6 +19,9 @@ from sync.memory import PAGE_BYTES
 
 _WORD_BYTES = 8
 _WORD_PAGES = 64
+_PIECE_BYTES = 4096
+"""So much of the bitmap is handled as one number: what an operation takes grows with its length."""
+_ZEROS = bytes(_PIECE_BYTES)
 
 
 class DirtyBitmap:
@@ -62,15 +65,29 @@ class DirtyBitmap:
         """Sets the bits that a device reported for `region` from byte `offset` on.
 
         Bit i of `bitmap` stands for the `page_bytes` (a power of two, at least 4096) at
-        `offset + i * page_bytes`; `offset` is a multiple of 4096.
+        `offset + i * page_bytes`; `offset` is a multiple of 4096. Where no bit is set, a comparison
+        is all it takes.
         """
-        if page_bytes != PAGE_BYTES:
-            bitmap = _widen(bitmap, page_bytes // PAGE_BYTES)
-        first = offset // PAGE_BYTES
-        in_region = (1 << (region.length // PAGE_BYTES - first)) - 1
-        bits = int.from_bytes(bitmap, "little") & in_region
-        if bits:
-            self._or(region.first_page + first, bits)
+        factor = page_bytes // PAGE_BYTES
+        first = region.first_page + offset // PAGE_BYTES
+        end = region.first_page + region.length // PAGE_BYTES
+        size = max(_PIECE_BYTES // factor, 1)
+        for start in range(0, len(bitmap), size):
+            piece = bitmap[start : start + size]
+            if piece == _ZEROS[: len(piece)]:
+                continue
+            page = first + start * 8 * factor
+            if factor > _PIECE_BYTES:
+                for bit in range(8):
+                    if piece[0] >> bit & 1:
+                        written = page + bit * factor
+                        self._set(written, min(factor, end - written))
+                continue
+            bits = int.from_bytes(_widen(piece, factor) if factor > 1 else piece, "little")
+            if page + 8 * len(piece) * factor > end:
+                bits &= (1 << max(end - page, 0)) - 1
+            if bits:
+                self._or(page, bits)
 
     def swap(self) -> int:
         """Returns the half (0 or 1) that was written so far; from here on it is left alone."""
@@ -86,8 +103,9 @@ class DirtyBitmap:
         if count == 1:
             position = self._active * self.half_bytes + (page >> 3)
             self._bits[position] |= 1 << (page & 7)
-        else:
-            self._or(page, (1 << count) - 1)
+            return
+        for start in range(0, count, 8 * _PIECE_BYTES):
+            self._or(page + start, (1 << min(count - start, 8 * _PIECE_BYTES)) - 1)
 
     def _or(self, page: int, bits: int) -> None:
         shift = page & 7

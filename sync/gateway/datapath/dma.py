@@ -16,6 +16,7 @@ from typing import NamedTuple
 
 from sync.gateway.errors import LayoutUnaligned
 from sync.memory import MAX_PAGES, PAGE_BYTES
+from sync.vfio_user.errors import errno_text
 from sync.vfio_user.protocol import DmaFlags, DmaMap
 
 MAX_REGIONS = 8192
@@ -28,7 +29,7 @@ class DmaFault(Exception):
     """An access or a change of the map is refused; `errno` goes into the error reply."""
 
     def __init__(self, number: int) -> None:
-        super().__init__(os.strerror(number))
+        super().__init__(errno_text(number))
         self.errno = number
 
 
@@ -101,7 +102,8 @@ class DmaRegion:
 
 
 class DmaMemory:
-    """The regions of one VMM connection, by address. `generation` goes up with each change."""
+    """The regions of one VMM connection, by address. `generation` goes up with each change of those
+    that have a descriptor: the others have no pages that anybody tracks."""
 
     def __init__(self, generation: int = 0) -> None:
         self._starts: list[int] = []
@@ -134,8 +136,14 @@ class DmaMemory:
         region = DmaRegion(request, descriptor)
         self._starts.insert(index, request.address)
         self._regions.insert(index, region)
-        self.generation += 1
+        self.generation += descriptor is not None
         return region
+
+    def take_back(self, region: DmaRegion) -> None:
+        """Undoes `add`, the last change: the device has refused the region."""
+        generation = self.generation - (region.descriptor is not None)
+        self.remove(region)
+        self.generation = generation
 
     def exactly(self, address: int, size: int) -> DmaRegion:
         """The region with just this address and size. Raises `DmaFault` (ENOENT)."""
@@ -150,7 +158,7 @@ class DmaMemory:
         """Forgets a region and closes what it owns."""
         index = bisect.bisect_left(self._starts, region.address)
         del self._starts[index], self._regions[index]
-        self.generation += 1
+        self.generation += region.descriptor is not None
         region.close()
 
     def clear(self) -> None:

@@ -8,17 +8,20 @@ Source: vfio-user, VFIO_USER_DMA_READ and VFIO_USER_DMA_WRITE.
 
 import errno
 import struct
+from collections.abc import Sequence
 
 from sync.gateway.datapath.bitmap import DirtyBitmap
 from sync.gateway.datapath.dma import DmaFault, DmaMemory
-from sync.gateway.datapath.relay import Relay, Send, error_reply
+from sync.gateway.datapath.relay import Buffer, Relay, Send, error_reply
 from sync.vfio_user.protocol import (
+    FLAG_ERROR,
     FLAG_NO_REPLY,
     FLAG_REPLY,
     HEADER,
     HEADER_BYTES,
     Command,
     DmaFlags,
+    encode_message,
 )
 
 _ACCESS = struct.Struct("<QQ")
@@ -36,7 +39,7 @@ class DmaService:
     """
 
     def __init__(self, relay: Relay, memory: DmaMemory, max_bytes: int) -> None:
-        self._relay = relay
+        self.relay = relay
         self._memory = memory
         self._max_bytes = max_bytes
         self.vmm_max_bytes = max_bytes
@@ -91,9 +94,67 @@ class DmaService:
         back: Send,
     ) -> None:
         pieces = self._memory.spans(address, count, _PERMISSION[command])
-        if count > self.vmm_max_bytes or any(
-            region.descriptor is not None for region, _, _ in pieces
-        ):
+        if any(region.descriptor is not None for region, _, _ in pieces):
             raise DmaFault(errno.EINVAL)
-        if not self._relay.forward_to_vmm(message_id, flags, message, back):
+        if count > self.vmm_max_bytes:
+            data = b"" if command == _READ else bytes(message[_BODY:])
+            _Pieces(self, message_id, command, flags, address, count, data, back).go_on()
+        elif not self.relay.forward_to_vmm(message_id, flags, message, back):
             raise DmaFault(errno.EBUSY)
+
+
+class _Pieces:
+    """An access that is too large for one message to the VMM, piece after piece."""
+
+    def __init__(
+        self,
+        service: DmaService,
+        message_id: int,
+        command: int,
+        flags: int,
+        address: int,
+        count: int,
+        data: bytes,
+        back: Send,
+    ) -> None:
+        self._service = service
+        self._message_id = message_id
+        self._command = command
+        self._flags = flags
+        self._address = address
+        self._count = count
+        self._data = data
+        self._back = back
+        self._done = 0
+        self._read: list[bytes] = []
+
+    def go_on(self) -> None:
+        """Sends the next piece, or the reply once all are through. Raises `DmaFault` (EBUSY)."""
+        size = min(self._service.vmm_max_bytes, self._count - self._done)
+        if not size:
+            if not self._flags & FLAG_NO_REPLY:
+                data = b"".join(self._read)
+                head = (self._message_id, self._command, _REPLY.size + len(data), FLAG_REPLY, 0)
+                self._back(_REPLY.pack(*head, self._address, self._count) + data, ())
+            return
+        body = _ACCESS.pack(self._address + self._done, size)
+        body += self._data[self._done : self._done + size]
+        message = memoryview(bytearray(encode_message(0, self._command, body)))
+        if not self._service.relay.forward_to_vmm(0, 0, message, self._answered):
+            raise DmaFault(errno.EBUSY)
+
+    def _answered(self, reply: Buffer, descriptors: Sequence[int]) -> None:
+        *_, flags, error = HEADER.unpack_from(reply)
+        size = min(self._service.vmm_max_bytes, self._count - self._done)
+        data = bytes(memoryview(reply)[_BODY:])
+        try:
+            if flags & FLAG_ERROR:
+                raise DmaFault(error or errno.EIO)
+            if self._command == _READ and len(data) != size:
+                raise DmaFault(errno.EIO)
+            self._read.append(data if self._command == _READ else b"")
+            self._done += size
+            self.go_on()
+        except DmaFault as fault:
+            if not self._flags & FLAG_NO_REPLY:
+                self._back(error_reply(self._message_id, self._command, fault.errno), ())

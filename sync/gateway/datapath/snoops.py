@@ -31,6 +31,8 @@ from sync.vfio_user.protocol import (
 
 _U32 = struct.Struct("<I")
 _REGION_FLAGS_AT = HEADER_BYTES + 4
+_MMAP = int(RegionFlags.MMAP)
+"""As a number: the complement of a flag lacks every bit that the enumeration does not know."""
 
 
 class Snoops:
@@ -89,7 +91,7 @@ class Snoops:
         def answered(error: int, reply: memoryview, more: list[int]) -> None:
             close_fds(more)
             if error:
-                self._memory.remove(region)
+                self._memory.take_back(region)
             self._relay.answer(message_id, flags, Command.DMA_MAP, error=error)
             self._relay.let_go()
 
@@ -140,7 +142,7 @@ class Snoops:
             close_fds(more)
             if len(reply) >= _REGION_FLAGS_AT + _U32.size:
                 (given,) = _U32.unpack_from(reply, _REGION_FLAGS_AT)
-                _U32.pack_into(reply, _REGION_FLAGS_AT, given & ~RegionFlags.MMAP)
+                _U32.pack_into(reply, _REGION_FLAGS_AT, given & ~_MMAP)
             if not flags & FLAG_NO_REPLY:
                 self._relay.pass_back(message_id, reply, [])
 

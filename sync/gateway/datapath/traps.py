@@ -34,6 +34,7 @@ _MAX_REGION = 0xFFFF
 _MAX_CONFIG_WRITES = 256
 """In one REGION_WRITE_MULTI; a VMM sends configuration writes one by one."""
 _LIMIT = 1 << 64
+_REGISTER_BYTES = 8
 _READ, _WRITE, _RESET = int(Op.READ), int(Op.WRITE), int(Op.RESET)
 
 _MIGRATION = (Command.DEVICE_FEATURE, Command.MIG_DATA_READ, Command.MIG_DATA_WRITE)
@@ -240,16 +241,25 @@ class Gate:
         self._relay.answer(message_id, flags, Command.DEVICE_RESET)
 
 
-def deferred_reads(relay: Relay, deferred: DeferredReads) -> dict[int, VmmCommand]:
-    """Commands by which the guest gets deferred values with what it reads from the device."""
+def reads(relay: Relay, deferred: DeferredReads, *, at_rest: bool) -> dict[int, VmmCommand]:
+    """Commands by which the guest gets deferred values with what it reads from the device.
+
+    A device `at_rest` may refuse every access (linux/vfio.h, VFIO_DEVICE_STATE_STOP_COPY). A VMM
+    deasserts INTx only with a read of a BAR that works, so there it reads zeros: its guest, which
+    could take them for something, is paused.
+    """
 
     def read(message_id: int, flags: int, message: memoryview, descriptors: list[int]) -> None:
-        offset, region, _ = _access(message, 0)
+        offset, region, count = _access(message, 0)
         if flags & FLAG_NO_REPLY:
             raise ProtocolError("a read that wants no reply")
 
         def answered(error: int, reply: memoryview, more: list[int]) -> None:
             close_fds(more)
+            if error and at_rest and region != PciRegion.CONFIG and count <= _REGISTER_BYTES:
+                zeros = RegionAccess(offset, region, count, bytes(count)).pack()
+                relay.answer(message_id, flags, Command.REGION_READ, zeros)
+                return
             if not error and len(reply) > _BODY:
                 deferred.deliver(region, offset, reply[_BODY:])
             relay.pass_back(message_id, reply, [])

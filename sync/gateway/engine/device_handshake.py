@@ -7,6 +7,7 @@ device; every answer is checked. Source: vfio-user, "Connection Initiation" and 
 from dataclasses import dataclass, field
 
 from sync.gateway.control.info import IrqDescription, RegionDescription, Supports
+from sync.gateway.datapath import dma
 from sync.gateway.engine.job_runner import Call, Job
 from sync.gateway.errors import DeviceRefused
 from sync.pci import EXPRESS_CONFIG_BYTES, Identity
@@ -45,6 +46,7 @@ MAX_IRQS = 64
 OFFER = Capabilities(
     max_msg_fds=MESSAGE_FDS_LIMIT,
     max_data_xfer_size=MAX_DATA_BYTES,
+    max_dma_maps=dma.MAX_REGIONS,
     pgsizes=(1 << 63) - 4096,
     twin_socket=TwinSocket(supported=True),
     write_multiple=True,

@@ -9,13 +9,13 @@ from collections.abc import Callable
 
 from sync.gateway.datapath.bitmap import DirtyBitmap
 from sync.gateway.datapath.deferred_reads import DeferredReads
-from sync.gateway.datapath.dma import AtDevice, DmaMemory
+from sync.gateway.datapath.dma import MAX_REGIONS, AtDevice, DmaMemory
 from sync.gateway.datapath.dma_service import DmaService
 from sync.gateway.datapath.interrupts import Interrupts
 from sync.gateway.datapath.journal import Journal
 from sync.gateway.datapath.relay import Relay, Send
 from sync.gateway.datapath.snoops import Snoops
-from sync.gateway.datapath.traps import Capture, Gate, deferred_reads, refusals
+from sync.gateway.datapath.traps import Capture, Gate, reads, refusals
 from sync.gateway.engine.custody import CustodyState
 from sync.gateway.engine.device_handshake import MAX_DATA_BYTES, DeviceFacts
 from sync.gateway.engine.job_runner import JobRunner
@@ -47,6 +47,8 @@ class DeviceLink:
         self.deferred = DeferredReads()
         self._capture = Capture(self.relay, self.journal, self.deferred, MAX_DATA_BYTES)
         self.capturing = False
+        self.stopped = False
+        """Whether the guest is paused and its device at rest: nobody waits for an access."""
         self.logging_page_bytes = 0
         """Granularity of the device's DMA logging, 0 when it is off."""
         self.migration_touched = False
@@ -72,7 +74,7 @@ class DeviceLink:
                 max_data_xfer_size=min(
                     ours.max_data_xfer_size, theirs.max_data_xfer_size, MAX_DATA_BYTES
                 ),
-                max_dma_maps=min(ours.max_dma_maps, theirs.max_dma_maps),
+                max_dma_maps=min(ours.max_dma_maps, theirs.max_dma_maps, MAX_REGIONS),
                 pgsizes=ours.pgsizes & theirs.pgsizes or ours.pgsizes,
                 write_multiple=ours.write_multiple and theirs.write_multiple,
             ),
@@ -81,9 +83,10 @@ class DeviceLink:
     def enter(self, state: CustodyState) -> None:
         """From here on the VMM's commands are treated as `state` says."""
         commands = dict(self.snoops.commands)
-        self.snoops.keep_intx_masked = state is CustodyState.STOPPED
-        if self.deferred:
-            commands |= deferred_reads(self.relay, self.deferred)
+        self.stopped = state is CustodyState.STOPPED
+        self.snoops.keep_intx_masked = self.stopped
+        if self.deferred or self.stopped:
+            commands |= reads(self.relay, self.deferred, at_rest=self.stopped)
         if state in (CustodyState.MEDIATED, CustodyState.STOPPED):
             commands |= self._capture.commands if self.capturing else refusals(self.relay)
         elif state in (CustodyState.STANDBY, CustodyState.RELEASED):

@@ -38,6 +38,9 @@ MAX_LOGGING_RANGES = 1024
 """More regions than this are logged as "everything"; libvfio-user and the kernel take as many."""
 _REPORT_HEAD_BYTES = 64
 """Room for all but the bitmap in a report that has to stay below the transfer size."""
+REPORT_PAGES = 1 << 19
+"""A report on more guest pages (2 GiB) would hold the guest's accesses up for too long, here and in
+the device: they are served between two reports."""
 
 
 def unmap_all(link: DeviceLink) -> Job[None]:
@@ -163,13 +166,12 @@ def collect_log(link: DeviceLink) -> Job[bool]:
     for region in bitmap.layout:
         page = PAGE_BYTES if (region.iova | region.length) % device_page else device_page
         chunk = max(limit // 8, 1) * 64 * page
+        if not link.stopped:
+            chunk = min(chunk, REPORT_PAGES * PAGE_BYTES)
         chunk = max(chunk - chunk % device_page, device_page)
-        reports = [
-            LoggingReport(region.iova + start, min(chunk, region.length - start), page)
-            for start in range(0, region.length, chunk)
-        ]
-        answers = yield [_report_call(report) for report in reports]
-        for report, answer in zip(reports, answers, strict=True):
+        for start in range(0, region.length, chunk):
+            report = LoggingReport(region.iova + start, min(chunk, region.length - start), page)
+            (answer,) = yield [_report_call(report)]
             if answer.error:
                 complete = False
                 continue
@@ -265,7 +267,7 @@ def _filled_in(records: bytes, outcomes: list[Access]) -> bytes:
             seq, offset, _, region, size, op, flags = STRUCT.unpack_from(out, position)
             value = int.from_bytes(outcome.data[done : done + size], "little")
             more = op != Op.RESET and bool(flags & Flag.MORE)
-            flags = flags | Flag.FAILED if outcome.failed else flags & ~Flag.FAILED
+            flags = flags | Flag.FAILED if outcome.failed else flags & ~int(Flag.FAILED)
             STRUCT.pack_into(out, position, seq, offset, value, region, size, op, flags)
             position += STRUCT.size
             done += size

@@ -17,7 +17,7 @@ from typing import NamedTuple, TypeVar
 from sync.errors import SyncError
 from sync.gateway.datapath.relay import Relay
 from sync.gateway.errors import DeviceRefused, DeviceTimeout
-from sync.vfio_user.errors import ProtocolError
+from sync.vfio_user.errors import ProtocolError, errno_text
 from sync.vfio_user.framing import close_fds
 from sync.vfio_user.protocol import HEADER_BYTES
 
@@ -45,7 +45,7 @@ class Answer:
     def expect(self, what: str) -> bytes:
         """The body. Raises `DeviceRefused` if this is an error."""
         if self.error:
-            raise DeviceRefused(f"the device refuses {what}: {os.strerror(self.error)}")
+            raise DeviceRefused(f"the device refuses {what}: {errno_text(self.error)}")
         return self.body
 
 

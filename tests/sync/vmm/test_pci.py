@@ -156,25 +156,26 @@ class Machine:
             return {"bus": bus, "slot": slot, "function": 0, **told, **more}
 
         config = self.function.config
-        numbers = [int.from_bytes(config[at : at + 2], "little") for at in (0, 2, 0x2C, 0x2E, 0xA)]
+        ids = [int.from_bytes(config[at : at + 2], "little") for at in (0, 2, 0x2C, 0x2E, 0xA)]
         names = ("vendor", "device", "subsystem-vendor", "subsystem")
         device = entry(
             self.where[0],
             self.where[1] >> 3,
             qdev_id=self.qdev_id,
-            id=dict(zip(names, numbers[:4], strict=True)),
-            class_info={"class": numbers[4]},
+            id=dict(zip(names, ids[:4], strict=True)),
+            class_info={"class": ids[4]},
         )
         main = [entry(0, 0)]
         if not self.root_port:
             return [{"bus": 0, "devices": [*main, device]}]
         root = 0x80 if self.expander else 0
-        bridge = {"bus": {"number": 0, "secondary": 3, "subordinate": 3}, "devices": [device]}
+        numbers = {"number": 0, "secondary": 3, "subordinate": 3}
+        bridge = {"bus": numbers, "devices": [device]}
         port = entry(root, 0 if self.expander == "pxb" else 5, qdev_id="port", pci_bridge=bridge)
         if not self.expander:
             return [{"bus": 0, "devices": [*main, port]}]
         # What a walk that takes every root bus for bus 0 comes to.
-        decoy = {**bridge, "bus": {**bridge["bus"], "secondary": 4}, "devices": []}
+        decoy = {"bus": {**numbers, "secondary": 4}, "devices": []}
         main.append(entry(0, port["slot"], pci_bridge=decoy))
         return [{"bus": 0x80, "devices": [port]}, {"bus": 0, "devices": main}]
 

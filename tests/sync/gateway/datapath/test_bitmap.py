@@ -2,6 +2,7 @@
 
 import mmap
 import os
+import tracemalloc
 from collections.abc import Iterator
 
 import pytest
@@ -99,6 +100,78 @@ def test_i1_a_report_lands_on_the_pages_it_stands_for(
     half = bitmap.swap()
     assert _pages(bitmap, half) == expected | {0}
     os.pwrite(bitmap.descriptor, bytes(bitmap.half_bytes), half * bitmap.half_bytes)
+
+
+TIB = 1 << 40
+
+
+def _sparse(n_bytes: int) -> tuple[DirtyBitmap, FlatRegion]:
+    region = FlatRegion(1 << 32, n_bytes, 0, True, -1, 0)
+    return DirtyBitmap([region]), region
+
+
+@pytest.mark.parametrize("page_bytes", [PAGE, 4 * PAGE, 2 << 20, 1 << 30])
+@pytest.mark.parametrize("n_bytes", [TIB, 16 * TIB])
+def test_an_empty_log_of_a_large_guest_touches_nothing(n_bytes: int, page_bytes: int) -> None:
+    """Nothing is allocated, and what is handled as a number is short: one as long as a report
+    would take a second for each TiB."""
+    bitmap, region = _sparse(n_bytes)
+    chunk = 1 << 38
+    empty = bytes(-(-chunk // page_bytes // 64) * 8)
+    for start in range(0, n_bytes, chunk):
+        bitmap.merge(region, start, empty, page_bytes)
+    assert os.fstat(bitmap.descriptor).st_blocks == 0
+    bitmap.close()
+
+
+@pytest.mark.parametrize("page_bytes", [PAGE, 4 * PAGE, 2 << 20, 1 << 30])
+def test_what_is_set_in_the_log_of_a_large_guest_is_found_and_all_that_is_touched(
+    page_bytes: int,
+) -> None:
+    n_bytes = 16 * TIB
+    bitmap, region = _sparse(n_bytes)
+    chunk = 1 << 35
+    expected: set[int] = set()
+    for start in (0, 5 * TIB, n_bytes - chunk):
+        n_bits = chunk // page_bytes
+        bits = 1 | 1 << n_bits // 3 | 1 << n_bits - 1
+        bitmap.merge(region, start, bits.to_bytes(-(-n_bits // 64) * 8, "little"), page_bytes)
+        for bit in (0, n_bits // 3, n_bits - 1):
+            first = (start + bit * page_bytes) // PAGE
+            expected |= {first, first + page_bytes // PAGE - 1}
+    for page in expected:
+        byte = os.pread(bitmap.descriptor, 1, page >> 3)[0]
+        assert byte >> (page & 7) & 1
+    n_set = 0
+    position = 0
+    while True:
+        try:
+            position = os.lseek(bitmap.descriptor, position, os.SEEK_DATA)
+        except OSError:
+            break
+        end = os.lseek(bitmap.descriptor, position, os.SEEK_HOLE)
+        data = os.pread(bitmap.descriptor, end - position, position)
+        n_set += int.from_bytes(data, "little").bit_count()
+        position = end
+    assert n_set == 9 * page_bytes // PAGE
+    bitmap.close()
+
+
+@pytest.mark.parametrize("page_bytes", [PAGE, 4 * PAGE, 2 << 20, 1 << 30, 1 << 42])
+def test_numbers_stay_short_however_large_the_guest_is(page_bytes: int) -> None:
+    """An operation on a number takes as long as the number is: none is as long as the region."""
+    large, region = _sparse(16 * TIB)
+    large.merge(region, 0, b"\1", PAGE)
+    some = b"\1" + bytes(4094) + b"\x80"
+    tracemalloc.start()
+    try:
+        large.merge(region, 0, some if page_bytes < 1 << 30 else b"\1", page_bytes)
+        large.mark(region.iova, 1 << 30)
+        _, peak_bytes = tracemalloc.get_traced_memory()
+    finally:
+        tracemalloc.stop()
+    assert peak_bytes < 1 << 18
+    large.close()
 
 
 def test_i1_a_page_marked_after_the_swap_is_in_the_other_half(bitmap: DirtyBitmap) -> None:

@@ -170,6 +170,40 @@ def test_i1_the_logging_tracker_reports_every_page_written(
     bench.close()
 
 
+@pytest.mark.parametrize("device_page", [PAGE, 2 << 20])
+@pytest.mark.parametrize("n_regions", [1, 3])
+def test_accesses_are_served_while_the_log_of_a_large_guest_is_read(
+    make_bench: Callable[..., Bench], n_regions: int, device_page: int
+) -> None:
+    """Between two reports, none of which is on more than 2 GiB; at rest nobody waits."""
+    bench = make_bench(logging=True)
+    bench.device.features.log_pages_of = device_page
+    size = (1 << 40) // n_regions // (2 << 20) * (2 << 20)
+    for number in range(n_regions):
+        os.close(bench.share((2 << 40) * number, size))
+    mediate(bench, "logging")
+    bench.device.commands.clear()
+    outcome = bench.start(jobs.dirty(bench.link))
+    n_reads = 0
+    while not outcome:
+        assert len(bench.to_device) == 1, "one report at a time"
+        if n_reads < 100:
+            number = guest_read(bench, 0)
+            bench.step()
+            bench.step()
+            assert bench.reply_to(number)[0] == 0
+            n_reads += 1
+        else:
+            bench.step()
+    assert outcome[0][0].complete
+    n_reports = bench.device.commands.count(Command.DEVICE_FEATURE)
+    assert n_reports >= 512
+    bench.job(jobs.stop(bench.link, bench.custody, fence=False, resume=b""), held=True)
+    bench.device.commands.clear()
+    assert bench.job(jobs.dirty(bench.link)).complete
+    assert bench.device.commands.count(Command.DEVICE_FEATURE) < n_reports // 4
+
+
 def test_i1_dma_by_message_counts_while_the_device_logs(make_bench: Callable[..., Bench]) -> None:
     bench = make_bench(logging=True)
     fd = bench.share(0x10000, 4 * PAGE)

@@ -13,8 +13,19 @@ from hypothesis import strategies as st
 
 from sync.gateway.datapath.bitmap import DirtyBitmap
 from sync.gateway.datapath.dma import AtDevice, DmaFault, DmaMemory, DmaRegion
-from sync.gateway.errors import LayoutUnaligned
-from sync.vfio_user.protocol import HEADER, Command, DmaAccess, DmaMap, encode_message
+from sync.gateway.engine.job_runner import Answer
+from sync.gateway.errors import DeviceRefused, LayoutUnaligned
+from sync.vfio_user.protocol import (
+    HEADER,
+    Capabilities,
+    Command,
+    DmaAccess,
+    DmaMap,
+    DmaUnmap,
+    Version,
+    VfioUserError,
+    encode_message,
+)
 from tests.sync.gateway.conftest import Bench
 
 PAGE = 4096
@@ -109,25 +120,21 @@ def test_the_map_holds_what_was_added_and_never_overlaps(
 ) -> None:
     memory = DmaMemory()
     model: dict[int, int] = {}
-    generation = 0
     for page, pages, add in steps:
         address, size = page * PAGE, pages * PAGE
         overlaps = any(a < address + size and address < a + s for a, s in model.items())
         if add and not overlaps:
             memory.add(DmaMap(RW, 0, address, size), None)
             model[address] = size
-            generation += 1
         elif add:
             request = DmaMap(RW, 0, address, size)
             assert _errno(partial(memory.add, request, None)) == errno.EEXIST
         elif model.get(address) == size:
             memory.remove(memory.exactly(address, size))
             del model[address]
-            generation += 1
         else:
             assert _errno(partial(memory.exactly, address, size)) == errno.ENOENT
         assert [(r.address, r.request.size) for r in memory.regions] == sorted(model.items())
-        assert memory.generation == generation
 
 
 def test_the_flat_page_space_is_the_regions_with_a_descriptor_in_order(memory: DmaMemory) -> None:
@@ -229,6 +236,89 @@ def test_a_region_without_a_descriptor_is_the_vmms_to_answer(
         relay.from_vmm(number, Command.DMA_READ, 1, 0, memoryview(bytearray(reply)), [])
     assert [HEADER.unpack_from(reply)[0] for reply in replies] == [500, 500]
     assert replies[0][16:] == DmaAccess(0x10000, 4, b"data").pack()
+
+
+@pytest.mark.parametrize("command", [Command.DMA_READ, Command.DMA_WRITE])
+@pytest.mark.parametrize("refused_at", [None, 0, 2])
+def test_a_vmm_gets_pieces_of_the_size_that_it_takes(
+    make_bench: Callable[..., Bench], command: int, refused_at: int | None
+) -> None:
+    """The device was offered more than the VMM that came later takes."""
+    bench = make_bench()
+    bench.share(0x10000, PAGE, fd=False)
+    link, memory = bench.link, bytearray(range(256)) * 16
+    link.attach_vmm(bench._to_vmm, Version(capabilities=Capabilities(max_data_xfer_size=48)))
+    assert link.service.vmm_max_bytes == 48
+    data = bytes(reversed(range(200))) if command == Command.DMA_WRITE else b""
+    replies: list[bytes] = []
+    message = encode_message(500, command, struct.pack("<QQ", 0x10010, 200) + data)
+    del bench.to_vmm[:]
+    link.relay.from_twin(
+        500, command, 0, memoryview(bytearray(message)), lambda m, fds: replies.append(bytes(m))
+    )
+    answered = 0
+    while not replies:
+        asked, _ = bench.to_vmm[answered]
+        number = HEADER.unpack_from(asked)[0]
+        address, count = struct.unpack_from("<QQ", asked, 16)
+        assert 0 < count <= 48
+        failed = answered == refused_at
+        body = struct.pack("<QQ", address, count)
+        at = address - 0x10000
+        if command == Command.DMA_WRITE:
+            memory[at : at + count] = asked[32:]
+        else:
+            body += memory[at : at + count]
+        number_of_error = errno.EFAULT if failed else 0
+        reply = encode_message(
+            number, command, b"" if failed else body, reply=True, error=number_of_error
+        )
+        flags = HEADER.unpack_from(reply)[3]
+        link.relay.from_vmm(number, command, flags, 0, memoryview(bytearray(reply)), [])
+        answered += 1
+    (reply,) = replies
+    message_id, _, _, flags, error = HEADER.unpack_from(reply)
+    assert message_id == 500
+    if refused_at is not None:
+        assert (error, answered) == (errno.EFAULT, refused_at + 1)
+        return
+    assert answered == 5 and not flags & 0x20
+    if command == Command.DMA_WRITE:
+        assert memory[16:216] == data
+    else:
+        assert reply[32:] == memory[16:216]
+
+
+def test_an_errno_that_c_does_not_have_is_told_as_a_number() -> None:
+    for number in (1 << 31, (1 << 32) - 1):
+        assert str(number) in str(VfioUserError(number))
+        with pytest.raises(DeviceRefused, match=str(number)):
+            Answer(number).expect("it")
+
+
+def test_regions_without_a_descriptor_do_not_change_the_map_that_is_tracked(
+    make_bench: Callable[..., Bench],
+) -> None:
+    """A guest that reads an option ROM or switches memory decoding makes and unmakes them."""
+    bench = make_bench()
+    os.close(bench.share(0x10000, PAGE))
+    memory = bench.link.memory
+    before = memory.generation
+    bench.share(0xE0000000, PAGE, fd=False)
+    assert memory.generation == before
+    unmap = DmaUnmap(0, 0xE0000000, PAGE).pack()
+    assert bench.ask(Command.DMA_UNMAP, unmap)[0] == 0
+    assert memory.generation == before
+    bench.device.refuse[Command.DMA_MAP] = errno.ENOMEM
+    fd = _memfd(PAGE)
+    assert bench.ask(Command.DMA_MAP, DmaMap(3, 0, 0x40000, PAGE).pack(), fds=(fd,))[0]
+    assert memory.generation == before, "nothing came of it"
+    bench.device.refuse.clear()
+    assert bench.ask(Command.DMA_MAP, DmaMap(3, 0, 0x40000, PAGE).pack(), fds=(fd,))[0] == 0
+    os.close(fd)
+    assert memory.generation == before + 1
+    assert bench.ask(Command.DMA_UNMAP, DmaUnmap(0, 0x40000, PAGE).pack())[0] == 0
+    assert memory.generation == before + 2
 
 
 def test_i1_a_write_by_message_is_marked_after_the_copy(

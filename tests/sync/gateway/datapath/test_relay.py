@@ -11,6 +11,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from hypothesis.strategies._internal.random import ArtificialRandom
 
+from sync.gateway.datapath.dma import MAX_REGIONS
 from sync.gateway.datapath.relay import MAX_OUTSTANDING, Relay, Send
 from sync.vfio_user.errors import ProtocolError
 from sync.vfio_user.protocol import (
@@ -182,6 +183,35 @@ def test_a_region_is_described_without_the_offer_to_map_it(
     assert error == 0
     assert info.flags == RegionFlags.READ | RegionFlags.WRITE
     assert info.size == 4096
+
+
+@pytest.mark.parametrize("flags", [0xF, 0x7, 0xFFFF_FFF7, 0xB])
+def test_only_the_offer_to_map_is_taken_from_a_region(
+    make_bench: Callable[..., Bench], flags: int
+) -> None:
+    """A reply with a capability chain says so in its flags, also without the offer; and a bit that
+    is not known here is somebody else's."""
+    bench = make_bench()
+    real = bench.device._execute
+
+    def described(command: int, body: bytes, n_descriptors: int) -> bytes:
+        reply = bytearray(real(command, body, n_descriptors))
+        if command == Command.DEVICE_GET_REGION_INFO:
+            reply[4:8] = flags.to_bytes(4, "little")
+        return bytes(reply)
+
+    bench.device._execute = described  # type: ignore[method-assign]
+    _, body = bench.ask(Command.DEVICE_GET_REGION_INFO, RegionInfoRequest(0).pack())
+    assert int.from_bytes(body[4:8], "little") == flags & 0xFFFF_FFFB
+
+
+def test_no_more_memory_is_promised_than_is_held(make_bench: Callable[..., Bench]) -> None:
+    bench = make_bench()
+    assert bench.device.capabilities.max_dma_maps > MAX_REGIONS
+    answer = bench.link.attach_vmm(bench._to_vmm, Version())
+    assert answer.capabilities.max_dma_maps == MAX_REGIONS
+    for number in range(MAX_REGIONS):
+        assert bench.link.memory.add(DmaMap(3, 0, number * PAGE, PAGE), None)
 
 
 def test_there_are_no_io_descriptors_for_the_vmm(make_bench: Callable[..., Bench]) -> None:
