@@ -5,6 +5,7 @@ chosen by the same functions as in `send`.
 """
 
 import os
+import secrets
 import stat
 from collections.abc import AsyncIterator
 from dataclasses import dataclass
@@ -18,9 +19,10 @@ from ferry.progress import bytes_text
 from sync.dirty.tracker import NoTracker, RequestedTracker, choose_method
 from sync.gateway.control.client import GatewayClient
 from sync.gateway.control.info import GatewayInfo
+from sync.gateway.engine.custody import ClientRole
 from sync.gateway.errors import GatewayError
 from sync.registers.choose import Origin, RequestedMethod, find_profile, source_for
-from sync.registers.errors import RegisterError
+from sync.registers.errors import FeatureNotCarried, RegisterError
 
 ANSWER_S = 5.0
 OFFERS = {
@@ -52,7 +54,7 @@ async def gateway_findings(path: str, wish: Wish) -> AsyncIterator[Finding]:
     try:
         with trio.fail_after(ANSWER_S):
             async with await GatewayClient.connect(path) as gateway:
-                for finding in await _findings(name, gateway, wish):
+                for finding in await _findings(name, path, gateway, wish):
                     yield finding
     except trio.TooSlowError:
         yield problem(name, f"it has not answered for {ANSWER_S:g} s", "restart it with its VM")
@@ -77,7 +79,7 @@ def _socket(name: str, path: Path) -> Finding | None:
     return None
 
 
-async def _findings(name: str, gateway: GatewayClient, wish: Wish) -> list[Finding]:
+async def _findings(name: str, path: str, gateway: GatewayClient, wish: Wish) -> list[Finding]:
     info = await gateway.status()
     found = [_state(name, info)]
     if info.last_recovery is not None:
@@ -90,6 +92,8 @@ async def _findings(name: str, gateway: GatewayClient, wish: Wish) -> list[Findi
         )
         return found
     found += _device(info, wish, gateway)
+    if negotiated := await _negotiated(path, info, wish):
+        found.append(negotiated)
     if info.vmm_connected:
         found.append(await _memory(name, gateway))
     else:
@@ -121,9 +125,30 @@ def _device(info: GatewayInfo, wish: Wish, gateway: GatewayClient) -> list[Findi
         registers = source_for(view, gateway, wish.profiles, wish.registers).method
         dirty = choose_method(wish.dirty, logging=info.supports.logging)
     except (RegisterError, NoTracker) as error:
-        # What follows the first line is a profile to start from, which `send` prints.
-        return [*found, problem(name, str(error).splitlines()[0].removesuffix(":"))]
+        return [*found, problem(name, str(error))]
     return [*found, ok(name, f"would move with {methods_text(registers, dirty)}")]
+
+
+async def _negotiated(path: str, info: GatewayInfo, wish: Wish) -> Finding | None:
+    """What the guest's driver has negotiated and the device's profile does not carry.
+
+    Only who has the gateway's lease may read registers, so it is taken for a moment, if it is free.
+    """
+    view = view_of(info)
+    profile = find_profile(view, wish.profiles)
+    if profile is None or not profile.carried or info.lease or info.state != "passthrough":
+        return None
+    session = secrets.token_hex(16)
+    try:
+        async with await GatewayClient.connect(
+            path, role=ClientRole.SOURCE, session=session
+        ) as gateway:
+            await source_for(view, gateway, wish.profiles, wish.registers).offer()
+    except FeatureNotCarried as error:
+        return problem(f"device {view.ids}", str(error))
+    except (RegisterError, GatewayError):
+        return None  # told by others, or a migration has just begun
+    return None
 
 
 async def _memory(name: str, gateway: GatewayClient) -> Finding:

@@ -3,7 +3,7 @@
 from ferry.errors import Exit, NotOwner
 from ferry.exit_codes import describe, exit_code_of
 from ferry.migration.handover_runner import HandoverRunner
-from ferry.progress import Reporter
+from ferry.progress import Reporter, complain
 from sync.handover.states import HandoverState
 
 _EXIT_OF_STATE = {
@@ -31,6 +31,9 @@ def conclude(
         reason += "."
     # What is said of the guest is not so where it was not this host's to begin with.
     hint = "" if isinstance(error, NotOwner) else advice.get(state, "")
+    if draft := getattr(error, "draft", ""):
+        complain(draft)
+        hint = f"A draft to start from is on standard error. {hint}"
     code = _EXIT_OF_STATE.get(state)
     if code is None:
         code = exit_code_of(error) if error is not None else Exit.INTERNAL

@@ -18,6 +18,7 @@ import numpy as np
 
 from sync.registers.errors import (
     Difference,
+    FeatureNotCarried,
     IdentityMismatch,
     JournalOverflow,
     PayloadError,
@@ -56,12 +57,14 @@ from sync.registers.replay import Replayer
 from sync.registers.snapshot import (
     ReadPlan,
     Values,
+    carried_plan,
     compare,
     constants,
     deferred_plan,
     deferred_writes,
     final_plan,
     kicks,
+    not_carried,
     probe_plan,
     restore_plan,
     snapshot_plan,
@@ -94,6 +97,7 @@ class CaptureSource(SourceRegisters):
 
     async def offer(self) -> bytes:
         await self._probe()
+        await self._check_carried()
         found = constants(self._layout, self._probed)
         document = {**self._offered, "constants": _named(self._layout, found)}
         return encode_json(PayloadKind.OFFER, document)
@@ -122,6 +126,8 @@ class CaptureSource(SourceRegisters):
                 return
 
     async def quiesce(self) -> None:
+        # Once more: the guest may have reset its device and negotiated anew since.
+        await self._check_carried()
         if self._layout.kicks:
             await self._read_final()
 
@@ -149,6 +155,20 @@ class CaptureSource(SourceRegisters):
 
     def report(self) -> RegisterReport:
         return RegisterReport(method=self.method, captured=self._captured)
+
+    async def _check_carried(self) -> None:
+        """Raises `FeatureNotCarried` for what the driver has negotiated and no profile knows."""
+        if not self._layout.profile.carried:
+            return
+        plan = carried_plan(self._layout, self._probed)
+        found = not_carried(self._layout, plan.parse(await self._port.batch(plan.records())))
+        if found:
+            profile = self._layout.profile
+            raise FeatureNotCarried(
+                f"the guest uses {', '.join(found)} of device {self._layout.view.ids}, which "
+                f"profile {profile.name} {profile.version} does not carry: have the device not "
+                "offer it, and start the guest anew"
+            )
 
     async def _probe(self) -> None:
         plan = probe_plan(self._layout)

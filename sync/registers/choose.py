@@ -12,7 +12,7 @@ from collections.abc import Iterable, Sequence
 from importlib.metadata import EntryPoint, entry_points
 from importlib.resources import files
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 from sync.registers.capture import CaptureSource, CaptureTarget
 from sync.registers.errors import (
@@ -85,7 +85,7 @@ def source_for(
         )
     profile = find_profile(view, origins)
     if profile is None:
-        raise NoMethod(_no_profile(view))
+        raise _no_profile(view)
     layout = Layout(profile, view)
     return CaptureSource(layout, port, _describe(view, "replay", layout))
 
@@ -117,7 +117,7 @@ def target_for(
         return StreamTarget(port)
     profile = find_profile(view, origins)
     if profile is None:
-        raise NoMethod(_no_profile(view))
+        raise _no_profile(view)
     _check_profile(document, profile)
     layout = Layout(profile, view)
     _compare(document, _describe(view, method, layout), "structure")
@@ -227,32 +227,85 @@ def _parse(where: str, text: str) -> Profile:
         raise ProfileError(f"{where}: {error}") from error
 
 
-def _no_profile(view: DeviceView) -> str:
-    return f"""\
-device {view.ids} (subsystem {view.subsystem_vendor:04x}:{view.subsystem:04x}, class \
-{view.class_code:06x}) offers no VFIO migration v2, and no profile describes its registers. \
-Write one, and give its path with --profile on both hosts:
+class _Elsewhere(NamedTuple):
+    """A kind of device whose state is known not to be in its registers, so that no profile can
+    carry it. `None` matches anything."""
 
+    vendor: int | None
+    device: int | None
+    class_code: int | None
+    what: str
+
+    def is_kind_of(self, view: DeviceView) -> bool:
+        mine = (self.vendor, self.device, self.class_code)
+        return all(
+            wanted in (None, found)
+            for wanted, found in zip(mine, (view.vendor, view.device, view.class_code), strict=True)
+        )
+
+
+_VIRTIO = 0x1AF4
+STATE_ELSEWHERE = (
+    _Elsewhere(None, None, 0x010802, "NVMe: its queues are made by commands"),
+    _Elsewhere(
+        _VIRTIO, 0x1041, None, "virtio-net: commands set its filters, VLANs and queue pairs"
+    ),
+    _Elsewhere(_VIRTIO, 0x1043, None, "virtio-console: its ports are opened by messages"),
+    _Elsewhere(_VIRTIO, 0x1045, None, "virtio-balloon: which pages it holds is in no register"),
+    _Elsewhere(_VIRTIO, 0x1048, None, "virtio-scsi: task management goes through a queue"),
+    _Elsewhere(_VIRTIO, 0x1049, None, "virtio-9p: open files are the device's"),
+    _Elsewhere(_VIRTIO, 0x1050, None, "virtio-gpu: its resources are made by commands"),
+    _Elsewhere(_VIRTIO, 0x1053, None, "virtio-vsock: its connections are the host's"),
+    _Elsewhere(_VIRTIO, 0x1054, None, "virtio-crypto: its sessions are made by commands"),
+    _Elsewhere(_VIRTIO, 0x1058, None, "virtio-mem: which blocks are plugged is in no register"),
+    _Elsewhere(_VIRTIO, 0x1059, None, "virtio-sound: its streams are set up by commands"),
+    _Elsewhere(_VIRTIO, 0x105A, None, "virtio-fs: open files are the device's"),
+)
+"""Known by the specifications of NVMe (sections 5.2 to 5.4, 2.0) and virtio (5, 1.2)."""
+
+
+def _no_profile(view: DeviceView) -> NoMethod:
+    who = (
+        f"device {view.ids} (subsystem {view.subsystem_vendor:04x}:{view.subsystem:04x}, class "
+        f"{view.class_code:06x}) offers no VFIO migration v2"
+    )
+    for kind in STATE_ELSEWHERE:
+        if kind.is_kind_of(view):
+            return NoMethod(
+                f"{who}, and what it holds is not all in its registers ({kind.what}), so that no "
+                "profile could carry it: use one that offers VFIO migration v2"
+            )
+    return NoMethod(
+        f"{who}, and no profile describes its registers: write one (docs/profiles.md), and give "
+        "its path with --profile on both hosts",
+        draft=_DRAFT.format(vendor=view.vendor, device=view.device),
+    )
+
+
+_DRAFT = """\
+# A draft, which is refused as it is. What goes here: python -m pydoc sync.registers.profile.toml
+draft = true
 format = 1
 name = "my-device"
 version = "1"
+unlisted = "refuse"       # a write to a register that is not listed ends the migration
 
 [[match]]
-vendor = {view.vendor:#06x}
-device = {view.device:#06x}
+vendor = {vendor:#06x}
+device = {device:#06x}
 
-[[register]]              # for each register: what it is, and what may be done with it
-name = "command"          # (python -m pydoc sync.registers.profile.toml describes the format)
-base = "pci:config"
-offset = 0x04
-size = 2
-class = "snapshot"
-hold_bits = 0x0004
-
-[[register]]
-name = "doorbell"
-base = "bar0"
-offset = 0x00
-size = 4
-class = "hold"
+# [[register]]            # for each register: what it is, and what may be done with it
+# name = "command"
+# base = "pci:config"
+# offset = 0x04
+# size = 2
+# class = "snapshot"
+# hold_bits = 0x0004
+#
+# [[register]]
+# name = "doorbell"
+# base = "bar0"
+# offset = 0x00
+# size = 4
+# class = "hold"
 """

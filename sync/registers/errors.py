@@ -23,7 +23,20 @@ class ProfileMismatch(RegisterError):
 
 
 class NoMethod(RegisterError):
-    """A device offers nothing by which its registers could be moved."""
+    """A device offers nothing by which its registers could be moved.
+
+    `draft` is a profile to start from, where one could be written.
+    """
+
+    def __init__(self, message: str, draft: str = "") -> None:
+        super().__init__(message)
+        self.draft = draft
+
+
+class FeatureNotCarried(RegisterError):
+    """A guest uses a feature of its device that its profile does not carry; nothing is touched."""
+
+    exit_name = "refused"
 
 
 class MethodMismatch(RegisterError):

@@ -131,6 +131,32 @@ def _reading(layout: Layout, probed: Values, is_wanted: Callable[[Place], bool])
     return ReadPlan(planned)
 
 
+def carried_plan(layout: Layout, probed: Values) -> ReadPlan:
+    """Reads what the driver has negotiated, of which the profile says what it carries."""
+    names = {carried.register for carried in layout.profile.carried}
+    return _reading(layout, probed, lambda place: place.name in names)
+
+
+def not_carried(layout: Layout, values: Values) -> list[str]:
+    """The bits in `values`, which `carried_plan` read, that the profile does not carry, by name."""
+    found = []
+    for carried in layout.profile.carried:
+        place = layout.place(carried.register)
+        names = {bit: name for name, bit in carried.names}
+        for (index, of_bank), value in values.items() if place else ():
+            if place is None or index != place.index:
+                continue
+            first = 8 * place.size * (of_bank or 0)
+            bits = int.from_bytes(value, "little")
+            while bits:
+                bit = first + bits.bit_length() - 1
+                bits ^= 1 << (bit - first)
+                if bit not in carried.bits:
+                    name = names.get(bit)
+                    found.append(f"{name} (bit {bit})" if name else f"bit {bit}")
+    return found
+
+
 def deferred_plan(layout: Layout) -> ReadPlan:
     """Reads for the guest what registers that a read clears hold; only for a device at rest."""
     return ReadPlan(

@@ -189,6 +189,21 @@ class Kick:
 
 
 @dataclass(frozen=True, slots=True)
+class Carried:
+    """Which features a driver may have negotiated for its device to be moved by this profile.
+
+    A profile knows what its author knew: any other bit may mean state, or an order of things, of
+    which it says nothing. Bit n of index i of a register of w bits in a bank is number w * i + n.
+    """
+
+    register: str
+    """A snapshot register, in a bank or outside, that holds the bits in force."""
+    bits: tuple[int, ...]
+    names: tuple[tuple[str, int], ...] = ()
+    """What to call bits that are not carried. In the profile's file: `names = { packed = 34 }`."""
+
+
+@dataclass(frozen=True, slots=True)
 class Profile:
     """See `rules` for the rules that one keeps."""
 
@@ -200,6 +215,7 @@ class Profile:
     steps: tuple[Step, ...] = ()
     kicks: tuple[Kick, ...] = ()
     reset: Reset | None = None
+    carried: tuple[Carried, ...] = ()
     unlisted: Unlisted = Unlisted.REPLAY
 
     def digest(self) -> str:

@@ -10,6 +10,7 @@ from sync.registers.errors import ProfileError
 from sync.registers.profile.model import (
     MAX_COPIED_BYTES,
     Bank,
+    Carried,
     Kick,
     Profile,
     Register,
@@ -44,6 +45,8 @@ class _Rules:
         self._check_steps()
         for kick in self._profile.kicks:
             self._check_kick(kick)
+        for carried in self._profile.carried:
+            self._check_carried(carried)
         reset = self._profile.reset
         if reset is not None:
             self._small("[reset]", "register", self._refer("[reset]", reset.register, WRITTEN))
@@ -179,6 +182,12 @@ class _Rules:
                 )
             if register.bank is not None and register.bank not in banks:
                 raise ProfileError(f"[[restore]]: no step writes the bank '{register.bank}'")
+
+    def _check_carried(self, carried: Carried) -> None:
+        register = self._registers.get(carried.register)
+        bank = register.bank if register else None
+        register = self._refer("[[carries]]", carried.register, COPIED, bank)
+        self._small("[[carries]]", "register", register)
 
     def _check_kick(self, kick: Kick) -> None:
         where = "[[kick]]"

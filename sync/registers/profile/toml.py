@@ -6,11 +6,12 @@ parts in `rules`, what a base is in `locate`.
     format = 1                       # this format
     name = "virtio-pci"              # lower case letters, digits, '.', '_', '-'
     version = "1"                    # changes with each change of the file
+    # draft = true                   # refused: what a refusal prints to start from has it
     unlisted = "replay"              # or "ignore", "refuse": writes to registers not listed here
 
     [[match]]                        # at least one; every key that is given has to fit
     vendor = 0x1af4
-    device = [0x1040, 0x107f]        # a number, or an inclusive range
+    device = 0x1042                  # a number, or an inclusive range: [0x1040, 0x107f]
     # subsystem_vendor, subsystem (or a range), class (24 bits, or a range)
 
     [[bank]]                         # registers that exist several times behind a selector
@@ -54,6 +55,11 @@ parts in `rules`, what a base is in `locate`.
     rest = true                      # everything else that is copied
                                      # (selectors are always written last)
 
+    [[carries]]                      # what a driver may have negotiated; another bit is refused
+    register = "driver_feature"      # a snapshot register; in a bank, bit 32 is the next index's
+    bits = [5, 28, 29, 32]
+    names = { packed = 34 }          # what to call bits that are not carried
+
     [reset]                          # the write that resets the device
     register = "device_status"
     value = 0
@@ -79,6 +85,7 @@ from sync.registers.profile.model import (
     MAX_REGISTER_BYTES,
     MAX_REGISTERS,
     Bank,
+    Carried,
     Deferral,
     Kick,
     Match,
@@ -93,6 +100,7 @@ from sync.registers.profile.rules import KNOWN, check_rules
 
 MAX_FILE_BYTES = 256 << 10
 _NAME = re.compile(r"[a-z0-9][a-z0-9._-]{0,63}")
+MAX_FEATURE_BITS = 4096
 _WIDTHS = (1, 2, 4, 8)
 _U64 = (1 << 64) - 1
 
@@ -109,6 +117,11 @@ def parse_profile(text: str) -> Profile:
     version = top.integer("format", 0, _U64)
     if version != FORMAT:
         raise ProfileError(f"'format' is {version}, this program reads {FORMAT}")
+    if top.has("draft"):
+        raise ProfileError(
+            "this is a draft, and a device that is moved by a guess is dead: describe its "
+            "registers, then delete the line 'draft'"
+        )
     profile = Profile(
         name=top.name("name"),
         version=top.text("version", 32),
@@ -118,6 +131,7 @@ def parse_profile(text: str) -> Profile:
         registers=tuple(_register(table) for table in top.tables("register", at_least=1)),
         steps=tuple(_step(table) for table in top.tables("restore")),
         kicks=tuple(_kick(table) for table in top.tables("kick")),
+        carried=tuple(_carried(table) for table in top.tables("carries")),
         reset=_reset(top),
     )
     top.finish()
@@ -215,6 +229,14 @@ class _Table:
         ):
             raise self._fail(key, f"a number, or [first, last], from 0 to {high:#x}")
         return bounds[0], bounds[1]
+
+    def bits(self, key: str) -> tuple[int, ...]:
+        value = self._get(key)
+        if type(value) is not list or any(
+            type(bit) is not int or not 0 <= bit < MAX_FEATURE_BITS for bit in value
+        ):
+            raise self._fail(key, f"a list of bit numbers below {MAX_FEATURE_BITS}")
+        return tuple(sorted(set(value)))
 
     def conditions(self, key: str) -> tuple[tuple[str, int], ...]:
         value = self._get(key)
@@ -342,6 +364,12 @@ def _step(table: _Table) -> Step:
     if step.value is not None and step.mask is not None:
         raise ProfileError(f"{table.where}: 'value' and 'mask' exclude each other")
     return step
+
+
+def _carried(table: _Table) -> Carried:
+    carried = Carried(table.name("register"), table.bits("bits"), table.conditions("names"))
+    table.finish()
+    return carried
 
 
 def _kick(table: _Table) -> Kick:

@@ -58,10 +58,45 @@ def test_a_device_that_nobody_knows_is_refused_with_a_start_for_its_profile(
     device = model.view(vendor=0xABCD, device=0x1111)
     with pytest.raises(NoMethod, match="--profile") as caught:
         source_for(device, port(model), load_profiles())
-    text = str(caught.value)
-    profile = parse_profile(text[text.index("format = 1") :])
+    assert "\n" not in str(caught.value)
+    draft = caught.value.draft
+    with pytest.raises(ProfileError, match="describe its registers"):
+        parse_profile(draft)
+    without = draft.replace("draft = true\n", "")
+    with pytest.raises(ProfileError, match="register"):
+        parse_profile(without)
+    edited = without.replace("# [[", "[[").replace("\n#\n", "\n\n")
+    edited = "\n".join(
+        line.removeprefix("# ") if " = " in line else line for line in edited.splitlines()
+    )
+    profile = parse_profile(edited)
     assert profile.precision(device) is not None
     assert {register.name for register in profile.registers} == {"command", "doorbell"}
+
+
+@pytest.mark.parametrize(
+    ("kind", "told"),
+    [
+        ({"vendor": 0x144D, "device": 0xA808, "class_code": 0x010802}, "NVMe"),
+        ({"vendor": 0x1AF4, "device": 0x1041, "class_code": 0x020000}, "virtio-net"),
+        ({"vendor": 0x1AF4, "device": 0x1050}, "virtio-gpu"),
+        ({"vendor": 0x1AF4, "device": 0x105A}, "virtio-fs"),
+    ],
+)
+def test_a_device_whose_state_is_elsewhere_is_refused_by_name_and_offered_no_draft(
+    model: SimpleNamespace, kind: dict[str, int], told: str
+) -> None:
+    device = model.view(**kind)
+    with pytest.raises(NoMethod, match=told) as caught:
+        source_for(device, port(model), load_profiles())
+    assert not caught.value.draft
+
+
+def test_virtio_is_taken_by_type() -> None:
+    """Not by vendor: of all types, only block is known to be carried."""
+    matches = [match for origin in load_profiles() for each in origin for match in each.matches]
+    of_virtio = [match.device for match in matches if match.vendor == 0x1AF4]
+    assert of_virtio == [(0x1042, 0x1042)]
 
 
 @trio_test

@@ -46,12 +46,13 @@ def test_the_format_as_documented_is_read() -> None:
     start = next(place for place, line in enumerate(lines) if "format = 1" in line)
     text = "\n".join(line.strip() for line in lines[start:])
     text += register("num_queues", 0, "constant", 2) + register("queue_select", 4, size=2)
+    text += register("driver_feature", 12)
     text += register("queue_enable", 8, size=2, more='bank = "queues"')
     text += register("queue_notify_off", 10, "constant", 2, more='bank = "queues"')
     profile = parse_profile(text)
     assert profile.name == "virtio-pci"
     assert profile.unlisted is Unlisted.REPLAY
-    assert profile.matches == (Match(0x1AF4, (0x1040, 0x107F)),)
+    assert profile.matches == (Match(0x1AF4, (0x1042, 0x1042)),)
     assert [step.write or step.bank or step.rest for step in profile.steps] == [
         *["device_status"] * 3,
         "queues",
@@ -87,7 +88,7 @@ def test_defaults() -> None:
         ("register = 3\n" + HEAD, "'register' is 3; it has to be 1 to 4096 tables"),
         (HEAD + "[bank]\nname = 3", "'bank' is {'name': 3}"),
         (HEAD.replace('"x"', '"X y"') + register("a", 0), "'name' is 'X y'; it has to be 1 to 64"),
-        (HEAD + register("a", 0) + "[other]\n", "unknown key 'other'; allowed are bank, format"),
+        (HEAD + register("a", 0) + "[other]\n", "unknown key 'other'; allowed are bank, carries"),
         (HEAD + register("a", 0, more="siz = 4"), r"register\]\] a: unknown key 'siz'; allowed"),
         (HEAD + register("a", 0, "clear"), "'class' is 'clear'; it has to be one of snapshot, re"),
         (HEAD + register("a", -1), "'offset' is -1; it has to be a whole number from 0"),
@@ -142,6 +143,10 @@ def test_defaults() -> None:
          "'n' has to be in the bank 'b'"),
         (HEAD + BANK + '[[kick]]\nbank = "b"\nbase = "bar0"\noffset = "n"\nsize = 3',
          "'size' is 3"),
+        (HEAD + register("a", 0) + '[[carries]]\nregister = "b"\nbits = [1]', "no register 'b'"),
+        (HEAD + register("a", 0, "hold") + '[[carries]]\nregister = "a"\nbits = [1]', "snapshot"),
+        (HEAD + register("a", 0) + '[[carries]]\nregister = "a"\nbits = [4096]', "bit numbers"),
+        ("draft = true\n" + HEAD + register("a", 0), "this is a draft"),
         (HEAD + "device = [5, 1]\n" + register("a", 0), r"'device' is \[5, 1\]; it has to be a nu"),
         (HEAD + "device = 0x10000\n" + register("a", 0), "from 0 to 0xffff"),
         ("x" * 300_000, "may have"),

@@ -12,7 +12,12 @@ from trio.testing import trio_test
 from lab.devices.disk import Disk
 from lab.devices.virtio.blk import VirtioBlk
 from sync.registers.choose import load_profiles, source_for, target_for
-from sync.registers.errors import IdentityMismatch, RefusedAccess, RegisterMismatch
+from sync.registers.errors import (
+    FeatureNotCarried,
+    IdentityMismatch,
+    RefusedAccess,
+    RegisterMismatch,
+)
 from sync.registers.profile.locate import DeviceView
 from sync.registers.record import Access, Op
 
@@ -217,6 +222,56 @@ async def test_a_target_that_is_built_differently_is_refused(
     fewer = machines(n_queues=1)
     with pytest.raises(IdentityMismatch, match="virtio:notify"):
         target_for(offer, fewer.view(), model.Gateway(fewer), PROFILES)
+
+
+NOT_CARRIED = {
+    "zoned": 17,
+    "bit 27": 27,
+    "ring_packed": 34,
+    "in_order": 35,
+    "notification_data": 38,
+    "ring_reset": 40,
+    "admin_vq": 41,
+    "bit 63": 63,
+}
+
+
+@pytest.mark.parametrize("name", NOT_CARRIED)
+@pytest.mark.parametrize("when", ["before", "meanwhile"])
+@trio_test
+async def test_a_feature_that_the_profile_does_not_know_ends_the_migration_by_name(
+    model: SimpleNamespace, machines: Any, name: str, when: str
+) -> None:
+    """Before anything is touched, or when the guest, which has negotiated anew, is paused."""
+    source = machines()
+    gateway = model.Gateway(source)
+    driver = Driver(model.Guest(gateway))
+    for step in driver.steps():
+        step()
+    common = source.blk.common
+    near = source_for(source.view(), gateway, PROFILES)
+    if when == "meanwhile":
+        await near.offer()
+        await gateway.batch(await near.snapshot())
+    common.driver_features |= 1 << NOT_CARRIED[name]
+    before = source.everything()
+    with pytest.raises(FeatureNotCarried, match=rf"uses {name}\b.*profile virtio-pci 3"):
+        await (near.offer() if when == "before" else near.quiesce())
+    assert source.everything() == before
+
+
+@trio_test
+async def test_every_feature_of_the_profile_is_carried(
+    model: SimpleNamespace, machines: Any
+) -> None:
+    source = machines()
+    gateway = model.Gateway(source)
+    near = source_for(source.view(), gateway, PROFILES)
+    (profile,) = (p for origin in PROFILES for p in origin if p.name == "virtio-pci")
+    (carried,) = profile.carried
+    for bit in carried.bits:
+        source.blk.common.driver_features |= 1 << bit
+    await near.offer()
 
 
 @trio_test

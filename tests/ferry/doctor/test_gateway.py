@@ -1,0 +1,74 @@
+"""What the driver has negotiated is looked at, if nobody else is at the gateway."""
+
+from dataclasses import dataclass
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import trio
+
+from ferry.doctor import gateway
+from ferry.doctor.gateway import Wish
+from ferry.findings import Level
+from sync.gateway.engine.custody import ClientRole
+from sync.registers.choose import load_profiles
+from sync.registers.errors import FeatureNotCarried, SnapshotFailed
+from sync.registers.profile.locate import DeviceView
+
+VIEW = DeviceView(0x1AF4, 0x1042, 0x1AF4, 2, 0x018000, bytes(256), {})
+
+
+@dataclass
+class Leased:
+    """A connection with the lease, and what the device says through it."""
+
+    error: Exception | None
+    roles: list[ClientRole]
+
+    async def connect(self, path: str, *, role: ClientRole, session: str) -> "Leased":
+        self.roles.append(role)
+        return self
+
+    async def __aenter__(self) -> "Leased":
+        return self
+
+    async def __aexit__(self, *_: object) -> None:
+        pass
+
+    async def offer(self) -> bytes:
+        if self.error is not None:
+            raise self.error
+        return b""
+
+
+@pytest.mark.parametrize(
+    ("error", "lease", "state", "expected"),
+    [
+        (None, None, "passthrough", None),
+        (FeatureNotCarried("the guest uses ring_packed"), None, "passthrough", "ring_packed"),
+        (SnapshotFailed("refused"), None, "passthrough", None),
+        (FeatureNotCarried("the guest uses ring_packed"), ClientRole.SOURCE, "mediated", ""),
+        (FeatureNotCarried("the guest uses ring_packed"), None, "released", ""),
+    ],
+)
+def test_negotiated_features(
+    monkeypatch: pytest.MonkeyPatch,
+    error: Exception | None,
+    lease: ClientRole | None,
+    state: str,
+    expected: str | None,
+) -> None:
+    leased = Leased(error, [])
+    monkeypatch.setattr(gateway, "GatewayClient", leased)
+    monkeypatch.setattr(gateway, "view_of", lambda info: VIEW)
+    monkeypatch.setattr(gateway, "source_for", lambda *_: leased)
+    info: Any = SimpleNamespace(lease=lease, state=state)
+    wish = Wish("auto", "auto", load_profiles())
+    found = trio.run(gateway._negotiated, "/control", info, wish)
+    assert leased.roles == ([] if expected == "" else [ClientRole.SOURCE])
+    if expected:
+        assert found is not None
+        assert (found.level, found.check) == (Level.PROBLEM, "device 1af4:1042")
+        assert expected in found.text
+    else:
+        assert found is None
