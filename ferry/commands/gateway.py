@@ -4,7 +4,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from ferry.config import natural, option, size
-from ferry.errors import Exit
+from ferry.errors import ConfigError, Exit
 from sync.gateway.datapath.journal import DEFAULT_RECORDS
 from sync.gateway.engine.busy_poll import WINDOW_S
 from sync.gateway.engine.core import Limits
@@ -13,6 +13,8 @@ from sync.gateway.main import run as run_gateway
 from sync.registers.record import RECORD_BYTES
 
 MAX_BUSY_POLL_US = 1000
+HOST_FUNCTION = "vfio:"
+"""What the address of a PCI function follows."""
 
 
 def busy_poll(text: str) -> int:
@@ -26,8 +28,12 @@ def busy_poll(text: str) -> int:
 @dataclass(frozen=True, kw_only=True)
 class Options:
     listen: str = option("where the VMM's vfio-user device connects")
-    device: str = option("where the device listens; it need not be there yet")
+    device: str = option(
+        "where the device listens, which need not be there yet; or vfio:ADDRESS, a PCI function of"
+        " this host that vfio-pci has"
+    )
     control: str = option("where send and receive connect")
+    bind: bool = option("with vfio:ADDRESS: bind it to vfio-pci, and back at the end", False)
     busy_poll: int = option(
         "microseconds that it polls before it sleeps, where the next message is likely; 0: none",
         round(WINDOW_S * 1e6),
@@ -43,14 +49,34 @@ class Options:
 
 
 def run(options: Options) -> int:
+    if not options.device.startswith(HOST_FUNCTION):
+        if options.bind:
+            raise ConfigError(f"--bind goes with --device {HOST_FUNCTION}ADDRESS")
+        _serve(options, "")
+        return Exit.OK
+    from sync.vfio.sysfs import PciFunction, parse_address
+
+    function = PciFunction(parse_address(options.device.removeprefix(HOST_FUNCTION)))
+    before = function.bind() if options.bind else function.driver
+    try:
+        function.require_vfio()
+        function.require_viable()
+        _serve(options, function.address)
+    finally:
+        if options.bind:
+            function.restore(before)
+    return Exit.OK
+
+
+def _serve(options: Options, host_function: str) -> None:
     run_gateway(
         GatewayOptions(
             vmm_path=Path(options.listen),
-            device_path=Path(options.device),
+            device_path=None if host_function else Path(options.device),
+            host_function=host_function,
             control_path=Path(options.control),
             json=options.json,
             busy_poll_s=options.busy_poll / 1e6,
             limits=Limits(journal_records=options.journal_size // RECORD_BYTES),
         )
     )
-    return Exit.OK

@@ -5,6 +5,7 @@ function is shown it, and scratch memory is gone by then. Between plans and whil
 enabled with nobody at the vectors, if the function has it.
 """
 
+import contextlib
 import ctypes
 import mmap
 import time
@@ -27,6 +28,7 @@ from sync.queues.interface import (
     number,
 )
 from sync.vfio.device import VfioDevice
+from sync.vfio.errors import VfioError
 from sync.vfio.uapi import IrqIndex
 
 DEADLINE_S = 30.0
@@ -93,7 +95,11 @@ class Executor:
         return b""
 
     def quiet_interrupts(self) -> None:
-        """MSI-X is on, and every vector comes to nobody."""
+        """MSI-X is on, and every vector comes to nobody. The kernel has one kind on at a time."""
+        for index in (IrqIndex.INTX, IrqIndex.MSI):
+            if self._device.vectors.get(index):
+                with contextlib.suppress(VfioError):
+                    self._device.disable_irqs(index)
         count = self._device.vectors.get(IrqIndex.MSIX, 0)
         if count:
             self._device.set_irqs(IrqIndex.MSIX, [-1] * count)

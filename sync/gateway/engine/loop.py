@@ -18,6 +18,7 @@ from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from sync.errors import SyncError
 from sync.gateway.control.info import Recovery
@@ -44,12 +45,17 @@ from sync.vfio_user.protocol import (
 )
 from sync.vmm import recover
 
+if TYPE_CHECKING:
+    from sync.vfio.endpoint import HostEndpoint
+
 TICK_S = 0.05
 """Deadlines are kept to within this."""
 IDLE_TICKS = 10
 """Without a device or a deadline under way the loop wakes up this much more rarely."""
 RETRY_S = 0.1
 """The pause between two attempts to connect to the device."""
+REOPEN_S = 5.0
+"""The same for a function of the host that could not be opened."""
 GREETING_S = 5.0
 """A VMM that has connected has to say VERSION within this time."""
 MAX_CONTROL_CLIENTS = 32
@@ -66,10 +72,13 @@ class GatewayOptions:
     `busy_poll_s`: for how long it polls before it sleeps, at most."""
 
     vmm_path: Path
-    device_path: Path
+    device_path: Path | None
+    """None: `host_function` is the device."""
     control_path: Path
     json: bool = False
     busy_poll_s: float = WINDOW_S
+    host_function: str = ""
+    """Address of a PCI function of the host, which vfio-pci has."""
     limits: Limits = field(default_factory=Limits)
 
 
@@ -87,7 +96,7 @@ class Gateway:
         self._handlers: dict[int, Callable[[int], None]] = {}
         self._masks: dict[int, int] = {}
         self._stopping = False
-        self._device: Peer | None = None
+        self._device: Peer | HostEndpoint | None = None
         self._twin: Peer | None = None
         self._vmm: Peer | None = None
         self._vmm_deadline: float | None = None
@@ -216,6 +225,9 @@ class Gateway:
 
     def _connect_device(self, now: float) -> None:
         self._retry_at = now + RETRY_S
+        if self._options.device_path is None:
+            self._open_function(now)
+            return
         sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
         sock.setblocking(False)
         try:
@@ -223,7 +235,21 @@ class Gateway:
         except OSError:
             sock.close()
             return
-        peer = Peer(sock, _MESSAGE_BYTES, _nobody)
+        self._use_device(Peer(sock, _MESSAGE_BYTES, _nobody))
+
+    def _open_function(self, now: float) -> None:
+        # Only here: a gateway of a device process stays as small as it is.
+        from sync.vfio.endpoint import open_endpoint
+
+        try:
+            endpoint = open_endpoint(self._options.host_function, self._log)
+        except SyncError as error:
+            self._log("device-unusable", reason=str(error))
+            self._retry_at = now + REOPEN_S
+            return
+        self._use_device(endpoint)
+
+    def _use_device(self, peer: "Peer | HostEndpoint") -> None:
         self._device = peer
         self._watch(peer.fileno(), self._on_device)
         self._link = self.core.device_came(peer.send, self._device_ready)
@@ -274,7 +300,7 @@ class Gateway:
     def _on_twin(self, events: int) -> None:
         self._from_device(self._twin, events)
 
-    def _from_device(self, peer: Peer | None, events: int) -> None:
+    def _from_device(self, peer: "Peer | HostEndpoint | None", events: int) -> None:
         if peer is None:
             return
         try:

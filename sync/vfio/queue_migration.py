@@ -1,0 +1,212 @@
+"""VFIO migration v2 and DMA logging for a function that offers neither, made of its queues.
+
+Owns the migration state, the stream, and which pages were dirty but not reported yet. What the
+queues are is the business of `sync.queues`. The stream is a series of states, each complete:
+
+     0        4         6            8        9      12
+    +--------+---------+------------+--------+------+------- - -
+    | length | command | cache line | INTx   | zero | state of the device's class
+    +--------+---------+------------+--------+------+------- - -
+
+Little-endian; `length` counts what is behind it. Of the configuration space go the registers that a
+guest sets and the kernel does not keep for itself: command, cache line size and latency, INTx line.
+
+Each state that comes before the last is walked to ahead of time; the last one is taken with the
+device at rest, and is walked to when the stream has ended.
+"""
+
+import errno
+import struct
+import time
+from collections.abc import Callable
+
+from sync.errors import SyncError
+from sync.pci import CACHE_LINE, COMMAND, INTERRUPT_LINE
+from sync.queues.errors import CannotMove, WalkTimeout
+from sync.queues.interface import PAGE_BYTES, DeviceClass, Rest, number, run
+from sync.queues.nvme.state import MAX_STATE_BYTES
+from sync.vfio.device import VfioDevice
+from sync.vfio.executor import Executor
+from sync.vfio.guest_memory import PinnedMemory
+from sync.vfio_user.protocol import LoggingReport, MigrationState, PciRegion, VfioUserError
+
+REST_DEADLINE_S = 2.0
+"""With the guest paused: a storage device that takes longer for a command is in trouble."""
+_LENGTH = struct.Struct("<I")
+_CONFIG = struct.Struct("<HHB3x")
+_SPACE = PciRegion.CONFIG
+_REGISTERS = ((COMMAND, 2), (CACHE_LINE, 2), (INTERRUPT_LINE, 1))
+"""Offset and length."""
+
+
+class QueueMigration:
+    """One function's; it was just opened, and nobody uses it. `log` takes an event and its fields.
+
+    Raises `QueueError`, `VfioError` if it does not tell what it is.
+    """
+
+    def __init__(
+        self,
+        device_class: DeviceClass,
+        executor: Executor,
+        device: VfioDevice,
+        memory: PinnedMemory,
+        log: Callable[..., None],
+        restore_interrupts: Callable[[], None],
+    ) -> None:
+        self._class = device_class
+        self._executor = executor
+        self._device = device
+        self._restore_interrupts = restore_interrupts
+        self._memory = memory
+        self._log = log
+        self._inventory = run(device_class.inventory(), executor)
+        self.watch = device_class.watch(memory, self._inventory)
+        self._unreported: set[int] = set()
+        self.logging = False
+        self.reset()
+
+    def reset(self) -> None:
+        """The function was reset; what is logged goes on being logged."""
+        self._executor.drop_scratch()
+        self.watch.reset()
+        self.state = MigrationState.RUNNING
+        self._walk = self._class.walk(self._inventory)
+        self._incoming = bytearray()
+        self._outgoing = bytearray()
+        self._config = bytes(_CONFIG.size)
+        self._arrived = b""
+        """The state that was walked to last."""
+
+    def set_state(self, wanted: MigrationState) -> None:
+        """Raises `VfioUserError`; why is logged, for an error reply has no words."""
+        try:
+            self._enter(wanted)
+        except SyncError as error:
+            if isinstance(error, VfioUserError):
+                raise
+            self._log("device-cannot-move", reason=str(error))
+            raise VfioUserError(errno.EBUSY, str(error)) from error
+
+    def read(self, size: int) -> bytes:
+        """Up to `size` bytes of the stream."""
+        data = bytes(self._outgoing[:size])
+        del self._outgoing[:size]
+        return data
+
+    def write(self, data: bytes) -> None:
+        """More of the stream; states that are complete are walked to. Raises `VfioUserError`."""
+        if self.state is not MigrationState.RESUMING:
+            raise VfioUserError(errno.EINVAL)
+        self._incoming += data
+        while len(self._incoming) >= _LENGTH.size:
+            (length,) = _LENGTH.unpack_from(self._incoming)
+            if length > MAX_STATE_BYTES:
+                raise VfioUserError(errno.EFBIG)
+            end = _LENGTH.size + length
+            if len(self._incoming) < end:
+                return
+            body = bytes(self._incoming[_LENGTH.size : end])
+            del self._incoming[:end]
+            if len(body) < _CONFIG.size:
+                raise VfioUserError(errno.EINVAL)
+            self._config, self._arrived = body[: _CONFIG.size], body[_CONFIG.size :]
+            try:
+                run(self._walk.ahead(self._arrived), self._executor)
+            except SyncError as error:
+                self._log("device-cannot-move", reason=str(error))
+                raise VfioUserError(errno.EINVAL, str(error)) from error
+
+    # Dirty pages.
+
+    def start_logging(self) -> None:
+        self._unreported = self.watch.dirty()
+        self.logging = True
+
+    def stop_logging(self) -> None:
+        self.watch.forget_dirty()
+        self._unreported = set()
+        self.logging = False
+
+    def report(self, request: LoggingReport) -> bytes:
+        """The dirty pages of a range, which are clean afterwards. Raises `VfioUserError`."""
+        if not self.logging or request.page_size < PAGE_BYTES:
+            raise VfioUserError(errno.EINVAL)
+        self._unreported |= self.watch.dirty()
+        pages = range(request.iova // PAGE_BYTES, (request.iova + request.length) // PAGE_BYTES)
+        bitmap = bytearray(request.bitmap_bytes)
+        for page in [page for page in self._unreported if page in pages]:
+            bit = (page * PAGE_BYTES - request.iova) // request.page_size
+            bitmap[bit >> 3] |= 1 << (bit & 7)
+            self._unreported.discard(page)
+        return bytes(bitmap)
+
+    # States.
+
+    def _enter(self, wanted: MigrationState) -> None:
+        match self.state, wanted:
+            case (before, after) if before is after:
+                return
+            case (MigrationState.RUNNING, MigrationState.PRE_COPY):
+                self._add_state()
+            case ((MigrationState.RUNNING | MigrationState.PRE_COPY), MigrationState.STOP):
+                self._come_to_rest()
+            case ((MigrationState.RUNNING | MigrationState.PRE_COPY), MigrationState.STOP_COPY):
+                self._come_to_rest()
+                self._add_state()
+            case (MigrationState.STOP, MigrationState.STOP_COPY):
+                self._add_state()
+            case ((MigrationState.RUNNING | MigrationState.STOP), MigrationState.RESUMING):
+                self._incoming.clear()
+                self._arrived = b""
+            case (MigrationState.RESUMING, MigrationState.STOP):
+                self._finish()
+            case (MigrationState.STOP, MigrationState.RUNNING) if self._arrived:
+                self._go_on()
+            case (
+                (MigrationState.STOP | MigrationState.STOP_COPY | MigrationState.PRE_COPY),
+                (MigrationState.RUNNING | MigrationState.STOP),
+            ):
+                self._outgoing.clear()
+            case _:
+                raise VfioUserError(errno.EINVAL, f"no way to {wanted.name}")
+        self.state = wanted
+
+    def _add_state(self) -> None:
+        self.watch.look()
+        registers = (number(self._device.read(_SPACE, *each)) for each in _REGISTERS)
+        state = _CONFIG.pack(*registers) + self.watch.state()
+        self._outgoing += _LENGTH.pack(len(state)) + state
+
+    def _come_to_rest(self) -> None:
+        refusals = self.watch.refusals()
+        if refusals:
+            raise CannotMove(refusals)
+        end = time.monotonic() + REST_DEADLINE_S
+        while True:
+            self.watch.look()
+            rest = self.watch.rest()
+            if rest is Rest.AT_REST:
+                return
+            if rest is Rest.BLOCKED:
+                raise CannotMove([rest.value])
+            if time.monotonic() > end:
+                raise WalkTimeout(f"commands do not complete within {REST_DEADLINE_S:g} s")
+            time.sleep(0.0002)
+
+    def _finish(self) -> None:
+        if self._incoming or not self._arrived:
+            raise VfioUserError(errno.EINVAL, "the stream is not complete")
+        run(self._walk.finish(self._arrived), self._executor)
+
+    def _go_on(self) -> None:
+        state, self._arrived = self._arrived, b""
+        for (offset, length), value in zip(_REGISTERS, _CONFIG.unpack(self._config), strict=True):
+            self._device.write(_SPACE, offset, value.to_bytes(length, "little"))
+        self._restore_interrupts()
+        self.watch = self._class.watch(self._memory, self._inventory, state)
+        self._executor.guest = self._memory
+        try:
+            run(self._walk.start(state), self._executor)
+        finally:
+            self._executor.guest = None

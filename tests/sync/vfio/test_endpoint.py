@@ -1,0 +1,402 @@
+"""A function of the host as the gateway's loop sees it: messages in, replies out. The function is a
+model NVMe controller behind a double of the kernel."""
+
+import errno
+import os
+import random
+import struct
+from collections.abc import Iterator
+from mmap import mmap
+from pathlib import Path
+
+import pytest
+
+from sync.queues.errors import MemoryUnreadable
+from sync.vfio.device import VfioDevice
+from sync.vfio.endpoint import HostEndpoint
+from sync.vfio.sysfs import PciFunction
+from sync.vfio_user.protocol import (
+    HEADER_BYTES,
+    Capabilities,
+    Command,
+    DeviceInfo,
+    DeviceInfoRequest,
+    DmaMap,
+    DmaUnmap,
+    Feature,
+    FeatureFlags,
+    IrqInfo,
+    IrqInfoRequest,
+    IrqSet,
+    LoggingControl,
+    LoggingReport,
+    MigData,
+    MigrationFlags,
+    MigrationState,
+    MigState,
+    RegionAccess,
+    RegionInfo,
+    RegionInfoRequest,
+    SetIrqs,
+    Version,
+    encode_message,
+)
+from tests.sync.queues.world import GUEST_IOVA, Driver, DriverCq, DriverSq
+from tests.sync.vfio.fake_kernel import FakeSysfs
+from tests.sync.vfio.model_kernel import ModelKernel
+
+ADDRESS = "0000:01:00.0"
+RAM_BYTES = 2 << 20
+INTX, MSIX, CONFIG = 0, 2, 7
+
+
+class Ram:
+    """Guest memory in a file, as a VMM shares it."""
+
+    def __init__(self) -> None:
+        self.fd = os.memfd_create("ram")
+        os.ftruncate(self.fd, RAM_BYTES)
+        self.bytes = mmap(self.fd, RAM_BYTES)
+        self.bytes[:] = b"\xa5" * RAM_BYTES
+        self._free = GUEST_IOVA
+
+    def allocate(self, length: int) -> int:
+        iova, self._free = self._free, self._free + (-(-length // 4096) << 12)
+        self.write(iova, bytes(length))
+        return iova
+
+    def read(self, iova: int, length: int) -> bytes:
+        if not 0 <= iova - GUEST_IOVA <= RAM_BYTES - length:
+            raise MemoryUnreadable(f"{iova:#x}")
+        return self.bytes[iova - GUEST_IOVA : iova - GUEST_IOVA + length]
+
+    def write(self, iova: int, data: bytes) -> None:
+        self.bytes[iova - GUEST_IOVA : iova - GUEST_IOVA + len(data)] = data
+
+
+class Refused(Exception):
+    pass
+
+
+class Client:
+    """Sends commands, and takes the one reply to each."""
+
+    def __init__(self, kernel: ModelKernel, folder: Path) -> None:
+        FakeSysfs(folder).add(ADDRESS, driver="vfio-pci", group="7")
+        self.kernel = kernel
+        self.events: list[tuple[str, str]] = []
+        device = VfioDevice(PciFunction(ADDRESS, folder), kernel)
+        self.endpoint = HostEndpoint(device, self._log)
+        self.endpoint.handler = self._answered
+        self.answers: list[tuple[int, bytes]] = []
+
+    def _log(self, event: str, **fields: object) -> None:
+        self.events.append((event, str(fields["reason"])))
+
+    def _answered(
+        self,
+        message_id: int,
+        command: int,
+        flags: int,
+        error: int,
+        message: memoryview,
+        fds: object,
+    ) -> None:
+        assert flags & 1
+        self.answers.append((error, bytes(message[HEADER_BYTES:])))
+
+    def ask(self, command: int, body: bytes = b"", fds: tuple[int, ...] = ()) -> bytes:
+        self.endpoint.send(encode_message(1, command, body), [os.dup(fd) for fd in fds])
+        self.endpoint.flush()
+        ((error, answer),) = self.answers
+        self.answers.clear()
+        if error:
+            raise Refused(errno.errorcode[error])
+        return answer
+
+    def write(self, offset: int, data: bytes, region: int = 0) -> None:
+        access = RegionAccess(offset, region, len(data), data)
+        self.ask(Command.REGION_WRITE, access.pack())
+
+    def read(self, offset: int, count: int, region: int = 0) -> bytes:
+        access = RegionAccess(offset, region, count)
+        return RegionAccess.unpack(self.ask(Command.REGION_READ, access.pack())).data
+
+    def share(self, ram: Ram) -> None:
+        self.ask(Command.DMA_MAP, DmaMap(3, 0, GUEST_IOVA, RAM_BYTES).pack(), (ram.fd,))
+
+    def take_away(self) -> None:
+        self.ask(Command.DMA_UNMAP, DmaUnmap(0, GUEST_IOVA, RAM_BYTES).pack())
+
+    def enter(self, state: MigrationState) -> None:
+        self.ask(Command.DEVICE_FEATURE, Feature.set(2, MigState(state).pack()).pack())
+
+    def state(self) -> MigrationState:
+        answer = self.ask(Command.DEVICE_FEATURE, Feature.get(2, 8).pack())
+        return MigState.unpack(Feature.unpack(answer).data).device_state
+
+    def stream(self) -> bytes:
+        data = b""
+        while part := MigData.unpack(self.ask(Command.MIG_DATA_READ, MigData(100).pack())).data:
+            data += part
+        return data
+
+    def give(self, data: bytes) -> None:
+        for at in range(0, len(data), 77):
+            part = data[at : at + 77]
+            self.ask(Command.MIG_DATA_WRITE, MigData(len(part), part).pack())
+
+    def dirty(self) -> set[int]:
+        request = LoggingReport(GUEST_IOVA, RAM_BYTES, 4096)
+        size = len(request.pack()) + request.bitmap_bytes
+        answer = self.ask(Command.DEVICE_FEATURE, Feature.get(8, size, request.pack()).pack())
+        bitmap = LoggingReport.unpack(Feature.unpack(answer).data).bitmap
+        return {at for at in range(len(bitmap) * 8) if bitmap[at >> 3] >> (at & 7) & 1}
+
+
+@pytest.fixture
+def source(tmp_path: Path) -> Iterator[Client]:
+    (tmp_path / "a").mkdir()
+    client = Client(ModelKernel({}), tmp_path / "a")
+    yield client
+    client.endpoint.close()
+    assert not client.kernel.opened
+
+
+@pytest.fixture
+def target(tmp_path: Path, source: Client) -> Iterator[Client]:
+    (tmp_path / "b").mkdir()
+    client = Client(ModelKernel(source.kernel.controller.blocks, 2), tmp_path / "b")
+    yield client
+    client.endpoint.close()
+
+
+class Guest:
+    """A guest whose driver has one pair of I/O queues."""
+
+    def __init__(self, here: Client) -> None:
+        self.ram = Ram()
+        self.here = here
+        self.random = random.Random(1)
+        here.ask(Command.VERSION, Version(capabilities=Capabilities()).pack())
+        here.share(self.ram)
+        here.write(4, b"\x06\x00", CONFIG)
+        self.lines = [os.eventfd(0, os.EFD_NONBLOCK) for _ in range(2)]
+        flags = IrqSet.DATA_EVENTFD | IrqSet.ACTION_TRIGGER
+        self.use_interrupts(here, flags)
+        self.driver = Driver(self.ram, self._access)  # type: ignore[arg-type]
+        self.driver.enable(8, 8)
+        cq = DriverCq(1, self.ram.allocate(64 * 16), 16)
+        sq = DriverSq(1, self.ram.allocate(64 * 64), 16, cq)
+        self.admin(0x05, prp1=cq.base, dwords=(15 << 16 | 1, 1 << 16 | 3))
+        self.admin(0x01, prp1=sq.base, dwords=(15 << 16 | 1, 1 << 16 | 1))
+        self.driver.cqs[1], self.driver.sqs[1] = cq, sq
+        self.driver.submit(self.driver.sqs[0], 0x0C)
+
+    def use_interrupts(self, client: Client, flags: int) -> None:
+        body = SetIrqs(flags, MSIX, 0, len(self.lines)).pack()
+        client.ask(Command.DEVICE_SET_IRQS, body, tuple(self.lines))
+
+    def _access(self, offset: int, data: bytes) -> None:
+        self.here.write(offset, data)
+
+    def admin(self, opcode: int, **fields: object) -> None:
+        self.driver.submit(self.driver.sqs[0], opcode, **fields)  # type: ignore[arg-type]
+        assert self.driver.take(self.driver.cqs[0]) == 1
+
+    def work(self, count: int) -> None:
+        for _ in range(count):
+            self.driver.read_or_write(self.driver.sqs[1], self.random)
+            assert self.driver.take(self.driver.cqs[1]) == 1
+
+
+def test_a_function_tells_what_it_is(source: Client) -> None:
+    info = DeviceInfo.unpack(source.ask(Command.DEVICE_GET_INFO, DeviceInfoRequest().pack()))
+    assert info.flags == 3
+    answer = source.ask(Command.DEVICE_GET_REGION_INFO, RegionInfoRequest(0).pack())
+    region = RegionInfo.unpack(answer)
+    assert (region.size, region.flags) == (0x4000, 3)
+    answer = source.ask(Command.DEVICE_GET_REGION_INFO, RegionInfoRequest(3).pack())
+    assert RegionInfo.unpack(answer).size == 0
+    answer = source.ask(Command.DEVICE_GET_IRQ_INFO, IrqInfoRequest(MSIX).pack())
+    assert IrqInfo.unpack(answer).count == 65
+    answer = source.ask(Command.DEVICE_FEATURE, Feature.get(1, 8).pack())
+    assert MigrationFlags.unpack(Feature.unpack(answer).data).flags == 5
+    source.ask(Command.DEVICE_FEATURE, Feature.probe(8, FeatureFlags.GET).pack())
+
+
+def test_a_guest_moves_with_its_queues_from_function_to_function(
+    source: Client, target: Client
+) -> None:
+    guest = Guest(source)
+    guest.work(21)
+    source.enter(MigrationState.PRE_COPY)
+    target.enter(MigrationState.RESUMING)
+    target.give(source.stream())
+    guest.work(5)
+    source.enter(MigrationState.STOP_COPY)
+    before = guest.ram.bytes[:]
+    target.give(source.stream())
+    target.enter(MigrationState.STOP)
+    assert guest.ram.bytes[:] == before
+    assert not target.kernel.mapped
+    source.take_away()
+    target.share(guest.ram)
+    guest.use_interrupts(target, IrqSet.DATA_EVENTFD | IrqSet.ACTION_TRIGGER)
+    target.enter(MigrationState.RUNNING)
+    assert target.state() is MigrationState.RUNNING
+    assert target.read(4, 2, CONFIG) == b"\x06\x00"
+    guest.here = target
+    guest.work(40)
+    assert len(target.kernel.controller.events) == 1
+    assert not target.kernel.controller.bad_status
+    assert not source.events and not target.events
+    # And back.
+    source.ask(Command.DEVICE_RESET)
+    target.enter(MigrationState.STOP_COPY)
+    source.enter(MigrationState.RESUMING)
+    source.give(target.stream())
+    source.enter(MigrationState.STOP)
+    target.take_away()
+    source.share(guest.ram)
+    source.enter(MigrationState.RUNNING)
+    guest.here = source
+    guest.work(40)
+
+
+def test_i8_a_source_that_is_told_to_go_on_does(source: Client, target: Client) -> None:
+    guest = Guest(source)
+    guest.work(3)
+    source.enter(MigrationState.PRE_COPY)
+    target.enter(MigrationState.RESUMING)
+    target.give(source.stream())
+    source.enter(MigrationState.STOP_COPY)
+    source.enter(MigrationState.RUNNING)
+    guest.work(30)
+    target.ask(Command.DEVICE_RESET)
+    assert target.state() is MigrationState.RUNNING
+    assert not target.kernel.mapped
+
+
+def test_a_device_that_cannot_move_says_why(source: Client) -> None:
+    guest = Guest(source)
+    guest.driver.submit(guest.driver.sqs[0], 0x7C)
+    for state in (MigrationState.PRE_COPY, MigrationState.STOP_COPY, MigrationState.STOP):
+        with pytest.raises(Refused, match="EBUSY"):
+            source.enter(state)
+    assert source.state() is MigrationState.RUNNING
+    assert source.events[0][0] == "device-cannot-move"
+    assert "shadow doorbells" in source.events[0][1]
+
+
+def test_a_device_that_does_not_come_to_rest_is_left_running(
+    source: Client, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("sync.vfio.queue_migration.REST_DEADLINE_S", 0.01)
+    guest = Guest(source)
+    source.kernel.works = False
+    guest.driver.read_or_write(guest.driver.sqs[1], guest.random)
+    with pytest.raises(Refused, match="EBUSY"):
+        source.enter(MigrationState.STOP_COPY)
+    assert "do not complete" in source.events[0][1]
+    source.kernel.works = True
+    source.kernel.controller.run()
+    assert guest.driver.take(guest.driver.cqs[1]) == 1
+    guest.work(20)
+
+
+def test_i1_pages_are_reported_from_the_queues(source: Client) -> None:
+    guest = Guest(source)
+    start = Feature.set(6, LoggingControl(4096, ()).pack())
+    source.ask(Command.DEVICE_FEATURE, start.pack())
+    source.dirty()
+    source.kernel.works = False
+    buffer = guest.ram.allocate(4096)
+    guest.driver.submit(guest.driver.sqs[1], 2, prp1=buffer, dwords=(1,), nsid=1)
+    page = (buffer - GUEST_IOVA) // 4096
+    assert page in source.dirty()
+    assert page in source.dirty()
+    source.kernel.controller.run()
+    assert page in source.dirty()
+    assert page not in source.dirty()
+    source.ask(Command.DEVICE_FEATURE, Feature.set(7).pack())
+    with pytest.raises(Refused, match="EINVAL"):
+        source.dirty()
+
+
+def test_i4_a_function_is_not_asked_to_reach_memory_by_message(source: Client) -> None:
+    guest = Guest(source)
+    source.ask(Command.DMA_MAP, DmaMap(3, 0, 0xF000_0000, 0x1000).pack())
+    source.take_away()
+    assert not source.kernel.mapped
+    with pytest.raises(Refused, match="ENOTSUP"):
+        source.ask(Command.DMA_MAP, DmaMap(3, 0, GUEST_IOVA, RAM_BYTES).pack())
+    source.share(guest.ram)
+    guest.work(3)
+
+
+def test_memory_that_cannot_be_pinned_is_refused_with_its_reason(source: Client) -> None:
+    source.kernel.map_error = errno.ENOMEM
+    with pytest.raises(Refused, match="ENOMEM"):
+        source.share(Ram())
+    assert source.events[0][0] == "memory-not-pinned"
+
+
+def test_interrupts_are_passed_to_the_kernel(source: Client) -> None:
+    guest = Guest(source)
+    trigger = IrqSet.ACTION_TRIGGER
+    body = SetIrqs(IrqSet.DATA_BOOL | trigger, MSIX, 0, 2, b"\0\1").pack()
+    source.ask(Command.DEVICE_SET_IRQS, body)
+    assert source.kernel.irqs[-1] == (33, 2, 1, 1)
+    body = SetIrqs(IrqSet.DATA_NONE | IrqSet.ACTION_MASK, INTX, 0, 1).pack()
+    source.ask(Command.DEVICE_SET_IRQS, body)
+    assert source.kernel.irqs[-1] == (9, 0, 0, 1)
+    source.ask(Command.DEVICE_SET_IRQS, SetIrqs(IrqSet.DATA_NONE | trigger, MSIX, 0, 0).pack())
+    assert source.kernel.irqs[-1] == (33, 2, 0, 0)
+    with pytest.raises(Refused, match="EINVAL"):
+        source.ask(Command.DEVICE_SET_IRQS, SetIrqs(IrqSet.DATA_NONE | trigger, 9, 0, 1).pack())
+    del guest
+
+
+@pytest.mark.parametrize("command", [Command.DMA_READ, 99])
+def test_i9_commands_that_are_not_a_devices_are_refused(source: Client, command: int) -> None:
+    with pytest.raises(Refused, match="ENOTSUP"):
+        source.ask(command)
+
+
+@pytest.mark.parametrize(
+    "command",
+    [
+        Command.DMA_MAP,
+        Command.DMA_UNMAP,
+        Command.DEVICE_SET_IRQS,
+        Command.REGION_READ,
+        Command.REGION_WRITE,
+        Command.REGION_WRITE_MULTI,
+        Command.DEVICE_FEATURE,
+        Command.MIG_DATA_READ,
+    ],
+)
+def test_i9_what_is_malformed_is_refused_and_nothing_is_said(source: Client, command: int) -> None:
+    for body in (b"", b"\xff" * 7, b"\xff" * 64):
+        with pytest.raises(Refused):
+            source.ask(command, body)
+    assert not source.events
+
+
+def test_i9_a_stream_that_makes_no_sense_is_refused(source: Client, target: Client) -> None:
+    for stream in (
+        struct.pack("<I", 0xFFFF_FFFF),
+        struct.pack("<I", 3) + b"abc",
+        struct.pack("<I", 20) + b"x" * 20,
+    ):
+        target.enter(MigrationState.RESUMING)
+        with pytest.raises(Refused):
+            target.give(stream)
+            target.enter(MigrationState.STOP)
+        target.ask(Command.DEVICE_RESET)
+    target.enter(MigrationState.RESUMING)
+    with pytest.raises(Refused):
+        target.enter(MigrationState.STOP)
+    with pytest.raises(Refused):
+        target.enter(MigrationState.RUNNING)
