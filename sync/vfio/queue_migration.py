@@ -3,13 +3,14 @@
 Owns the migration state, the stream, and which pages were dirty but not reported yet. What the
 queues are is the business of `sync.queues`. The stream is a series of states, each complete:
 
-     0        4         6            8        9      12
-    +--------+---------+------------+--------+------+------- - -
-    | length | command | cache line | INTx   | zero | state of the device's class
-    +--------+---------+------------+--------+------+------- - -
+     0        4         6            8      9      12      16
+    +--------+---------+------------+------+------+-------+------- - -+------- - -
+    | length | command | cache line | INTx | zero | bytes | inventory | state of the device's class
+    +--------+---------+------------+------+------+-------+------- - -+------- - -
 
-Little-endian; `length` counts what is behind it. Of the configuration space go the registers that a
-guest sets and the kernel does not keep for itself: command, cache line size and latency, INTx line.
+Little-endian; `length` counts what is behind it, `bytes` the inventory. Of the configuration space
+go the registers that a guest sets and the kernel does not keep for itself: command, cache line size
+and latency, INTx line. A target whose inventory differs refuses.
 
 Each state that comes before the last is walked to ahead of time; the last one is taken with the
 device at rest, and is walked to when the stream has ended.
@@ -25,6 +26,7 @@ from sync.pci import CACHE_LINE, COMMAND, INTERRUPT_LINE
 from sync.queues.errors import CannotMove, WalkTimeout
 from sync.queues.interface import PAGE_BYTES, DeviceClass, Rest, number, run
 from sync.queues.nvme.state import MAX_STATE_BYTES
+from sync.registers.errors import IdentityMismatch
 from sync.vfio.device import VfioDevice
 from sync.vfio.executor import Executor
 from sync.vfio.guest_memory import PinnedMemory
@@ -34,6 +36,7 @@ REST_DEADLINE_S = 2.0
 """With the guest paused: a storage device that takes longer for a command is in trouble."""
 _LENGTH = struct.Struct("<I")
 _CONFIG = struct.Struct("<HHB3x")
+_HEAD_BYTES = _CONFIG.size + _LENGTH.size
 _SPACE = PciRegion.CONFIG
 _REGISTERS = ((COMMAND, 2), (CACHE_LINE, 2), (INTERRUPT_LINE, 1))
 """Offset and length."""
@@ -108,10 +111,16 @@ class QueueMigration:
                 return
             body = bytes(self._incoming[_LENGTH.size : end])
             del self._incoming[:end]
-            if len(body) < _CONFIG.size:
+            if len(body) < _HEAD_BYTES:
                 raise VfioUserError(errno.EINVAL)
-            self._config, self._arrived = body[: _CONFIG.size], body[_CONFIG.size :]
+            (inventory_bytes,) = _LENGTH.unpack_from(body, _CONFIG.size)
+            inventory = body[_HEAD_BYTES : _HEAD_BYTES + inventory_bytes]
+            self._config = body[: _CONFIG.size]
+            self._arrived = body[_HEAD_BYTES + inventory_bytes :]
             try:
+                differences = self._class.differences(inventory, self._inventory)
+                if differences:
+                    raise IdentityMismatch("the target's device holds something else", differences)
                 run(self._walk.ahead(self._arrived), self._executor)
             except SyncError as error:
                 self._log("device-cannot-move", reason=str(error))
@@ -175,7 +184,8 @@ class QueueMigration:
     def _add_state(self) -> None:
         self.watch.look()
         registers = (number(self._device.read(_SPACE, *each)) for each in _REGISTERS)
-        state = _CONFIG.pack(*registers) + self.watch.state()
+        inventory = _LENGTH.pack(len(self._inventory)) + self._inventory
+        state = _CONFIG.pack(*registers) + inventory + self.watch.state()
         self._outgoing += _LENGTH.pack(len(state)) + state
 
     def _come_to_rest(self) -> None:

@@ -4,6 +4,7 @@ import json
 import os
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -21,17 +22,23 @@ def test_the_first_file_system_has_what_the_script_needs(environment: Environmen
         assert name in image
 
 
+def run_script(environment: Environment, folder: Path, name: str) -> dict[str, Any]:
+    """The JSON document that a script of this folder prints in the emulated host."""
+    program = (sys.executable, str(HOUSE / "tests/lab/l1" / name))
+    variables = {"PYTHONPATH": str(HOUSE), "PATH": os.environ["PATH"]}
+    outcome = run_in_l1(environment, folder, program, variables)
+    assert outcome.status == 0, outcome.output + outcome.console
+    result: dict[str, Any] = json.loads(outcome.output.strip().splitlines()[-1])
+    print(json.dumps(result, indent=1))
+    return result
+
+
 @pytest.mark.full
 @pytest.mark.timeout(500)
 def test_i4_a_guests_queues_go_on_at_another_controller_behind_vfio_pci(
     environment: Environment, short_path: Path
 ) -> None:
-    program = (sys.executable, str(HOUSE / "tests/lab/l1/in_l1.py"))
-    variables = {"PYTHONPATH": str(HOUSE), "PATH": os.environ["PATH"]}
-    outcome = run_in_l1(environment, short_path, program, variables)
-    assert outcome.status == 0, outcome.output + outcome.console
-    result = json.loads(outcome.output.strip().splitlines()[-1])
-    print(json.dumps(result, indent=1))
+    result = run_script(environment, short_path, "in_l1.py")
     assert len(result["functions"]) == 2
     assert result["drivers before"] == result["drivers after"] == ["nvme", "nvme"]
     assert not result["differences"]
@@ -42,3 +49,14 @@ def test_i4_a_guests_queues_go_on_at_another_controller_behind_vfio_pci(
     assert result["event requests left"] == 2
     assert result["vectors"]["MSIX"] == 65
     assert not result["migration v2"]
+
+
+@pytest.mark.full
+@pytest.mark.timeout(500)
+def test_a_guest_moves_between_gateways_that_own_functions_of_the_host(
+    environment: Environment, short_path: Path
+) -> None:
+    result = run_script(environment, short_path, "gateways_in_l1.py")
+    assert result["drivers"] == ["vfio-pci", "vfio-pci"]
+    assert result["drivers after"] == ["nvme", "nvme"]
+    assert result["ends"] == [0, 0]

@@ -82,6 +82,8 @@ class Client:
     """Sends commands, and takes the one reply to each."""
 
     def __init__(self, kernel: ModelKernel, folder: Path) -> None:
+        self.folder = folder
+        folder.mkdir()
         FakeSysfs(folder).add(ADDRESS, driver="vfio-pci", group="7")
         self.kernel = kernel
         self.events: list[tuple[str, str]] = []
@@ -156,7 +158,6 @@ class Client:
 
 @pytest.fixture
 def source(tmp_path: Path) -> Iterator[Client]:
-    (tmp_path / "a").mkdir()
     client = Client(ModelKernel({}), tmp_path / "a")
     yield client
     client.endpoint.close()
@@ -165,10 +166,10 @@ def source(tmp_path: Path) -> Iterator[Client]:
 
 @pytest.fixture
 def target(tmp_path: Path, source: Client) -> Iterator[Client]:
-    (tmp_path / "b").mkdir()
     client = Client(ModelKernel(source.kernel.controller.blocks, 2), tmp_path / "b")
     yield client
-    client.endpoint.close()
+    if client.kernel.opened:
+        client.endpoint.close()
 
 
 class Guest:
@@ -262,6 +263,21 @@ def test_a_guest_moves_with_its_queues_from_function_to_function(
     source.enter(MigrationState.RUNNING)
     guest.here = source
     guest.work(40)
+
+
+def test_a_target_that_holds_something_else_refuses_and_says_what(
+    source: Client, target: Client
+) -> None:
+    target.kernel.controller.n_blocks = 8192
+    target.endpoint.close()
+    other = Client(target.kernel, source.folder / "other")
+    Guest(source)
+    source.enter(MigrationState.STOP_COPY)
+    other.enter(MigrationState.RESUMING)
+    with pytest.raises(Refused, match="EINVAL"):
+        other.give(source.stream())
+    assert "namespace 1 blocks: 4096 on the source, 8192 on the target" in other.events[0][1]
+    other.endpoint.close()
 
 
 def test_i8_a_source_that_is_told_to_go_on_does(source: Client, target: Client) -> None:
@@ -389,6 +405,7 @@ def test_i9_a_stream_that_makes_no_sense_is_refused(source: Client, target: Clie
         struct.pack("<I", 0xFFFF_FFFF),
         struct.pack("<I", 3) + b"abc",
         struct.pack("<I", 20) + b"x" * 20,
+        struct.pack("<I8xI", 12, 0xFFFF),
     ):
         target.enter(MigrationState.RESUMING)
         with pytest.raises(Refused):

@@ -1,31 +1,23 @@
 """The gateway with a function of the host in place of a device process: a guest moves from one
 gateway to another by the requests that `send` and `receive` make."""
 
-import os
-import random
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
-import trio
 
-from ferry.migration.devices import view_of
 from lab.vfio_user.client import Client as Vmm
-from sync.gateway.control.client import GatewayClient
-from sync.gateway.engine.custody import ClientRole
 from sync.gateway.engine.loop import Gateway, GatewayOptions
-from sync.registers.choose import source_for, target_for
 from sync.vfio.device import VfioDevice
 from sync.vfio.endpoint import HostEndpoint
 from sync.vfio.errors import NoFunction
 from sync.vfio.sysfs import PciFunction
-from sync.vfio_user.protocol import DmaMap, IrqSet, SetIrqs
-from tests.sync.queues.world import GUEST_IOVA, Driver, DriverCq, DriverSq
 from tests.sync.vfio.fake_kernel import FakeSysfs
 from tests.sync.vfio.model_kernel import ModelKernel
-from tests.sync.vfio.test_endpoint import ADDRESS, CONFIG, MSIX, RAM_BYTES, Ram
+from tests.sync.vfio.moving import move
+from tests.sync.vfio.test_endpoint import ADDRESS
 
 
 class Host:
@@ -58,13 +50,6 @@ class Host:
     def wait(self, event: str) -> None:
         with self.seen:
             assert self.seen.wait_for(lambda: event in self.events, 20)
-
-    def start_guest(self, ram: Ram, lines: list[int]) -> None:
-        """What a VMM does when its guest has enabled the device."""
-        self.vmm.dma_map(DmaMap(3, 0, GUEST_IOVA, RAM_BYTES), ram.fd)
-        self.vmm.region_write(CONFIG, 4, b"\x06\x00")
-        flags = IrqSet.DATA_EVENTFD | IrqSet.ACTION_TRIGGER
-        self.vmm.set_irqs(SetIrqs(flags, MSIX, 0, len(lines)), lines)
 
     def close(self) -> None:
         self.vmm.close()
@@ -101,66 +86,7 @@ def test_a_guest_moves_by_the_method_v2_and_its_pages_by_the_log(
     hosts: tuple[Host, Host],
 ) -> None:
     source, target = hosts
-    ram = Ram()
-    lines = [os.eventfd(0, os.EFD_NONBLOCK) for _ in range(2)]
-    source.start_guest(ram, lines)
-    here = [source]
-    driver = Driver(ram, lambda offset, data: here[0].vmm.region_write(0, offset, data))  # type: ignore[arg-type]
-    rng = random.Random(1)
-    driver.enable(8, 8)
-    driver.cqs[1] = DriverCq(1, ram.allocate(4096), 16)
-    driver.sqs[1] = DriverSq(1, ram.allocate(4096), 16, driver.cqs[1])
-
-    def admin(opcode: int, prp1: int, number: int) -> None:
-        driver.submit(driver.sqs[0], opcode, prp1=prp1, dwords=(15 << 16 | 1, number))
-        assert driver.take(driver.cqs[0]) == 1
-
-    def work(count: int) -> None:
-        for _ in range(count):
-            driver.read_or_write(driver.sqs[1], rng)
-            assert driver.take(driver.cqs[1]) == 1
-
-    admin(0x05, driver.cqs[1].base, 1 << 16 | 3)
-    admin(0x01, driver.sqs[1].base, 1 << 16 | 1)
-    driver.submit(driver.sqs[0], 0x0C)
-    work(21)
-
-    async def migrate() -> None:
-        a = await GatewayClient.connect(
-            source.folder / "control", role=ClientRole.SOURCE, session="s"
-        )
-        b = await GatewayClient.connect(
-            target.folder / "control", role=ClientRole.TARGET, session="s"
-        )
-        async with a, b:
-            info, there = await a.status(), await b.status()
-            assert (
-                info.supports.v2 and info.supports.logging and info.identity.class_code == 0x010802
-            )
-            registers = source_for(view_of(info), a, ())
-            replica = target_for(await registers.offer(), view_of(there), b, ())
-            await b.standby("s")
-            mediation = await a.mediate(tracker="logging", page_size=4096, capture=False)
-            assert mediation.n_pages == RAM_BYTES // 4096
-            async for payload in registers.begin(mediation.values, mediation.journal_seq):
-                await replica.receive(payload)
-            await trio.to_thread.run_sync(work, 5)
-            assert (await a.dirty()).complete
-            await registers.quiesce()
-            await a.stop(fence=registers.fence, resume=registers.resume_records())
-            async for payload in registers.final():
-                await replica.receive(payload)
-            await replica.finish()
-            await a.release("s")
-            await b.own("s")
-            await trio.to_thread.run_sync(target.start_guest, ram, lines)
-            await b.start(replica.start_records())
-            for descriptor in mediation.dirty:
-                os.close(descriptor)
-
-    trio.run(migrate)
-    here[0] = target
-    work(40)
+    move(source, target)
     assert len(target.kernel.controller.events) == 1
     assert not target.kernel.controller.bad_status
 

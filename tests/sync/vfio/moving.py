@@ -1,0 +1,126 @@
+"""A guest with an NVMe driver at one gateway moves to another, by what `send` and `receive` ask of
+gateways. Works on model controllers and on those that an emulated host has."""
+
+import os
+import random
+import struct
+import time
+from pathlib import Path
+from typing import Protocol
+
+import trio
+
+from ferry.migration.devices import view_of
+from lab.vfio_user.client import Client as Vmm
+from sync.gateway.control.client import GatewayClient
+from sync.gateway.engine.custody import ClientRole
+from sync.registers.choose import source_for, target_for
+from sync.vfio_user.protocol import DmaMap, IrqSet, SetIrqs
+from tests.sync.queues.world import GUEST_IOVA, Driver, DriverCq, DriverSq
+from tests.sync.vfio.test_endpoint import CONFIG, MSIX, RAM_BYTES, Ram
+
+DEADLINE_S = 60.0
+
+
+class Served(Protocol):
+    """A gateway (`control` is its socket in `folder`) and the VMM that is connected to it."""
+
+    folder: Path
+    vmm: Vmm
+
+
+class Guest:
+    """A guest whose driver has one pair of I/O queues, at whichever gateway."""
+
+    def __init__(self, here: Served) -> None:
+        self.here = here
+        self.ram = Ram()
+        self.lines = [os.eventfd(0, os.EFD_NONBLOCK) for _ in range(2)]
+        self.random = random.Random(1)
+        self.driver = Driver(self.ram, self._access)  # type: ignore[arg-type]
+        self.appear(here)
+
+    def appear(self, at: Served) -> None:
+        """What a VMM does when its guest has enabled the device."""
+        self.here = at
+        at.vmm.dma_map(DmaMap(3, 0, GUEST_IOVA, RAM_BYTES), self.ram.fd)
+        at.vmm.region_write(CONFIG, 4, b"\x06\x00")
+        flags = IrqSet.DATA_EVENTFD | IrqSet.ACTION_TRIGGER
+        at.vmm.set_irqs(SetIrqs(flags, MSIX, 0, len(self.lines)), self.lines)
+
+    def start(self) -> None:
+        driver = self.driver
+        driver.enable(8, 8)
+        driver.cqs[1] = DriverCq(1, self.ram.allocate(4096), 16)
+        driver.sqs[1] = DriverSq(1, self.ram.allocate(4096), 16, driver.cqs[1])
+        self.admin(0x09, 0, (7, 1 << 16 | 1))
+        self.admin(0x05, driver.cqs[1].base, (15 << 16 | 1, 1 << 16 | 3))
+        self.admin(0x01, driver.sqs[1].base, (15 << 16 | 1, 1 << 16 | 1))
+        driver.submit(driver.sqs[0], 0x0C)
+
+    def work(self, count: int) -> None:
+        for _ in range(count):
+            self.driver.read_or_write(self.driver.sqs[1], self.random)
+            self._take(self.driver.cqs[1])
+
+    def admin(self, opcode: int, prp1: int, dwords: tuple[int, ...]) -> None:
+        self.driver.submit(self.driver.sqs[0], opcode, prp1=prp1, dwords=dwords)
+        self._take(self.driver.cqs[0])
+
+    def _take(self, cq: DriverCq) -> None:
+        end = time.monotonic() + DEADLINE_S
+        while not self.driver.take(cq):
+            assert time.monotonic() < end, "a command does not complete"
+
+    def _access(self, offset: int, data: bytes) -> None:
+        for at in range(0, len(data), 4):
+            self.here.vmm.region_write(0, offset + at, data[at : at + 4])
+        if offset == 0x14:
+            wanted = struct.unpack("<I", data)[0] & 1
+            end = time.monotonic() + DEADLINE_S
+            while self.here.vmm.region_read(0, 0x1C, 4)[0] & 1 != wanted:
+                assert time.monotonic() < end
+
+
+def move(source: Served, target: Served) -> float:
+    """The whole of it, with I/O before, during and after. Returns how long the guest stood still,
+    in milliseconds."""
+    guest = Guest(source)
+    guest.start()
+    guest.work(21)
+    stood_ms = trio.run(_move, source, target, guest)
+    guest.work(40)
+    assert {asked.opcode for asked in guest.driver.asked.values()} == {0x0C}
+    return stood_ms
+
+
+async def _move(source: Served, target: Served, guest: Guest) -> float:
+    a = await GatewayClient.connect(source.folder / "control", role=ClientRole.SOURCE, session="s")
+    b = await GatewayClient.connect(target.folder / "control", role=ClientRole.TARGET, session="s")
+    async with a, b:
+        info = await a.status()
+        assert info.supports.v2
+        assert info.supports.logging
+        registers = source_for(view_of(info), a, ())
+        there = view_of(await b.status())
+        replica = target_for(await registers.offer(), there, b, ())
+        await b.standby("s")
+        mediation = await a.mediate(tracker="logging", page_size=4096, capture=False)
+        for descriptor in mediation.dirty:
+            os.close(descriptor)
+        assert mediation.n_pages == RAM_BYTES // 4096
+        async for payload in registers.begin(mediation.values, mediation.journal_seq):
+            await replica.receive(payload)
+        await trio.to_thread.run_sync(guest.work, 5)
+        assert (await a.dirty()).complete
+        began = time.monotonic()
+        await registers.quiesce()
+        await a.stop(fence=registers.fence, resume=registers.resume_records())
+        async for payload in registers.final():
+            await replica.receive(payload)
+        await replica.finish()
+        await a.release("s")
+        await b.own("s")
+        await trio.to_thread.run_sync(guest.appear, target)
+        await b.start(replica.start_records())
+        return (time.monotonic() - began) * 1e3
