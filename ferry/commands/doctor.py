@@ -12,6 +12,7 @@ from typing import Literal
 import trio
 
 from ferry.config import endpoint, option
+from ferry.doctor.functions import function_findings
 from ferry.doctor.gateway import Wish, gateway_findings
 from ferry.doctor.host import host_findings
 from ferry.doctor.qemu import qemu_findings
@@ -67,6 +68,8 @@ async def _main(options: Options) -> Exit:
 
 async def _findings(options: Options) -> AsyncIterator[Finding]:
     async for finding in host_findings(options.listen):
+        yield finding
+    for finding in function_findings():
         yield finding
     async for finding in qemu_findings(options.qemu):
         yield finding

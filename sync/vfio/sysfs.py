@@ -7,6 +7,7 @@ import re
 from dataclasses import dataclass
 from pathlib import Path
 
+from sync.registers.profile.locate import DeviceView
 from sync.vfio.errors import DriverInUse, GroupNotViable, NoFunction, NoIommu, VfioError
 
 VFIO_DRIVER = "vfio-pci"
@@ -21,6 +22,13 @@ def parse_address(text: str) -> str:
     if not _ADDRESS.fullmatch(text):
         raise NoFunction(f"{text!r} is no address of a PCI function, as 0000:01:00.0 is")
     return (text if text.count(":") == 2 else f"0000:{text}").lower()
+
+
+def host_functions(sysfs: Path = SYSFS) -> list["PciFunction"]:
+    """Every PCI function of the host."""
+    folder = sysfs / "bus/pci/devices"
+    names = sorted(each.name for each in folder.iterdir()) if folder.is_dir() else []
+    return [PciFunction(name, sysfs) for name in names]
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,6 +50,22 @@ class PciFunction:
     def class_code(self) -> int:
         """24 bits: class, subclass, interface."""
         return int((self._folder / "class").read_text(), 16)
+
+    def view(self) -> DeviceView:
+        """The function as the choice of a method looks at it, as far as sysfs tells."""
+
+        def number(name: str) -> int:
+            return int((self._folder / name).read_text(), 16)
+
+        return DeviceView(
+            number("vendor"),
+            number("device"),
+            number("subsystem_vendor"),
+            number("subsystem_device"),
+            self.class_code,
+            b"",
+            {},
+        )
 
     @property
     def driver(self) -> str | None:

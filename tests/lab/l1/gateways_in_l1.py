@@ -9,7 +9,7 @@ import time
 from pathlib import Path
 
 from lab.vfio_user.client import Client
-from sync.vfio.sysfs import SYSFS, PciFunction
+from sync.vfio.sysfs import PciFunction, host_functions
 from tests.sync.vfio.moving import move
 
 DEADLINE_S = 120.0
@@ -41,9 +41,7 @@ class Host:
 
 
 def main() -> None:
-    every = sorted(each.name for each in (SYSFS / "bus/pci/devices").iterdir())
-    found = [PciFunction(name) for name in every]
-    functions = [each for each in found if each.class_code == 0x010802]
+    functions = [each for each in host_functions() if each.class_code == 0x010802]
     with tempfile.TemporaryDirectory() as name:
         hosts = [
             Host(Path(name) / letter, function)

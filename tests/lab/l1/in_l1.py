@@ -16,7 +16,7 @@ from sync.queues.interface import Rest, run
 from sync.queues.nvme.device_class import Nvme
 from sync.vfio.device import VfioDevice
 from sync.vfio.executor import Executor
-from sync.vfio.sysfs import SYSFS, PciFunction
+from sync.vfio.sysfs import host_functions
 from sync.vfio.uapi import FeatureFlags, IrqIndex
 from tests.sync.queues.world import GUEST_IOVA, Driver, DriverCq, DriverSq
 
@@ -98,9 +98,7 @@ class Guest:
 
 
 def main() -> None:
-    every = sorted(each.name for each in (SYSFS / "bus/pci/devices").iterdir())
-    found = [PciFunction(name) for name in every]
-    functions = [each for each in found if each.class_code == 0x010802]
+    functions = [each for each in host_functions() if each.class_code == 0x010802]
     before = [function.bind() for function in functions]
     source, target = (VfioDevice(function) for function in functions)
     signals: list[int] = []

@@ -175,6 +175,8 @@ class FakeSysfs:
         folder = self.root / "bus/pci/devices" / address
         folder.mkdir()
         (folder / "class").write_text(f"{class_code:#08x}\n")
+        for name in ("vendor", "device", "subsystem_vendor", "subsystem_device"):
+            (folder / name).write_text("0x1b36\n")
         (folder / "driver_override").write_text("(null)\n")
         if group is not None:
             devices = self.root / "kernel/iommu_groups" / group / "devices"
