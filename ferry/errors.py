@@ -40,6 +40,7 @@ class Exit(IntEnum):
     VERIFICATION = 13, "the two copies could not be made equal; the guest stays on the source"
     PEER_ABORTED = 14, "the peer gave up, its own message says why; the guest is on the source"
     NOT_READY = 15, "doctor found what stands in the way of a migration, and says what to do"
+    SLOW = 16, "the guest has moved, but stood still for longer than --downtime-limit allows"
     IN_DOUBT = 20, "the commit was sent and not answered; run `vfio-ferry resolve` on both hosts"
     BROKEN = 21, "the source could not be restored; run `vfio-ferry resolve --role source`"
     OWNER_FAILED = 22, "the target owns the guest but could not start it; run `vfio-ferry resolve`"
@@ -68,6 +69,12 @@ class Mismatch(FerryError):
     """The two sides do not fit together; nothing was touched."""
 
     exit_code = Exit.REFUSED
+
+
+class Unreachable(FerryError):
+    """The peer's address leads nowhere; nothing was touched."""
+
+    exit_code = Exit.UNREACHABLE
 
 
 class NotOwner(FerryError):

@@ -113,6 +113,8 @@ _RENDER: dict[str, Callable[[dict[str, Any]], str]] = {
     "finding": _finding,
     "diagnosis": lambda v: str(v["text"]),
     "checked": lambda v: f"{v['role']}: a check by the sender: {v['outcome']}",
+    "success": lambda v: f"{v['role']}: {v['text']}",
+    "refused": lambda v: f"{v['role']}: refused a sender, and goes on listening: {v['reason']}",
     "error": lambda v: f"error: {v['message']}",
 }
 

@@ -5,12 +5,16 @@ import re
 import stat
 
 from ferry.errors import ConfigError, LocalError
+from ferry.private import check_private
 from transport.session.secret import SECRET_BYTES
 
 MAX_FILE_BYTES = 256
 
 
 HELP = "file of the secret that both hosts have (`vfio-ferry secret`): admits and hears nobody else"
+
+
+INSECURE = "use an address of a network without --secret: whoever is on it reads the guest's memory"
 
 
 def read_secret(path: str | None) -> bytes | None:
@@ -25,6 +29,7 @@ def read_secret(path: str | None) -> bytes | None:
         if status.st_mode & 0o077:
             mode = stat.S_IMODE(status.st_mode)
             raise LocalError(f"{path} is not its owner's alone (mode {mode:04o}): chmod 600 {path}")
+        check_private(path)
         content = file.read(MAX_FILE_BYTES)
     if not re.fullmatch(rb"\s*[0-9a-fA-F]{%d}\s*" % (2 * SECRET_BYTES), content):
         raise ConfigError(

@@ -5,6 +5,7 @@ from pathlib import Path
 
 from ferry.config import natural, option, size
 from ferry.errors import ConfigError, Exit
+from ferry.private import check_folders
 from sync.gateway.datapath.journal import DEFAULT_RECORDS
 from sync.gateway.engine.busy_poll import WINDOW_S
 from sync.gateway.engine.core import Limits
@@ -49,6 +50,7 @@ class Options:
 
 
 def run(options: Options) -> int:
+    check_folders((options.listen, options.control))
     if not options.device.startswith(HOST_FUNCTION):
         if options.bind:
             raise ConfigError(f"--bind goes with --device {HOST_FUNCTION}ADDRESS")

@@ -1,4 +1,4 @@
-"""`vfio-ferry receive`: the target's side of one migration, and of the checks before it.
+"""`vfio-ferry receive`: the target's side of a migration, and of the checks before it.
 
 Owns the order of things on the target. Nothing here starts the guest before the commit has come
 and the first gateway's ownership record says so.
@@ -6,24 +6,23 @@ and the first gateway's ownership record says so.
 
 from contextlib import AsyncExitStack
 from functools import partial
-from urllib.parse import urlsplit
 
 import trio
 
-from ferry.errors import (
-    ConfigError,
-    Exit,
-    Interrupted,
-)
+from ferry.errors import ConfigError, Exit, Interrupted
+from ferry.exit_codes import exit_code_of
 from ferry.migration.conclusion import conclude
 from ferry.migration.kernels import make_kernels_ready
 from ferry.migration.receive_options import Options, receiver_options
 from ferry.migration.stop_request import StopRequest, stopped_by_signals
 from ferry.migration.target import Target
 from ferry.nurseries import alongside, first_error
-from ferry.progress import Reporter
+from ferry.private import check_folders
+from ferry.progress import Reporter, bytes_text
+from sync.gateway.control.client import GatewayClient
 from sync.handover.machine import Event
 from sync.handover.states import HandoverState
+from sync.vfio_user.sockets import file_identity
 from sync.vmm.driver import Vmm
 from transport.receiver import ReceiverOptions, open_receiver
 
@@ -45,6 +44,13 @@ ADVICE = {
     ),
 }
 
+REFUSALS = frozenset({Exit.REFUSED, Exit.PEER_PROTOCOL, Exit.PEER_LOST, Exit.PEER_ABORTED})
+"""What a sender can bring about by its greeting alone: no reason to stop listening for others."""
+GOES_ON = frozenset(Exit) - {Exit.IN_DOUBT, Exit.BROKEN, Exit.OWNER_FAILED, Exit.INTERRUPTED}
+"""How a migration may end for `--keep` to wait for the next one."""
+NEXT_VMM_S = 1.0
+"""How often `--keep` looks for the next VMM."""
+
 
 def run(options: Options) -> int:
     """Waits for one migration to this host; returns the exit code."""
@@ -53,8 +59,9 @@ def run(options: Options) -> int:
 
 
 async def receive(options: Options, reporter: Reporter, stop: StopRequest | None = None) -> Exit:
-    """Waits for one migration to this host and answers the checks before it, to its end or until
-    `stop` asks for one before the commit. Any number of them may run in one process.
+    """Waits for a migration to this host and answers the checks before it, to its end or until
+    `stop` asks for one before the commit; with `--keep` then for the next. Any number of them may
+    run in one process.
 
     Cancelled, it does what the end of its process would do: it closes every descriptor and
     connection, tells the peer nothing and fences nothing. Raises what `exit_code_of` knows.
@@ -62,35 +69,62 @@ async def receive(options: Options, reporter: Reporter, stop: StopRequest | None
     if not options.gateway:
         raise ConfigError("--gateway is missing; see: vfio-ferry receive --help")
     link_options = receiver_options(options)
+    check_folders(options.gateway)
     stop = stop or StopRequest()
-    url = options.listen
-    if link_options.secret is None and not _is_of_this_host(url):
-        reporter.event(
-            "message",
-            text="Without --secret, whoever reaches this address first is taken for the sender, "
-            "and the guest's memory crosses the network as it is.",
-        )
     try:
-        async with AsyncExitStack() as held:
+        async with alongside(stop.wait_and_raise):
+            await make_kernels_ready(reporter)
+            for path in options.gateway:
+                await (await GatewayClient.connect(path)).aclose()
+        while True:
+            vmm_socket = file_identity(options.qmp) if options.keep else None
+            code = await _receive_guest(options, link_options, reporter, stop)
+            if not options.keep or code not in GOES_ON:
+                return code
+            text = f"waiting for the next VMM at {options.qmp}"
+            reporter.event("message", text=text)
             async with alongside(stop.wait_and_raise):
-                await make_kernels_ready(reporter)
-                vmm = await held.enter_async_context(await Vmm.connect(options.qmp))
-            while True:
-                url, target, state = await _receive(options, link_options, reporter, stop, vmm, url)
-                error = target.runner.first_error
-                if not target.only_check or isinstance(error, Interrupted):
-                    break
+                await wait_for_another(options.qmp, vmm_socket)
+    except* Exception as group:
+        raise first_error(group) from group
+
+
+async def wait_for_another(path: str, before: tuple[int, int] | None) -> None:
+    """Waits until another process than `before` listens at `path`. It is not connected to
+    meanwhile: a VMM serves one client at a time, and its operator may need it."""
+    while True:
+        try:
+            if file_identity(path) != before:
+                return
+        except OSError:
+            before = None
+        await trio.sleep(NEXT_VMM_S)
+
+
+async def _receive_guest(
+    options: Options, link_options: ReceiverOptions, reporter: Reporter, stop: StopRequest
+) -> Exit:
+    """Answers senders until a migration to this host has come to its end."""
+    url = options.listen
+    async with AsyncExitStack() as held:
+        async with alongside(stop.wait_and_raise):
+            vmm = await held.enter_async_context(await Vmm.connect(options.qmp))
+        while True:
+            url, target, state = await _receive(options, link_options, reporter, stop, vmm, url)
+            error = target.runner.first_error
+            if isinstance(error, Interrupted):
+                break
+            if target.only_check:
                 fits = state is HandoverState.CHECKED
                 outcome = "it would work" if fits else f"no: {target.runner.reason}"
                 reporter.event("checked", outcome=outcome, state=state.value)
-    except* Exception as group:
-        raise first_error(group) from group
+            elif target.touched or error is None or exit_code_of(error) not in REFUSALS:
+                break
+            else:
+                code = exit_code_of(error)
+                reason = target.runner.reason
+                reporter.event("refused", reason=reason, exit_name=code.name.lower())
     return conclude(reporter, state, target.runner, ADVICE)
-
-
-def _is_of_this_host(url: str) -> bool:
-    host = urlsplit(url).hostname
-    return host is None or host in ("localhost", "::1") or host.startswith("127.")
 
 
 async def _receive(
@@ -115,4 +149,13 @@ async def _receive(
         reporter.event("listening", url=link.url)
         state = await target.runner.run(Event.START)
         nursery.cancel_scope.cancel()
+        if state is HandoverState.COMMITTED:
+            report = target.arrival.values(link.statistics())
+            text = (
+                f"The guest runs here; the VMM at the source may be ended. It took "
+                f"{report['duration_s']:.1f} s, {report['pages']} pages in "
+                f"{bytes_text(report['wire_bytes']['pages'])}, "
+                f"{bytes_text(report['wire_bytes']['vmm_stream'])} of the VMM's own."
+            )
+            reporter.event("success", text=text, **report, exit_code=int(Exit.OK))
     return link.url, target, state

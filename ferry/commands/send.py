@@ -2,16 +2,19 @@
 
 from contextlib import AsyncExitStack
 from functools import partial
+from urllib.parse import urlsplit
 
 import trio
 
 from ferry.errors import ConfigError, Exit
 from ferry.migration.conclusion import conclude
 from ferry.migration.kernels import make_kernels_ready
+from ferry.migration.report import Report
 from ferry.migration.send_options import Options, sender_options
 from ferry.migration.source import Source
 from ferry.migration.stop_request import StopRequest, stopped_by_signals
 from ferry.nurseries import alongside, first_error
+from ferry.private import check_folders
 from ferry.progress import Reporter
 from sync.handover.machine import Event
 from sync.handover.states import HandoverState
@@ -49,6 +52,7 @@ async def send(options: Options, reporter: Reporter, stop: StopRequest | None = 
     """
     if not options.gateway:
         raise ConfigError("--gateway is missing; see: vfio-ferry send --help")
+    check_folders(options.gateway)
     sender_options(options)  # what cannot be is refused before anything is begun
     stop = stop or StopRequest()
     try:
@@ -63,4 +67,31 @@ async def send(options: Options, reporter: Reporter, stop: StopRequest | None = 
         raise first_error(group) from group
     if state is HandoverState.CHECKED:
         reporter.event("message", text="It would work; nothing was touched.")
+    if state is HandoverState.COMMITTED:
+        return succeed(options, reporter, source.report)
     return conclude(reporter, state, source.runner, ADVICE)
+
+
+def succeed(options: Options, reporter: Reporter, report: Report) -> Exit:
+    """Says where the guest runs now, and whether it stood still for longer than it may."""
+    where = urlsplit(options.to).hostname or f"the other side of {options.to}"
+    rest = "has been ended" if options.quit_source else "may be ended"
+    text = f"The guest runs on {where}; the VMM here {rest}."
+    over = report.downtime_over_limit
+    if over:
+        text += (
+            f" It stood still for {report.downtime_total_ms:.0f} ms, which is more than "
+            f"--downtime-limit allows ({options.downtime_limit} ms)."
+        )
+    code = Exit.SLOW if over and options.strict_downtime else Exit.OK
+    reporter.event(
+        "success",
+        text=text,
+        session=report.session,
+        duration_s=report.duration_s,
+        downtime_total_ms=report.downtime_total_ms,
+        downtime_limit_ms=options.downtime_limit,
+        downtime_over_limit=over,
+        exit_code=int(code),
+    )
+    return code

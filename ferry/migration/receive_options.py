@@ -6,8 +6,9 @@ from ferry.config import endpoint, option, seconds
 from ferry.errors import (
     ConfigError,
 )
+from ferry.migration.endpoints import require_secret
 from ferry.migration.phases import BREAK_AT_CHOICES
-from ferry.secret_file import HELP, read_secret
+from ferry.secret_file import HELP, INSECURE, read_secret
 from transport.receiver import ReceiverOptions
 
 _LINK = ReceiverOptions()
@@ -28,10 +29,14 @@ class Options:
         "a device profile, or a folder of them, beside the built-in ones", (), repeat=True
     )
     secret: str | None = option(HELP, None)
+    insecure: bool = option(INSECURE, False)
     peer_timeout: float = option(
         "seconds of silence until the peer is lost", _LINK.peer_timeout_s, parse=seconds
     )
     wait: float | None = option("seconds to wait for a sender", None, parse=seconds)
+    keep: bool = option(
+        "stay for the next guest: wait for the next VMM at --qmp, and listen again", False
+    )
     json: bool = option("print events as JSON lines", False)
     break_at: str = option(
         "failure drill: stop this process (SIGSTOP) on entering this phase",
@@ -43,6 +48,7 @@ class Options:
 def receiver_options(options: Options) -> ReceiverOptions:
     """The link's options as the user wants them. Raises `ConfigError` for what cannot be, and what
     `read_secret` does."""
+    require_secret("--listen", options.listen, secret=options.secret, insecure=options.insecure)
     secret = read_secret(options.secret)
     try:
         return ReceiverOptions(peer_timeout_s=options.peer_timeout, secret=secret)

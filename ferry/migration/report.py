@@ -50,6 +50,7 @@ class Report:
 
     session: str
     methods: list[dict[str, str]] = field(default_factory=list)
+    downtime_limit_ms: float = math.inf
     rounds: list[dict[str, Any]] = field(default_factory=list)
     downtime_ms: dict[str, float] = field(default_factory=dict)
     """By phase, in their order: `ferry.migration.downtime`."""
@@ -72,7 +73,12 @@ class Report:
             }
             for name in ("downtime_ms", "beside_vmm_ms", "wire_bytes")
         }
-        return dict(vars(self)) | named
+        return dict(vars(self)) | named | {"downtime_over_limit": self.downtime_over_limit}
+
+    @property
+    def downtime_over_limit(self) -> bool:
+        """Whether the guest stood still for longer than the user allows."""
+        return self.downtime_total_ms > self.downtime_limit_ms
 
     def text(self) -> str:
         """The report as lines for a terminal."""

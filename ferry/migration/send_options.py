@@ -5,8 +5,9 @@ from typing import Literal
 
 from ferry.config import endpoint, log_page, natural, option, positive, rate, seconds, size
 from ferry.errors import ConfigError
+from ferry.migration.endpoints import require_secret
 from ferry.migration.phases import BREAK_AT_CHOICES
-from ferry.secret_file import HELP, read_secret
+from ferry.secret_file import HELP, INSECURE, read_secret
 from sync.convergence import Limits
 from sync.memory import PAGE_BYTES
 from transport.sender import SenderOptions
@@ -79,6 +80,7 @@ class Options:
         parse=rate,
     )
     secret: str | None = option(HELP, None)
+    insecure: bool = option(INSECURE, False)
     connect_timeout: float = option(
         "seconds to find the receiver", _LINK.connect_timeout_s, parse=seconds
     )
@@ -86,6 +88,9 @@ class Options:
         "seconds of silence until the peer is lost", _LINK.peer_timeout_s, parse=seconds
     )
     quit_source: bool = option("end the source's VMM once the target owns the guest", False)
+    strict_downtime: bool = option(
+        "end with an exit code of its own if the guest stood still for longer than the limit", False
+    )
     check: bool = option(
         "only find out whether it would work, from a receiver that listens; nothing is moved", False
     )
@@ -100,6 +105,7 @@ class Options:
 def sender_options(options: Options) -> SenderOptions:
     """The link's options as the user wants them. Raises `ConfigError` for what cannot be, and what
     `read_secret` does."""
+    require_secret("--to", options.to, secret=options.secret, insecure=options.insecure)
     secret = read_secret(options.secret)
     try:
         return SenderOptions(

@@ -82,12 +82,12 @@ class Source:
     ) -> None:
         """What is opened is put into `held`, which has to be closed when `nursery` has ended."""
         self._options = options
-        self._reporter = reporter
+        self.reporter = reporter
         self._nursery = nursery
         self._held = held
         self._session = secrets.token_bytes(16)
         self._undo = Undo()
-        self._report = Report(session=self._session.hex())
+        self.report = Report(self._session.hex(), downtime_limit_ms=options.downtime_limit)
         self._began = trio.current_time()
         # A scan reads all of the guest's memory before the rounds.
         limits = Deadlines(
@@ -109,7 +109,7 @@ class Source:
     async def _prepare(self) -> Event:
         options = self._options
         devices = await attach_devices(options, self._session.hex(), self._held, self._undo)
-        self._report.methods = [
+        self.report.methods = [
             {"registers": device.registers.method, "dirty": device.tracking} for device in devices
         ]
         memory, layout = await map_memory(devices, self._held)
@@ -131,10 +131,10 @@ class Source:
         self.runner.offer({Action.TELL_ABORT: link.tell_abort})
         self._nursery.start_soon(link.listen)
         if options.check:
-            for device, methods in zip(devices, self._report.methods, strict=True):
-                self._reporter.finding(ok(f"device at {device.path}", methods_text(**methods)))
+            for device, methods in zip(devices, self.report.methods, strict=True):
+                self.reporter.finding(ok(f"device at {device.path}", methods_text(**methods)))
             for finding in await findings_of(link.sender, identity, memory.n_pages):
-                self._reporter.finding(finding)
+                self.reporter.finding(finding)
             return Event.CHECKED
         prepared = Prepared(devices, memory, vmm, platform, link)
         self.runner.offer({Action.MEDIATE: partial(self._mediate, prepared)})
@@ -187,7 +187,7 @@ class Source:
             everything = self._proves_everything(dirty)
             return await proof_time.predict_ns(dirty.touched, everything=everything)
 
-        precopy = Precopy(options, link, vmm, dirty, proof_ns, self._report, self._reporter)
+        precopy = Precopy(options, link, vmm, dirty, proof_ns, self.report, self.reporter)
         self._undo.add(UndoStage.TASKS, link.cut_vmm_stream)
         path: str = await self._nursery.start(
             link.carry_vmm_stream, partial(self._vmm_stream_is_complete, vmm)
@@ -300,7 +300,7 @@ class Source:
         return Event.FINAL_SENT
 
     async def _verify(self, prepared: Prepared, dirty: MergedTrackers, downtime: Downtime) -> Event:
-        self._report.verification = await prove_equal(
+        self.report.verification = await prove_equal(
             prepared.link,
             prepared.memory,
             bitmap_to_indices(dirty.touched),
@@ -310,7 +310,7 @@ class Source:
         return Event.VERIFIED
 
     async def _release(self, prepared: Prepared, downtime: Downtime) -> Event:
-        self._report.registers = prepared.link.registers
+        self.report.registers = prepared.link.registers
         downtime.lap("ready", prepared.link.ready_ms)
         for device in prepared.devices:
             await device.gateway.release(self._session.hex())
@@ -321,7 +321,7 @@ class Source:
 
     async def _conclude(self, prepared: Prepared, downtime: Downtime) -> None:
         downtime.lap("commit", prepared.link.committed_ms)
-        report = self._report
+        report = self.report
         report.downtime_ms = downtime.phases_ms
         report.downtime_total_ms = downtime.total_ms
         report.downtime_own_ms = downtime.own_ms
@@ -329,7 +329,7 @@ class Source:
         report.beside_vmm_ms = downtime.beside_vmm_ms
         report.duration_s = trio.current_time() - self._began
         report.wire_bytes = prepared.link.wire_bytes()
-        self._reporter.event("report", text=report.text(), **report.values())
+        self.reporter.event("report", text=report.text(), **report.values())
         if self._options.quit_source:
             with contextlib.suppress(VmmError):
                 await prepared.vmm.quit()

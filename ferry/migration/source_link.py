@@ -14,8 +14,9 @@ import numpy as np
 import trio
 from numpy.typing import NDArray
 
-from ferry.errors import Mismatch, PeerAborted
+from ferry.errors import Mismatch, PeerAborted, Unreachable
 from ferry.migration.conversation import EVENTS
+from ferry.migration.endpoints import resolved, why_nobody_answers
 from ferry.migration.handover_runner import HandoverRunner
 from ferry.migration.listener import Listener
 from ferry.migration.messages import MessageKind, MigrationHello, Notice, pack_state
@@ -23,7 +24,7 @@ from ferry.migration.send_options import Options, sender_options
 from ferry.migration.tunnel import run_tunnel
 from sync.handover.states import Role
 from transport.sender import RoundStatistics, Sender, open_sender
-from transport.wire.errors import PeerRefused, TransportError
+from transport.wire.errors import PeerRefused, PeerUnreachable, TransportError
 
 TELL_S = 1.0
 """How long the receiver may take to hear why the source gives up."""
@@ -62,11 +63,16 @@ class SourceLink:
         """Greets the receiver. The session lasts until `held` is closed: with a goodbye, or without
         one if that is because of an error or a cancellation.
 
-        Raises `Mismatch` when the receiver refuses, and `TransportError`.
+        Raises `Mismatch` when the receiver refuses, `Unreachable` and `TransportError`.
         """
-        link = open_sender(options.to, session, hello.pack(), sender_options(options))
+        url = await resolved(options.to)
+        link = open_sender(url, session, hello.pack(), sender_options(options))
         try:
             sender = await held.enter_async_context(link)
+        except PeerUnreachable as error:
+            if why := await why_nobody_answers(url):
+                raise Unreachable(why) from error
+            raise
         except PeerRefused as refusal:
             reason = Notice.unpack(refusal.payload).text("reason")
             raise Mismatch(f"the receiver refuses: {reason}") from refusal

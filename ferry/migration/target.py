@@ -11,8 +11,9 @@ they are what has to be fenced, from any phase.
 import contextlib
 import tempfile
 import time
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from functools import partial
+from typing import Any
 
 import trio
 
@@ -41,7 +42,7 @@ from sync.vmm.driver import Vmm
 from sync.vmm.errors import VmmError, VmmGone
 from sync.vmm.identity import VmmIdentity, identify
 from sync.vmm.pci import PciPlatform
-from transport.receiver import Receiver
+from transport.receiver import Receiver, ReceiverStatistics
 from transport.wire.errors import TransportError
 
 TELL_S = 1.0
@@ -58,6 +59,29 @@ class Checked:
     devices: tuple[TargetDevice, ...]
     platform: PciPlatform | None
     """What the VMM keeps of the devices; QEMU only."""
+
+
+@dataclass
+class Arrival:
+    """What `receive` reports of a guest that has come."""
+
+    session: str = ""
+    began: float = field(default_factory=trio.current_time)
+    registers: list[dict[str, Any]] = field(default_factory=list)
+
+    def values(self, statistics: ReceiverStatistics) -> dict[str, Any]:
+        """The report as an event has it; `statistics` are the link's."""
+        return {
+            "session": self.session,
+            "duration_s": trio.current_time() - self.began,
+            "registers": self.registers,
+            "pages": statistics.pages_applied,
+            "repeated_pages": statistics.pages_rejected,
+            "wire_bytes": {
+                "pages": statistics.lane_bytes,
+                "vmm_stream": statistics.tunnel_bytes_received,
+            },
+        }
 
 
 class Target:
@@ -81,6 +105,9 @@ class Target:
         self._leases: list[Lease] = []
         self.only_check = False
         """The sender asks whether it would work, and nothing else."""
+        self.touched = False
+        """Something here has been prepared for the guest; before, a sender can be refused."""
+        self.arrival = Arrival()
         self.runner = HandoverRunner(
             Handover(Role.TARGET, Deadlines(listening_s=options.wait)),
             {Action.TELL_ABORT: self._refuse, Action.FENCE: self._fence},
@@ -141,7 +168,9 @@ class Target:
         return Event.ANSWERED
 
     async def _enter_standby(self, checked: Checked) -> Event:
+        self.touched = True
         hello = checked.hello
+        self.arrival = Arrival(hello.session)
         memory = await map_memory(checked.devices[0].gateway, hello, self._held)
         for device in checked.devices:
             await device.gateway.standby(hello.session)
@@ -217,6 +246,7 @@ class Target:
     async def _make_ready(self, checked: Checked, incoming: IncomingVmm) -> Event:
         await incoming.wait_loaded()
         reports = [asdict(await device.registers.finish()) for device in checked.devices]
+        self.arrival.registers = reports
         began = time.monotonic()
         await incoming.complete_platform()
         took_ms = {"PCI restore": (time.monotonic() - began) * 1e3}

@@ -5,6 +5,7 @@ The peer is played by the test, which runs `send` or `receive` in its own proces
 
 import contextlib
 import io
+import json
 import os
 import secrets
 from dataclasses import asdict
@@ -24,6 +25,7 @@ from ferry.migration.memory_layout import MemoryLayout
 from ferry.migration.messages import MessageKind, MigrationHello, pack_state
 from ferry.migration.receive_options import Options as ReceiveOptions
 from ferry.migration.send_options import Options as SendOptions
+from ferry.migration.stop_request import StopRequest
 from ferry.nurseries import alongside
 from ferry.progress import Reporter
 from lab.testbed import Host
@@ -34,7 +36,7 @@ from sync.vmm.identity import identify
 from tests.e2e.two_hosts import Method, assert_sound, new_bed, small_setup, start_both
 from transport.receiver import Receiver, open_receiver
 from transport.sender import open_sender
-from transport.wire.errors import PeerClosed, PeerLost, TransportError
+from transport.wire.errors import PeerClosed, PeerLost, PeerRefused, TransportError
 
 METHOD = Method("v2", "message")
 REPEATED = 20_000
@@ -221,3 +223,39 @@ def test_i8_a_cancelled_send_is_as_one_that_was_killed(tmp_path: Path, phase: st
         assert open_files() <= before
         assert MessageKind.ABORT not in told
         assert_sound(bed, a)
+
+
+def test_a_greeting_that_makes_no_sense_leaves_the_receiver_listening(tmp_path: Path) -> None:
+    said = io.StringIO()
+    stop = StopRequest()
+    codes: list[Exit] = []
+
+    async def listen(host: Host, url: str) -> None:
+        options = ReceiveOptions(
+            gateway=(str(host.control_socket),), listen=url, qmp=str(host.qmp_socket)
+        )
+        codes.append(await receive(options, Reporter("receive", as_json=True, stream=said), stop))
+
+    async def main(host: Host) -> None:
+        url = f"ipc://{host.folder}/link.sock"
+        session = secrets.token_bytes(16)
+        sound = await greeting_of(host, session)
+        with trio.fail_after(PATIENCE_S):
+            async with trio.open_nursery() as nursery:
+                nursery.start_soon(listen, host, url)
+                for greeting in (b"nonsense", b"{}", b'{"version": 99}'):
+                    with pytest.raises(PeerRefused):
+                        async with open_sender(url, secrets.token_bytes(16), greeting):
+                            pass
+                with pytest.raises(TransportError):
+                    async with open_sender(url, session, sound) as link:
+                        stop.ask("enough")
+                        await link.tunnel_receive()  # until the receiver has ended
+
+    with new_bed(tmp_path, small_setup(METHOD)) as bed:
+        bed.start_host(bed.hosts["b"], incoming=True)
+        trio.run(main, bed.hosts["b"])
+    events = [json.loads(line) for line in said.getvalue().splitlines()]
+    assert [event["event"] for event in events].count("refused") == 3
+    assert [event["event"] for event in events].count("listening") == 4
+    assert codes == [Exit.INTERRUPTED]

@@ -82,6 +82,12 @@ def migrate(bed: Testbed, source: Host, target: Host, method: Method, *send: str
     sender, receiver = start_migration(bed, source, target, method, *send)
     assert sender.wait(MIGRATION_S) == Exit.OK, (sender.tail(), receiver.tail())
     assert receiver.wait(MIGRATION_S) == Exit.OK, (sender.tail(), receiver.tail())
+    report, told = sender.wait_event("report"), sender.wait_event("success")
+    assert "the VMM here" in told["text"]
+    assert told["downtime_over_limit"] == (report["downtime_total_ms"] > told["downtime_limit_ms"])
+    arrived = receiver.wait_event("success")
+    assert arrived["session"] == report["session"]
+    assert arrived["pages"] >= report["rounds"][-1]["sent_pages"]
     return sender.wait_event("report")
 
 

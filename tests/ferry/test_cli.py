@@ -96,9 +96,14 @@ def test_events_that_nobody_takes_are_no_reason_to_stop(
             "at least 1",
         ),
         (
-            ["send", "--lanes", "99", "--to", "tcp://h:1", "--qmp", "q", "--gateway", "g"],
+            ["send", "--lanes", "99", "--to", "ipc:///h", "--qmp", "q", "--gateway", "g"],
             Exit.USAGE,
             "1 to 16 are possible",
+        ),
+        (
+            ["send", "--to", "tcp://h:1", "--qmp", "q", "--gateway", "g"],
+            Exit.USAGE,
+            "is an address of a network",
         ),
         (["send", "--bandwidth", "0", "--to", "tcp://h:1", "--qmp", "q"], Exit.USAGE, "100M"),
         (["send", "--to", "tcp://h:65536", "--qmp", "q"], Exit.USAGE, "an endpoint like"),

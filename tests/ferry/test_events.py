@@ -53,5 +53,5 @@ def test_what_does_not_fit_is_refused(name: str, values: dict[str, Any]) -> None
 
 
 def test_what_fits_is_taken() -> None:
-    jsonschema.validate(printed("phase", phase="precopy"), schema())
+    jsonschema.validate(printed("phase", phase="precopy", detail=""), schema())
     jsonschema.validate(printed("something-new", value=1), schema())

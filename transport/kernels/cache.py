@@ -27,6 +27,7 @@ import llvmlite.binding as llvm
 import numba
 import numpy as np
 
+from transport.private_path import why_not_private
 from transport.user_cache import default_cache
 
 UNUSED_S: Final = 30 * 86400.0
@@ -130,6 +131,8 @@ def _open(path: Path) -> int:
         status = os.fstat(descriptor)
         if status.st_uid != os.geteuid() or status.st_mode & 0o077:
             raise PermissionError(f"{path} has to be this user's, and closed to all others")
+        if why_not := why_not_private(path):
+            raise PermissionError(why_not)
         os.utime(descriptor)
     except OSError:
         os.close(descriptor)

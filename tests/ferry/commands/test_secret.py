@@ -7,8 +7,8 @@ from pathlib import Path
 import pytest
 
 from ferry.cli import main
-from ferry.commands.receive import _is_of_this_host
 from ferry.errors import ConfigError, Exit, LocalError
+from ferry.migration.endpoints import is_of_this_host
 from ferry.secret_file import read_secret
 
 
@@ -118,4 +118,31 @@ def test_an_address_of_the_network_is_told_from_one_of_this_host(
     url: str, of_this_host: bool
 ) -> None:
     """What `receive` warns of, without a secret."""
-    assert _is_of_this_host(url) is of_this_host
+    assert is_of_this_host(url) is of_this_host
+
+
+@pytest.mark.parametrize("above", [0, 1])
+def test_a_file_below_a_folder_that_others_may_write_is_refused(tmp_path: Path, above: int) -> None:
+    folder = tmp_path / "a" / "b"
+    folder.mkdir(parents=True)
+    assert main(["secret", "--output", str(folder / "secret")]) == Exit.OK
+    assert read_secret(str(folder / "secret"))
+    open_to_all = (folder, folder.parent)[above]
+    open_to_all.chmod(0o777)
+    with pytest.raises(LocalError, match=rf"others may write to {open_to_all} \(mode 0777\)"):
+        read_secret(str(folder / "secret"))
+    open_to_all.chmod(0o1777)  # as /tmp: nobody can replace what is another's there
+    assert read_secret(str(folder / "secret"))
+
+
+def test_what_belongs_to_another_user_is_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = tmp_path / "secret"
+    assert main(["secret", "--output", str(path)]) == Exit.OK
+    if os.geteuid() == 0:
+        os.chown(path, 12345, 12345)
+    else:
+        monkeypatch.setattr(os, "geteuid", lambda: 12345)
+    with pytest.raises(LocalError, match="belongs to another user"):
+        read_secret(str(path))

@@ -271,6 +271,7 @@ def test_the_digest_covers_every_file_that_kernels_take_constants_from() -> None
         "transport.wire.errors",
         "transport.wire.extents",
         "transport.user_cache",
+        "transport.private_path",
     } == {"transport.wire.frames"}
     assert room.parent / "wire/frames.py" in cache.SOURCES
 

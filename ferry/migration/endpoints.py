@@ -1,0 +1,88 @@
+"""The address between the hosts: whether it is safe to use, and why nobody answers there."""
+
+import socket
+from urllib.parse import urlsplit
+
+import trio
+
+from ferry.errors import ConfigError, Unreachable
+from ferry.exit_codes import describe
+
+PROBE_S = 2.0
+"""How long a connection may take that is tried to find out why there is none."""
+
+
+def is_of_this_host(url: str) -> bool:
+    """Whether nobody on another host can be at the other end."""
+    host = urlsplit(url).hostname
+    return host is None or host in ("localhost", "::1") or host.startswith("127.")
+
+
+def require_secret(flag: str, url: str, *, secret: str | None, insecure: bool) -> None:
+    """Raises `ConfigError` if the guest's memory would cross a network as it is, or both a secret
+    and none were asked for."""
+    if secret is not None and insecure:
+        raise ConfigError("--secret and --insecure exclude each other")
+    if secret is None and not insecure and not is_of_this_host(url):
+        raise ConfigError(
+            f"{flag} {url} is an address of a network, and the guest's memory would cross it as "
+            "it is: make a secret with `vfio-ferry secret --output FILE`, give it to both sides "
+            "with --secret FILE, or say --insecure on both"
+        )
+
+
+async def resolved(url: str) -> str:
+    """`url` with an address in place of a name; of several, the first that takes connections.
+
+    Raises `Unreachable` if there is no such host.
+    """
+    parts = urlsplit(url)
+    if parts.scheme != "tcp" or not parts.hostname or parts.port is None:
+        return url
+    addresses = await _addresses(parts.hostname, parts.port)
+    found = addresses[0]
+    if len(addresses) > 1:
+        with trio.move_on_after(PROBE_S):
+            try:
+                stream = await trio.open_tcp_stream(parts.hostname, parts.port)
+            except OSError:
+                pass
+            else:
+                async with stream:
+                    found = stream.socket.getpeername()[0]
+    return f"tcp://[{found}]:{parts.port}" if ":" in found else f"tcp://{found}:{parts.port}"
+
+
+async def _addresses(host: str, port: int) -> list[str]:
+    try:
+        found = await trio.socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)
+    except (OSError, UnicodeError) as error:
+        why = getattr(error, "strerror", None) or "not a name"
+        raise Unreachable(
+            f"there is no host {host!r} ({why.lower()}): look at --to and at the name service"
+        ) from error
+    return [str(address[0]) for *_, address in found]
+
+
+async def why_nobody_answers(url: str) -> str:
+    """What a plain connection to `url` meets, and what to do; empty where that tells nothing."""
+    parts = urlsplit(url)
+    if parts.scheme != "tcp" or not parts.hostname or parts.port is None:
+        return ""
+    with trio.move_on_after(PROBE_S):
+        try:
+            stream = await trio.open_tcp_stream(parts.hostname, parts.port)
+        except OSError as group:
+            first, *more = getattr(group.__cause__, "exceptions", (group.__cause__ or group,))
+            if any(isinstance(cause, ConnectionRefusedError) for cause in (first, *more)):
+                return (
+                    f"{parts.hostname} refuses port {parts.port}: nothing listens there; start "
+                    "`vfio-ferry receive` there first, or look at the port of --to"
+                )
+            return f"no way to {parts.hostname}: {describe(first)}"
+        await stream.aclose()
+        return ""
+    return (
+        f"{parts.hostname} is silent at port {parts.port}: the host is down, or a firewall drops "
+        f"what is sent to it; open TCP port {parts.port} there"
+    )

@@ -1,0 +1,40 @@
+"""What `receive --keep` waits for between two guests."""
+
+from pathlib import Path
+
+import pytest
+import trio
+import trio.testing
+
+from ferry.commands.receive import GOES_ON, wait_for_another
+from ferry.errors import Exit
+from sync.vfio_user.sockets import file_identity
+
+
+def test_the_next_vmm_is_another_file_at_the_same_path(tmp_path: Path) -> None:
+    path = tmp_path / "qmp.sock"
+    path.touch()
+    before = file_identity(path)
+
+    async def main() -> None:
+        async with trio.open_nursery() as nursery:
+            with trio.fail_after(100):
+                nursery.start_soon(wait_for_another, str(path), before)
+                await trio.sleep(5)
+                assert nursery.child_tasks
+                path.unlink()
+                await trio.sleep(5)
+                assert nursery.child_tasks
+                path.touch()
+
+    trio.run(main, clock=trio.testing.MockClock(autojump_threshold=0))
+
+
+@pytest.mark.parametrize("code", [Exit.OK, Exit.PEER_LOST, Exit.REFUSED, Exit.SLOW])
+def test_it_goes_on_after_what_is_settled(code: Exit) -> None:
+    assert code in GOES_ON
+
+
+@pytest.mark.parametrize("code", [Exit.IN_DOUBT, Exit.BROKEN, Exit.OWNER_FAILED, Exit.INTERRUPTED])
+def test_it_ends_where_somebody_has_to_look(code: Exit) -> None:
+    assert code not in GOES_ON

@@ -1,0 +1,38 @@
+"""What `send` says at the end of a migration that went well."""
+
+import json
+from io import StringIO
+
+import pytest
+
+from ferry.commands.send import succeed
+from ferry.errors import Exit
+from ferry.migration.report import Report
+from ferry.migration.send_options import Options
+from ferry.progress import Reporter
+
+
+@pytest.mark.parametrize("strict", [False, True])
+@pytest.mark.parametrize(("downtime_ms", "over"), [(299.0, False), (300.0, False), (345.0, True)])
+def test_a_downtime_above_the_limit_is_told(strict: bool, downtime_ms: float, over: bool) -> None:
+    stream = StringIO()
+    options = Options(to="tcp://192.0.2.7:7100", qmp="q", strict_downtime=strict)
+    report = Report("5", downtime_limit_ms=300, downtime_total_ms=downtime_ms)
+    code = succeed(options, Reporter("send", as_json=True, stream=stream), report)
+    event = json.loads(stream.getvalue())
+    assert event["event"] == "success"
+    assert event["text"].startswith("The guest runs on 192.0.2.7; the VMM here may be ended.")
+    assert ("345 ms" in event["text"]) == over
+    assert event["downtime_over_limit"] is over
+    assert report.values()["downtime_over_limit"] is over
+    assert code == event["exit_code"] == (Exit.SLOW if strict and over else Exit.OK)
+
+
+def test_where_a_guest_went_that_is_on_this_host() -> None:
+    stream = StringIO()
+    options = Options(to="ipc:///run/link.sock", qmp="q", quit_source=True)
+    succeed(options, Reporter("send", as_json=False, stream=stream), Report("5"))
+    assert (
+        "The guest runs on the other side of ipc:///run/link.sock; the VMM here has been ended."
+        in stream.getvalue()
+    )
