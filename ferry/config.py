@@ -8,6 +8,7 @@ parser, so that a value is refused with the same words wherever it came from.
 import argparse
 import dataclasses
 import difflib
+import os
 import re
 import tomllib
 from collections.abc import Callable, Iterable, Sequence
@@ -19,6 +20,8 @@ from ferry.errors import ConfigError
 T = TypeVar("T")
 
 _SIZE = re.compile(r"(\d+)\s*([KMGTkmgt]?)(?:i?B)?")
+MAX_SOCKET_PATH_BYTES = 107
+"""sun_path of unix(7) has 108 bytes with the NUL."""
 _SIZE_UNITS = {"": 1, "K": 1 << 10, "M": 1 << 20, "G": 1 << 30, "T": 1 << 40}
 _BITS = re.compile(r"(\d+)\s*([KMGTkmgt]?)bit/s")
 _BIT_UNITS = {"": 1, "K": 10**3, "M": 10**6, "G": 10**9, "T": 10**12}
@@ -101,6 +104,19 @@ def endpoint(text: str) -> str:
     if not match or (match[1] and int(match[1]) > 65535):
         raise ValueError("an endpoint like tcp://HOST:PORT or ipc:///run/ferry.sock")
     return text
+
+
+def socket_path(text: str) -> str:
+    """A path, absolute, for the process that it is handed to may be in another folder. A relative
+    one that would then be too long for a socket stays as it is.
+
+    Raises `ValueError` for one that is empty or too long anyway.
+    """
+    absolute = os.path.normpath(Path.cwd() / text) if text else ""
+    path = absolute if len(os.fsencode(absolute)) <= MAX_SOCKET_PATH_BYTES else text
+    if not 0 < len(os.fsencode(path)) <= MAX_SOCKET_PATH_BYTES:
+        raise ValueError(f"the path of a socket, of at most {MAX_SOCKET_PATH_BYTES} bytes")
+    return path
 
 
 def option(

@@ -11,7 +11,7 @@ from typing import Literal
 
 import trio
 
-from ferry.config import endpoint, option
+from ferry.config import endpoint, option, socket_path
 from ferry.doctor.functions import function_findings
 from ferry.doctor.gateway import Wish, gateway_findings
 from ferry.doctor.host import host_findings
@@ -26,9 +26,9 @@ from sync.registers.choose import load_profiles
 @dataclass(frozen=True, kw_only=True)
 class Options:
     gateway: tuple[str, ...] = option(
-        "control socket of a device's gateway, to be examined", (), repeat=True
+        "control socket of a device's gateway, to be examined", (), parse=socket_path, repeat=True
     )
-    qmp: str | None = option("QMP socket of a running VMM, to be examined", None)
+    qmp: str | None = option("QMP socket of a running VMM, to be examined", None, parse=socket_path)
     qemu: str | None = option("a QEMU program (default: the one in $PATH)", None)
     listen: tuple[str, ...] = option(
         "an endpoint that `receive` shall bind", (), parse=endpoint, repeat=True

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 import trio
 
-from ferry.config import option
+from ferry.config import option, socket_path
 from ferry.errors import ConfigError, Exit
 from ferry.progress import Reporter
 from sync.gateway.control.client import GatewayClient
@@ -26,9 +26,10 @@ class Options:
     gateway: tuple[str, ...] = option(
         "control socket of a device's gateway, in the order given to send or receive",
         (),
+        parse=socket_path,
         repeat=True,
     )
-    qmp: str = option("QMP socket of the VMM on this host")
+    qmp: str = option("QMP socket of the VMM on this host", parse=socket_path)
     role: str = option("which side this host was", choices=("source", "target"))
     peer: str = option(
         "source only: what `resolve --role target` said on the other host",

@@ -13,13 +13,14 @@ from sync.memory import MemoryRegion
 from sync.registers.profile.locate import DeviceView
 
 
-def offer_of(info: GatewayInfo, registers: bytes) -> DeviceOffer:
-    """What the greeting says about a device."""
+def offer_of(info: GatewayInfo, registers: bytes, place: str = "") -> DeviceOffer:
+    """What the greeting says about a device, which its VMM has at `place`."""
     return DeviceOffer(
         identity=asdict(info.identity),
         regions=[[index, region.size] for index, region in sorted(info.regions.items())],
         irqs=[[index, irq.count] for index, irq in sorted(info.irqs.items())],
         registers=registers.hex(),
+        place=place,
     )
 
 

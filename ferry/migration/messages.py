@@ -29,7 +29,7 @@ from typing import Any, TypeVar
 
 from ferry.errors import PeerProtocolError
 
-PROTOCOL_VERSION = 2
+PROTOCOL_VERSION = 3
 MAX_DEVICES = 64
 """Devices of one VM. A PCI root bus has 32 slots; the bound only keeps a hostile greeting small."""
 MAX_REGIONS = 65536
@@ -63,13 +63,15 @@ class DeviceOffer:
     """One device as the source sees it; the target's has to be the same.
 
     `regions`: [index, size in bytes], `irqs`: [index, number of vectors], ascending. `registers`:
-    what `sync.registers` offers (method, profile), in hexadecimal.
+    what `sync.registers` offers (method, profile), in hexadecimal. `place`: where the VMM has it
+    plugged (`sync.vmm.devices`), or empty.
     """
 
     identity: dict[str, int]
     regions: list[list[int]]
     irqs: list[list[int]]
     registers: str
+    place: str = ""
 
 
 @dataclass(frozen=True)
@@ -134,6 +136,7 @@ def _device(item: Any) -> DeviceOffer:
         regions=_numbers(item.get("regions"), 2, 256, "regions"),
         irqs=_numbers(item.get("irqs"), 2, 256, "irqs"),
         registers=str(registers),
+        place=_printable(item.get("place", "")),
     )
 
 

@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 
-from ferry.config import endpoint, option, seconds
+from ferry.config import endpoint, option, seconds, socket_path
 from ferry.errors import (
     ConfigError,
 )
@@ -21,15 +21,22 @@ class Options:
     gateway: tuple[str, ...] = option(
         "control socket of a device's gateway; once for each device, in the sender's order",
         (),
+        parse=socket_path,
         repeat=True,
     )
     listen: str = option("where to listen: tcp://HOST:PORT or ipc://PATH", parse=endpoint)
-    qmp: str = option("QMP socket of the VMM that waits for its guest (-incoming defer)")
+    qmp: str = option(
+        "QMP socket of the VMM that waits for its guest (-incoming defer)", parse=socket_path
+    )
     profile: tuple[str, ...] = option(
         "a device profile, or a folder of them, beside the built-in ones", (), repeat=True
     )
     secret: str | None = option(HELP, None)
     insecure: bool = option(INSECURE, False)
+    vouch_one_vm: bool = option(
+        "you vouch that --gateway and --qmp are of one VM, where nothing on this host can prove it",
+        False,
+    )
     peer_timeout: float = option(
         "seconds of silence until the peer is lost", _LINK.peer_timeout_s, parse=seconds
     )

@@ -3,7 +3,17 @@
 from dataclasses import dataclass
 from typing import Literal
 
-from ferry.config import endpoint, log_page, natural, option, positive, rate, seconds, size
+from ferry.config import (
+    endpoint,
+    log_page,
+    natural,
+    option,
+    positive,
+    rate,
+    seconds,
+    size,
+    socket_path,
+)
 from ferry.errors import ConfigError
 from ferry.migration.endpoints import require_secret
 from ferry.migration.phases import BREAK_AT_CHOICES
@@ -32,10 +42,13 @@ class Options:
     """What `vfio-ferry send` is told, by flags or by a file."""
 
     gateway: tuple[str, ...] = option(
-        "control socket of a device's gateway; once for each device", (), repeat=True
+        "control socket of a device's gateway; once for each device",
+        (),
+        parse=socket_path,
+        repeat=True,
     )
     to: str = option("where `receive` listens: tcp://HOST:PORT or ipc://PATH", parse=endpoint)
-    qmp: str = option("QMP socket of the VMM")
+    qmp: str = option("QMP socket of the VMM", parse=socket_path)
     downtime_limit: int = option(
         "how long the guest may stand still, in ms", int(_ROUNDS.downtime_ms), parse=positive
     )
@@ -81,6 +94,10 @@ class Options:
     )
     secret: str | None = option(HELP, None)
     insecure: bool = option(INSECURE, False)
+    vouch_one_vm: bool = option(
+        "you vouch that --gateway and --qmp are of one VM, where nothing on this host can prove it",
+        False,
+    )
     connect_timeout: float = option(
         "seconds to find the receiver", _LINK.connect_timeout_s, parse=seconds
     )

@@ -19,6 +19,7 @@ import trio
 
 from ferry.errors import Mismatch
 from ferry.findings import methods_text, ok
+from ferry.migration.belonging import prove_one_vm
 from ferry.migration.check import findings_of
 from ferry.migration.devices import offer_of
 from ferry.migration.downtime import Downtime
@@ -115,12 +116,21 @@ class Source:
         memory, layout = await map_memory(devices, self._held)
         vmm = await self._held.enter_async_context(await Vmm.connect(options.qmp))
         await vmm.check_source()
+        places = await prove_one_vm(
+            [device.path for device in devices],
+            [device.gateway for device in devices],
+            vmm,
+            vouched=options.vouch_one_vm,
+        )
         identity = await identify(vmm)
         platform = await self._attach_platform(vmm, devices)
         files, rows = layout.rows()
         hello = MigrationHello(
             session=self._session.hex(),
-            devices=[offer_of(each.info, await each.registers.offer()) for each in devices],
+            devices=[
+                offer_of(each.info, await each.registers.offer(), place)
+                for each, place in zip(devices, places, strict=True)
+            ],
             layout=rows,
             files=files,
             platform=(await platform.peek()).hex() if platform else "",

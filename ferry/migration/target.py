@@ -18,6 +18,7 @@ from typing import Any
 import trio
 
 from ferry.errors import Mismatch, PeerAborted
+from ferry.migration.belonging import compare_places, prove_one_vm
 from ferry.migration.check import answer_check
 from ferry.migration.conversation import EVENTS
 from ferry.migration.handover_runner import HandoverRunner
@@ -135,6 +136,13 @@ class Target:
             self._options.gateway, self._options.profile, hello, self._held, self._leases
         )
         await self._vmm.check_target()
+        places = await prove_one_vm(
+            self._options.gateway,
+            [device.gateway for device in devices],
+            self._vmm,
+            vouched=self._options.vouch_one_vm,
+        )
+        compare_places(places, [each.place for each in hello.devices])
         identity = await identify(self._vmm)
         _compare_vmms(identity, Notice(hello.vmm))
         platform = await self._check_platform(bytes.fromhex(hello.platform))

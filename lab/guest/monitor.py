@@ -10,6 +10,7 @@ from typing import Any
 from lab.guest.errors import GuestError
 from lab.guest.machine import Machine, RunState
 from lab.guest.migration import Migration
+from lab.guest.object_model import ObjectModel
 from lab.guest.qmp_server import GREETING, Command, CommandError
 from sync.vmm.qmp import JsonObject
 
@@ -52,6 +53,7 @@ def commands(
         migration.proceed(_text(arguments, "state"))
         return {}
 
+    qom = ObjectModel(machine.options.device_path)
     table: dict[str, Command] = {
         "query-version": lambda _: GREETING["QMP"]["version"],
         "query-status": query_status,
@@ -67,6 +69,10 @@ def commands(
         "migrate-incoming": migrate_incoming,
         "migrate-continue": migrate_continue,
         "migrate_cancel": nothing(migration.cancel),
+        "qom-list": lambda arguments: qom.list(_text(arguments, "path")),
+        "qom-get": lambda arguments: qom.get(
+            _text(arguments, "path"), _text(arguments, "property")
+        ),
         "x-guest-report": lambda _: machine.report(),
         "x-guest-verify": lambda _: {"number": machine.start_verification()},
     }

@@ -110,6 +110,14 @@ class NoVmm(GatewayError):
     code = "no-vmm"
 
 
+class VmmOutOfReach(GatewayError):
+    """The gateway cannot reach the VMM's QMP socket: let its user open it, by an absolute path."""
+
+    exit_name = "local"
+
+    code = "vmm-out-of-reach"
+
+
 class DeviceLost(GatewayError):
     """The device went away or stopped answering; the VMM was disconnected with it."""
 

@@ -11,6 +11,7 @@ from typing import Any, TypeVar
 import trio
 from trio.abc import AsyncResource
 
+from sync.peer_process import peer_pid
 from sync.vmm.errors import QmpProtocolError, VmmBusy, VmmError, VmmGone, VmmNotReady, VmmRefused
 from sync.vmm.qmp import QmpCore, QmpEvent, QmpFailure, QmpReply
 
@@ -73,6 +74,12 @@ class QmpClient(AsyncResource):
                     raise
                 return client
         raise kind(f"no QMP at {path} after {deadline_s:g} s: {why}")
+
+    @property
+    def peer_pid(self) -> int:
+        """The process that listens at the QMP socket; 0 if that is not known."""
+        stream = self._stream
+        return peer_pid(stream.socket) if isinstance(stream, trio.SocketStream) else 0
 
     async def aclose(self) -> None:
         if self._failure is None:

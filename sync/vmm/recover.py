@@ -4,8 +4,11 @@ Blocking and with nothing but the standard library behind it: the gateway calls 
 The rule itself is `states.resume_step`.
 """
 
+import os
 import socket
+import stat
 import time
+from pathlib import Path
 from typing import Any
 
 from sync.vmm.errors import VmmError, VmmGone, VmmNotReady, VmmRefused
@@ -16,6 +19,22 @@ RETRY_S = 0.02
 LAST_ANSWER_S = 0.2
 """Nothing more is tried so shortly before the deadline: the VMM's state would not become known."""
 READ_BYTES = 1 << 16
+
+
+def obstacle(qmp_path: str) -> str:
+    """Why `recover_source` could not reach the VMM at `qmp_path`, or nothing. Does not connect: a
+    VMM serves one client at a time."""
+    path = Path(qmp_path)
+    if not path.is_absolute():
+        return "it is no absolute path"
+    try:
+        if not stat.S_ISSOCK(path.stat().st_mode):
+            return "it is no socket"
+    except OSError as error:
+        return str(error.strerror)
+    if not os.access(path, os.R_OK | os.W_OK, effective_ids=True):
+        return "this user may not open it"
+    return ""
 
 
 def recover_source(qmp_path: str, deadline_s: float) -> str:

@@ -93,6 +93,38 @@ def test_another_memory_layout_is_found_before_anything_is_touched(tmp_path: Pat
         assert bed.status(b) == "inmigrate"
 
 
+@pytest.mark.parametrize("side", [pytest.param("source", marks=pytest.mark.full), "target"])
+def test_the_vmm_of_another_vm_is_found_before_anything_is_touched(
+    tmp_path: Path, side: str
+) -> None:
+    """Of the same shape, in the same state: only what ties it to its gateway tells."""
+    with new_bed(tmp_path, small_setup(METHOD)) as bed:
+        a, b = start_both(bed)
+        folder = bed.folder / "c"
+        folder.mkdir(mode=0o700)
+        other = bed.hosts["c"] = Host("c", folder)
+        bed.image = bed.folder / "other.img"
+        bed.image.write_bytes(bytes(bed.setup.image_bytes))
+        bed.start_host(other, incoming=side == "target")
+        qmp = ("--qmp", str(other.qmp_socket))
+        sender, receiver = start_migration(
+            bed,
+            a,
+            b,
+            METHOD,
+            *(qmp if side == "source" else ()),
+            receive=qmp if side == "target" else (),
+        )
+        code, message = ended(sender)
+        assert code == Exit.REFUSED
+        assert "name the gateways and the QMP socket of one VM" in message
+        receiver.signal(signal.SIGTERM)
+        receiver.wait(MIGRATION_S)
+        assert_sound(bed, a)
+        assert bed.status(b) == "inmigrate"
+        assert bed.status(other) == ("inmigrate" if side == "target" else "running")
+
+
 def test_devices_that_differ(tmp_path: Path) -> None:
     """The source's device has its own migration state, the target's does not."""
     with new_bed(tmp_path, small_setup(METHOD, device=())) as bed:

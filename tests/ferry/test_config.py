@@ -8,7 +8,17 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from ferry.config import add_arguments, endpoint, load, option, positive, rate, seconds, size
+from ferry.config import (
+    add_arguments,
+    endpoint,
+    load,
+    option,
+    positive,
+    rate,
+    seconds,
+    size,
+    socket_path,
+)
 from ferry.errors import ConfigError
 
 
@@ -140,3 +150,15 @@ def test_a_file_may_have_the_tables_of_other_commands(tmp_path: Path) -> None:
     add_arguments(parser, Options)
     path = config(tmp_path, '[other]\nx = 1\n[thing]\nwhere = "tcp://h:1"\n')
     assert load(Options, "thing", parser.parse_args(["--config", path]), {"other"}).times == 3
+
+
+def test_the_path_of_a_socket_is_made_absolute_where_it_is_typed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert socket_path("vm/../qmp.sock") == f"{tmp_path}/qmp.sock"
+    assert socket_path("/run/qmp.sock") == "/run/qmp.sock"
+    assert socket_path("q" * 107) == "q" * 107, "as it is where it would be too long"
+    for text in ("", "/" + "q" * 107):
+        with pytest.raises(ValueError, match="path of a socket"):
+            socket_path(text)

@@ -38,6 +38,25 @@ class Supports:
 
 
 @dataclass(frozen=True, slots=True)
+class VmmConnection:
+    """Where the gateway listens for its VMM, and who has connected there.
+
+    Numbers are 0 where they are not known. Process ids are those of the namespace
+    `pid_namespace` (pid_namespaces(7)), the inode number of /proc/self/ns/pid.
+    """
+
+    path: str = ""
+    """Of the listening socket, absolute."""
+    device: int = 0
+    inode: int = 0
+    """Of the socket's file (stat(2))."""
+    pid: int = 0
+    """Of the process that has connected (SO_PEERCRED of unix(7)): the VMM, or what passed it the
+    connection."""
+    pid_namespace: int = 0
+
+
+@dataclass(frozen=True, slots=True)
 class Recovery:
     """How the last recovery of the VMM went that the gateway did by itself (I8)."""
 
@@ -58,6 +77,7 @@ class GatewayInfo:
     """The latest sessions that are settled here for good: owned (at some time) or fenced."""
     device_connected: bool
     vmm_connected: bool
+    vmm: VmmConnection
     lease: ClientRole | None
     """The role that holds the lease."""
     regions: dict[int, RegionDescription]

@@ -20,7 +20,7 @@ from sync.gateway.engine.custody import TRANSITIONS, ClientRole, CustodyState, E
 from sync.registers.record import RECORD_BYTES
 from sync.vfio_user.protocol import MigrationState
 
-VERSION = 2
+VERSION = 3
 
 MAX_JOURNAL_RECORDS = MAX_BLOB_BYTES // RECORD_BYTES
 MAX_RECOVERY_S = 600.0

@@ -30,9 +30,11 @@ from sync.gateway.errors import (
     LeaseHeld,
     LeaseRequired,
     NoDevice,
+    VmmOutOfReach,
     WrongSession,
 )
 from sync.vfio_user.framing import close_fds
+from sync.vmm import recover
 
 T = TypeVar("T")
 
@@ -170,6 +172,12 @@ class ControlServer:
         )
 
     def _arm_recovery(self, client: Client, request: requests.ArmRecovery) -> Done:
+        if why_not := recover.obstacle(request.qmp_path):
+            raise VmmOutOfReach(
+                f"the gateway could not resume the VMM if this process died: it cannot open "
+                f"{request.qmp_path} ({why_not}); run the gateway as the VMM's user, where it sees "
+                "that path"
+            )
         lease = self._lease()
         lease.qmp_path, lease.recovery_deadline_s = request.qmp_path, request.deadline_s
         return Done()

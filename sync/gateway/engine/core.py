@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from typing import Any, Protocol, TypeVar
 
 from sync.errors import SyncError
-from sync.gateway.control.info import GatewayInfo, Recovery
+from sync.gateway.control.info import GatewayInfo, Recovery, VmmConnection
 from sync.gateway.datapath.journal import DEFAULT_RECORDS
 from sync.gateway.datapath.relay import Send, VmmCommand
 from sync.gateway.engine import device_steps as steps
@@ -85,6 +85,8 @@ class Core:
         self.facts = DeviceFacts()
         self.lease: Lease | None = None
         self.last_recovery: Recovery | None = None
+        self.vmm = VmmConnection()
+        """Kept by whoever has the sockets."""
         self._log = log
         self._recover = recover
         self._generation = 0
@@ -311,6 +313,7 @@ class Core:
             verdicts=custody.verdicts(MAX_VERDICTS_TOLD),
             device_connected=self.ready,
             vmm_connected=custody.vmm_connected,
+            vmm=self.vmm,
             lease=self.lease.role if self.lease else None,
             regions=facts.regions,
             irqs=facts.irqs,

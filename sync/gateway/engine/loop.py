@@ -16,12 +16,12 @@ import time
 from collections import deque
 from collections.abc import Callable
 from contextlib import suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from sync.errors import SyncError
-from sync.gateway.control.info import Recovery
+from sync.gateway.control.info import Recovery, VmmConnection
 from sync.gateway.control.peer import ControlPeer
 from sync.gateway.control.server import ControlServer
 from sync.gateway.datapath.peer import Peer
@@ -31,6 +31,7 @@ from sync.gateway.engine.device_handshake import MAX_DATA_BYTES
 from sync.gateway.engine.device_link import DeviceLink
 from sync.gateway.engine.listener import Listener
 from sync.gateway.errors import ControlProtocolError
+from sync.peer_process import peer_pid, pid_namespace
 from sync.vfio_user.errors import Disconnected, ProtocolError
 from sync.vfio_user.framing import close_fds
 from sync.vfio_user.protocol import (
@@ -117,6 +118,7 @@ class Gateway:
         try:
             self._listen(options.control_path, self._client_comes)
             self._listen(options.vmm_path, self._vmm_comes)
+            self.core.vmm = _listening_at(options.vmm_path)
         except BaseException:
             self.close()
             raise
@@ -328,6 +330,7 @@ class Gateway:
             return
         peer = Peer(sock, _MESSAGE_BYTES, self._greeted)
         self._vmm = peer
+        self.core.vmm = replace(self.core.vmm, pid=peer_pid(sock))
         self._vmm_deadline = self._clock() + GREETING_S
         self._watch(peer.fileno(), self._on_vmm)
 
@@ -388,6 +391,7 @@ class Gateway:
 
     def _drop_vmm(self) -> None:
         if self._vmm is not None:
+            self.core.vmm = replace(self.core.vmm, pid=0)
             self._forget(self._vmm.fileno())
             self._vmm.close()
             self._vmm = None
@@ -512,6 +516,16 @@ class Gateway:
         self._recoveries.append(outcome)
         with suppress(OSError, ValueError):  # it may have ended meanwhile
             os.eventfd_write(self._wake, 1)
+
+
+def _listening_at(path: Path) -> VmmConnection:
+    status = path.stat()
+    return VmmConnection(
+        path=str(path.absolute()),
+        device=status.st_dev,
+        inode=status.st_ino,
+        pid_namespace=pid_namespace(),
+    )
 
 
 def _nobody(*_: object) -> None:

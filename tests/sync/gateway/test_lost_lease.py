@@ -18,6 +18,12 @@ from tests.sync.gateway.conftest import House, ServedDevice
 from tests.sync.gateway.raw_peers import PAGE, new_ram, status_of
 
 
+@pytest.fixture(autouse=True)
+def a_vmm_that_is_within_reach(monkeypatch: pytest.MonkeyPatch) -> None:
+    """None of these tests has one."""
+    monkeypatch.setattr(sync.vmm.recover, "obstacle", lambda path: "")
+
+
 @pytest.fixture
 def recoveries(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, float]]:
     """The VMMs that the gateway has resumed."""

@@ -11,6 +11,7 @@ from sync.gateway.engine.core import Core, Limits
 from sync.gateway.engine.custody import ClientRole
 from sync.registers.record import STRUCT, Op
 from sync.vfio_user.protocol import HEADER, Command, Version
+from sync.vmm import recover
 from tests.sync.gateway.conftest import Bench
 from tests.sync.gateway.model_device import ModelDevice
 
@@ -112,7 +113,10 @@ def test_requests_wait_for_a_busy_device_and_a_status_does_not(desk: Desk) -> No
     assert waiting.replies[-1]["error"] == "lease-held"
 
 
-def test_a_lease_that_ends_in_the_middle_of_a_job_is_cleaned_up_behind_it(desk: Desk) -> None:
+def test_a_lease_that_ends_in_the_middle_of_a_job_is_cleaned_up_behind_it(
+    desk: Desk, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(recover, "obstacle", lambda path: "")
     holder = desk.caller("source")
     holder.ask("arm_recovery", qmp_path="/qmp", deadline_s=1)
     holder.ask("mediate", READ_RECORD, tracker="none", page_size=4096, capture=True)
@@ -122,6 +126,15 @@ def test_a_lease_that_ends_in_the_middle_of_a_job_is_cleaned_up_behind_it(desk: 
     desk.settle()
     assert desk.core.custody.state == "passthrough"
     assert desk.recovered == ["/qmp"]
+
+
+def test_a_vmm_that_the_gateway_could_not_resume_is_told_of_when_it_is_named(desk: Desk) -> None:
+    holder = desk.caller("source")
+    for path, why in (("qmp", "no absolute path"), ("/dev/null", "no socket"), ("/no", "No such")):
+        holder.ask("arm_recovery", qmp_path=path, deadline_s=1)
+        assert holder.replies[-1]["error"] == "vmm-out-of-reach"
+        assert why in holder.replies[-1]["message"]
+    assert desk.core.lease.qmp_path == ""
 
 
 def test_what_waited_is_answered_when_the_device_goes(desk: Desk) -> None:

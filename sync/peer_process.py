@@ -1,0 +1,30 @@
+"""The process at the other end of a UNIX socket (SO_PEERCRED of unix(7)), as far as it is known."""
+
+import socket
+import struct
+from pathlib import Path
+from typing import Protocol
+
+_CREDENTIALS = struct.Struct("3i")
+
+
+class _Socket(Protocol):
+    def getsockopt(self, level: int, name: int, size: int, /) -> bytes: ...
+
+
+def peer_pid(sock: _Socket) -> int:
+    """Who connected to, or listens at, the other end; 0 if it is not of our process namespace."""
+    try:
+        data = sock.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, _CREDENTIALS.size)
+    except OSError:
+        return 0
+    pid: int = _CREDENTIALS.unpack(data)[0]
+    return max(pid, 0)
+
+
+def pid_namespace() -> int:
+    """The namespace in which this process sees others (pid_namespaces(7)); 0 if it cannot tell."""
+    try:
+        return Path("/proc/self/ns/pid").stat().st_ino
+    except OSError:
+        return 0
