@@ -35,6 +35,9 @@ the attributes of a `Command`."""
 COMMANDS = {
     "gateway": Command("ferry.commands.gateway", "stand between a VMM and its device"),
     "send": Command("ferry.commands.send", "migrate a running guest's devices from this host"),
+    "status": Command("ferry.commands.status", "say what a running send is at"),
+    "cancel": Command("ferry.commands.cancel", "have a running send give up, as Ctrl-C does"),
+    "set": Command("ferry.commands.set", "change the limits of a running send"),
     "receive": Command("ferry.commands.receive", "take over a guest's devices on this host"),
     "secret": Command(
         "ferry.commands.secret", "make the secret by which two hosts know each other"

@@ -113,6 +113,7 @@ _RENDER: dict[str, Callable[[dict[str, Any]], str]] = {
     "finding": _finding,
     "diagnosis": lambda v: str(v["text"]),
     "checked": lambda v: f"{v['role']}: a check by the sender: {v['outcome']}",
+    "status": lambda v: str(v["text"]),
     "success": lambda v: f"{v['role']}: {v['text']}",
     "refused": lambda v: f"{v['role']}: refused a sender, and goes on listening: {v['reason']}",
     "error": lambda v: f"error: {v['message']}",
@@ -142,6 +143,8 @@ class Reporter:
         self._timed = role in ("send", "receive") and not self._stream.isatty()
         self._phase = role
         self._line: ProgressLine | None = None
+        self.last: dict[str, dict[str, Any]] = {}
+        """The newest event of each name."""
 
     def _head(self, name: str) -> dict[str, Any]:
         return {"event": name, "schema": SCHEMA, "time": time.time(), "role": self._role}
@@ -153,6 +156,7 @@ class Reporter:
         """Writes one event. That nobody takes it (a reader that went away, a full disk) is no
         reason to stop a migration: it is said on standard error, once, and nothing is written any
         more."""
+        self.last[name] = values
         try:
             if self._json:
                 values.pop("text", None) if name == "report" else None

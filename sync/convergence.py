@@ -20,7 +20,7 @@ stall.
 
 import math
 from collections import deque
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from enum import Enum
 from typing import Literal
 
@@ -148,6 +148,10 @@ class Convergence:
         self._rounds_without_progress = 0
         self.rounds = 0
         self.rates = Rates()
+
+    def heed(self, downtime_ms: float, on_stall: Literal["switch", "abort"]) -> None:
+        """The user has changed their mind about these limits."""
+        self._limits = replace(self._limits, downtime_ms=downtime_ms, on_stall=on_stall)
 
     def observe(self, latest: Round) -> Decision:
         """Judge the situation behind `latest`."""

@@ -310,6 +310,10 @@ class Sender(SessionEnd):
             self._lanes.append(lane)
             lane.start()
 
+    def limit_bandwidth(self, bytes_per_s: int | None) -> None:
+        """Another limit from now on; None is none. ValueError: it is not positive."""
+        self._bucket.limit(bytes_per_s)
+
     async def send_round(self, indices: npt.NDArray[np.uint32], round_no: int) -> RoundStatistics:
         """Send these pages; returns when the receiver has applied every one.
 

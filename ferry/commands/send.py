@@ -2,12 +2,14 @@
 
 from contextlib import AsyncExitStack
 from functools import partial
+from typing import Any
 from urllib.parse import urlsplit
 
 import trio
 
 from ferry.errors import ConfigError, Exit
 from ferry.migration.conclusion import conclude
+from ferry.migration.control import Steering, changed, control_socket, settings
 from ferry.migration.kernels import make_kernels_ready
 from ferry.migration.report import Report
 from ferry.migration.send_options import Options, sender_options
@@ -61,7 +63,8 @@ async def send(options: Options, reporter: Reporter, stop: StopRequest | None = 
         async with AsyncExitStack() as held, trio.open_nursery() as nursery:
             source = Source(options, reporter, nursery, held)
             nursery.start_soon(stop.pass_to, source.runner)
-            state = await source.runner.run(Event.START)
+            async with control_socket(options.control_socket, _steering(source, stop, reporter)):
+                state = await source.runner.run(Event.START)
             nursery.cancel_scope.cancel()
     except* Exception as group:
         raise first_error(group) from group
@@ -70,6 +73,25 @@ async def send(options: Options, reporter: Reporter, stop: StopRequest | None = 
     if state is HandoverState.COMMITTED:
         return succeed(options, reporter, source.report)
     return conclude(reporter, state, source.runner, ADVICE)
+
+
+def _steering(source: Source, stop: StopRequest, reporter: Reporter) -> Steering:
+    def status() -> dict[str, Any]:
+        return {
+            **reporter.last.get("phase", {"phase": "idle"}),
+            "session": source.report.session,
+            "progress": reporter.last.get("progress"),
+            "settings": settings(source.options),
+        }
+
+    def change(wanted: dict[str, Any]) -> dict[str, Any]:
+        source.change(changed(source.options, wanted))
+        now = settings(source.options)
+        told = ", ".join(f"{name} {value}" for name, value in now.items())
+        reporter.event("message", text=f"limits changed: {told}")
+        return now
+
+    return Steering(status, partial(stop.ask, "cancelled by `vfio-ferry cancel`"), change)
 
 
 def succeed(options: Options, reporter: Reporter, report: Report) -> Exit:
@@ -81,7 +103,7 @@ def succeed(options: Options, reporter: Reporter, report: Report) -> Exit:
     if over:
         text += (
             f" It stood still for {report.downtime_total_ms:.0f} ms, which is more than "
-            f"--downtime-limit allows ({options.downtime_limit} ms)."
+            f"--downtime-limit allows ({report.downtime_limit_ms:.0f} ms)."
         )
     code = Exit.SLOW if over and options.strict_downtime else Exit.OK
     reporter.event(
@@ -90,7 +112,7 @@ def succeed(options: Options, reporter: Reporter, report: Report) -> Exit:
         session=report.session,
         duration_s=report.duration_s,
         downtime_total_ms=report.downtime_total_ms,
-        downtime_limit_ms=options.downtime_limit,
+        downtime_limit_ms=report.downtime_limit_ms,
         downtime_over_limit=over,
         exit_code=int(code),
     )

@@ -60,6 +60,10 @@ class Precopy:
         self._guest_waits_until = math.inf
         """When a guest that its VMM has paused by itself has waited for rounds long enough."""
 
+    def change(self, options: Options) -> None:
+        """Goes on with other limits."""
+        self._options = options
+
     async def converge(self) -> None:
         """Sends rounds until what is left fits into the downtime. Raises `NotConverged`,
         `MigrationFailed`."""
@@ -100,6 +104,7 @@ class Precopy:
                 # is over, so these rounds are not judged.
                 self._note_round(round_, left, None, progress.remaining_bytes)
                 continue
+            convergence.heed(self._options.downtime_limit, self._options.on_stall)
             decision = convergence.observe(
                 Round(
                     sent_pages=round_.sent_pages,

@@ -104,6 +104,9 @@ class Options:
     peer_timeout: float = option(
         "seconds of silence until the peer is lost", _LINK.peer_timeout_s, parse=seconds
     )
+    control_socket: str | None = option(
+        "where status, cancel and set reach it; by default in this user's runtime folder", None
+    )
     quit_source: bool = option("end the source's VMM once the target owns the guest", False)
     strict_downtime: bool = option(
         "end with an exit code of its own if the guest stood still for longer than the limit", False

@@ -83,10 +83,11 @@ class Source:
     ) -> None:
         """What is opened is put into `held`, which has to be closed when `nursery` has ended."""
         self._options = options
-        self.reporter = reporter
+        self._reporter = reporter
         self._nursery = nursery
         self._held = held
         self._session = secrets.token_bytes(16)
+        self._changes: list[Callable[[Options], None]] = []
         self._undo = Undo()
         self.report = Report(self._session.hex(), downtime_limit_ms=options.downtime_limit)
         self._began = trio.current_time()
@@ -104,6 +105,18 @@ class Source:
             failure_events={Action.RESTORE: Event.RESTORE_FAILED},
             on_state=Phases(reporter, options.break_at).enter,
         )
+
+    @property
+    def options(self) -> Options:
+        """What the user wants now."""
+        return self._options
+
+    def change(self, options: Options) -> None:
+        """Goes on with other limits: bandwidth, downtime, and what to do on a stall."""
+        self._options = options
+        self.report.downtime_limit_ms = options.downtime_limit
+        for heed in self._changes:
+            heed(options)
 
     # --- prepare: nothing is touched ---
 
@@ -139,12 +152,13 @@ class Source:
         )
         link = await SourceLink.open(options, self._session, hello, self.runner, self._held)
         self.runner.offer({Action.TELL_ABORT: link.tell_abort})
+        self._changes.append(lambda changed: link.sender.limit_bandwidth(changed.bandwidth))
         self._nursery.start_soon(link.listen)
         if options.check:
             for device, methods in zip(devices, self.report.methods, strict=True):
-                self.reporter.finding(ok(f"device at {device.path}", methods_text(**methods)))
+                self._reporter.finding(ok(f"device at {device.path}", methods_text(**methods)))
             for finding in await findings_of(link.sender, identity, memory.n_pages):
-                self.reporter.finding(finding)
+                self._reporter.finding(finding)
             return Event.CHECKED
         prepared = Prepared(devices, memory, vmm, platform, link)
         self.runner.offer({Action.MEDIATE: partial(self._mediate, prepared)})
@@ -197,7 +211,8 @@ class Source:
             everything = self._proves_everything(dirty)
             return await proof_time.predict_ns(dirty.touched, everything=everything)
 
-        precopy = Precopy(options, link, vmm, dirty, proof_ns, self.report, self.reporter)
+        precopy = Precopy(options, link, vmm, dirty, proof_ns, self.report, self._reporter)
+        self._changes.append(precopy.change)
         self._undo.add(UndoStage.TASKS, link.cut_vmm_stream)
         path: str = await self._nursery.start(
             link.carry_vmm_stream, partial(self._vmm_stream_is_complete, vmm)
@@ -339,7 +354,7 @@ class Source:
         report.beside_vmm_ms = downtime.beside_vmm_ms
         report.duration_s = trio.current_time() - self._began
         report.wire_bytes = prepared.link.wire_bytes()
-        self.reporter.event("report", text=report.text(), **report.values())
+        self._reporter.event("report", text=report.text(), **report.values())
         if self._options.quit_source:
             with contextlib.suppress(VmmError):
                 await prepared.vmm.quit()

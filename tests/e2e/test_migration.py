@@ -20,6 +20,7 @@ from tests.e2e.two_hosts import (
     new_bed,
     small_setup,
     start_both,
+    start_migration,
 )
 
 
@@ -154,3 +155,27 @@ def test_several_lanes_over_tcp(tmp_path: Path) -> None:
         assert sender.wait(MIGRATION_S) == Exit.OK, sender.tail()
         assert receiver.wait(MIGRATION_S) == Exit.OK, receiver.tail()
         assert_sound(bed, b)
+
+
+def test_a_migration_is_asked_slowed_down_and_cancelled_while_it_runs(tmp_path: Path) -> None:
+    method = Method("replay", "logging")
+    with new_bed(tmp_path, small_setup(method)) as bed:
+        a, b = start_both(bed)
+        control = tmp_path / "control.sock"
+        at = ("--control-socket", str(control), "--json")
+        sender, receiver = start_migration(
+            *(bed, a, b, method, "--control-socket", str(control), "--bandwidth", "1M")
+        )
+        sender.wait_event("progress")
+        for words in (("status",), ("set", "--bandwidth", "2M"), ("cancel",)):
+            process = bed.start(words[0], *words, *at)
+            assert process.wait(MIGRATION_S) == Exit.OK, process.tail()
+            if words[0] == "status":
+                found = process.wait_event("status")
+                assert found["phase"] == "precopy"
+                assert found["settings"]["bandwidth"] == 1 << 20
+        assert sender.wait(MIGRATION_S) == Exit.INTERRUPTED, sender.tail()
+        assert "vfio-ferry cancel" in sender.wait_event("error")["message"]
+        assert receiver.wait(MIGRATION_S) == Exit.PEER_ABORTED, receiver.tail()
+        assert not control.exists()
+        assert_sound(bed, a)

@@ -225,3 +225,14 @@ def test_limits_without_sense_are_refused(bad: dict[str, float]) -> None:
 def test_negative_quantities_are_refused() -> None:
     with pytest.raises(ValueError, match="wire_bytes"):
         moved(0, -1, 0, 0)
+
+
+def test_limits_may_change_on_the_way() -> None:
+    policy = Convergence(Limits(downtime_ms=100, fixed_cost_ms=60))
+    slow = Round(
+        sent_pages=1000, wire_bytes=4096000, duration_ns=10**9, interval_ns=10**9, dirty_pages=200
+    )
+    assert policy.observe(slow).verdict is Verdict.CONTINUE
+    policy.heed(1000, "abort")
+    decision = policy.observe(slow)
+    assert (decision.verdict, decision.reason) == (Verdict.SWITCH, Reason.DOWNTIME)

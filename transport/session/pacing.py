@@ -53,15 +53,21 @@ class SharedBucket:
         self._bytes_per_s = bytes_per_s
         self._bucket = None if bytes_per_s is None else TokenBucket(bytes_per_s, clock())
 
+    def limit(self, bytes_per_s: int | None) -> None:
+        """Another limit from now on; what has been reserved goes when it was told to. ValueError:
+        the limit is not positive."""
+        bucket = None if bytes_per_s is None else TokenBucket(bytes_per_s, self._clock())
+        with self._lock:
+            self._bytes_per_s, self._bucket = bytes_per_s, bucket
+
     def reserve(self, n_bytes: int) -> float:
         """Take `n_bytes`; returns the time of the clock from when they may go."""
-        if self._bucket is None:
-            return 0.0
         with self._lock:
-            return self._bucket.reserve(n_bytes, self._clock())
+            return 0.0 if self._bucket is None else self._bucket.reserve(n_bytes, self._clock())
 
     def piece_bytes(self, wanted: int) -> int:
         """How much to reserve at once, at most `wanted`, so that nobody waits long behind it."""
-        if self._bytes_per_s is None:
+        limit = self._bytes_per_s
+        if limit is None:
             return wanted
-        return min(wanted, max(MIN_PIECE_BYTES, int(self._bytes_per_s * BURST_S)))
+        return min(wanted, max(MIN_PIECE_BYTES, int(limit * BURST_S)))

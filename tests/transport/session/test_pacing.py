@@ -80,3 +80,16 @@ def test_the_bucket_reads_its_clock() -> None:
     bucket = SharedBucket(1000, clock=lambda: next(times))
     assert bucket.reserve(1000 + int(1000 * BURST_S)) == pytest.approx(1.0)
     assert bucket.reserve(0) == 100.0
+
+
+def test_a_limit_that_changes_holds_from_then_on() -> None:
+    now = 0.0
+    bucket = SharedBucket(1000, lambda: now)
+    bucket.limit(None)
+    assert bucket.reserve(10**9) == 0.0
+    assert bucket.piece_bytes(1 << 20) == 1 << 20
+    bucket.limit(10**6)
+    assert bucket.reserve(2 * 10**6) == pytest.approx(2 - BURST_S)
+    with pytest.raises(ValueError):
+        bucket.limit(0)
+    assert bucket.piece_bytes(1 << 20) == MIN_PIECE_BYTES
