@@ -77,7 +77,7 @@ class DeviceOffer:
 @dataclass(frozen=True)
 class MigrationHello:
     """The sender's greeting. `layout` is the guest memory as `memory_layout` has it: [IOVA, length,
-    file, offset] in bytes, ascending, `files` the size of each file, [size]. `platform` is what
+    file, offset] in bytes, ascending, `files` the sizes of each file and its pages. `platform` is what
     the VMM knows of the devices by itself, in hexadecimal (`sync.vmm.pci`); QEMU only. `vmm` is
     the VMM's name, machine type and version as text. `check`: it ends with the answer."""
 
@@ -118,7 +118,7 @@ class MigrationHello:
             session=session,
             devices=[_device(item) for item in devices],
             layout=_numbers(layout, 4, MAX_REGIONS, "layout"),
-            files=_numbers(data.get("files"), 1, MAX_REGIONS, "files"),
+            files=_numbers(data.get("files"), 2, MAX_REGIONS, "files"),
             platform=str(platform),
             vmm=_dict_of(str, data.get("vmm"), "VMM"),
             check=check,

@@ -20,6 +20,7 @@ from dataclasses import dataclass
 from typing import NamedTuple, Protocol
 
 from lab.devices.dirty_log import DirtyLog
+from sync.memory import PAGE_BYTES, page_bytes_of
 from sync.vfio_user.protocol import Disconnected, DmaFlags, DmaMap, VfioUserError
 
 MAX_ABSENT_RANGES = 1024
@@ -101,7 +102,8 @@ class GuestMemory:
         mapping = view = None
         if fd is not None:
             mapping = _map_descriptor(request, fd)
-            view = memoryview(mapping)
+            skip = _skip(request, fd)
+            view = memoryview(mapping)[skip : skip + request.size]
             os.close(fd)
         region = _Region(request.address, request.end, request.flags, mapping, view)
         self._replace([*self._table[1], region])
@@ -252,10 +254,21 @@ def _map_descriptor(request: DmaMap, fd: int) -> mmap.mmap:
         prot |= mmap.PROT_READ | mmap.PROT_WRITE
     try:
         # `mmap` itself refuses what lies behind the end of the file and would be a SIGBUS later.
-        return mmap.mmap(fd, request.size, flags=mmap.MAP_SHARED, prot=prot, offset=request.offset)
+        skip, page_bytes = _skip(request, fd), page_bytes_of(fd)
+        size = request.size + skip
+        if page_bytes > PAGE_BYTES:
+            size = -(-size // page_bytes) * page_bytes
+        offset = request.offset - skip
+        return mmap.mmap(fd, size, flags=mmap.MAP_SHARED, prot=prot, offset=offset)
     except (OSError, ValueError, OverflowError) as error:
         code = error.errno if isinstance(error, OSError) and error.errno else errno.EINVAL
         raise VfioUserError(code, f"the region cannot be mapped: {error}") from error
+
+
+def _skip(request: DmaMap, fd: int) -> int:
+    """What has to be mapped before the region: a file of huge pages is mapped in whole ones."""
+    page_bytes = page_bytes_of(fd)
+    return request.offset % page_bytes if page_bytes > PAGE_BYTES else 0
 
 
 def _subtract(ranges: list[tuple[int, int]], start: int, end: int) -> list[tuple[int, int]]:

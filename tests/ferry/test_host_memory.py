@@ -48,3 +48,45 @@ def test_a_file_system_that_is_full(monkeypatch: pytest.MonkeyPatch, tmp_path: P
 
 def test_this_host_tells_how_much_is_available() -> None:
     assert host_memory.memory_available() > 0
+
+
+CONTAINERS = {
+    "version 2": ("0::/\n", "", ("memory.max", "memory.current"), "inactive_file"),
+    "version 2, inside": ("0::/vm/one\n", "vm", ("memory.max", "memory.current"), "inactive_file"),
+    "version 1": (
+        "4:memory:/vm\n0::/\n",
+        "memory/vm",
+        ("memory.limit_in_bytes", "memory.usage_in_bytes"),
+        "total_inactive_file",
+    ),
+    "version 1, of the host": (
+        "4:cpu,memory:/host/path\n",
+        "memory",
+        ("memory.limit_in_bytes", "memory.usage_in_bytes"),
+        "total_inactive_file",
+    ),
+}
+
+
+@pytest.mark.parametrize("kind", CONTAINERS)
+def test_a_containers_limit_bounds_what_is_available(
+    kind: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    lines, folder, names, cached = CONTAINERS[kind]
+    (tmp_path / "meminfo").write_text("MemTotal: 9 kB\nMemAvailable:   1048576 kB\n")
+    (tmp_path / "cgroup").write_text(lines)
+    group = tmp_path / "groups" / folder
+    group.mkdir(parents=True)
+    monkeypatch.setattr(host_memory, "MEMINFO", tmp_path / "meminfo")
+    monkeypatch.setattr(host_memory, "CGROUPS", tmp_path / "cgroup")
+    monkeypatch.setattr(host_memory, "CGROUP_ROOT", tmp_path / "groups")
+    assert host_memory.memory_available() == 1 << 30
+    for name, value in zip((*names, "memory.stat"), ("max", "5", "x"), strict=True):
+        (group / name).write_text(value)
+    assert host_memory.memory_available() == 1 << 30, "without a limit"
+    for name, n_bytes in zip(names, (300 * MIB, 260 * MIB), strict=True):
+        (group / name).write_text(f"{n_bytes}\n")
+    (group / "memory.stat").write_text(f"anon 7\n{cached} {10 * MIB}\n")
+    assert host_memory.memory_available() == 50 * MIB
+    (group / names[1]).write_text(f"{400 * MIB}\n")
+    assert host_memory.memory_available() == 0

@@ -1,9 +1,9 @@
 """The DMA map: which guest memory the VMM has shared, and access to it by address.
 
 Owned here: the regions, our own duplicates of their descriptors and our own mappings of them; and
-the flat page space (the regions with a descriptor, by address, one after the other). Not owned:
-what the device has been told of a region (`jobs`, `snoops` note it in `at_device`), and which pages
-are dirty (`bitmap`).
+the flat page space (the regions with a descriptor; see `sync.memory`). Not owned: what the device
+has been told of a region (`jobs`, `snoops` note it in `at_device`), and which pages are dirty
+(`bitmap`).
 """
 
 import bisect
@@ -15,7 +15,7 @@ from enum import Enum
 from typing import NamedTuple
 
 from sync.gateway.errors import LayoutUnaligned
-from sync.memory import MAX_PAGES, PAGE_BYTES
+from sync.memory import MAX_PAGES, PAGE_BYTES, Slots, page_bytes_of
 from sync.vfio_user.errors import errno_text
 from sync.vfio_user.protocol import DmaFlags, DmaMap
 
@@ -57,9 +57,22 @@ class FlatRegion(NamedTuple):
 class DmaRegion:
     """`size` bytes at DMA address `address`. Owns `descriptor` (or None) and the mapping of it."""
 
-    __slots__ = ("_map", "_skip", "address", "at_device", "descriptor", "end", "request")
+    __slots__ = (
+        "_map",
+        "_skip",
+        "address",
+        "at_device",
+        "descriptor",
+        "end",
+        "page_bytes",
+        "request",
+    )
 
-    def __init__(self, request: DmaMap, descriptor: int | None) -> None:
+    def __init__(
+        self, request: DmaMap, descriptor: int | None, page_bytes: int = PAGE_BYTES
+    ) -> None:
+        """`page_bytes`: the size of the pages in which the file can be mapped."""
+        self.page_bytes = page_bytes
         self.request = request
         self.address = request.address
         self.end = request.end
@@ -76,14 +89,14 @@ class DmaRegion:
         if self._map is None:
             if self.descriptor is None:
                 raise DmaFault(errno.EFAULT)
-            self._skip = self.request.offset % mmap.ALLOCATIONGRANULARITY
+            self._skip = self.request.offset % self.page_bytes
             protection = mmap.PROT_READ
             if self.request.flags & _WRITE:
                 protection |= mmap.PROT_WRITE
             try:
                 self._map = mmap.mmap(
                     self.descriptor,
-                    self.request.size + self._skip,
+                    self._mapped_bytes(self.request.size + self._skip),
                     mmap.MAP_SHARED,
                     protection,
                     offset=self.request.offset - self._skip,
@@ -91,6 +104,12 @@ class DmaRegion:
             except (OSError, ValueError, OverflowError) as error:
                 raise DmaFault(errno.EFAULT) from error
         return self._map, self._skip
+
+    def _mapped_bytes(self, size: int) -> int:
+        """Part of a huge page can be mapped, but not unmapped."""
+        return (
+            size if self.page_bytes == PAGE_BYTES else -(-size // self.page_bytes) * self.page_bytes
+        )
 
     def close(self) -> None:
         if self._map is not None:
@@ -128,12 +147,14 @@ class DmaMemory:
             raise DmaFault(errno.EEXIST)
         if len(self._regions) >= MAX_REGIONS:
             raise DmaFault(errno.ENOSPC)
+        page_bytes = PAGE_BYTES
         if descriptor is not None:
             status = os.fstat(descriptor)
+            page_bytes = page_bytes_of(descriptor)
             too_short = status.st_size < request.offset + request.size
             if stat.S_ISREG(status.st_mode) and too_short:
                 raise DmaFault(errno.EINVAL)
-        region = DmaRegion(request, descriptor)
+        region = DmaRegion(request, descriptor, page_bytes)
         self._starts.insert(index, request.address)
         self._regions.insert(index, region)
         self.generation += descriptor is not None
@@ -211,7 +232,7 @@ class DmaMemory:
     def flat(self) -> list[FlatRegion]:
         """The regions of the flat page space, in order. Raises `LayoutUnaligned`."""
         flat: list[FlatRegion] = []
-        page = 0
+        slots = Slots()
         for region in self._regions:
             if region.descriptor is None:
                 continue
@@ -228,10 +249,9 @@ class DmaMemory:
                     request.offset,
                     bool(request.flags & _WRITE),
                     region.descriptor,
-                    page,
+                    slots.place(request.offset, request.size, region.page_bytes),
                 )
             )
-            page += request.size // PAGE_BYTES
-        if page > MAX_PAGES:
+        if slots.n_pages > MAX_PAGES:
             raise LayoutUnaligned(f"the guest has more than {MAX_PAGES} pages")
         return flat

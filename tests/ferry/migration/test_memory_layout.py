@@ -26,7 +26,7 @@ def files() -> Iterator[tuple[int, int]]:
 
 
 def region(iova: int, length: int, offset: int, fd: int) -> MemoryRegion:
-    return MemoryRegion(iova, length, offset, True, fd)
+    return MemoryRegion(iova, length, offset, True, fd, PAGE)
 
 
 def test_a_target_whose_firmware_has_not_run(files: tuple[int, int]) -> None:
@@ -100,4 +100,4 @@ def test_it_arrives_as_it_was_sent(files: tuple[int, int]) -> None:
 )
 def test_i9_regions_outside_their_file_are_refused(rows: list[list[int]]) -> None:
     with pytest.raises(PeerProtocolError):
-        MemoryLayout.from_rows([[4 * MIB]], rows)
+        MemoryLayout.from_rows([[4 * MIB, PAGE]], rows)

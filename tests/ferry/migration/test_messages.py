@@ -34,7 +34,7 @@ HELLOS = st.builds(
     session=st.binary(min_size=16, max_size=16).map(bytes.hex),
     devices=st.lists(DEVICES, min_size=1, max_size=3),
     layout=st.lists(st.lists(NUMBERS, min_size=4, max_size=4), max_size=4),
-    files=st.lists(st.lists(NUMBERS, min_size=1, max_size=1), max_size=4),
+    files=st.lists(st.lists(NUMBERS, min_size=2, max_size=2), max_size=4),
     platform=st.binary(max_size=32).map(bytes.hex),
     vmm=st.dictionaries(st.text(max_size=8), st.text(max_size=8), max_size=3),
     check=st.booleans(),
