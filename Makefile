@@ -4,10 +4,12 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
+LOWEST := .venv-lowest
+
 BEGAN := $(shell date +%s)
 PYTEST := $(BIN)/python -m pytest --numprocesses auto --dist worksteal --durations=15
 
-.PHONY: demo demo-qemu test test-full prepare lint clean
+.PHONY: demo demo-qemu test test-full test-lowest prepare lint clean
 
 demo: $(VENV)/ready
 	$(BIN)/vfio-ferry demo $(DEMO_ARGS)
@@ -19,6 +21,19 @@ test: SELECTED := -m "not full"
 test test-full: prepare lint
 	@$(PYTEST) $(SELECTED) $(TEST_ARGS); code=$$?; took=$$(($$(date +%s) - $(BEGAN))); \
 	echo "make $@ took $$((took / 60)) min $$((took % 60)) s"; exit $$code
+
+test-full: test-lowest
+
+test-lowest: $(LOWEST)/ready
+	@# The unit tests with the lowest versions that pyproject.toml allows.
+	$(LOWEST)/bin/python -m pytest --numprocesses auto --dist worksteal -m "not full" \
+		tests/transport tests/sync tests/ferry tests/lab $(TEST_ARGS)
+
+$(LOWEST)/ready: pyproject.toml tests/lowest_versions.py
+	$(PYTHON) -m venv $(LOWEST)
+	$(LOWEST)/bin/python tests/lowest_versions.py pyproject.toml > $(LOWEST)/lowest.txt
+	$(LOWEST)/bin/python -m pip install --quiet --editable '.[dev]' --constraint $(LOWEST)/lowest.txt
+	touch $@
 
 prepare: $(VENV)/ready
 	@# Once, and outside of any test's time. Should it fail, the tests that need it say why.
@@ -36,4 +51,4 @@ $(VENV)/ready: pyproject.toml
 	touch $@
 
 clean:
-	rm -rf $(VENV)
+	rm -rf $(VENV) $(LOWEST)

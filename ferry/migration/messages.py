@@ -77,9 +77,10 @@ class DeviceOffer:
 @dataclass(frozen=True)
 class MigrationHello:
     """The sender's greeting. `layout` is the guest memory as `memory_layout` has it: [IOVA, length,
-    file, offset] in bytes, ascending, `files` the sizes of each file and its pages. `platform` is what
-    the VMM knows of the devices by itself, in hexadecimal (`sync.vmm.pci`); QEMU only. `vmm` is
-    the VMM's name, machine type and version as text. `check`: it ends with the answer."""
+    file, offset] in bytes, ascending, `files` has [size, size of its pages] of each file.
+    `platform` is what the VMM knows of the devices by itself, in hexadecimal (`sync.vmm.pci`); QEMU
+    only. `vmm` is the VMM's name, machine type and version as text. `check`: it ends with the
+    answer."""
 
     session: str
     devices: list[DeviceOffer]

@@ -36,9 +36,13 @@ class StopRequest:
 
 
 async def stopped_by_signals(work: Callable[[StopRequest], Awaitable[Exit]]) -> Exit:
-    """Runs `work`, which SIGINT and SIGTERM ask to stop, and returns its exit code."""
+    """Runs `work`, which SIGINT, SIGTERM and SIGHUP (a terminal that closes) ask to stop, and
+    returns its exit code. What the starter has ignored, as nohup does, stays ignored."""
     stop = StopRequest()
-    with trio.open_signal_receiver(signal.SIGINT, signal.SIGTERM) as signals:
+    asked = [signal.SIGINT, signal.SIGTERM]
+    if signal.getsignal(signal.SIGHUP) is not signal.SIG_IGN:
+        asked.append(signal.SIGHUP)
+    with trio.open_signal_receiver(*asked) as signals:
         async with alongside(partial(_ask_when_signalled, stop, signals)):
             return await work(stop)
 

@@ -16,7 +16,7 @@ __all__ = ["GatewayOptions", "run"]
 
 
 def run(options: GatewayOptions) -> None:
-    """Runs a gateway until SIGTERM or SIGINT, then removes its sockets and returns.
+    """Runs a gateway until SIGTERM, SIGINT or SIGHUP, then removes its sockets and returns.
 
     Events go to stdout as JSON lines with `options.json`, else to stderr as text. Raises
     `SocketInUse` or OSError if it cannot listen.
@@ -26,7 +26,8 @@ def run(options: GatewayOptions) -> None:
     gateway = Gateway(options, log)
     before = {
         number: signal.signal(number, lambda *_: gateway.stop())
-        for number in (signal.SIGTERM, signal.SIGINT)
+        for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
+        if signal.getsignal(number) is not signal.SIG_IGN  # as under nohup
     }
     # What is loaded by now stays: the collector need not look at it again on the data path.
     gc.freeze()

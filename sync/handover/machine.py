@@ -147,7 +147,7 @@ class Event(Enum):
     """The gateway refused to fence the session because the session owns the guest already."""
     TIMEOUT = auto()
     INTERRUPTED = auto()
-    """The user wants it to end (Ctrl-C, SIGTERM)."""
+    """The user wants it to end (Ctrl-C, SIGTERM, SIGHUP)."""
     PEER_LOST = auto()
     # messages
     PEER_HELLO = auto()

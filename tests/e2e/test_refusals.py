@@ -179,7 +179,7 @@ def test_a_gateway_that_is_busy(tmp_path: Path) -> None:
         assert_sound(bed, b)
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
 @pytest.mark.parametrize("who", ["send", "receive"])
 def test_i8_interrupted(tmp_path: Path, who: str, number: signal.Signals) -> None:
     with new_bed(tmp_path, small_setup(METHOD)) as bed:

@@ -5,6 +5,7 @@ Owns URLs, socket options and the mode of an `ipc` file. Knows no message.
 
 from __future__ import annotations
 
+import ipaddress
 import os
 import socket
 import stat
@@ -80,6 +81,37 @@ def check_url(url: str, *, bind: bool) -> None:
         raise EndpointError(f"{url!r}: a tcp endpoint is tcp://host:port")
     if not bind and (port == 0 or parts.hostname == "*"):
         raise EndpointError(f"{url!r}: nobody can be reached at a wildcard")
+
+
+def resolved(url: str) -> str:
+    """`url` with an address in place of a host's name. Blocks: names may be asked of a server.
+
+    An IPv4 address is preferred, since whoever listens at a wildcard listens there. Raises
+    `EndpointError` for a name that nobody knows.
+    """
+    parts = urlsplit(url)
+    host = parts.hostname
+    if parts.scheme != "tcp" or host is None or host == "*" or _is_address(host):
+        return url
+    if host in (name for _, name in socket.if_nameindex()):
+        return url  # to bind there, which libzmq can
+    try:
+        found = socket.getaddrinfo(host, None, type=socket.SOCK_STREAM)
+    except (OSError, UnicodeError) as error:
+        reason = error.strerror if isinstance(error, OSError) else "it is no host name"
+        raise EndpointError(f"{url}: the host {host!r} is not known ({reason})") from None
+    address = min(found, key=lambda row: row[0] != socket.AF_INET)[4][0]
+    port = parts.netloc.rpartition(":")[2]
+    return f"tcp://[{address}]:{port}" if ":" in str(address) else f"tcp://{address}:{port}"
+
+
+def _is_address(host: str) -> bool:
+    """Whether `host` is a number already; one with a zone (`fe80::1%eth0`) is."""
+    try:
+        ipaddress.ip_address(host)
+    except ValueError:
+        return False
+    return True
 
 
 def new_context() -> zmq.Context[zmq.Socket[bytes]]:

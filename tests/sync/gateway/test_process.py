@@ -23,7 +23,7 @@ sys.exit(f"loaded: {heavy}" if heavy else 0)
 """
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGHUP])
 def test_a_signal_ends_it_and_leaves_nothing_behind(tmp_path: Path, number: int) -> None:
     process = start_child(
         [sys.executable, "-c", START, str(tmp_path), "j"], stdout=subprocess.PIPE, text=True

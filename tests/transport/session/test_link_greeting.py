@@ -16,6 +16,7 @@ import trio
 from tests.transport import running
 from transport.receiver import open_receiver
 from transport.sender import SenderOptions, open_sender
+from transport.session.sockets import resolved
 from transport.wire.errors import (
     EndpointError,
     PeerClosed,
@@ -120,6 +121,76 @@ def test_a_url_that_is_none_is_refused_at_once(url: str) -> None:
     async def scenario() -> None:
         with pytest.raises(EndpointError):
             async with open_sender(url, bytes(16), b""):
+                pass
+
+    run_trio(scenario)
+
+
+def test_a_host_that_has_only_an_ipv6_address_is_reached(monkeypatch: pytest.MonkeyPatch) -> None:
+    """By its name, of which ZeroMQ takes IPv4 addresses only."""
+    monkeypatch.setattr(
+        socket,
+        "getaddrinfo",
+        lambda host, *_, **__: [(socket.AF_INET6, socket.SOCK_STREAM, 6, "", ("::1", 0, 0, 0))],
+    )
+
+    async def scenario() -> None:
+        async with open_receiver("tcp://target.example:*") as receiver:
+            assert receiver.url.startswith("tcp://[::1]:")
+            port = receiver.url.rpartition(":")[2]
+            async with trio.open_nursery() as nursery:
+
+                async def accept() -> None:
+                    await receiver.wait_hello()
+                    await receiver.accept(b"")
+
+                nursery.start_soon(accept)
+                async with open_sender(f"tcp://target.example:{port}", bytes(16), b""):
+                    pass
+
+    run_trio(scenario)
+
+
+@pytest.mark.parametrize(
+    ("rows", "expected"),
+    [
+        ([(socket.AF_INET6, "::1"), (socket.AF_INET, "10.0.0.1")], "tcp://10.0.0.1:5000"),
+        ([(socket.AF_INET6, "fe80::1%eth0")], "tcp://[fe80::1%eth0]:5000"),
+    ],
+)
+def test_the_address_that_is_taken(
+    monkeypatch: pytest.MonkeyPatch, rows: list[tuple[int, str]], expected: str
+) -> None:
+    found = [(family, socket.SOCK_STREAM, 6, "", (address, 0)) for family, address in rows]
+    monkeypatch.setattr(socket, "getaddrinfo", lambda *_, **__: found)
+    assert resolved("tcp://target.example:5000") == expected
+
+
+@pytest.mark.parametrize(
+    "url", ["tcp://10.0.0.1:5", "tcp://[::1]:5", "tcp://*:5", "tcp://lo:5", "ipc:///tmp/x"]
+)
+def test_what_is_no_name_is_asked_of_nobody(monkeypatch: pytest.MonkeyPatch, url: str) -> None:
+    monkeypatch.delattr(socket, "getaddrinfo")
+    assert resolved(url) == url
+
+
+@pytest.mark.parametrize("host", ["no-such-host.invalid", "x" * 64 + ".example", "a..b"])
+def test_a_host_that_is_not_known_is_named_at_once(
+    monkeypatch: pytest.MonkeyPatch, host: str
+) -> None:
+    """It was "nobody answers", after a while."""
+    real = socket.getaddrinfo
+
+    def without_a_server(name: str, *rest: Any, **named: Any) -> Any:
+        if name.endswith(".invalid"):
+            raise socket.gaierror(socket.EAI_NONAME, "Name or service not known")
+        return real(name, *rest, **named)
+
+    monkeypatch.setattr(socket, "getaddrinfo", without_a_server)
+
+    async def scenario() -> None:
+        with pytest.raises(EndpointError, match=rf"the host '{host}' is not known"):
+            async with open_sender(f"tcp://{host}:5000", bytes(16), b""):
                 pass
 
     run_trio(scenario)
