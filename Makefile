@@ -9,7 +9,7 @@ LOWEST := .venv-lowest
 BEGAN := $(shell date +%s)
 PYTEST := $(BIN)/python -m pytest --numprocesses auto --dist worksteal --durations=15
 
-.PHONY: demo demo-qemu test test-full test-lowest prepare lint clean
+.PHONY: demo demo-qemu test test-full test-lowest prepare lint install-units clean
 
 demo: $(VENV)/ready
 	$(BIN)/vfio-ferry demo $(DEMO_ARGS)
@@ -49,6 +49,17 @@ $(VENV)/ready: pyproject.toml
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --editable '.[dev]'
 	touch $@
+
+# Where the installed `vfio-ferry` is, and where the units go; DESTDIR is for packagers.
+VFIO_FERRY ?= /usr/bin/vfio-ferry
+UNITS ?= /etc/systemd/system
+
+install-units:
+	install -d $(DESTDIR)$(UNITS)
+	for unit in deploy/systemd/*; do \
+	    sed 's|/usr/bin/vfio-ferry|$(VFIO_FERRY)|' $$unit > $(DESTDIR)$(UNITS)/$${unit##*/} || exit 1; \
+	    chmod 644 $(DESTDIR)$(UNITS)/$${unit##*/}; \
+	done
 
 clean:
 	rm -rf $(VENV) $(LOWEST)

@@ -22,6 +22,7 @@ from ferry.progress import Reporter, bytes_text
 from sync.gateway.control.client import GatewayClient
 from sync.handover.machine import Event
 from sync.handover.states import HandoverState
+from sync.service_manager import notify
 from sync.vfio_user.sockets import file_identity
 from sync.vmm.driver import Vmm
 from transport.receiver import ReceiverOptions, open_receiver
@@ -82,6 +83,7 @@ async def receive(options: Options, reporter: Reporter, stop: StopRequest | None
             if not options.keep or code not in GOES_ON:
                 return code
             text = f"waiting for the next VMM at {options.qmp}"
+            notify(f"STATUS={text}")
             reporter.event("message", text=text)
             async with alongside(stop.wait_and_raise):
                 await wait_for_another(options.qmp, vmm_socket)
@@ -147,6 +149,7 @@ async def _receive(
         nursery.start_soon(stop.pass_to, target.runner)
         nursery.start_soon(target.wait_hello)
         reporter.event("listening", url=link.url)
+        notify(f"READY=1\nSTATUS=listening at {link.url}")
         state = await target.runner.run(Event.START)
         nursery.cancel_scope.cancel()
         if state is HandoverState.COMMITTED:

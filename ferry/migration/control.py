@@ -41,7 +41,7 @@ def runtime_folder() -> Path:
 
     Raises OSError, and `LocalError` if it is not this user's alone.
     """
-    if base := os.environ.get("XDG_RUNTIME_DIR") or os.environ.get("RUNTIME_DIRECTORY"):
+    if base := os.environ.get("XDG_RUNTIME_DIR"):
         folder = Path(base) / "vfio-ferry"
     elif os.geteuid() == 0:
         folder = Path("/run/vfio-ferry")

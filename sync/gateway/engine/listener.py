@@ -17,10 +17,11 @@ class Listener:
     cannot be used.
     """
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, passed: socket.socket | None = None) -> None:
+        """`passed`: a socket that listens there already, whose file is somebody else's."""
         self._path = path
         try:
-            self._sock = listen_unix(path)
+            self._sock = passed or listen_unix(path)
         except OSError as error:
             if error.errno != errno.EADDRINUSE:
                 raise
@@ -29,7 +30,7 @@ class Listener:
                 "choose another path"
             ) from error
         self._sock.setblocking(False)
-        self._identity = file_identity(path)
+        self._identity = None if passed else file_identity(path)
 
     def fileno(self) -> int:
         return self._sock.fileno()
@@ -42,7 +43,9 @@ class Listener:
             return None
 
     def close(self) -> None:
-        """Stops listening and removes the file, if it is still ours."""
+        """Stops listening and removes the file, if it is ours, and still the same."""
         self._sock.close()
+        if self._identity is None:
+            return
         with contextlib.suppress(OSError):
             unlink_unix(self._path, self._identity)

@@ -14,7 +14,7 @@ import socket
 import threading
 import time
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -81,6 +81,10 @@ class GatewayOptions:
     host_function: str = ""
     """Address of a PCI function of the host, which vfio-pci has."""
     limits: Limits = field(default_factory=Limits)
+    passed: Mapping[Path, socket.socket] = field(default_factory=dict)
+    """Sockets that a service manager has made, by path: they are used where they fit."""
+    heartbeat: Callable[[float], None] = lambda _now: None
+    """Called while the loop is alive."""
 
 
 class Gateway:
@@ -177,6 +181,7 @@ class Gateway:
     def _tick(self, now: float) -> float:
         """Looks after everything that has a deadline; returns how long to sleep at most."""
         core = self.core
+        self._options.heartbeat(now)
         if self._device is None and now >= self._retry_at:
             self._connect_device(now)
         if core.device_expired(now):
@@ -207,7 +212,7 @@ class Gateway:
             self._epoll.unregister(number)
 
     def _listen(self, path: Path, comes: Callable[[socket.socket], None]) -> None:
-        listener = Listener(path)
+        listener = Listener(path, self._options.passed.get(path.absolute()))
         self._listeners.append(listener)
 
         def readable(events: int) -> None:
