@@ -278,6 +278,10 @@ class Testbed:
         """A disk."""
         return self._start_device(unit, "device", "--image", self.image, *self.setup.device)
 
+    def start_nvme(self, unit: Unit) -> Process:
+        """An NVMe controller whose namespace is the disk."""
+        return self._start_device(unit, "nvme", "--image", self.image)
+
     def start_nic(self, unit: Unit, link: Path, *flags: str) -> Process:
         """A NIC with its cable in the hub that listens at `link`."""
         return self._start_device(unit, "nic", "--link", link, *flags)

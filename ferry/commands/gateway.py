@@ -34,6 +34,9 @@ class Options:
         " this host that vfio-pci has"
     )
     control: str = option("where send and receive connect")
+    queues: bool = option(
+        "have a device process that offers no migration by itself move by its queues (NVMe)", False
+    )
     bind: bool = option("with vfio:ADDRESS: bind it to vfio-pci, and back at the end", False)
     busy_poll: int = option(
         "microseconds that it polls before it sleeps, where the next message is likely; 0: none",
@@ -54,7 +57,7 @@ def run(options: Options) -> int:
     if not options.device.startswith(HOST_FUNCTION):
         if options.bind:
             raise ConfigError(f"--bind goes with --device {HOST_FUNCTION}ADDRESS")
-        _serve(options, "")
+        _serve(options, str(Path(options.device).absolute()) if options.queues else "")
         return Exit.OK
     from sync.vfio.sysfs import PciFunction, parse_address
 

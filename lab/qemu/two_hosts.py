@@ -37,7 +37,8 @@ class Case:
     express: bool = False
     """The disk is a PCI Express device, with registers above the first 256 bytes."""
     loads: tuple[str, ...] = ("disk",)
-    """The guest's workloads, with a device each: `disk`, `net`."""
+    """What the guest's workloads use, a device each: `disk`, `net`, or `nvme` for a disk that is a
+    namespace."""
 
     def __str__(self) -> str:
         place = "root-port" if self.root_port else "root-bus"
@@ -46,8 +47,11 @@ class Case:
 
     @property
     def kernel_options(self) -> str:
-        workloads = (*self.loads, "express") if self.express else self.loads
+        loads = [load.replace("nvme", "disk") for load in self.loads]
+        workloads = [*loads, "express"] if self.express else loads
         options = f"ferry.workload={','.join(workloads)}"
+        if "nvme" in self.loads:
+            options += " ferry.disk=nvme0n1"
         return f"{options} pci=nomsi" if self.interrupts == "intx" else options
 
     @property
@@ -122,6 +126,8 @@ class Rig:
         for load, unit in [(first, host), *((load, host.add_unit(load)) for load in others)]:
             if load == "net":
                 self.bed.start_nic(unit, self.hub, *self.case.device_flags)
+            elif load == "nvme":
+                self.bed.start_nvme(unit)
             else:
                 self.bed.start_device(unit)
             self.bed.start_gateway(unit)

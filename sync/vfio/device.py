@@ -49,6 +49,9 @@ class VfioDevice:
 
     def __init__(self, function: PciFunction, kernel: Kernel | None = None) -> None:
         self.function = function
+        self.name = function.address
+        self.msix_control: int | None = None
+        """Where a write to configuration space switches MSI-X: nowhere, the kernel does it."""
         self._kernel = kernel if kernel is not None else HostKernel()
         self._open: list[int] = []
         function.require_vfio()
@@ -91,14 +94,29 @@ class VfioDevice:
         wanted = (command | _MEMORY) & ~_BUS_MASTER | (_BUS_MASTER if on else 0)
         self.write(uapi.CONFIG_REGION, _COMMAND, wanted.to_bytes(2, "little"))
 
+    def enable_msix(self) -> None:
+        """Done by `set_irqs`."""
+
     def reset(self) -> None:
         """Reset the function, which keeps its configuration space."""
         self._ioctl("reset", self._fd, Ioctl.DEVICE_RESET, 0)
 
     # Memory.
 
-    def map_dma(self, iova: int, length: int, address: int, *, writable: bool = True) -> None:
-        """Show the function `length` bytes of this process from `address` on; they are pinned."""
+    def map_dma(
+        self,
+        iova: int,
+        length: int,
+        address: int,
+        *,
+        writable: bool = True,
+        file: tuple[int, int] | None = None,
+    ) -> None:
+        """Show the function `length` bytes of this process from `address` on; they are pinned.
+
+        `file`: the descriptor and the offset that they are a mapping of, for devices that map it
+        themselves.
+        """
         flags = uapi.DmaFlags.READ | (uapi.DmaFlags.WRITE if writable else uapi.DmaFlags(0))
         argument = uapi.DMA_MAP.pack(uapi.DMA_MAP.size, flags, address, iova, length)
         try:

@@ -7,10 +7,12 @@ its reply is handed over by the next `flush`. So a register access wakes one pro
 Source: vfio-user specification.
 """
 
+import contextlib
 import errno
 import os
 from collections import deque
 from collections.abc import Callable, Sequence
+from pathlib import Path
 
 from sync.errors import SyncError
 from sync.queues.choose import find_class, load_classes
@@ -23,6 +25,7 @@ from sync.vfio.guest_memory import PinnedMemory, close_all
 from sync.vfio.queue_migration import QueueMigration
 from sync.vfio.sysfs import PciFunction
 from sync.vfio.uapi import IrqIndex
+from sync.vfio.user_device import UserDevice
 from sync.vfio_user.protocol import (
     FLAG_NO_REPLY,
     HEADER,
@@ -35,6 +38,7 @@ from sync.vfio_user.protocol import (
     Command,
     DeviceFlags,
     DeviceInfo,
+    Disconnected,
     DmaMap,
     DmaUnmap,
     Feature,
@@ -83,7 +87,7 @@ class HostEndpoint:
 
     def __init__(
         self,
-        device: VfioDevice,
+        device: VfioDevice | UserDevice,
         log: Callable[..., None],
         classes: tuple[DeviceClass, ...] | None = None,
     ) -> None:
@@ -94,10 +98,13 @@ class HostEndpoint:
         self._replies: deque[tuple[int, int, int, bytes]] = deque()
         self._memory = PinnedMemory(device)
         self._irqs: dict[IrqIndex, dict[int, int]] = {index: {} for index in IrqIndex}
-        self._event = os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC)
+        self._event = -1
+        if isinstance(device, VfioDevice):
+            self._event = os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC)
         device.reset()
         device.set_bus_master(True)
         self._migration = self._find_migration(load_classes() if classes is None else classes)
+        device.reset()
         device.set_bus_master(False)
         self._handlers: dict[int, Callable[[bytes, list[int]], bytes]] = {
             Command.VERSION: self._version,
@@ -153,11 +160,12 @@ class HostEndpoint:
     # What the gateway's loop asks of a connection.
 
     def fileno(self) -> int:
-        """Never readable: what there is to hear is heard by `flush`."""
-        return self._event
+        """Readable only when a device process is gone."""
+        return self._device.fileno() if isinstance(self._device, UserDevice) else self._event
 
     def receive(self) -> None:
-        """There is nothing to read."""
+        """Raises `Disconnected`: nothing is said that was not asked for."""
+        raise Disconnected("the device is gone")
 
     def drain(self) -> None:
         """There is nothing that waits."""
@@ -202,11 +210,13 @@ class HostEndpoint:
 
     def close(self) -> None:
         """Take all memory away, and let go of the function."""
-        self._memory.unmap_all()
+        with contextlib.suppress(VfioError):
+            self._memory.unmap_all()
         for fds in self._irqs.values():
             close_all(list(fds.values()))
         self._device.close()
-        os.close(self._event)
+        if self._event >= 0:
+            os.close(self._event)
 
     # Commands.
 
@@ -383,8 +393,13 @@ class HostEndpoint:
 
 
 def open_endpoint(address: str, log: Callable[..., None]) -> HostEndpoint:
-    """The function at `address`, which vfio-pci has. Raises `VfioError`."""
-    device = VfioDevice(PciFunction(address))
+    """The function at `address`, which vfio-pci has; or the device process at this path. Raises
+    `VfioError`."""
+    device: VfioDevice | UserDevice
+    if address.startswith("/"):
+        device = UserDevice(Path(address))
+    else:
+        device = VfioDevice(PciFunction(address))
     try:
         return HostEndpoint(device, log)
     except BaseException:

@@ -8,6 +8,7 @@ enabled with nobody at the vectors, if the function has it.
 import contextlib
 import ctypes
 import mmap
+import os
 import time
 from collections.abc import Callable
 from typing import Protocol
@@ -30,6 +31,7 @@ from sync.queues.interface import (
 from sync.vfio.device import VfioDevice
 from sync.vfio.errors import VfioError
 from sync.vfio.uapi import IrqIndex
+from sync.vfio.user_device import UserDevice
 
 DEADLINE_S = 30.0
 """For one step. A controller may take half a minute to get ready (CAP.TO), and says so."""
@@ -51,7 +53,7 @@ class Executor:
 
     def __init__(
         self,
-        device: VfioDevice,
+        device: VfioDevice | UserDevice,
         signal: Callable[[int], None] = lambda vector: None,
         deadline_s: float = DEADLINE_S,
     ) -> None:
@@ -76,10 +78,15 @@ class Executor:
             case AwaitRegister(offset, length, mask, value):
                 return self._await(lambda: device.read(_BAR, offset, length), mask, value)
             case MapScratch(iova, length):
-                memory = mmap.mmap(-1, length)
-                # The address outlives the view, which would keep the memory from being closed.
-                address = ctypes.addressof(ctypes.c_char.from_buffer(memory))
-                device.map_dma(iova, length, address)
+                fd = os.memfd_create("scratch", os.MFD_CLOEXEC)
+                try:
+                    os.ftruncate(fd, length)
+                    memory = mmap.mmap(fd, length)
+                    # The address outlives the view, which would keep the memory from being closed.
+                    address = ctypes.addressof(ctypes.c_char.from_buffer(memory))
+                    device.map_dma(iova, length, address, file=(fd, 0))
+                finally:
+                    os.close(fd)
                 self._scratch[iova] = memory
             case UnmapScratch(iova, length):
                 device.unmap_dma(iova, length)
@@ -102,6 +109,7 @@ class Executor:
                     self._device.disable_irqs(index)
         count = self._device.vectors.get(IrqIndex.MSIX, 0)
         if count:
+            self._device.enable_msix()
             self._device.set_irqs(IrqIndex.MSIX, [-1] * count)
 
     def drop_scratch(self) -> None:
@@ -122,8 +130,7 @@ class Executor:
             if spins > _SPINS:
                 if time.monotonic() > end:
                     raise WalkTimeout(
-                        f"{self._device.function.address} did not do its part within "
-                        f"{self._deadline_s:g} s"
+                        f"{self._device.name} did not do its part within {self._deadline_s:g} s"
                     )
                 time.sleep(_PAUSE_S)
 

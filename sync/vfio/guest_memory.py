@@ -13,13 +13,14 @@ import os
 from sync.queues.errors import MemoryUnreadable
 from sync.vfio.device import VfioDevice
 from sync.vfio.errors import MemoryNotPinned
+from sync.vfio.user_device import UserDevice
 from sync.vfio_user.protocol import DmaFlags, DmaMap, VfioUserError
 
 
 class PinnedMemory:
     """What one function is shown, by address."""
 
-    def __init__(self, device: VfioDevice) -> None:
+    def __init__(self, device: VfioDevice | UserDevice) -> None:
         self._device = device
         self._starts: list[int] = []
         self._regions: dict[int, tuple[int, mmap.mmap | None]] = {}
@@ -45,7 +46,13 @@ class PinnedMemory:
         address = ctypes.addressof(ctypes.c_char.from_buffer(memory))
         writable = bool(request.flags & DmaFlags.WRITE)
         try:
-            self._device.map_dma(request.address, request.size, address, writable=writable)
+            self._device.map_dma(
+                request.address,
+                request.size,
+                address,
+                writable=writable,
+                file=(fd, request.offset),
+            )
         except MemoryNotPinned:
             memory.close()
             raise

@@ -3,14 +3,15 @@
 Owns the migration state, the stream, and which pages were dirty but not reported yet. What the
 queues are is the business of `sync.queues`. The stream is a series of states, each complete:
 
-     0        4         6            8      9      12      16
-    +--------+---------+------------+------+------+-------+------- - -+------- - -
-    | length | command | cache line | INTx | zero | bytes | inventory | state of the device's class
-    +--------+---------+------------+------+------+-------+------- - -+------- - -
+     0        4         6            8      9      10      12      16
+    +--------+---------+------------+------+------+-------+-------+------- - -+------- - -
+    | length | command | cache line | INTx | zero | MSI-X | bytes | inventory | state of the class
+    +--------+---------+------------+------+------+-------+-------+------- - -+------- - -
 
 Little-endian; `length` counts what is behind it, `bytes` the inventory. Of the configuration space
 go the registers that a guest sets and the kernel does not keep for itself: command, cache line size
-and latency, INTx line. A target whose inventory differs refuses.
+and latency, INTx line; the control word of MSI-X, if a write there switches it. A target whose
+inventory differs refuses.
 
 Each state that comes before the last is walked to ahead of time; the last one is taken with the
 device at rest, and is walked to when the stream has ended.
@@ -30,16 +31,18 @@ from sync.registers.errors import IdentityMismatch
 from sync.vfio.device import VfioDevice
 from sync.vfio.executor import Executor
 from sync.vfio.guest_memory import PinnedMemory
+from sync.vfio.user_device import UserDevice
 from sync.vfio_user.protocol import LoggingReport, MigrationState, PciRegion, VfioUserError
 
 REST_DEADLINE_S = 2.0
 """With the guest paused: a storage device that takes longer for a command is in trouble."""
 _LENGTH = struct.Struct("<I")
-_CONFIG = struct.Struct("<HHB3x")
+_CONFIG = struct.Struct("<HHBxH")
 _HEAD_BYTES = _CONFIG.size + _LENGTH.size
 _SPACE = PciRegion.CONFIG
 _REGISTERS = ((COMMAND, 2), (CACHE_LINE, 2), (INTERRUPT_LINE, 1))
 """Offset and length."""
+_N_REGISTERS = 4
 
 
 class QueueMigration:
@@ -52,7 +55,7 @@ class QueueMigration:
         self,
         device_class: DeviceClass,
         executor: Executor,
-        device: VfioDevice,
+        device: VfioDevice | UserDevice,
         memory: PinnedMemory,
         log: Callable[..., None],
         restore_interrupts: Callable[[], None],
@@ -183,10 +186,15 @@ class QueueMigration:
 
     def _add_state(self) -> None:
         self.watch.look()
-        registers = (number(self._device.read(_SPACE, *each)) for each in _REGISTERS)
+        registers = [number(self._device.read(_SPACE, *each)) for each in self._registers()]
+        registers += [0] * (_N_REGISTERS - len(registers))
         inventory = _LENGTH.pack(len(self._inventory)) + self._inventory
         state = _CONFIG.pack(*registers) + inventory + self.watch.state()
         self._outgoing += _LENGTH.pack(len(state)) + state
+
+    def _registers(self) -> list[tuple[int, int]]:
+        msix = self._device.msix_control
+        return [*_REGISTERS, *([] if msix is None else [(msix, 2)])]
 
     def _come_to_rest(self) -> None:
         refusals = self.watch.refusals()
@@ -211,7 +219,8 @@ class QueueMigration:
 
     def _go_on(self) -> None:
         state, self._arrived = self._arrived, b""
-        for (offset, length), value in zip(_REGISTERS, _CONFIG.unpack(self._config), strict=True):
+        values = _CONFIG.unpack(self._config)
+        for (offset, length), value in zip(self._registers(), values, strict=False):
             self._device.write(_SPACE, offset, value.to_bytes(length, "little"))
         self._restore_interrupts()
         self.watch = self._class.watch(self._memory, self._inventory, state)

@@ -138,6 +138,6 @@ wait
 # What has more than 15 digits was below zero: that clock may go back, too, between two processors.
 longest=$(sed -n 's/.*max: *\([0-9]*\).*/\1/p' $trace/block_rq_complete/hist |
     grep -v '[0-9]\{16\}' | sort -n | tail -1)
-if grep virtio /proc/interrupts | grep -q MSI; then interrupts=msix; else interrupts=intx; fi
+if grep -E "virtio|nvme" /proc/interrupts | grep -q MSI; then interrupts=msix; else interrupts=intx; fi
 report disk longest_io_us="${longest:-unknown}" depth="$(cat /run/depth || echo unknown)" \
     interrupts="$interrupts"

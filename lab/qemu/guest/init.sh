@@ -33,7 +33,7 @@ beat() {
     n=0
     while :; do
         reads=0 writes=0 inflight=0
-        for statistics in /sys/block/vd*/stat; do
+        for statistics in /sys/block/vd*/stat /sys/block/nvme*/stat; do
             [ -e "$statistics" ] || continue
             read -r r _ _ _ w _ _ _ f _ < "$statistics"
             reads=$((reads + r)) writes=$((writes + w)) inflight=$((inflight + f))

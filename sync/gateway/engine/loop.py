@@ -79,7 +79,8 @@ class GatewayOptions:
     json: bool = False
     busy_poll_s: float = WINDOW_S
     host_function: str = ""
-    """Address of a PCI function of the host, which vfio-pci has."""
+    """Address of a PCI function of the host, which vfio-pci has; or the absolute path of a device
+    process that moves by its queues."""
     limits: Limits = field(default_factory=Limits)
     passed: Mapping[Path, socket.socket] = field(default_factory=dict)
     """Sockets that a service manager has made, by path: they are used where they fit."""

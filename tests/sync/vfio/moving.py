@@ -45,6 +45,11 @@ class Guest:
         self.here = at
         at.vmm.dma_map(DmaMap(3, 0, GUEST_IOVA, RAM_BYTES), self.ram.fd)
         at.vmm.region_write(CONFIG, 4, b"\x06\x00")
+        capability = at.vmm.region_read(CONFIG, 0x34, 1)[0]
+        while capability and at.vmm.region_read(CONFIG, capability, 1)[0] != 0x11:
+            capability = at.vmm.region_read(CONFIG, capability + 1, 1)[0]
+        if capability:
+            at.vmm.region_write(CONFIG, capability + 2, b"\x00\x80")
         flags = IrqSet.DATA_EVENTFD | IrqSet.ACTION_TRIGGER
         at.vmm.set_irqs(SetIrqs(flags, MSIX, 0, len(self.lines)), self.lines)
 

@@ -3,17 +3,21 @@ gateway to another by the requests that `send` and `receive` make."""
 
 import threading
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from pathlib import Path
 
 import pytest
 
+from lab.devices.disk import Disk
+from lab.devices.nvme.controller import NvmeController
 from lab.vfio_user.client import Client as Vmm
+from lab.vfio_user.server import Server
 from sync.gateway.engine.loop import Gateway, GatewayOptions
 from sync.vfio.device import VfioDevice
 from sync.vfio.endpoint import HostEndpoint
 from sync.vfio.errors import NoFunction
 from sync.vfio.sysfs import PciFunction
+from sync.vfio_user.errors import Disconnected
 from tests.sync.vfio.fake_kernel import FakeSysfs
 from tests.sync.vfio.model_kernel import ModelKernel
 from tests.sync.vfio.moving import move
@@ -89,6 +93,58 @@ def test_a_guest_moves_by_the_method_v2_and_its_pages_by_the_log(
     move(source, target)
     assert len(target.kernel.controller.events) == 1
     assert not target.kernel.controller.bad_status
+
+
+class ServedHost:
+    """A host whose device is a process that offers no migration: our own NVMe controller."""
+
+    def __init__(self, folder: Path, image: Path, number: int) -> None:
+        folder.mkdir()
+        self.folder = folder
+        self.controller = NvmeController([Disk(image)], controller_id=number)
+        self.server = Server(folder / "device", self.controller)
+        self.gateway = Gateway(
+            GatewayOptions(
+                folder / "vmm", None, folder / "control", host_function=str(folder / "device")
+            ),
+            lambda event, **fields: None,
+        )
+        self.threads = [
+            threading.Thread(target=self.server.serve_forever),
+            threading.Thread(target=self.gateway.run),
+        ]
+        for thread in self.threads:
+            thread.start()
+        self.vmm = Vmm(folder / "vmm")
+
+    def close(self) -> None:
+        self.vmm.close()
+        self.gateway.stop()
+        self.threads[1].join(20)
+        self.server.close()
+        self.threads[0].join(20)
+        self.controller.close()
+
+
+def test_a_guest_moves_between_device_processes_by_their_queues(tmp_path: Path) -> None:
+    image = tmp_path / "image"
+    image.write_bytes(bytes(1 << 20))
+    with (
+        closing(ServedHost(tmp_path / "a", image, 0)) as source,
+        closing(ServedHost(tmp_path / "b", image, 1)) as target,
+    ):
+        move(source, target)
+
+
+def test_a_gateway_whose_device_process_went_waits_for_another(tmp_path: Path) -> None:
+    image = tmp_path / "image"
+    image.write_bytes(bytes(1 << 20))
+    with closing(ServedHost(tmp_path / "a", image, 0)) as host:
+        host.server.close()
+        host.threads[0].join(20)
+        with pytest.raises(Disconnected):
+            while True:
+                host.vmm.region_read(0, 0, 8)
 
 
 def test_a_gateway_goes_on_when_its_vmm_went(hosts: tuple[Host, Host]) -> None:
