@@ -70,7 +70,8 @@ from sync.vfio_user.protocol import (
     encode_message,
 )
 
-OFFER = Capabilities(max_msg_fds=64, write_multiple=True)
+OFFER = Capabilities(max_msg_fds=16, write_multiple=True)
+"""QEMU refuses a device that takes more descriptors in a message."""
 _LOGGING_PAGE_BYTES = 4096
 _ACCESSES = (Command.REGION_READ, Command.REGION_WRITE, Command.REGION_WRITE_MULTI)
 _LOGGING = {

@@ -1,12 +1,17 @@
 """Linux's own nvme driver in a stock QEMU, at our controller."""
 
+from contextlib import AsyncExitStack
 from pathlib import Path
 
 import pytest
+import trio
 
 from lab.qemu.environment import Environment
 from lab.qemu.initramfs import MODULES, build_initramfs, write_initramfs
 from lab.qemu.machine import MachineSpec, VfioUserDevice
+from lab.qemu.two_hosts import Case, Rig
+from lab.testbed import Setup, Testbed
+from tests.qemu.moving import tell
 from tests.qemu.test_guest import gateway, run_guest, serving
 
 pytestmark = [pytest.mark.qemu, pytest.mark.full, pytest.mark.timeout(400)]
@@ -49,3 +54,33 @@ def test_linux_uses_a_namespace_without_a_complaint(
                 )
                 report = run_guest(environment, between)
     assert report.complaints() == []
+
+
+def test_linux_goes_on_at_another_controller(environment: Environment, short_path: Path) -> None:
+    """Its stock driver, under load, by what the gateway makes of the controller's queues."""
+    initramfs = short_path / "initramfs.cpio"
+    write_initramfs(initramfs, build_initramfs(environment, modules=(*MODULES, "nvme")))
+    setup = Setup(gateway=("--queues",), image_bytes=32 << 20)
+
+    async def main(rig: Rig) -> None:
+        async with AsyncExitStack() as stack:
+            with trio.fail_after(300):
+                source = await rig.start(stack, "a", incoming=False)
+                await rig.wait(source, lambda report: report.loads == 1)
+                await rig.wait_writes(source, 100)
+                target = await rig.start(stack, "b", incoming=True)
+                sender = await rig.migrate(source, "ab")
+                tell(sender.wait_event("report"))
+                await rig.wait_writes(target, 100)
+                await rig.end(target)
+
+    with Testbed(short_path / "bed", setup) as bed:
+        rig = Rig(bed, environment, initramfs, Case("auto", "auto", loads=("nvme",)))
+        try:
+            trio.run(main, rig)
+        except BaseException as error:
+            for name, console in rig.consoles().items():
+                error.add_note(f"{name}: {console}")
+            raise
+    assert rig.guest.report.complaints() == []
+    assert rig.guest.report.interrupts == "msix"
