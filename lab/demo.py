@@ -93,7 +93,7 @@ def relay(reporter: Reporter) -> Callable[[dict[str, Any]], None]:
 def report_of(send: Process) -> Report:
     """The report at the end of a migration that succeeded."""
     values = send.wait_event("report")
-    return Report(**{key: values[key] for key in Report(session="").values()})
+    return Report(**{key: values[key] for key in vars(Report(session=""))})
 
 
 def verdict_on(faults: dict[str, Any]) -> tuple[bool, str]:

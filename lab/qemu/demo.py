@@ -36,6 +36,11 @@ END_S = 60.0
 class Options:
     memory: int = option("the guest's RAM", 256 * MIB, parse=size)
     disk: int = option("size of its disk", 32 * MIB, parse=size)
+    device: str = option(
+        "what its disk is: virtio, or nvme, which moves by its queues whatever the two below say",
+        "virtio",
+        choices=("virtio", "nvme"),
+    )
     registers: str = option("how register state moves", "replay", choices=("v2", "replay"))
     dirty: str = option(
         "how dirty pages are found", "logging", choices=("logging", "message", "scan")
@@ -68,8 +73,13 @@ def run(options: Options) -> int:
     cache = Path(options.cache).absolute() if options.cache else None
     environment = prepare(say, cache=cache, mirror=options.mirror)
     initramfs = cached_initramfs(environment, cache)
-    case = Case(options.registers, options.dirty, options.irq, options.root_port)
-    setup = Setup(device=tuple(device_flags(case.registers, case.dirty)), image_bytes=options.disk)
+    if options.device == "nvme":
+        case = Case("v2", "logging", options.irq, options.root_port, loads=("nvme",))
+        setup = Setup(gateway=("--queues",), image_bytes=options.disk)
+    else:
+        case = Case(options.registers, options.dirty, options.irq, options.root_port)
+        flags = tuple(device_flags(case.registers, case.dirty))
+        setup = Setup(device=flags, image_bytes=options.disk)
     with working_folder(options.folder) as folder, Testbed(folder.absolute(), setup) as bed:
         rig = Rig(bed, environment, initramfs, case, options.memory)
         report = trio.run(_demonstrate, rig, options, reporter)

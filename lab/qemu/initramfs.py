@@ -17,7 +17,7 @@ from lab.qemu.errors import GuestImageError
 from lab.qemu.modules import read_module, read_order
 from transport.user_cache import default_cache
 
-MODULES = ("virtio_pci", "virtio_blk", "crc32c_generic", "ext4", "e1000")
+MODULES = ("virtio_pci", "virtio_blk", "nvme", "crc32c_generic", "ext4", "e1000")
 """ext4 asks for crc32c by name, which modules.dep does not know."""
 PROGRAMS = {"sbin/mkfs.ext4": "usr/sbin/mke2fs", "sbin/fsck.ext4": "usr/sbin/e2fsck"}
 """Path in the guest -> path in the environment's root."""

@@ -202,8 +202,10 @@ class HostEndpoint:
             self._replies.append((message_id, command, number, body))
 
     def flush(self) -> None:
-        """Hand over the replies, also to what is sent meanwhile."""
+        """Hand over the replies, also to what is sent meanwhile. Raises `Disconnected`."""
         while self._replies:
+            if isinstance(self._device, UserDevice) and self._device.lost:
+                raise Disconnected("the device is gone")
             message_id, command, number, body = self._replies.popleft()
             reply = encode_message(message_id, command, body, reply=True, error=number)
             flags = HEADER.unpack_from(reply)[3]

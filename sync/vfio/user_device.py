@@ -59,6 +59,8 @@ class UserDevice:
 
     def __init__(self, path: Path) -> None:
         self.name = str(path)
+        self.lost = False
+        """Whether the connection is of no use any more."""
         self._socket = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
         self._socket.settimeout(DEADLINE_S)
         self._framer = Framer(message_limit_bytes(_MAX_TRANSFER_BYTES))
@@ -178,6 +180,7 @@ class UserDevice:
             send_message(self._socket, encode_message(0, command, body), fds)
             message = self._next()
         except (OSError, SyncError) as error:
+            self.lost = True
             raise VfioError(f"{self.name} does not answer {command.name}: {error}") from error
         close_fds(message.fds)
         header = message.header

@@ -7,7 +7,6 @@ import pytest
 import trio
 
 from lab.qemu.environment import Environment
-from lab.qemu.initramfs import MODULES, build_initramfs, write_initramfs
 from lab.qemu.machine import MachineSpec, VfioUserDevice
 from lab.qemu.two_hosts import Case, Rig
 from lab.testbed import Setup, Testbed
@@ -25,14 +24,12 @@ run(NvmeOptions(socket_path=sys.argv[1], image_paths=sys.argv[2:], queues=2))
 
 @pytest.mark.parametrize("behind_a_gateway", [False, True])
 def test_linux_uses_a_namespace_without_a_complaint(
-    environment: Environment, short_path: Path, behind_a_gateway: bool
+    environment: Environment, initramfs: Path, short_path: Path, behind_a_gateway: bool
 ) -> None:
     image = short_path / "namespace.img"
     image.touch()
     with image.open("r+b") as file:
         file.truncate(32 << 20)
-    initramfs = short_path / "initramfs.cpio"
-    write_initramfs(initramfs, build_initramfs(environment, modules=(*MODULES, "nvme")))
     with serving(CONTROLLER, short_path, "nvme", image) as device:
         spec = MachineSpec(
             folder=short_path / "machine",
@@ -56,10 +53,10 @@ def test_linux_uses_a_namespace_without_a_complaint(
     assert report.complaints() == []
 
 
-def test_linux_goes_on_at_another_controller(environment: Environment, short_path: Path) -> None:
+def test_linux_goes_on_at_another_controller(
+    environment: Environment, initramfs: Path, short_path: Path
+) -> None:
     """Its stock driver, under load, by what the gateway makes of the controller's queues."""
-    initramfs = short_path / "initramfs.cpio"
-    write_initramfs(initramfs, build_initramfs(environment, modules=(*MODULES, "nvme")))
     setup = Setup(gateway=("--queues",), image_bytes=32 << 20)
 
     async def main(rig: Rig) -> None:
