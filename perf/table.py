@@ -36,6 +36,13 @@ BENCHMARKS: dict[str, Benchmark] = {
             ),
         ),
     ),
+    "bitmap-tib": Benchmark(
+        "perf.benchmarks.bitmap_tib",
+        "register reads while the dirty log of a guest of 1 TiB is read, against one of 1 GiB",
+        settings={"gib": 1024, "seconds": 3, "set-every-mib": 0},
+        quick={"gib": 16, "seconds": 0.1},
+        bars=(Bar(9, "p99_of_small", 2, "lower"),),
+    ),
     "pages": Benchmark(
         "perf.benchmarks.pages",
         "digest, encoding and decoding of pages, one core, against memcpy",

@@ -23,6 +23,7 @@ from sync.gateway.engine.custody import ClientRole
 from sync.gateway.errors import GatewayError
 from sync.registers.choose import Origin, RequestedMethod, find_profile, source_for
 from sync.registers.errors import FeatureNotCarried, RegisterError
+from sync.vfio_user.protocol import RegionFlags
 
 ANSWER_S = 5.0
 OFFERS = {
@@ -92,6 +93,8 @@ async def _findings(name: str, path: str, gateway: GatewayClient, wish: Wish) ->
         )
         return found
     found += _device(info, wish, gateway)
+    if hidden := _hidden(info):
+        found.append(hidden)
     if negotiated := await _negotiated(path, info, wish):
         found.append(negotiated)
     if info.vmm_connected:
@@ -127,6 +130,20 @@ def _device(info: GatewayInfo, wish: Wish, gateway: GatewayClient) -> list[Findi
     except (RegisterError, NoTracker) as error:
         return [*found, problem(name, str(error))]
     return [*found, ok(name, f"would move with {methods_text(registers, dirty)}")]
+
+
+def _hidden(info: GatewayInfo) -> Finding | None:
+    """The regions that the device offers for mmap and the gateway does not pass on."""
+    mapped = [index for index, region in info.regions.items() if region.flags & RegionFlags.MMAP]
+    if not mapped:
+        return None
+    return note(
+        f"device {view_of(info).ids}",
+        f"it offers region {', '.join(map(str, mapped))} for mmap, which is hidden from the VMM: a "
+        "mapped register cannot be migrated. A device that polls such registers is up to 20 times "
+        "slower than with doorbells that are messages",
+        "turn mapping off at the device (SPDK's NVMe target: disable_mappable_bar0)",
+    )
 
 
 async def _negotiated(path: str, info: GatewayInfo, wish: Wish) -> Finding | None:

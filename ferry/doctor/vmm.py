@@ -4,13 +4,14 @@ Only queries are sent. A QMP socket serves one client at a time, so the examinat
 seconds, and a socket that somebody else has is told of instead of waited for.
 """
 
+import contextlib
 import os
 from collections.abc import AsyncIterator
 from pathlib import Path
 from typing import Any
 
 from ferry.doctor.qemu_program import MINIMUM_VERSION, parse_version
-from ferry.findings import Finding, note, ok, problem
+from ferry.findings import Finding, Level, note, ok, problem
 from sync.vmm.driver import Vmm, blocked_reasons
 from sync.vmm.errors import VmmBusy, VmmError, VmmNotReady, VmmRefused
 from sync.vmm.identity import identify
@@ -22,6 +23,9 @@ CONNECT_S = 2.0
 PART = {"running": "the source", "inmigrate": "the target"}
 """Run states in which a VMM can take part in a migration, and as what."""
 NEEDED = ("events", "pause-before-switchover")
+UNPLUGGING = (
+    "do not take it out of the running guest (`device_del`): QEMU aborts, and the guest with it"
+)
 UNWANTED = ("multifd", "mapped-ram", "x-ignore-shared", "postcopy-ram", "x-colo")
 """Capabilities with which the VMM's stream is another than the one that is carried, or leaves
 memory out."""
@@ -114,10 +118,27 @@ async def _memory(vmm: Vmm) -> Finding:
         advice = "use -object memory-backend-memfd,id=ram,size=...,share=on and "
         advice += "-machine memory-backend=ram"
         return problem("RAM", f"not shared with devices ({names})", advice)
+    if cut := await _cut_backends(vmm):
+        text = f"{', '.join(cut)} begins in the middle of its file (offset=): QEMU tells devices "
+        text += "places in the file as if it began at 0"
+        return problem("RAM", text, "give the guest's memory a file of its own, without offset=")
     if len(shared) < len(backends):
         others = ", ".join(_name(backend) for backend in backends if not backend.get("share"))
         return note("RAM", f"shared: {names}; not shared: {others}", "add share=on to all of it")
     return ok("RAM", f"shared: {names}")
+
+
+async def _cut_backends(vmm: Vmm) -> list[str]:
+    """The memory backends that are a part of a file (QEMU 11.1: DMA_MAP has wrong offsets)."""
+    found = []
+    for item in await vmm.execute("qom-list", {"path": "/objects"}):
+        if str(item.get("type")) != "child<memory-backend-file>":
+            continue
+        with contextlib.suppress(VmmRefused):
+            path = f"/objects/{item['name']}"
+            if await vmm.execute("qom-get", {"path": path, "property": "offset"}):
+                found.append(str(item["name"]))
+    return found
 
 
 def _name(backend: dict[str, Any]) -> str:
@@ -134,7 +155,8 @@ async def _devices(vmm: Vmm, path: str, n_gateways: int) -> AsyncIterator[Findin
         )
         return
     for device in devices:
-        yield ok("device", f"{device.rpartition('/')[2]}: {await _place(vmm, device)}")
+        name = device.rpartition("/")[2]
+        yield Finding(Level.OK, "device", f"{name}: {await _place(vmm, device)}", UNPLUGGING)
     if n_gateways and n_gateways != len(devices):
         yield problem(
             "devices",

@@ -10,7 +10,9 @@ import trio
 from ferry.doctor import gateway
 from ferry.doctor.gateway import Wish
 from ferry.findings import Level
+from sync.gateway.control.info import RegionDescription
 from sync.gateway.engine.custody import ClientRole
+from sync.pci import Identity
 from sync.registers.choose import load_profiles
 from sync.registers.errors import FeatureNotCarried, SnapshotFailed
 from sync.registers.profile.locate import DeviceView
@@ -39,6 +41,24 @@ class Leased:
         if self.error is not None:
             raise self.error
         return b""
+
+
+@pytest.mark.parametrize(
+    ("flags", "told"), [({0: 7, 1: 3, 2: 4}, "region 0, 2 for mmap"), ({0: 3}, "")]
+)
+def test_what_a_device_offers_for_mmap_is_told_to_be_hidden(
+    flags: dict[int, int], told: str
+) -> None:
+    """The gateway sees every access, or none can be migrated; a polled device pays for it."""
+    regions = {index: RegionDescription(value, 4096) for index, value in flags.items()}
+    info: Any = SimpleNamespace(
+        regions=regions,
+        identity=Identity(1, 2, 3, 4, 5, 6),
+        config_space=b"",
+        supports=SimpleNamespace(v2=False, precopy=False),
+    )
+    finding = gateway._hidden(info)
+    assert (told in finding.text if finding else "") if told else finding is None
 
 
 @pytest.mark.parametrize(

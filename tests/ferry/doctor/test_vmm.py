@@ -65,6 +65,15 @@ def test_a_qemu_as_it_should_be() -> None:
     assert said["VMM"] == "QEMU 11.1.3 (pc-q35-11.1)"
     assert said["RAM"] == "shared: ram of 256 MiB"
     assert said["device"] == "device4: at 04.0 of the root bus"
+    assert "QEMU aborts" in "".join(finding.advice for finding in findings)
+
+
+def test_a_file_that_is_used_from_its_beginning_is_as_it_should_be() -> None:
+    changed: dict[str, Any] = {
+        "/objects": [{"name": "ram", "type": "child<memory-backend-file>"}],
+        "/objects/ram offset": 0,
+    }
+    assert {finding.level for finding in found(**changed)} == {Level.OK}
 
 
 ON = [{"capability": name, "state": name == "multifd"} for name in (*vmm.NEEDED, "multifd")]
@@ -85,6 +94,15 @@ PRIVATE = [{"id": "pc.ram", "size": 1 << 30, "share": False}]
         ("migration", "one is under way (active)", {"query_migrate": {"status": "active"}}),
         ("migration", "blocked: a device", {"query_migrate": {"blocked-reasons": ["a device"]}}),
         ("RAM", "not shared with devices (pc.ram of 1024 MiB)", {"query_memdev": PRIVATE}),
+        (
+            "RAM",
+            "ram begins in the middle of its file (offset=): QEMU tells devices places in the file "
+            "as if it began at 0",
+            {
+                "/objects": [{"name": "ram", "type": "child<memory-backend-file>"}],
+                "/objects/ram offset": 1 << 20,
+            },
+        ),
         ("devices", "the guest has no vfio-user-pci", {"/machine/peripheral": []}),
         ("devices", "1 vfio-user-pci and 2 --gateway", {"n_gateways": 2}),
         ("qtest", "this QEMU was built without qtest", {"qom_list_types": []}),
