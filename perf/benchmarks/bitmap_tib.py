@@ -98,7 +98,7 @@ async def _read_logs(guest: Guest, control: Path, context: Context) -> tuple[lis
             nursery.start_soon(trio.to_thread.run_sync, read)
             began = time.monotonic()
             try:
-                while time.monotonic() - began < context.number("seconds"):
+                while not n_logs or time.monotonic() - began < float(context.text("seconds")):
                     await gateway.dirty()
                     n_logs += 1
             finally:
