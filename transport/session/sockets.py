@@ -9,6 +9,7 @@ import ipaddress
 import os
 import socket
 import stat
+import threading
 from dataclasses import dataclass
 from pathlib import Path
 from urllib.parse import urlsplit
@@ -39,6 +40,9 @@ class Wakeup:
     """Wakes a thread that polls; safe to set from any thread, and to call once closed."""
 
     def __init__(self) -> None:
+        self._lock = threading.Lock()
+        """Held while the descriptor is written to or closed: its number may be somebody else's as
+        soon as it is closed."""
         self._fd = os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC)
 
     def fileno(self) -> int:
@@ -47,8 +51,9 @@ class Wakeup:
 
     def set(self) -> None:
         """Make `fileno` readable."""
-        if self._fd >= 0:
-            os.eventfd_write(self._fd, 1)
+        with self._lock:
+            if self._fd >= 0:
+                os.eventfd_write(self._fd, 1)
 
     def clear(self) -> None:
         """Make `fileno` unreadable until the next `set`."""
@@ -58,10 +63,11 @@ class Wakeup:
             return
 
     def close(self) -> None:
-        """Give the descriptor back. Only once no other thread can call `set` any more."""
-        fd, self._fd = self._fd, -1
-        if fd >= 0:
-            os.close(fd)
+        """Give the descriptor back. Only once no thread polls it any more."""
+        with self._lock:
+            fd, self._fd = self._fd, -1
+            if fd >= 0:
+                os.close(fd)
 
 
 def check_url(url: str, *, bind: bool) -> None:
