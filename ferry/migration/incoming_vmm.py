@@ -20,6 +20,8 @@ class IncomingVmm:
         self._lock = trio.Lock()
         self._loaded = False
         self._completed = False
+        self.guest_was = "running"
+        """The run state in which its migration has found the guest; known when the source asks."""
         self.platform_state = b""
         """What the source found of the VMM's own when its guest had stopped."""
 

@@ -14,7 +14,7 @@ checked here, and which message may come when stands in `ferry.migration.convers
     PLATFORM              ->            what the VMM itself knows of the devices; QEMU only
     ASK_LOADED            ->            may the VMM's memory be compared now?
                           <-            LOADED
-    ASK                   ->            can you take over?
+    ASK                   ->            can you take over? With the guest's run state, which stays
                           <-            READY, with what the register check found
     COMMIT                ->            the point of no return
                           <-            COMMITTED, with what it took; or START_FAILED
@@ -28,6 +28,7 @@ from enum import IntEnum
 from typing import Any, TypeVar
 
 from ferry.errors import PeerProtocolError
+from sync.vmm.states import RUNNING, STOPPED
 
 PROTOCOL_VERSION = 3
 MAX_DEVICES = 64
@@ -192,6 +193,13 @@ class Notice:
     def text(self, key: str) -> str:
         """The text under `key`, printable and at most 1000 characters: the peer wrote it."""
         return _printable(self.values.get(key, ""))
+
+    def guest_state(self) -> str:
+        """The run state of the guest that an ASK tells. Raises `PeerProtocolError`."""
+        state = self.values.get("guest")
+        if not isinstance(state, str) or state not in (*RUNNING, *STOPPED):
+            raise PeerProtocolError("the source does not say in which state its guest was")
+        return state
 
     def mapping(self, key: str) -> dict[str, object]:
         """The object under `key`, empty where there is none. Its values are not checked."""

@@ -24,7 +24,7 @@ from ferry.migration.check import findings_of
 from ferry.migration.devices import offer_of
 from ferry.migration.downtime import Downtime
 from ferry.migration.handover_runner import HandoverRunner
-from ferry.migration.messages import MessageKind, MigrationHello
+from ferry.migration.messages import MessageKind, MigrationHello, Notice
 from ferry.migration.phases import Phases
 from ferry.migration.precopy import Precopy
 from ferry.migration.register_pump import RegisterPump
@@ -44,6 +44,7 @@ from sync.vmm.driver import Vmm, resume_source
 from sync.vmm.errors import VmmError
 from sync.vmm.identity import identify
 from sync.vmm.pci import PciPlatform
+from sync.vmm.states import RUNNING, in_words
 from transport.kernels.bitmap import bitmap_to_indices
 
 RECOVERY_DEADLINE_S = 10.0
@@ -219,9 +220,7 @@ class Source:
         )
         # Only now: what a device writes is tracked before the VMM reads the first page. And before
         # this, the VMM may be paused or migrating for somebody else's reasons.
-        self._undo.add(
-            UndoStage.GUEST, partial(resume_source, vmm, options.qmp, RECOVERY_DEADLINE_S)
-        )
+        self._undo.add(UndoStage.GUEST, partial(self._resume_guest, vmm))
         await vmm.start_outgoing(f"unix:{path}")
         mediated = Mediated(pump, dirty, precopy)
         self.runner.offer(
@@ -256,6 +255,9 @@ class Source:
         await prepared.vmm.allow_switchover(max(1, self._options.downtime_limit // 3))
         async with alongside(mediated.precopy.keep_small):
             paused = await prepared.vmm.wait_pre_switchover()
+        if not prepared.vmm.guest_ran:
+            for device in prepared.devices:
+                await device.gateway.arm_recovery(self._options.qmp, RECOVERY_DEADLINE_S, ran=False)
         downtime = Downtime(paused.guest_paused_at, paused.waiting_at)
         downtime.lap("pause")
         link = prepared.link
@@ -264,7 +266,9 @@ class Source:
                 Action.STOP_DEVICES: partial(self._stop_devices, prepared, mediated.pump, downtime),
                 Action.SEND_FINAL: partial(self._send_final, prepared, mediated.precopy, downtime),
                 Action.VERIFY: partial(self._verify, prepared, mediated.dirty, downtime),
-                Action.ASK_READY: partial(link.send, MessageKind.ASK),
+                Action.ASK_READY: partial(
+                    link.send, MessageKind.ASK, Notice({"guest": prepared.vmm.guest_was}).pack()
+                ),
                 Action.RELEASE: partial(self._release, prepared, downtime),
                 Action.SEND_COMMIT: partial(link.send, MessageKind.COMMIT, flush=True),
                 Action.CONCLUDE: partial(self._conclude, prepared, downtime),
@@ -358,6 +362,12 @@ class Source:
         if self._options.quit_source:
             with contextlib.suppress(VmmError):
                 await prepared.vmm.quit()
+
+    async def _resume_guest(self, vmm: Vmm) -> None:
+        state = await resume_source(vmm, self._options.qmp, RECOVERY_DEADLINE_S)
+        if state not in RUNNING:
+            text = f"The guest is {in_words(state)}, not by this migration, and is left so."
+            self._reporter.event("message", text=text)
 
     async def _restore(self) -> Event:
         await self._undo.run()

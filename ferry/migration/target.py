@@ -43,6 +43,7 @@ from sync.vmm.driver import Vmm
 from sync.vmm.errors import VmmError, VmmGone
 from sync.vmm.identity import VmmIdentity, identify
 from sync.vmm.pci import PciPlatform
+from sync.vmm.states import RUNNING, in_words
 from transport.receiver import Receiver, ReceiverStatistics
 from transport.wire.errors import TransportError
 
@@ -99,6 +100,7 @@ class Target:
     ) -> None:
         """What is opened is put into `held`, which has to be closed when `link` has ended."""
         self._options = options
+        self._reporter = reporter
         self._nursery = nursery
         self._held = held
         self._link = link
@@ -222,6 +224,9 @@ class Target:
                 incoming.platform_state = payload
             elif kind is MessageKind.ASK_LOADED:
                 self._nursery.start_soon(self._answer_loaded, incoming)
+            elif kind is MessageKind.ASK:
+                incoming.guest_was = Notice.unpack(payload).guest_state()
+                await self.runner.tell(EVENTS[Role.TARGET][kind])
             elif kind is MessageKind.ABORT:
                 reason = Notice.unpack(payload).text("reason")
                 error = PeerAborted(f"the source gave up: {reason}")
@@ -264,7 +269,9 @@ class Target:
             {
                 Action.SEND_READY: partial(self._link.send_record, MessageKind.READY, ready),
                 Action.OWN: partial(self._own, checked, started_ms),
-                Action.START_GUEST: partial(self._start_guest, checked.devices, started_ms),
+                Action.START_GUEST: partial(
+                    self._start_guest, checked.devices, incoming, started_ms
+                ),
                 Action.SEND_COMMITTED: partial(self._send_committed, started_ms),
             }
         )
@@ -280,13 +287,20 @@ class Target:
         return Event.OWNED
 
     async def _start_guest(
-        self, devices: tuple[TargetDevice, ...], took_ms: dict[str, float]
+        self,
+        devices: tuple[TargetDevice, ...],
+        incoming: IncomingVmm,
+        took_ms: dict[str, float],
     ) -> Event:
         began = time.monotonic()
         for device in devices:
             await device.gateway.start()
         started = time.monotonic()
-        await self._vmm.resume()
+        if incoming.guest_was in RUNNING:
+            await self._vmm.resume()
+        else:
+            text = f"The guest is {in_words(incoming.guest_was)}, as at the source, and left so."
+            self._reporter.event("message", text=text)
         took_ms["device start"] = (started - began) * 1e3
         took_ms["VMM resume"] = (time.monotonic() - started) * 1e3
         return Event.STARTED

@@ -18,7 +18,7 @@ asked of it (`query-status`, `query-migrate`); an event only says when to ask ag
 
 import math
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Awaitable, Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
@@ -37,8 +37,10 @@ from sync.vmm.qmp import QmpEvent
 from sync.vmm.states import (
     FAILED,
     RUNNING,
+    STOPPED,
     UNDER_WAY,
     ResumeStep,
+    in_words,
     migration_status_of,
     resume_step,
     run_state_of,
@@ -94,6 +96,8 @@ class Vmm(AsyncResource):
     def __init__(self, client: QmpClient) -> None:
         self.client = client
         self._migration_mark = client.events_seen
+        self.guest_was = "running"
+        """The guest's last run state that its migration has not brought about."""
 
     @classmethod
     async def connect(cls, path: str, *, deadline_s: float = 10.0) -> "Vmm":
@@ -118,11 +122,25 @@ class Vmm(AsyncResource):
         """`running`, `paused`, `inmigrate`, `finish-migrate`, `postmigrate`, ..."""
         return run_state_of(await self.execute("query-status"))
 
+    @property
+    def guest_ran(self) -> bool:
+        """Whether the guest ran until its migration paused it, as far as has been noted."""
+        return self.guest_was in RUNNING
+
+    async def note_guest(self) -> None:
+        """Looks whether the guest has stopped, or gone on, by itself or by somebody else's hand."""
+        state = await self.run_state()
+        if state in RUNNING or state in STOPPED:
+            self.guest_was = state
+
     async def check_source(self) -> None:
         """Raises `VmmNotReady` unless this guest runs and can be paused before the switchover."""
         state = await self.run_state()
-        if state != "running":
-            raise VmmNotReady(f"the source's guest is {state!r}, it has to be running")
+        if state not in RUNNING:
+            raise VmmNotReady(
+                f"the source's guest is {in_words(state)} ({state!r}): it has to be running"
+            )
+        self.guest_was = state
         await self._check_pause_capability()
         migration = await self.execute("query-migrate")
         status = migration_status_of(migration)
@@ -170,7 +188,7 @@ class Vmm(AsyncResource):
                 raise MigrationFailed(status, "it did not wait in pre-switchover")
             return True if status == "pre-switchover" else None
 
-        await self._watch(judge)
+        await self._watch(judge, before=self.note_guest)
         waiting = self._event_of_pre_switchover()
         waiting_at = (waiting.timestamp if waiting else 0.0) or time.time()
         stop = self.client.last_event("STOP", since=self._migration_mark)
@@ -220,18 +238,20 @@ class Vmm(AsyncResource):
                 if state != "inmigrate":
                     break
             await self._wait_event_or_poll(seen)
-        if state != "paused":
-            raise VmmNotReady(f"the target's guest is {state!r} after loading, not 'paused'")
+        if state not in STOPPED:
+            raise VmmNotReady(f"the target's guest is {state!r} after loading, it has to wait")
 
     async def resume(self) -> None:
-        """Has a paused guest run. Raises `VmmRefused`, or `VmmNotReady` if it then does not."""
+        """Has a paused guest run, or sleep on if it slept. Raises `VmmRefused`, or `VmmNotReady` if
+        it then does not."""
         await self.execute("cont")
         state = await self.run_state()
-        if state != "running":
-            raise VmmNotReady(f"the guest is {state!r} after 'cont'")
+        if state not in RUNNING:
+            raise VmmNotReady(f"the guest is {in_words(state)} ({state!r}) after 'cont'")
 
-    async def cancel_and_resume(self, deadline_s: float) -> None:
-        """Ends the source's migration in any of its states and has the guest run again.
+    async def cancel_and_resume(self, deadline_s: float) -> str:
+        """Ends the source's migration in any of its states and has the guest run again, if it ran
+        until the migration paused it (I12). Returns its run state then.
 
         Never call it once the target may own the guest. Raises `VmmNotReady` when the guest does
         not run at the deadline, or cannot.
@@ -243,9 +263,9 @@ class Vmm(AsyncResource):
                 # In this order: a migration that ends between both answers is seen as under way.
                 status = migration_status_of(await self.execute("query-migrate"))
                 state = await self.run_state()
-                step = resume_step(state, status)
+                step = resume_step(state, status, ran=self.guest_ran)
                 if step is ResumeStep.NOTHING:
-                    return
+                    return state
                 if step is not ResumeStep.WAIT:
                     try:
                         await self.execute(step.value)
@@ -279,6 +299,7 @@ class Vmm(AsyncResource):
 
     async def check_migration(self) -> VmmProgress:
         """`progress`, unless the migration has come to grief. Raises `MigrationFailed`."""
+        await self.note_guest()
         progress = await self.progress()
         if progress.error or progress.status in FAILED:
             raise MigrationFailed(progress.status, progress.error)
@@ -308,10 +329,16 @@ class Vmm(AsyncResource):
         there = event is not None and event.data.get("status") == "pre-switchover"
         return event if there else None
 
-    async def _watch(self, judge: Callable[[Any], T | None]) -> T:
-        """Asks `query-migrate` at once and after each event until `judge` returns something."""
+    async def _watch(
+        self,
+        judge: Callable[[Any], T | None],
+        before: Callable[[], Awaitable[None]] = trio.lowlevel.checkpoint,
+    ) -> T:
+        """Asks `query-migrate` at once and after each event until `judge` returns something; does
+        `before` before each time."""
         while True:
             seen = self.client.events_seen
+            await before()
             verdict = judge(await self.execute("query-migrate"))
             if verdict is not None:
                 return verdict
@@ -330,13 +357,14 @@ def blocked_reasons(migration: Any) -> list[str]:
     return [str(reason) for reason in reasons]
 
 
-async def resume_source(vmm: Vmm, path: str, deadline_s: float) -> None:
+async def resume_source(vmm: Vmm, path: str, deadline_s: float) -> str:
     """`Vmm.cancel_and_resume`; over a new connection to `path` if the one of `vmm` has ended."""
     try:
-        await vmm.cancel_and_resume(deadline_s)
+        return await vmm.cancel_and_resume(deadline_s)
     except VmmGone:
         async with await Vmm.connect(path, deadline_s=RECONNECT_S) as again:
-            await again.cancel_and_resume(deadline_s)
+            again.guest_was = vmm.guest_was
+            return await again.cancel_and_resume(deadline_s)
 
 
 def parse_progress(migration: Any) -> VmmProgress:

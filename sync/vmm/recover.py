@@ -13,7 +13,14 @@ from typing import Any
 
 from sync.vmm.errors import VmmError, VmmGone, VmmNotReady, VmmRefused
 from sync.vmm.qmp import QmpCore, QmpFailure, QmpGreeting, QmpReply
-from sync.vmm.states import ResumeStep, migration_status_of, resume_step, run_state_of
+from sync.vmm.states import (
+    RUNNING,
+    ResumeStep,
+    in_words,
+    migration_status_of,
+    resume_step,
+    run_state_of,
+)
 
 RETRY_S = 0.02
 LAST_ANSWER_S = 0.2
@@ -37,11 +44,12 @@ def obstacle(qmp_path: str) -> str:
     return ""
 
 
-def recover_source(qmp_path: str, deadline_s: float) -> str:
+def recover_source(qmp_path: str, deadline_s: float, *, ran: bool = True) -> str:
     """Has the guest of the VMM at `qmp_path` run again; returns what was needed, in words.
 
     A VMM serves one QMP client at a time, and the connection of one that was killed may linger:
     connecting is tried until the deadline. Only for a source that has not let go of its guest.
+    `ran` is that of `states.resume_step`.
     Raises `VmmNotReady` when the guest cannot run or does not run in time, `VmmGone` when the
     VMM is not there, `QmpProtocolError` when it talks nonsense.
     """
@@ -51,23 +59,26 @@ def recover_source(qmp_path: str, deadline_s: float) -> str:
     while time.monotonic() < deadline:
         try:
             with _Connection(qmp_path, deadline) as connection:
-                _resume(connection, done, deadline)
+                state = _resume(connection, done, deadline, ran)
         except (VmmGone, OSError) as error:
             problem = error if isinstance(error, VmmGone) else VmmGone(f"{qmp_path}: {error}")
             time.sleep(RETRY_S)
             continue
-        return ", ".join(done) if done else "the guest was running"
+        if state not in RUNNING:
+            done.append(f"the guest is {in_words(state)} and is left so")
+        return ", ".join(done) if done else f"the guest was {in_words(state)}"
     raise problem
 
 
-def _resume(connection: "_Connection", done: list[str], deadline: float) -> None:
+def _resume(connection: "_Connection", done: list[str], deadline: float, ran: bool) -> str:
+    """Returns the run state in the end."""
     while True:
         # In this order: a migration that ends between both answers is seen as under way.
         status = migration_status_of(connection.execute("query-migrate"))
         state = run_state_of(connection.execute("query-status"))
-        step = resume_step(state, status)
+        step = resume_step(state, status, ran=ran)
         if step is ResumeStep.NOTHING:
-            return
+            return state
         if step is not ResumeStep.WAIT:
             try:
                 connection.execute(step.value)

@@ -14,8 +14,18 @@ UNDER_WAY = frozenset({"setup", "wait-unplug", "active", "pre-switchover", "devi
 FAILED = frozenset({"failed", "cancelling", "cancelled"})
 RUNNING = frozenset({"running", "suspended"})
 """Run states in which the guest has what it wants. A suspended one has put itself to sleep."""
-CONTINUABLE = frozenset({"paused", "postmigrate", "prelaunch"})
 PASSING = frozenset({"finish-migrate", "save-vm", "restore-vm", "colo"})
+STOPPED = {
+    "paused": "paused by somebody",
+    "io-error": "stopped by an I/O error",
+    "shutdown": "powered off",
+    "guest-panicked": "stopped by its panic",
+    "internal-error": "stopped by an error of its VMM",
+    "watchdog": "stopped by its watchdog",
+    "debug": "stopped by a debugger",
+    "prelaunch": "not started yet",
+}
+"""Run states that a migration does not bring about: what has, is whose business it is (I12)."""
 
 
 class ResumeStep(Enum):
@@ -27,19 +37,30 @@ class ResumeStep(Enum):
     CONTINUE = "cont"
 
 
-def resume_step(run_state: str, migration_status: str) -> ResumeStep:
-    """The next step from this state. Raises `VmmNotReady` if there is no way back from it."""
+def resume_step(run_state: str, migration_status: str, *, ran: bool = True) -> ResumeStep:
+    """The next step from this state. Raises `VmmNotReady` if this is no source.
+
+    `ran`: the guest ran until its migration paused it. Only then it is continued, and only from
+    what the migration has left it in (I12); one that stands still for another reason stays so.
+    """
     if migration_status in UNDER_WAY:
         return ResumeStep.CANCEL
     if migration_status == "cancelling":
         return ResumeStep.WAIT
-    if run_state in RUNNING:
+    if run_state in RUNNING or run_state in STOPPED:
         return ResumeStep.NOTHING
-    if run_state in CONTINUABLE:
-        return ResumeStep.CONTINUE
+    if run_state == "postmigrate":
+        return ResumeStep.CONTINUE if ran else ResumeStep.NOTHING
     if run_state in PASSING:
         return ResumeStep.WAIT
     raise VmmNotReady(f"a guest in state {run_state!r} cannot be continued")
+
+
+def in_words(run_state: str) -> str:
+    """What a guest in this state is, for people."""
+    if run_state in RUNNING:
+        return "running" if run_state == "running" else "asleep"
+    return STOPPED.get(run_state, f"in state {run_state!r}")
 
 
 def run_state_of(status: Any) -> str:

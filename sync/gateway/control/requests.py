@@ -193,6 +193,7 @@ class ArmRecovery(Request[Done]):
     after_loss = True
     qmp_path: Annotated[str, Text(_PATH_CHARACTERS)]
     deadline_s: Annotated[float, Range(0.01, MAX_RECOVERY_S)]
+    ran: bool
 
 
 @dataclass(frozen=True, slots=True)

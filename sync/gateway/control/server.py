@@ -18,7 +18,7 @@ from sync.gateway.control.shapes import ShapeError, pack, unpack
 from sync.gateway.control.wire import MAX_DESCRIPTORS, ControlMessage, Fields
 from sync.gateway.engine import device_steps as steps
 from sync.gateway.engine import jobs
-from sync.gateway.engine.core import Core, Lease
+from sync.gateway.engine.core import Armed, Core, Lease
 from sync.gateway.engine.custody import ClientRole, CustodyState
 from sync.gateway.engine.device_link import DeviceLink
 from sync.gateway.engine.job_runner import Job
@@ -179,11 +179,11 @@ class ControlServer:
                 "that path"
             )
         lease = self._lease()
-        lease.qmp_path, lease.recovery_deadline_s = request.qmp_path, request.deadline_s
+        lease.recovery = Armed(request.qmp_path, request.deadline_s, request.ran)
         return Done()
 
     def _disarm_recovery(self, client: Client, request: requests.DisarmRecovery) -> Done:
-        self._lease().qmp_path = ""
+        self._lease().recovery = None
         return Done()
 
     def _take_journal(self, client: Client, request: requests.TakeJournal) -> requests.JournalPart:

@@ -50,6 +50,15 @@ class Holder(Protocol):
     def closed(self) -> bool: ...
 
 
+@dataclass(frozen=True, slots=True)
+class Armed:
+    """How the VMM is brought back if a lease is lost: `recover.recover_source` has the words."""
+
+    qmp_path: str
+    deadline_s: float
+    ran: bool = True
+
+
 @dataclass(slots=True)
 class Lease:
     """The right of one controller to change things."""
@@ -62,19 +71,18 @@ class Lease:
     """Why the session that it stands for has ended; nothing else is done for it."""
     released: bool = False
     """Whether the guest was released under it and not reclaimed: then no VMM is resumed (I7)."""
-    qmp_path: str = ""
-    recovery_deadline_s: float = 0.0
+    recovery: "Armed | None" = None
 
 
 class Core:
-    """`log` takes an event and its fields; `recover` starts bringing a VMM back (path, seconds)."""
+    """`log` takes an event and its fields; `recover` starts bringing a VMM back."""
 
     def __init__(
         self,
         limits: Limits,
         clock: Callable[[], float],
         log: Callable[..., None],
-        recover: Callable[[str, float], None],
+        recover: Callable[[Armed], None],
     ) -> None:
         self.limits = limits
         self.clock = clock
@@ -282,9 +290,9 @@ class Core:
         after a device was lost, is its own owner again even if its guest was released before.
         """
         self.lease = None
-        if lease.qmp_path and not lease.released:
-            self.log_state("recovering", qmp_path=lease.qmp_path)
-            self._recover(lease.qmp_path, lease.recovery_deadline_s)
+        if lease.recovery is not None and not lease.released:
+            self.log_state("recovering", qmp_path=lease.recovery.qmp_path)
+            self._recover(lease.recovery)
 
     def recovered(self, outcome: Recovery) -> None:
         self.last_recovery = outcome

@@ -26,7 +26,7 @@ from sync.gateway.control.peer import ControlPeer
 from sync.gateway.control.server import ControlServer
 from sync.gateway.datapath.peer import Peer
 from sync.gateway.engine.busy_poll import WINDOW_S, BusyPoll, usable_window_s
-from sync.gateway.engine.core import Core, Limits
+from sync.gateway.engine.core import Armed, Core, Limits
 from sync.gateway.engine.device_handshake import MAX_DATA_BYTES
 from sync.gateway.engine.device_link import DeviceLink
 from sync.gateway.engine.listener import Listener
@@ -508,14 +508,14 @@ class Gateway:
 
     # --- bringing a VMM back ---
 
-    def _recover(self, qmp_path: str, deadline_s: float) -> None:
+    def _recover(self, armed: Armed) -> None:
         threading.Thread(
-            target=self._recover_now, args=(qmp_path, deadline_s), name="recovery", daemon=True
+            target=self._recover_now, args=(armed,), name="recovery", daemon=True
         ).start()
 
-    def _recover_now(self, qmp_path: str, deadline_s: float) -> None:
+    def _recover_now(self, armed: Armed) -> None:
         try:
-            done = recover.recover_source(qmp_path, deadline_s)
+            done = recover.recover_source(armed.qmp_path, armed.deadline_s, ran=armed.ran)
             outcome = Recovery("lease-lost", True, done)
         except Exception as error:
             outcome = Recovery("lease-lost", False, f"{type(error).__name__}: {error}")

@@ -250,7 +250,7 @@ def test_i8_a_source_comes_back_from_every_state(
     needed = {
         "running": "the guest was running",
         "failed": "the guest was running",
-        "paused": "cont from paused",
+        "paused": "the guest is paused by somebody and is left so",
         "active": "migrate_cancel from active",
         "pre-switchover": "migrate_cancel from pre-switchover",
         "postmigrate": "cont from postmigrate",
@@ -269,6 +269,9 @@ def test_i8_a_source_comes_back_from_every_state(
                 done = await trio.to_thread.run_sync(recover_source, bench.path("a"), 5.0)
                 assert done == needed[state]
                 source = await connect(bench, "a")
+            if state == "paused":
+                assert await source.run_state() == "paused"
+                await source.resume()
             assert await source.run_state() == "running"
             report = await reads(source, 20)
             assert report["failure"] == "" and report["io_errors"] == 0
@@ -444,6 +447,6 @@ def test_recovery_waits_for_a_connection_that_lingers(bench: Any, new_disk: Any)
             await trio.sleep(0.1)
             assert not results
             await source.aclose()
-        assert results == ["cont from paused"]
+        assert results == ["the guest is paused by somebody and is left so"]
 
     run(body)

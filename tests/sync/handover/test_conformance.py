@@ -13,7 +13,7 @@ import pytest
 from sync.errors import SyncError
 from sync.gateway.control.requests import Mediate
 from sync.gateway.engine import jobs
-from sync.gateway.engine.core import Core, Lease, Limits
+from sync.gateway.engine.core import Armed, Core, Lease, Limits
 from sync.gateway.engine.custody import ClientRole, CustodyState, Owner
 from sync.gateway.engine.device_link import DeviceLink
 from sync.gateway.engine.job_runner import Job
@@ -47,7 +47,7 @@ class Gateway:
         self.core.device_came(lambda data, _: self._to_device.append(bytes(data)), lambda _: None)
         self._settle()
         self.core.vmm_came(lambda *_: None, Version())
-        self._lease = Lease(self._controller, ClientRole(role.value), 0.0, qmp_path=QMP)
+        self._lease = Lease(self._controller, ClientRole(role.value), 0.0, recovery=Armed(QMP, 1.0))
         self.core.lease = self._lease
 
     @property
@@ -137,8 +137,8 @@ class Gateway:
             message = memoryview(bytearray(reply))
             self._link.relay.from_device(number, command, flags, errno, message, [])
 
-    def _resume_vmm(self, qmp_path: str, deadline_s: float) -> None:
-        assert qmp_path == QMP
+    def _resume_vmm(self, armed: Armed) -> None:
+        assert armed.qmp_path == QMP
         self.resumed_vmm = True
 
 

@@ -256,22 +256,102 @@ def test_cancelling_follows_the_vmm_through_its_states(with_qemu: Any) -> None:
     with_qemu(body)
 
 
-@pytest.mark.parametrize("state", ["paused", "postmigrate"])
-def test_a_paused_source_is_continued(with_qemu: Any, state: str) -> None:
+def test_a_source_that_its_migration_has_stopped_is_continued(with_qemu: Any) -> None:
     async def body(qemu: Any) -> None:
         qemu.migration = {"status": "completed"}
-        qemu.run_state = state
+        qemu.run_state = "postmigrate"
         qemu.on["cont"] = lambda: setattr(qemu, "run_state", "running")
         async with await Vmm.connect(qemu.path) as vmm:
-            await vmm.cancel_and_resume(5.0)
+            assert await vmm.cancel_and_resume(5.0) == "running"
             assert "migrate_cancel" not in qemu.commands
+
+    with_qemu(body)
+
+
+STOPPED_BY_OTHERS = ["paused", "io-error", "shutdown", "guest-panicked", "watchdog", "suspended"]
+
+
+@pytest.mark.parametrize("state", STOPPED_BY_OTHERS)
+def test_i12_a_guest_that_something_else_has_stopped_is_left_as_it_is(
+    with_qemu: Any, state: str
+) -> None:
+    """While pages are sent. The migration ends with QEMU giving back what it found."""
+
+    async def body(qemu: Any) -> None:
+        async with await Vmm.connect(qemu.path) as vmm:
+            await vmm.check_source()
+            qemu.migration = {"status": "active"}
+            qemu.run_state = state
+            await vmm.check_migration()
+            qemu.becomes("pre-switchover", "finish-migrate")
+            await vmm.wait_pre_switchover()
+            assert vmm.guest_was == state
+
+            def cancel() -> None:
+                qemu.becomes("cancelled")
+                qemu.run_state = state
+
+            qemu.on["migrate_cancel"] = cancel
+            assert await vmm.cancel_and_resume(5.0) == state
+            assert "cont" not in qemu.commands
+
+    with_qemu(body)
+
+
+def test_i12_a_guest_that_was_paused_stays_so_once_its_vmm_has_sent_everything(
+    with_qemu: Any,
+) -> None:
+    async def body(qemu: Any) -> None:
+        async with await Vmm.connect(qemu.path) as vmm:
+            qemu.run_state = "paused"
+            await vmm.note_guest()
+            qemu.becomes("completed", "postmigrate")
+            await vmm.note_guest()
+            assert await vmm.cancel_and_resume(5.0) == "postmigrate"
+            assert "cont" not in qemu.commands
+
+    with_qemu(body)
+
+
+def test_i12_a_guest_that_went_on_again_is_one_that_ran(with_qemu: Any) -> None:
+    async def body(qemu: Any) -> None:
+        async with await Vmm.connect(qemu.path) as vmm:
+            for state in ("paused", "running", "finish-migrate"):
+                qemu.run_state = state
+                await vmm.note_guest()
+            assert vmm.guest_ran
+
+    with_qemu(body)
+
+
+@pytest.mark.parametrize("state", ["paused", "io-error", "shutdown", "guest-panicked", "prelaunch"])
+def test_a_guest_that_does_not_run_is_refused_by_name(with_qemu: Any, state: str) -> None:
+    async def body(qemu: Any) -> None:
+        qemu.run_state = state
+        async with await Vmm.connect(qemu.path) as vmm:
+            with pytest.raises(VmmNotReady, match=r"is .* by|powered off|not started"):
+                await vmm.check_source()
+
+    with_qemu(body)
+
+
+@pytest.mark.parametrize("state", ["paused", "suspended", "io-error", "shutdown"])
+def test_a_loaded_guest_is_what_the_source_said_it_was(with_qemu: Any, state: str) -> None:
+    async def body(qemu: Any) -> None:
+        qemu.migration = {"status": "completed"}
+        qemu.run_state = "paused" if state == "suspended" else state
+        qemu.on["cont"] = lambda: setattr(qemu, "run_state", state)
+        async with await Vmm.connect(qemu.path) as vmm:
+            await vmm.wait_loaded()
+            if state == "suspended":
+                await vmm.resume()
 
     with_qemu(body)
 
 
 def test_a_step_that_came_too_late_is_not_the_end(with_qemu: Any) -> None:
     async def body(qemu: Any) -> None:
-        qemu.run_state = "paused"
+        qemu.run_state = "postmigrate"
         qemu.errors["cont"] = "Resetting the Virtual Machine is required"
         async with await Vmm.connect(qemu.path) as vmm:
             with pytest.raises(VmmNotReady, match="by hand"):
@@ -285,8 +365,6 @@ def test_a_guest_that_cannot_run_is_told_of_at_once(with_qemu: Any) -> None:
     async def body(qemu: Any) -> None:
         qemu.run_state = "internal-error"
         async with await Vmm.connect(qemu.path) as vmm:
-            with pytest.raises(VmmNotReady, match="internal-error"):
-                await vmm.cancel_and_resume(10.0)
             with pytest.raises(VmmNotReady, match="internal-error"):
                 await vmm.resume()
 

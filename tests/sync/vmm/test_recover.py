@@ -49,18 +49,22 @@ def simulate(step: ResumeStep, run_state: str, status: str) -> tuple[str, str]:
 
 @pytest.mark.parametrize("run_state", RUN_STATES)
 @pytest.mark.parametrize("status", STATUSES)
-def test_i8_the_rule_leads_back_from_every_state_or_says_that_it_cannot(
-    run_state: str, status: str
+@pytest.mark.parametrize("ran", [True, False])
+def test_i8_i12_the_rule_leads_back_from_every_state_or_leaves_the_guest_as_it_is(
+    run_state: str, status: str, ran: bool
 ) -> None:
-    hopeless = {"inmigrate", "shutdown", "internal-error", "guest-panicked"}
     for _ in range(6):
         try:
-            step = resume_step(run_state, status)
+            step = resume_step(run_state, status, ran=ran)
         except VmmNotReady:
-            assert run_state in hopeless
+            assert run_state == "inmigrate"
             return
+        if step is ResumeStep.CONTINUE:
+            assert ran
+            assert run_state == "postmigrate"
         if step is ResumeStep.NOTHING:
-            assert run_state in ("running", "suspended")
+            assert run_state not in ("finish-migrate", "save-vm")
+            assert run_state != "postmigrate" or not ran
             assert status not in ("setup", "active", "pre-switchover", "device", "cancelling")
             return
         run_state, status = simulate(step, run_state, status)
@@ -78,11 +82,11 @@ def test_it_says_what_it_did(with_qemu: Any) -> None:
 
         def cancel() -> None:
             qemu.becomes("cancelled")
-            qemu.run_state = "paused"
+            qemu.run_state = "postmigrate"
 
         qemu.on["migrate_cancel"] = cancel
         qemu.on["cont"] = lambda: setattr(qemu, "run_state", "running")
-        assert await recovered(qemu) == "migrate_cancel from pre-switchover, cont from paused"
+        assert await recovered(qemu) == "migrate_cancel from pre-switchover, cont from postmigrate"
         assert await recovered(qemu) == "the guest was running"
 
     with_qemu(body)
@@ -90,7 +94,7 @@ def test_it_says_what_it_did(with_qemu: Any) -> None:
 
 def test_it_connects_again_when_the_connection_breaks(with_qemu: Any) -> None:
     async def body(qemu: Any) -> None:
-        qemu.run_state = "paused"
+        qemu.run_state = "postmigrate"
         asked = 0
         breaking = trio.Event()
 
@@ -113,7 +117,7 @@ def test_it_connects_again_when_the_connection_breaks(with_qemu: Any) -> None:
                 await breaking.wait()
                 await qemu.hang_up()
 
-            assert await recovered(qemu) == "cont from paused"
+            assert await recovered(qemu) == "cont from postmigrate"
         assert asked > 1
 
     with_qemu(body)
@@ -124,9 +128,9 @@ def test_a_guest_that_does_not_come_back_is_told_of(with_qemu: Any) -> None:
         qemu.run_state = "finish-migrate"
         with pytest.raises(VmmNotReady, match="finish-migrate"):
             await recovered(qemu, 1.0)
-        qemu.run_state = "paused"
+        qemu.run_state = "postmigrate"
         qemu.errors["cont"] = "no"
-        with pytest.raises(VmmNotReady, match="paused"):
+        with pytest.raises(VmmNotReady, match="postmigrate"):
             await recovered(qemu, 1.0)
 
     with_qemu(body)
@@ -158,3 +162,12 @@ def test_i9_nonsense_is_told_of(with_qemu: Any) -> None:
 def test_it_needs_no_trio() -> None:
     code = "import sys, sync.vmm.recover; sys.exit('trio' in sys.modules or 'numpy' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+
+
+def test_i12_what_others_have_stopped_is_left_and_told(with_qemu: Any) -> None:
+    async def body(qemu: Any) -> None:
+        qemu.run_state = "io-error"
+        assert await recovered(qemu) == "the guest is stopped by an I/O error and is left so"
+        assert "cont" not in qemu.commands
+
+    with_qemu(body)

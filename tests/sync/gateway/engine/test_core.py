@@ -54,7 +54,7 @@ class Desk:
             Limits(),
             lambda: self.now,
             lambda *_, **__: None,
-            lambda path, _: self.recovered.append(path),
+            lambda armed: self.recovered.append(armed.qmp_path),
         )
         self.server = ControlServer(self.core)
         self.core.device_came(lambda data, fds: self.sent.append(bytes(data)), lambda _: None)
@@ -118,7 +118,7 @@ def test_a_lease_that_ends_in_the_middle_of_a_job_is_cleaned_up_behind_it(
 ) -> None:
     monkeypatch.setattr(recover, "obstacle", lambda path: "")
     holder = desk.caller("source")
-    holder.ask("arm_recovery", qmp_path="/qmp", deadline_s=1)
+    holder.ask("arm_recovery", qmp_path="/qmp", deadline_s=1, ran=True)
     holder.ask("mediate", READ_RECORD, tracker="none", page_size=4096, capture=True)
     assert desk.core.busy
     desk.leave(holder)
@@ -131,10 +131,10 @@ def test_a_lease_that_ends_in_the_middle_of_a_job_is_cleaned_up_behind_it(
 def test_a_vmm_that_the_gateway_could_not_resume_is_told_of_when_it_is_named(desk: Desk) -> None:
     holder = desk.caller("source")
     for path, why in (("qmp", "no absolute path"), ("/dev/null", "no socket"), ("/no", "No such")):
-        holder.ask("arm_recovery", qmp_path=path, deadline_s=1)
+        holder.ask("arm_recovery", qmp_path=path, deadline_s=1, ran=True)
         assert holder.replies[-1]["error"] == "vmm-out-of-reach"
         assert why in holder.replies[-1]["message"]
-    assert desk.core.lease.qmp_path == ""
+    assert desk.core.lease.recovery is None
 
 
 def test_what_waited_is_answered_when_the_device_goes(desk: Desk) -> None:
