@@ -29,6 +29,7 @@ from ferry.config import default_text, flag_of
 from ferry.errors import Exit
 from ferry.migration import messages
 from ferry.migration.conversation import RULES
+from ferry.versions import FORMATS, format_versions
 from sync.gateway.control import requests as control_requests
 from sync.gateway.control import wire as control_wire
 from sync.gateway.engine import core, custody
@@ -279,23 +280,13 @@ def _help(field: "dataclasses.Field[Any]") -> str:
     return text + ("; may be repeated" if field.metadata["repeat"] else "")
 
 
-VERSIONS: list[tuple[str, ModuleType, str]] = [
-    ("session: greeting, records, tunnel, comparisons", records, "PROTOCOL_VERSION"),
-    ("frames of pages", frames, "VERSION"),
-    ("migration: what `send` and `receive` say to each other", messages, "PROTOCOL_VERSION"),
-    ("payloads of register state", payload, "VERSION"),
-    ("what the VMM keeps of its devices", platform_state, "_VERSION"),
-    ("profiles, in TOML", model, "FORMAT"),
-]
-
-
 def versions() -> str:
     """Each format that crosses between hosts, or comes from a user, with its present version."""
     return table(
         ["format", "version", "constant"],
         (
-            [what, str(getattr(module, name)), f"`{module.__name__}.{name}`"]
-            for what, module, name in VERSIONS
+            [what, str(version), f"`{constant}`"]
+            for (what, constant), version in zip(FORMATS, format_versions().values(), strict=True)
         ),
     )
 

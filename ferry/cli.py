@@ -43,6 +43,9 @@ COMMANDS = {
         "ferry.commands.secret", "make the secret by which two hosts know each other"
     ),
     "resolve": Command("ferry.commands.resolve", "settle who owns a guest after a failed commit"),
+    "report": Command("ferry.commands.report", "make a page of HTML from a migration's events"),
+    "completion": Command("ferry.commands.completion", "print a shell's script for completions"),
+    "man": Command("ferry.commands.man", "print the manual page"),
     "doctor": Command("ferry.commands.doctor", "say what of a migration this machine can do"),
 }
 
@@ -54,11 +57,13 @@ def main(arguments: list[str] | None = None) -> int:
     arguments = sys.argv[1:] if arguments is None else arguments
     if arguments[:1] == ["bench"]:
         return _run_bench(arguments[1:])
+    if arguments[:1] == ["--version"]:
+        return _guarded("", _print_version, debug=False, as_json=False)
     wanted = arguments[0] if arguments else ""
     known = COMMANDS if wanted in COMMANDS else COMMANDS | _more_commands()
 
     def work() -> int:
-        parsed = _parser(known, wanted).parse_args(arguments)
+        parsed = _parser(known, {wanted}).parse_args(arguments)
         if parsed.command == "exit-codes":
             return _print_exit_codes()
         module: Any = importlib.import_module(known[parsed.command].module)
@@ -69,19 +74,36 @@ def main(arguments: list[str] | None = None) -> int:
     return _guarded(name, work, debug="--debug" in arguments, as_json="--json" in arguments)
 
 
-def _parser(known: Mapping[str, Command], wanted: str) -> Parser:
-    """The parser of the whole command line, with the options of the command that is `wanted`."""
+def whole_parser() -> Parser:
+    """The parser of the whole command line, with the options of each command of the product."""
+    return _parser(COMMANDS, set(COMMANDS))
+
+
+def _print_version() -> int:
+    from ferry.versions import format_versions, version_text
+
+    print(version_text())
+    for what, version in format_versions().items():
+        print(f"  {version:>2}  {what}")
+    return Exit.OK
+
+
+def _parser(known: Mapping[str, Command], wanted: set[str]) -> Parser:
+    """The parser of the command line, with the options of the commands that are `wanted`."""
     parser = Parser(
         prog="vfio-ferry",
         description="Moves the pass-through devices of a running virtual machine to another host.",
         epilog="Exit codes: see `vfio-ferry exit-codes`.",
+    )
+    parser.add_argument(
+        "--version", action="store_true", help="print the version, and those of all formats"
     )
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     commands.add_parser("exit-codes", help="print every exit code and what it means")
     commands.add_parser("bench", help="measure: list, run, compare, plot")
     for name, command in known.items():
         sub = commands.add_parser(name, help=command.help, description=command.help)
-        if name == wanted:
+        if name in wanted:
             with collector_off():
                 options = importlib.import_module(command.module).Options
             add_arguments(sub, options)

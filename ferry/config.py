@@ -126,10 +126,18 @@ def option(
     parse: Callable[[str], Any] = str,
     choices: Sequence[str] = (),
     repeat: bool = False,
+    positional: bool = False,
 ) -> Any:
     """A field of an options dataclass, which becomes a flag and a key. Without a `default` it has
-    to be given; `repeat` makes it a tuple; a default of `False` makes it a switch."""
-    metadata = {"help": help, "parse": parse, "choices": tuple(choices), "repeat": repeat}
+    to be given; `repeat` makes it a tuple; a default of `False` makes it a switch; `positional`
+    takes its value without a flag."""
+    metadata = {
+        "help": help,
+        "parse": parse,
+        "choices": tuple(choices),
+        "repeat": repeat,
+        "positional": positional,
+    }
     return dataclasses.field(default=default, metadata=metadata)
 
 
@@ -137,6 +145,8 @@ _UNITS = {"size": "BYTES", "log_page": "BYTES", "rate": "BYTES/s", "seconds": "S
 
 
 def flag_of(field: "dataclasses.Field[Any]") -> str:
+    if field.metadata["positional"]:
+        return field.name.upper()
     return "--" + field.name.replace("_", "-")
 
 
@@ -185,6 +195,11 @@ def add_arguments(parser: argparse.ArgumentParser, options: type[Any]) -> None:
         if field.default is False:
             parser.add_argument(
                 flag_of(field), action="store_true", default=argparse.SUPPRESS, help=text
+            )
+            continue
+        if meta["positional"]:
+            parser.add_argument(
+                field.name, nargs="?", default=argparse.SUPPRESS, metavar=flag_of(field), help=text
             )
             continue
         parser.add_argument(

@@ -145,9 +145,14 @@ class Reporter:
         self._line: ProgressLine | None = None
         self.last: dict[str, dict[str, Any]] = {}
         """The newest event of each name."""
+        self._observers: list[Callable[[str, dict[str, Any]], None]] = []
 
     def _head(self, name: str) -> dict[str, Any]:
         return {"event": name, "schema": SCHEMA, "time": time.time(), "role": self._role}
+
+    def observe(self, take: Callable[[str, dict[str, Any]], None]) -> None:
+        """Has `take` called with the name and the values of each event."""
+        self._observers.append(take)
 
     def finding(self, finding: Finding) -> None:
         self.event("finding", **asdict(finding))
@@ -157,6 +162,8 @@ class Reporter:
         reason to stop a migration: it is said on standard error, once, and nothing is written any
         more."""
         self.last[name] = values
+        for take in self._observers:
+            take(name, values)
         try:
             if self._json:
                 values.pop("text", None) if name == "report" else None

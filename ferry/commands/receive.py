@@ -11,6 +11,7 @@ import trio
 
 from ferry.errors import ConfigError, Exit, Interrupted
 from ferry.exit_codes import exit_code_of
+from ferry.metrics import MigrationMetrics
 from ferry.migration.conclusion import conclude
 from ferry.migration.kernels import make_kernels_ready
 from ferry.migration.receive_options import Options, receiver_options
@@ -56,6 +57,8 @@ NEXT_VMM_S = 1.0
 def run(options: Options) -> int:
     """Waits for one migration to this host; returns the exit code."""
     reporter = Reporter("receive", as_json=options.json)
+    if options.metrics_file:
+        reporter.observe(MigrationMetrics("receive", options.metrics_file).take)
     return trio.run(stopped_by_signals, partial(receive, options, reporter))
 
 

@@ -8,6 +8,7 @@ from urllib.parse import urlsplit
 import trio
 
 from ferry.errors import ConfigError, Exit
+from ferry.metrics import MigrationMetrics
 from ferry.migration.conclusion import conclude
 from ferry.migration.control import Steering, changed, control_socket, settings
 from ferry.migration.kernels import make_kernels_ready
@@ -41,6 +42,8 @@ ADVICE = {
 def run(options: Options) -> int:
     """Runs one migration from this host; returns the exit code."""
     reporter = Reporter("send", as_json=options.json)
+    if options.metrics_file:
+        reporter.observe(MigrationMetrics("send", options.metrics_file).take)
     return trio.run(stopped_by_signals, partial(send, options, reporter))
 
 

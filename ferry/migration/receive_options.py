@@ -6,6 +6,7 @@ from ferry.config import endpoint, option, seconds, socket_path
 from ferry.errors import (
     ConfigError,
 )
+from ferry.metrics import HELP as METRICS
 from ferry.migration.endpoints import require_secret
 from ferry.migration.phases import BREAK_AT_CHOICES
 from ferry.secret_file import HELP, INSECURE, read_secret
@@ -44,6 +45,7 @@ class Options:
     keep: bool = option(
         "stay for the next guest: wait for the next VMM at --qmp, and listen again", False
     )
+    metrics_file: str | None = option(METRICS, None)
     json: bool = option("print events as JSON lines", False)
     break_at: str = option(
         "failure drill: stop this process (SIGSTOP) on entering this phase",

@@ -15,6 +15,7 @@ from ferry.config import (
     socket_path,
 )
 from ferry.errors import ConfigError
+from ferry.metrics import HELP as METRICS
 from ferry.migration.endpoints import require_secret
 from ferry.migration.phases import BREAK_AT_CHOICES
 from ferry.secret_file import HELP, INSECURE, read_secret
@@ -114,6 +115,7 @@ class Options:
     check: bool = option(
         "only find out whether it would work, from a receiver that listens; nothing is moved", False
     )
+    metrics_file: str | None = option(METRICS, None)
     json: bool = option("print events as JSON lines", False)
     break_at: str = option(
         "failure drill: stop this process (SIGSTOP) on entering this phase",

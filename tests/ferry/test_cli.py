@@ -1,7 +1,10 @@
 """The command line as a user meets it: help, exit codes, no traceback."""
 
+import dataclasses
+import importlib
 import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -9,8 +12,11 @@ from pathlib import Path
 import pytest
 
 from ferry.cli import COMMANDS, main
+from ferry.config import flag_of
 from ferry.errors import Exit
 from ferry.progress import Reporter
+from ferry.versions import FORMATS
+from transport.wire import records
 
 
 def ferry(*arguments: str) -> subprocess.CompletedProcess[str]:
@@ -168,3 +174,40 @@ def test_wrong_use_is_an_event_too(
     (event,) = map(json.loads, printed.out.splitlines())
     assert says in event["message"] and says in printed.err
     assert (event["event"], event["exit_code"], event["exit_name"]) == ("error", 2, "usage")
+
+
+def test_the_version_names_all_formats(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["--version"]) == Exit.OK
+    first, *formats = capsys.readouterr().out.splitlines()
+    assert first.startswith("vfio-ferry ")
+    assert len(formats) == len(FORMATS)
+    assert f"{records.PROTOCOL_VERSION:>4}  session: " in formats[0]
+
+
+@pytest.mark.parametrize("shell", ["bash", "zsh"])
+def test_completions_know_every_option(shell: str, capsys: pytest.CaptureFixture[str]) -> None:
+    pytest.importorskip("shtab")
+    assert main(["completion", shell]) == Exit.OK
+    printed = capsys.readouterr().out
+    assert "--downtime-limit" in printed and "--journal-size" in printed
+
+
+def test_the_manual_page_has_every_command_and_option(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["man"]) == Exit.OK
+    printed = capsys.readouterr().out
+    plain = printed.replace("\\-", "-")
+    for name, command in COMMANDS.items():
+        assert f".SS {name}\n" in plain
+        for field in dataclasses.fields(importlib.import_module(command.module).Options):
+            assert flag_of(field) in plain
+    if shutil.which("man"):
+        done = subprocess.run(
+            ["man", "--warnings", "-l", "-"],
+            input=printed,
+            env=os.environ | {"LC_ALL": "C", "MANWIDTH": "100"},
+            capture_output=True,
+            text=True,
+            check=False,
+        )
+        assert (done.returncode, done.stderr) == (0, "")
+        assert "--downtime-limit" in done.stdout

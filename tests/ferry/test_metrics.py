@@ -1,0 +1,48 @@
+"""Metrics: named as Prometheus has it, written in one piece, and telling what events told."""
+
+from io import StringIO
+from pathlib import Path
+
+import pytest
+
+from ferry.metrics import MigrationMetrics
+from ferry.progress import Reporter
+from tests.ferry.test_html_report import EVENTS
+from tests.ferry.test_progress import VALUES
+
+parser = pytest.importorskip("prometheus_client.parser")
+
+
+def test_a_migration_as_a_textfile(tmp_path: Path) -> None:
+    path = tmp_path / "ferry.prom"
+    reporter = Reporter("send", as_json=True, stream=StringIO())
+    reporter.observe(MigrationMetrics("send", str(path)).take)
+    assert "vfio_ferry_send_rounds_total 0.0" in path.read_text()
+    for event in EVENTS:
+        values = {key: value for key, value in event.items() if key != "event"}
+        if event["event"] == "success":
+            values |= {"exit_code": 16, "duration_s": 3.5}
+            reporter.event("progress", **VALUES)
+        reporter.event(event["event"], **values)
+    found = {
+        (sample.name, *sample.labels.values()): sample.value
+        for family in parser.text_string_to_metric_families(path.read_text())
+        for sample in family.samples
+    }
+    assert found["vfio_ferry_send_rounds_total",] == 2
+    assert found["vfio_ferry_send_pages_total", "zero"] == 6
+    assert found["vfio_ferry_send_round_bytes_total",] == 8192
+    assert found["vfio_ferry_send_downtime_seconds",] == pytest.approx(0.031)
+    assert found["vfio_ferry_send_downtime_phase_seconds", "verify"] == pytest.approx(0.03)
+    assert found["vfio_ferry_send_wire_bytes", "pages"] == 9000
+    assert found["vfio_ferry_send_exit_code",] == 16
+    assert found["vfio_ferry_send_remaining_bytes",] == VALUES["remaining_bytes"]
+    assert [key for key in found if key[0].endswith("_phase")] == [
+        ("vfio_ferry_send_phase", "pausing")
+    ]
+    assert not [each for each in tmp_path.iterdir() if each != path]
+
+
+def test_a_file_that_cannot_be_written_is_told_at_once(tmp_path: Path) -> None:
+    with pytest.raises(OSError):
+        MigrationMetrics("send", str(tmp_path / "none" / "f"))
