@@ -14,7 +14,7 @@ import contextlib
 import ctypes
 import mmap
 import os
-from collections.abc import Iterable, Iterator
+from collections.abc import Collection, Iterable, Iterator
 from types import TracebackType
 from typing import TYPE_CHECKING, NamedTuple, Self
 
@@ -142,9 +142,16 @@ class GuestMemory:
         self.array.flags.writeable = writable
 
     @classmethod
-    def map(cls, regions: Iterable[MemoryRegion], *, writable: bool = False) -> Self:
+    def map(
+        cls,
+        regions: Iterable[MemoryRegion],
+        *,
+        writable: bool = False,
+        passing: Collection[int] = (),
+    ) -> Self:
         """Maps `regions` shared, in the order of their IOVA; their descriptors stay the caller's.
 
+        `passing` are descriptors of files that will be replaced: `files` leaves them out.
         `writable` holds for the whole array, also for regions that the device may only read (a
         migration fills those, too). Raises `GuestMemoryError` if there is no region, if one does
         not begin and end at pages, overlaps another, reaches behind the end of its file (touching
@@ -180,9 +187,25 @@ class GuestMemory:
             address,
             slots.n_pages,
             tuple((region.iova, region.length, first) for region, _, first in placed),
-            tuple(_open_again(placed, writable)),
+            tuple(_open_again((p for p in placed if p[0].fd not in passing), writable)),
             writable,
         )
+
+    def replace(self, region: MemoryRegion) -> None:
+        """Has the region at `region.iova`, of the same length, be another file from now on.
+
+        Raises `GuestMemoryError`: then it is what it was.
+        """
+        index = self._starts.index(region.iova)
+        if self.layout[index][1] != region.length or _page_bytes(region) != PAGE_BYTES:
+            raise GuestMemoryError(
+                f"the region at {region.iova:#x} has another length or page size"
+            )
+        _check([region])
+        address = self.array.ctypes.data + self._first_pages[index] * PAGE_BYTES
+        protection = mmap.PROT_READ | (mmap.PROT_WRITE if self.array.flags.writeable else 0)
+        flags = mmap.MAP_SHARED | _MAP_FIXED
+        _mmap(address, region.length, protection, flags, region.fd, region.offset)
 
     def page_of(self, iova: int) -> int:
         """The page number of the page that holds `iova`. Raises `GuestMemoryError` if none does."""

@@ -6,6 +6,7 @@ memories, and in any case before this side is ready.
 
 import trio
 
+from ferry.migration.late_memory import LateMemory
 from sync.vmm.driver import Vmm
 from sync.vmm.pci import PciPlatform
 
@@ -14,9 +15,10 @@ class IncomingVmm:
     """A VMM that waits for its guest. `platform` gives access to what it keeps of the devices and
     does not migrate; None where it keeps nothing (QEMU only)."""
 
-    def __init__(self, vmm: Vmm, platform: PciPlatform | None) -> None:
+    def __init__(self, vmm: Vmm, platform: PciPlatform | None, late: LateMemory) -> None:
         self._vmm = vmm
         self._platform = platform
+        self._late = late
         self._lock = trio.Lock()
         self._loaded = False
         self._completed = False
@@ -31,6 +33,7 @@ class IncomingVmm:
         async with self._lock:
             if not self._loaded:
                 await self._vmm.wait_loaded()
+                await self._late.arrive()
                 self._loaded = True
 
     async def complete_platform(self) -> None:

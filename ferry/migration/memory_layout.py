@@ -3,11 +3,12 @@
 Owned here: what the greeting says of the source's memory, and how the target finds the same pages
 in its own VMM. The two DMA maps need not be equal: firmware moves RAM in and out of the map below
 1 MiB, so a target that has not run it yet lacks some of the source's regions. What has to be equal
-is the RAM behind the maps: its files, and which part of a file lies at which address.
+is the RAM behind the maps: its files, and which part of a file lies at which address. Files that
+no region here is in yet are `late_memory`'s.
 """
 
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 from ferry.errors import Mismatch, PeerProtocolError
@@ -68,34 +69,61 @@ class MemoryLayout:
         return ", ".join(f"{r[1] >> 10} KiB at {r[0]:#x}" for r in self.regions) or "empty"
 
 
-def same_pages(theirs: MemoryLayout, ours: Sequence[MemoryRegion]) -> list[MemoryRegion]:
-    """The regions of `theirs` in the files of `ours`; the descriptors stay those of `ours`.
+def same_pages(
+    theirs: MemoryLayout, ours: Sequence[MemoryRegion], stand_ins: Mapping[int, int] | None = None
+) -> list[MemoryRegion]:
+    """The regions of `theirs` in the files of `ours`, whose descriptors stay theirs; `stand_ins` are
+    descriptors for files of `theirs`, by number, that are not mapped here yet.
 
     Raises `Mismatch` if the RAM behind both is not laid out in the same way.
     """
     here = MemoryLayout.of(ours)
-    if here.files != theirs.files or not _agree(theirs, here):
-        raise Mismatch(
-            f"the guest's memory is {here} of {sum(here.files) >> 20} MiB here, the source's "
-            f"{theirs} of {sum(theirs.files) >> 20} MiB: start the VMM with the same memory"
-        )
-    descriptors: dict[int, int] = {}
+    pairs = _pair(theirs, here)
+    descriptors = dict(stand_ins or {})
     for (_, _, file, _), region in zip(here.regions, sorted(ours), strict=True):
-        descriptors.setdefault(file, region.fd)
+        if file in pairs:
+            descriptors.setdefault(pairs[file], region.fd)
+    if len(descriptors) < len(theirs.files):
+        raise _mismatch(theirs, here)
     return [
         MemoryRegion(iova, length, offset, True, descriptors[file], theirs.page_bytes[file])
         for iova, length, file, offset in theirs.regions
     ]
 
 
-def _agree(a: MemoryLayout, b: MemoryLayout) -> bool:
-    """Whether every address that is in both lies at the same place of the same file."""
-    left, right = list(a.regions), list(b.regions)
+def late_files(theirs: MemoryLayout, ours: Sequence[MemoryRegion]) -> list[int]:
+    """The files of `theirs` that no region of `ours` is in: a VMM may map them only once the guest
+    is there. Raises `Mismatch` if what is mapped is not laid out in the same way."""
+    here = MemoryLayout.of(ours)
+    known = set(_pair(theirs, here).values())
+    if not known:
+        raise _mismatch(theirs, here)
+    return [file for file in range(len(theirs.files)) if file not in known]
+
+
+def _mismatch(theirs: MemoryLayout, here: MemoryLayout) -> Mismatch:
+    return Mismatch(
+        f"the guest's memory is {here} of {sum(here.files) >> 20} MiB here, the source's "
+        f"{theirs} of {sum(theirs.files) >> 20} MiB: start the VMM with the same memory"
+    )
+
+
+def _pair(theirs: MemoryLayout, here: MemoryLayout) -> dict[int, int]:
+    """Which file here is which of theirs: those that the same addresses lie in, at the same place.
+
+    Raises `Mismatch` where an address lies at another place, a file is two or has another size,
+    and for a file here that none of theirs is.
+    """
+    pairs: dict[int, int] = {}
+    left, right = list(here.regions), list(theirs.regions)
     while left and right:
         (start, length, file, offset), (start2, length2, file2, offset2) = left[-1], right[-1]
-        if max(start, start2) < min(start + length, start2 + length2) and (
-            (file, offset - start) != (file2, offset2 - start2)
-        ):
-            return False
+        if max(start, start2) < min(start + length, start2 + length2):
+            same_place = offset - start == offset2 - start2
+            if not same_place or pairs.setdefault(file, file2) != file2:
+                raise _mismatch(theirs, here)
         (left if start >= start2 else right).pop()
-    return True
+    whole = len(set(pairs.values())) == len(pairs) == len(here.files)
+    if not whole or any(here.files[a] != theirs.files[b] for a, b in pairs.items()):
+        raise _mismatch(theirs, here)
+    return pairs

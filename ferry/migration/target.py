@@ -23,7 +23,9 @@ from ferry.migration.check import answer_check
 from ferry.migration.conversation import EVENTS
 from ferry.migration.handover_runner import HandoverRunner
 from ferry.migration.incoming_vmm import IncomingVmm
+from ferry.migration.late_memory import LateMemory, check_late_files
 from ferry.migration.listener import Listener
+from ferry.migration.memory_layout import MemoryLayout
 from ferry.migration.messages import (
     MessageKind,
     MigrationHello,
@@ -145,6 +147,8 @@ class Target:
             vouched=self._options.vouch_one_vm,
         )
         compare_places(places, [each.place for each in hello.devices])
+        layout = MemoryLayout.from_rows(hello.files, hello.layout)
+        await check_late_files(self._vmm, devices[0].gateway, layout)
         identity = await identify(self._vmm)
         _compare_vmms(identity, Notice(hello.vmm))
         platform = await self._check_platform(bytes.fromhex(hello.platform))
@@ -181,7 +185,7 @@ class Target:
         self.touched = True
         hello = checked.hello
         self.arrival = Arrival(hello.session)
-        memory = await map_memory(checked.devices[0].gateway, hello, self._held)
+        memory, late = await map_memory(checked.devices[0].gateway, hello, self._held)
         for device in checked.devices:
             await device.gateway.standby(hello.session)
         if checked.platform is not None:
@@ -192,14 +196,18 @@ class Target:
             with trio.fail_after(CONNECT_S):
                 stream = await self._held.enter_async_context(await trio.open_unix_socket(path))
         self.runner.offer(
-            {Action.SEND_PREPARED: partial(self._send_prepared, checked, memory, stream)}
+            {Action.SEND_PREPARED: partial(self._send_prepared, checked, memory, late, stream)}
         )
         return Event.STOOD_BY
 
     async def _send_prepared(
-        self, checked: Checked, memory: GuestMemory, stream: trio.SocketStream
+        self,
+        checked: Checked,
+        memory: GuestMemory,
+        late: LateMemory,
+        stream: trio.SocketStream,
     ) -> None:
-        incoming = IncomingVmm(self._vmm, checked.platform)
+        incoming = IncomingVmm(self._vmm, checked.platform, late)
         self.runner.offer({Action.MAKE_READY: partial(self._make_ready, checked, incoming)})
         await self._link.accept(b"")
         self.runner.offer(

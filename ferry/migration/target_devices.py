@@ -12,7 +12,8 @@ from pathlib import Path
 from ferry.errors import Mismatch
 from ferry.host_memory import check_room
 from ferry.migration.devices import check_gateway, memory_of, offer_of, view_of
-from ferry.migration.memory_layout import MemoryLayout, same_pages
+from ferry.migration.late_memory import LateMemory, stand_ins
+from ferry.migration.memory_layout import MemoryLayout, late_files, same_pages
 from ferry.migration.messages import DeviceOffer, MigrationHello
 from sync.gateway.control.client import GatewayClient
 from sync.gateway.control.info import GatewayInfo
@@ -74,7 +75,7 @@ async def attach_devices(
         except (IdentityMismatch, MethodMismatch, NoMethod, ProfileMismatch) as error:
             raise Mismatch(f"device {number}: {error}") from error
         async with memory_of(gateway) as regions:
-            same_pages(layout, regions)
+            late_files(layout, regions)
             check_room(regions)
         devices.append(TargetDevice(gateway, registers))
     return tuple(devices)
@@ -93,14 +94,22 @@ def _compare(number: int, info: GatewayInfo, theirs: DeviceOffer) -> None:
 
 async def map_memory(
     gateway: GatewayClient, hello: MigrationHello, held: AsyncExitStack
-) -> GuestMemory:
-    """The pages that the source sends, in this VMM's memory, writable until `held` is closed.
+) -> tuple[GuestMemory, LateMemory]:
+    """The pages that the source sends, in this VMM's memory, writable until `held` is closed, and
+    what of it the VMM maps only later.
 
     Raises `Mismatch` if the memory is no longer the one that was checked.
     """
     layout = MemoryLayout.from_rows(hello.files, hello.layout)
     async with memory_of(gateway) as regions:
-        return held.enter_context(GuestMemory.map(same_pages(layout, regions), writable=True))
+        files = stand_ins(layout, regions)
+        pages = same_pages(layout, regions, files)
+        memory = held.enter_context(
+            GuestMemory.map(pages, writable=True, passing=set(files.values()))
+        )
+        late = LateMemory(gateway, layout, memory, files)
+        held.callback(late.close)
+        return memory, late
 
 
 async def fence(leases: Sequence[Lease]) -> tuple[bool, Exception | None]:
