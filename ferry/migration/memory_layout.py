@@ -72,7 +72,7 @@ class MemoryLayout:
 def same_pages(
     theirs: MemoryLayout, ours: Sequence[MemoryRegion], stand_ins: Mapping[int, int] | None = None
 ) -> list[MemoryRegion]:
-    """The regions of `theirs` in the files of `ours`, whose descriptors stay theirs; `stand_ins` are
+    """The regions of `theirs` in the files of `ours`, whose descriptors they keep; `stand_ins` has
     descriptors for files of `theirs`, by number, that are not mapped here yet.
 
     Raises `Mismatch` if the RAM behind both is not laid out in the same way.
