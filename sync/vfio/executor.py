@@ -34,7 +34,9 @@ from sync.vfio.uapi import IrqIndex
 from sync.vfio.user_device import UserDevice
 
 DEADLINE_S = 30.0
-"""For one step. A controller may take half a minute to get ready (CAP.TO), and says so."""
+"""For a register: a controller may take half a minute to get ready (CAP.TO)."""
+COMMAND_DEADLINE_S = 5.0
+"""For a command's completion: a guest may be standing still meanwhile."""
 _SPINS = 200
 _PAUSE_S = 0.0005
 _BAR = 0
@@ -76,7 +78,9 @@ class Executor:
             case WriteRegister(offset, data):
                 device.write(_BAR, offset, data)
             case AwaitRegister(offset, length, mask, value):
-                return self._await(lambda: device.read(_BAR, offset, length), mask, value)
+                return self._await(
+                    lambda: device.read(_BAR, offset, length), mask, value, self._deadline_s
+                )
             case MapScratch(iova, length):
                 fd = os.memfd_create("scratch", os.MFD_CLOEXEC)
                 try:
@@ -96,7 +100,8 @@ class Executor:
             case WriteMemory(iova, data):
                 self._write(iova, data)
             case AwaitMemory(iova, length, mask, value):
-                return self._await(lambda: self._read(iova, length), mask, value)
+                deadline_s = min(self._deadline_s, COMMAND_DEADLINE_S)
+                return self._await(lambda: self._read(iova, length), mask, value, deadline_s)
             case Signal(vector):
                 self._signal(vector)
         return b""
@@ -119,8 +124,8 @@ class Executor:
             del self._scratch[iova]
             memory.close()
 
-    def _await(self, look: Callable[[], bytes], mask: int, value: int) -> bytes:
-        end = time.monotonic() + self._deadline_s
+    def _await(self, look: Callable[[], bytes], mask: int, value: int, deadline_s: float) -> bytes:
+        end = time.monotonic() + deadline_s
         spins = 0
         while True:
             data = look()
@@ -130,7 +135,7 @@ class Executor:
             if spins > _SPINS:
                 if time.monotonic() > end:
                     raise WalkTimeout(
-                        f"{self._device.name} did not do its part within {self._deadline_s:g} s"
+                        f"{self._device.name} did not do its part within {deadline_s:g} s"
                     )
                 time.sleep(_PAUSE_S)
 

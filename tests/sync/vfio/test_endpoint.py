@@ -181,7 +181,8 @@ class Guest:
         self.random = random.Random(1)
         here.ask(Command.VERSION, Version(capabilities=Capabilities()).pack())
         here.share(self.ram)
-        here.write(4, b"\x06\x00", CONFIG)
+        here.write(4, b"\x06\x01", CONFIG)
+        here.write(0x3C, b"\x0b", CONFIG)
         self.lines = [os.eventfd(0, os.EFD_NONBLOCK) for _ in range(2)]
         flags = IrqSet.DATA_EVENTFD | IrqSet.ACTION_TRIGGER
         self.use_interrupts(here, flags)
@@ -246,7 +247,8 @@ def test_a_guest_moves_with_its_queues_from_function_to_function(
     guest.use_interrupts(target, IrqSet.DATA_EVENTFD | IrqSet.ACTION_TRIGGER)
     target.enter(MigrationState.RUNNING)
     assert target.state() is MigrationState.RUNNING
-    assert target.read(4, 2, CONFIG) == b"\x06\x00"
+    assert target.read(4, 2, CONFIG) == b"\x06\x01"
+    assert target.read(0x3C, 1, CONFIG) == b"\x0b"
     guest.here = target
     guest.work(40)
     assert len(target.kernel.controller.events) == 1
