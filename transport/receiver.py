@@ -25,7 +25,7 @@ from transport.session.link import LinkThread, SessionEnd, Shared, check_memory
 from transport.session.message_memory import keep_message_memory
 from transport.session.router import Router
 from transport.session.secret import check_secret
-from transport.session.sockets import check_url, new_context, resolved
+from transport.session.sockets import check_url, listening_url, new_context
 from transport.wire.records import (
     MAX_RECORD_BYTES,
     MAX_WINDOW_FRAMES,
@@ -240,7 +240,7 @@ async def open_receiver(
     Raises EndpointError if the address cannot be bound.
     """
     check_url(url, bind=True)
-    url = await trio.to_thread.run_sync(resolved, url, abandon_on_cancel=True)
+    url = await trio.to_thread.run_sync(listening_url, url, abandon_on_cancel=True)
     keep_message_memory()
     context = new_context()
     try:

@@ -27,7 +27,7 @@ from transport.session.link import LinkThread, SessionEnd, Shared, check_memory
 from transport.session.message_memory import keep_message_memory
 from transport.session.pacing import SharedBucket
 from transport.session.secret import check_secret
-from transport.session.sockets import check_url, new_context, resolved
+from transport.session.sockets import check_url, new_context
 from transport.wire.codec import Codec
 from transport.wire.errors import LayoutMismatch
 from transport.wire.frames import split_by_lane
@@ -488,7 +488,6 @@ async def open_sender(
     greeting = SessionHello(
         session, os.urandom(NONCE_BYTES), options.lanes, options.frame_bytes, hello
     )
-    url = await trio.to_thread.run_sync(resolved, url, abandon_on_cancel=True)
     keep_message_memory()
     context = new_context()
     try:

@@ -89,11 +89,11 @@ def check_url(url: str, *, bind: bool) -> None:
         raise EndpointError(f"{url!r}: nobody can be reached at a wildcard")
 
 
-def resolved(url: str) -> str:
-    """`url` with an address in place of a host's name. Blocks: names may be asked of a server.
+def listening_url(url: str) -> str:
+    """`url` with an address in place of a host's name, of which ZeroMQ knows IPv4 addresses only.
 
-    An IPv4 address is preferred, since whoever listens at a wildcard listens there. Raises
-    `EndpointError` for a name that nobody knows.
+    Blocks: names may be asked of a server. An IPv4 address is preferred. Raises `EndpointError` for
+    a name that nobody knows.
     """
     parts = urlsplit(url)
     host = parts.hostname

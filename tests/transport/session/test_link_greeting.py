@@ -16,7 +16,7 @@ import trio
 from tests.transport import running
 from transport.receiver import open_receiver
 from transport.sender import SenderOptions, open_sender
-from transport.session.sockets import resolved
+from transport.session.sockets import listening_url
 from transport.wire.errors import (
     EndpointError,
     PeerClosed,
@@ -126,8 +126,9 @@ def test_a_url_that_is_none_is_refused_at_once(url: str) -> None:
     run_trio(scenario)
 
 
-def test_a_host_that_has_only_an_ipv6_address_is_reached(monkeypatch: pytest.MonkeyPatch) -> None:
-    """By its name, of which ZeroMQ takes IPv4 addresses only."""
+def test_a_name_that_has_only_an_ipv6_address_can_be_listened_at(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     monkeypatch.setattr(
         socket,
         "getaddrinfo",
@@ -145,7 +146,7 @@ def test_a_host_that_has_only_an_ipv6_address_is_reached(monkeypatch: pytest.Mon
                     await receiver.accept(b"")
 
                 nursery.start_soon(accept)
-                async with open_sender(f"tcp://target.example:{port}", bytes(16), b""):
+                async with open_sender(f"tcp://[::1]:{port}", bytes(16), b""):
                     pass
 
     run_trio(scenario)
@@ -163,7 +164,7 @@ def test_the_address_that_is_taken(
 ) -> None:
     found = [(family, socket.SOCK_STREAM, 6, "", (address, 0)) for family, address in rows]
     monkeypatch.setattr(socket, "getaddrinfo", lambda *_, **__: found)
-    assert resolved("tcp://target.example:5000") == expected
+    assert listening_url("tcp://target.example:5000") == expected
 
 
 @pytest.mark.parametrize(
@@ -171,7 +172,7 @@ def test_the_address_that_is_taken(
 )
 def test_what_is_no_name_is_asked_of_nobody(monkeypatch: pytest.MonkeyPatch, url: str) -> None:
     monkeypatch.delattr(socket, "getaddrinfo")
-    assert resolved(url) == url
+    assert listening_url(url) == url
 
 
 @pytest.mark.parametrize("host", ["no-such-host.invalid", "x" * 64 + ".example", "a..b"])
@@ -190,7 +191,7 @@ def test_a_host_that_is_not_known_is_named_at_once(
 
     async def scenario() -> None:
         with pytest.raises(EndpointError, match=rf"the host '{host}' is not known"):
-            async with open_sender(f"tcp://{host}:5000", bytes(16), b""):
+            async with open_receiver(f"tcp://{host}:5000"):
                 pass
 
     run_trio(scenario)
