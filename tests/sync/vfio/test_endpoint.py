@@ -282,6 +282,24 @@ def test_a_target_that_holds_something_else_refuses_and_says_what(
     other.endpoint.close()
 
 
+def test_i9_a_vector_that_is_full_holds_nobody_up(source: Client, target: Client) -> None:
+    guest = Guest(source)
+    guest.driver.read_or_write(guest.driver.sqs[1], guest.random)
+    source.enter(MigrationState.STOP_COPY)
+    target.enter(MigrationState.RESUMING)
+    target.give(source.stream())
+    target.enter(MigrationState.STOP)
+    source.take_away()
+    target.share(guest.ram)
+    guest.lines = [os.eventfd(0) for _ in range(2)]
+    os.eventfd_write(guest.lines[1], (1 << 64) - 2)
+    guest.use_interrupts(target, IrqSet.DATA_EVENTFD | IrqSet.ACTION_TRIGGER)
+    target.enter(MigrationState.RUNNING)
+    guest.here = target
+    assert guest.driver.take(guest.driver.cqs[1]) == 1
+    guest.work(3)
+
+
 def test_i8_a_source_that_is_told_to_go_on_does(source: Client, target: Client) -> None:
     guest = Guest(source)
     guest.work(3)
