@@ -33,6 +33,17 @@ from collections.abc import Mapping
 VMM_PHASES = frozenset({"VMM stop", "VMM transfer", "VMM resume"})
 
 
+STANDSTILL_FACTOR = 10
+MIN_STANDSTILL_S = 5.0
+"""Below this a loaded host alone would end migrations."""
+
+
+def standstill_budget_s(allowed_ms: float) -> float:
+    """How long the guest may stand still at most before it goes on here, whatever the peer and the
+    link do (I10): ten times the downtime that is allowed, and at least five seconds."""
+    return max(MIN_STANDSTILL_S, STANDSTILL_FACTOR * allowed_ms / 1e3)
+
+
 class Downtime:
     """A stopwatch. `stopped_at` and `waiting_at`: seconds since the epoch, by this host's clock,
     when the VMM's vCPUs stopped, and when it began to wait in `pre-switchover`."""

@@ -56,6 +56,7 @@ class HandoverRunner:
         self._events_in, self._events = trio.open_memory_channel[_Occurrence](math.inf)
         self._started = 0
         self._entered = 0.0
+        self._budget: tuple[frozenset[HandoverState], float, str] = (frozenset(), math.inf, "")
         self._running: trio.CancelScope | None = None
         self._idle = trio.Event()
         self._idle.set()
@@ -91,6 +92,21 @@ class HandoverRunner:
         """Says how these actions are performed from now on."""
         self._perform |= perform
 
+    def allow(self, states: frozenset[HandoverState], seconds: float, else_: str) -> None:
+        """All of `states` together may take so long from now on; `else_` and the seconds are what
+        is said if they take longer. The state that the machine is in now keeps its limit."""
+        text = f"{else_} {seconds:.1f} s"
+        self._budget = (states, trio.current_time() + seconds, text)
+
+    def _until(self) -> tuple[float, str]:
+        """When the state's time is over, and what to say then."""
+        state, limit_s = self._machine.state, self._machine.deadline_s
+        states, budget_until, text = self._budget
+        until = math.inf if limit_s is None else self._entered + limit_s
+        if state in states and budget_until < until:
+            return budget_until, text
+        return until, f"{state.value} took longer than {limit_s or 0:.0f} s"
+
     @property
     def reason(self) -> str:
         """One line that says what went wrong first, for the peer or a person."""
@@ -101,15 +117,13 @@ class HandoverRunner:
         async with trio.open_nursery() as nursery:
             await self._feed(nursery, first)
             while not self._machine.terminal:
-                deadline_s = self._machine.deadline_s
-                until = math.inf if deadline_s is None else self._entered + deadline_s
+                until, what = self._until()
                 with trio.move_on_at(until) as scope:
                     event, started, taken = await self._events.receive()
                     if started not in (None, self._started):
                         continue  # from an action that something else has overtaken
                 if scope.cancelled_caught:
-                    phase = self._machine.state.value
-                    passed = DeadlinePassed(f"{phase} took longer than {deadline_s:.0f} s")
+                    passed = DeadlinePassed(what)
                     if self.first_error is None:
                         self.first_error = passed
                     else:

@@ -22,6 +22,7 @@ checked here, and which message may come when stands in `ferry.migration.convers
 """
 
 import json
+import math
 import struct
 from dataclasses import asdict, dataclass, field
 from enum import IntEnum
@@ -37,6 +38,8 @@ MAX_REGIONS = 65536
 """Regions of guest memory, as many as vfio-user's default of max_dma_maps."""
 
 T = TypeVar("T")
+MAX_DIGITS = 21
+"""Of a whole number of 64 bits, with its sign."""
 PROBES = 5
 """So many of them a check sends at most: the shortest round trip is what counts."""
 
@@ -234,10 +237,25 @@ def _register_report(told: dict[str, object]) -> dict[str, Any]:
     }
 
 
+def _integer(text: str) -> int:
+    """A number of at most 64 bits: what is larger would overflow where it is computed with."""
+    if len(text) > MAX_DIGITS or abs(int(text)) >= 1 << 64:
+        raise ValueError("a number of more than 64 bits")
+    return int(text)
+
+
+def _float(text: str) -> float:
+    if not math.isfinite(float(text)):
+        raise ValueError("a number that is not finite")
+    return float(text)
+
+
 def load_object(payload: bytes) -> dict[str, Any]:
     """The JSON object in `payload`. Raises `PeerProtocolError` where there is none."""
     try:
-        data = json.loads(payload or b"{}")
+        data = json.loads(
+            payload or b"{}", parse_int=_integer, parse_float=_float, parse_constant=_float
+        )
     except (ValueError, RecursionError) as error:
         raise PeerProtocolError("the peer sent a control record that is not JSON") from error
     if not isinstance(data, dict):

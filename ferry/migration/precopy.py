@@ -64,6 +64,13 @@ class Precopy:
         """Goes on with other limits."""
         self._options = options
 
+    @property
+    def decided_downtime_ms(self) -> float:
+        """What the downtime was predicted to be when it was decided to switch over; 0 where nothing
+        was predicted."""
+        predicted = self._predicted_ms
+        return predicted if predicted is not None and math.isfinite(predicted) else 0.0
+
     async def converge(self) -> None:
         """Sends rounds until what is left fits into the downtime. Raises `NotConverged`,
         `MigrationFailed`."""

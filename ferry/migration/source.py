@@ -9,6 +9,7 @@ What has to be undone is noted in an `Undo` before it is begun, and is undone fr
 """
 
 import contextlib
+import math
 import secrets
 import time
 from collections.abc import Awaitable, Callable, Sequence
@@ -22,7 +23,7 @@ from ferry.findings import methods_text, ok
 from ferry.migration.belonging import prove_one_vm
 from ferry.migration.check import findings_of
 from ferry.migration.devices import offer_of
-from ferry.migration.downtime import Downtime
+from ferry.migration.downtime import Downtime, standstill_budget_s
 from ferry.migration.handover_runner import HandoverRunner
 from ferry.migration.messages import MessageKind, MigrationHello, Notice
 from ferry.migration.phases import Phases
@@ -38,7 +39,7 @@ from ferry.nurseries import alongside, ungrouped
 from ferry.progress import Reporter
 from sync.dirty.merge import MergedTrackers
 from sync.handover.machine import Action, Event, Handover
-from sync.handover.states import Deadlines, Role
+from sync.handover.states import STANDSTILL, Deadlines, HandoverState, Role
 from sync.memory import GuestMemory
 from sync.vmm.driver import Vmm, resume_source
 from sync.vmm.errors import VmmError
@@ -47,6 +48,8 @@ from sync.vmm.pci import PciPlatform
 from sync.vmm.states import RUNNING, in_words
 from transport.kernels.bitmap import bitmap_to_indices
 
+PAUSING_S = 30.0
+"""How long a VMM may take to pause its guest, beside the downtime that it is allowed."""
 RECOVERY_DEADLINE_S = 10.0
 """How long a VMM may take to let its guest run again."""
 
@@ -92,9 +95,10 @@ class Source:
         self._undo = Undo()
         self.report = Report(self._session.hex(), downtime_limit_ms=options.downtime_limit)
         self._began = trio.current_time()
-        # A scan reads all of the guest's memory before the rounds.
+        # A scan reads all of the guest's memory before the rounds. How long the VMM may take to
+        # pause follows from what has been decided by then.
         limits = Deadlines(
-            mediating_s=options.timeout + 10.0, precopy_s=options.timeout + 60.0, pausing_s=30.0
+            mediating_s=options.timeout + 10.0, precopy_s=options.timeout + 60.0, pausing_s=None
         )
         self.runner = HandoverRunner(
             Handover(Role.SOURCE, limits),
@@ -246,13 +250,21 @@ class Source:
 
     async def _run_rounds(self, precopy: Precopy) -> Event:
         await precopy.converge()
+        allowed_ms = max(self._options.downtime_limit, precopy.decided_downtime_ms)
+        self.runner.allow(
+            frozenset({HandoverState.PAUSING}),
+            PAUSING_S + allowed_ms / 1e3,
+            "the VMM does not pause its guest: allow a longer --downtime-limit; it was given",
+        )
         return Event.CONVERGED
 
     async def _pause_vmm(self, prepared: Prepared, mediated: Mediated) -> Event:
         """Lets the VMM switch over, and keeps the dirty set small until it does."""
         # The VMM may leave so much of its own for the time when the guest stands still; the rest
         # of the limit is for what follows from it.
-        await prepared.vmm.allow_switchover(max(1, self._options.downtime_limit // 3))
+        limit_ms = self._options.downtime_limit
+        decided_ms = mediated.precopy.decided_downtime_ms
+        await prepared.vmm.allow_switchover(max(1, limit_ms // 3, math.ceil(decided_ms)))
         async with alongside(mediated.precopy.keep_small):
             paused = await prepared.vmm.wait_pre_switchover()
         if not prepared.vmm.guest_ran:
@@ -260,6 +272,12 @@ class Source:
                 await device.gateway.arm_recovery(self._options.qmp, RECOVERY_DEADLINE_S, ran=False)
         downtime = Downtime(paused.guest_paused_at, paused.waiting_at)
         downtime.lap("pause")
+        budget_s = standstill_budget_s(max(limit_ms, decided_ms))
+        self.runner.allow(
+            STANDSTILL,
+            max(0.0, budget_s - downtime.total_ms / 1e3),
+            f"the guest stands still for longer than {budget_s:g} s in all; left were",
+        )
         link = prepared.link
         self.runner.offer(
             {

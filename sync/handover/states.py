@@ -67,10 +67,24 @@ TERMINAL = frozenset(
     }
 )
 
+STANDSTILL = frozenset(
+    {
+        HandoverState.STOPPING,
+        HandoverState.FINALIZING,
+        HandoverState.VERIFYING,
+        HandoverState.AWAITING_READY,
+        HandoverState.RELEASING,
+    }
+)
+"""The source's states in which its guest stands still and can still go on here."""
+
 
 @dataclass(frozen=True, slots=True)
 class Deadlines:
-    """Seconds that a side may stay in each state; `None` is without limit.
+    """Seconds that a side may stay in each state; `None` is without limit of its own.
+
+    Those of `STANDSTILL` have one budget together, which follows from the downtime that is allowed
+    (I10). A target receives for as long as its source sends.
 
     The target's answer to a commit takes at most
     `ready_s + owning_s + disowning_s + starting_guest_s`; `committing_s` has to be longer, or the
@@ -81,11 +95,11 @@ class Deadlines:
     mediating_s: float | None = 10.0
     precopy_s: float | None = 3600.0
     pausing_s: float | None = 10.0
-    stopping_s: float | None = 10.0
-    finalizing_s: float | None = 30.0
-    verifying_s: float | None = 30.0
-    awaiting_ready_s: float | None = 30.0
-    releasing_s: float | None = 5.0
+    stopping_s: float | None = None
+    finalizing_s: float | None = None
+    verifying_s: float | None = None
+    awaiting_ready_s: float | None = None
+    releasing_s: float | None = None
     committing_s: float | None = 45.0
     aborting_s: float | None = 15.0
     listening_s: float | None = None
@@ -93,7 +107,7 @@ class Deadlines:
     checking_only_s: float | None = 10.0
     answering_s: float | None = 60.0
     entering_standby_s: float | None = 30.0
-    receiving_s: float | None = 7200.0
+    receiving_s: float | None = None
     readying_s: float | None = 20.0
     ready_s: float | None = 15.0
     owning_s: float | None = 5.0

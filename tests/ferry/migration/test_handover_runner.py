@@ -6,7 +6,7 @@ import trio.testing
 from ferry.errors import DeadlinePassed, PeerAborted
 from ferry.migration.handover_runner import HandoverRunner, Perform
 from sync.handover.machine import Action, Event, Handover, RemoteProtocolError
-from sync.handover.states import Deadlines, HandoverState, Role
+from sync.handover.states import STANDSTILL, Deadlines, HandoverState, Role
 
 
 class Script:
@@ -218,3 +218,36 @@ def test_who_tells_of_an_event_goes_on_when_the_machine_has_taken_it() -> None:
     state, _ = run(Told())
     assert state is HandoverState.COMMITTED
     assert seen == [HandoverState.AWAITING_READY, HandoverState.RELEASING]
+
+
+def test_i10_all_phases_in_which_the_guest_stands_still_share_one_budget() -> None:
+    class Slow(Script):
+        def actions(self) -> dict[Action, Perform]:
+            slow = (Action.STOP_DEVICES, Action.SEND_FINAL, Action.VERIFY)
+            actions = super().actions()
+            return actions | {each: self.takes_a_second(actions[each]) for each in slow}
+
+        def takes_a_second(self, perform: Perform) -> Perform:
+            async def slowly() -> Event | None:
+                await trio.sleep(1.0)
+                return await perform()
+
+            return slowly
+
+        def _one(self, action: Action, event: Event | None) -> Perform:
+            perform = super()._one(action, event)
+
+            async def with_budget() -> Event | None:
+                if action is Action.PAUSE_VMM:
+                    self.runner.allow(STANDSTILL, 2.5, "longer than")
+                return await perform()
+
+            return with_budget
+
+    script = Slow()
+    state, runner = run(script)
+    assert state is HandoverState.ABORTED
+    assert str(runner.first_error) == "longer than 2.5 s"
+    assert "-SEND_FINAL" in script.log
+    assert "+VERIFY" not in script.log
+    assert script.log[-1] == "-RESTORE"

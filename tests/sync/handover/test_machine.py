@@ -14,7 +14,7 @@ from sync.handover.machine import (
     LocalProtocolError,
     RemoteProtocolError,
 )
-from sync.handover.states import TERMINAL, Deadlines, HandoverState, Role
+from sync.handover.states import STANDSTILL, TERMINAL, Deadlines, HandoverState, Role
 
 A, E, S = Action, Event, HandoverState
 
@@ -202,7 +202,7 @@ def test_each_state_has_its_deadline() -> None:
     assert deadlines.of(S.READY) == 3.5
     assert deadlines.of(S.LISTENING) is None
     assert all(deadlines.of(state) is None for state in {S.IDLE, *TERMINAL})
-    waiting = set(HandoverState) - TERMINAL - {S.IDLE, S.LISTENING}
+    waiting = set(HandoverState) - TERMINAL - STANDSTILL - {S.IDLE, S.LISTENING, S.RECEIVING}
     assert all((deadlines.of(state) or 0) > 0 for state in waiting)
     with pytest.raises(ValueError, match="ready_s"):
         Deadlines(ready_s=0)
