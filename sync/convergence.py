@@ -33,12 +33,18 @@ _IMPROVEMENT = 0.95
 """Less left than this part of the least so far is progress; anything else is noise."""
 
 
+THROTTLED_ROUNDS = 8
+"""So many rounds more a stall takes once the guest is throttled: it is slowed down step by step."""
+
+
 class Verdict(Enum):
     """What to do after a round."""
 
     CONTINUE = "continue"
     SWITCH = "switch"
     GIVE_UP = "give-up"
+    THROTTLE = "throttle"
+    """Have the guest write less. Comes once."""
 
 
 class Reason(Enum):
@@ -68,8 +74,9 @@ class Limits:
     max_rounds: int = 30
     timeout_s: float | None = None
     """Bound on the sum of the rounds' intervals."""
-    on_stall: Literal["switch", "abort"] = "switch"
-    """What to do when the limits cannot be met: switch at the best moment, or give up."""
+    on_stall: Literal["switch", "abort", "throttle"] = "switch"
+    """What to do when the limits cannot be met: switch at the best moment, give up, or throttle the
+    guest at the first stall, and switch if that does not help."""
     fixed_cost_ms: float = 50.0
     """Estimate of the part of the downtime that does not depend on what is left."""
     stall_rounds: int = 3
@@ -84,8 +91,10 @@ class Limits:
             value = getattr(self, name)
             if value is not None and not 0 <= value < float("inf"):
                 raise ValueError(f"{name} has to be zero or more, not {value}")
-        if self.on_stall not in ("switch", "abort"):
-            raise ValueError(f"on_stall has to be 'switch' or 'abort', not {self.on_stall!r}")
+        if self.on_stall not in ("switch", "abort", "throttle"):
+            raise ValueError(
+                f"on_stall has to be 'switch', 'abort' or 'throttle', not {self.on_stall!r}"
+            )
 
 
 @dataclass(frozen=True, slots=True)
@@ -146,10 +155,11 @@ class Convergence:
         self._least_bytes = math.inf
         self._progress_bytes = math.inf
         self._rounds_without_progress = 0
+        self._may_throttle = limits.on_stall == "throttle"
         self.rounds = 0
         self.rates = Rates()
 
-    def heed(self, downtime_ms: float, on_stall: Literal["switch", "abort"]) -> None:
+    def heed(self, downtime_ms: float, on_stall: Literal["switch", "abort", "throttle"]) -> None:
         """The user has changed their mind about these limits."""
         self._limits = replace(self._limits, downtime_ms=downtime_ms, on_stall=on_stall)
 
@@ -211,6 +221,10 @@ class Convergence:
         if self._rounds_without_progress >= limits.stall_rounds:
             if give_up:
                 return Verdict.GIVE_UP, Reason.STALL
+            if self._may_throttle:
+                self._may_throttle = False
+                self._rounds_without_progress = -THROTTLED_ROUNDS
+                return Verdict.THROTTLE, Reason.STALL
             return Verdict.SWITCH if best_moment else Verdict.CONTINUE, Reason.STALL
         return Verdict.CONTINUE, Reason.COPYING
 

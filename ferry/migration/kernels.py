@@ -4,7 +4,12 @@ import trio
 
 from ferry.collector import collector_off
 from ferry.progress import Reporter
+from sync.vmm.stream.kernel import follow_records, signature
+from transport.kernels.declare import Kernel
 from transport.kernels.load import warm_up
+
+STREAM_KERNEL = Kernel(follow_records, signature())
+"""The loop over the VMM's stream, kept beside the data plane's."""
 
 
 async def make_kernels_ready(reporter: Reporter) -> None:
@@ -18,7 +23,9 @@ async def make_kernels_ready(reporter: Reporter) -> None:
         reporter.event("message", text=text)
 
     with collector_off():
-        done = await trio.to_thread.run_sync(warm_up, explain, abandon_on_cancel=True)
+        done = await trio.to_thread.run_sync(
+            warm_up, explain, [STREAM_KERNEL], abandon_on_cancel=True
+        )
     if done.cache_hit:
         return
     text = f"the numba kernels are compiled, in {done.seconds:.1f} s"

@@ -13,6 +13,7 @@ from dataclasses import dataclass, field
 
 from ferry.errors import Mismatch, PeerProtocolError
 from sync.memory import MAX_HUGE_PAGE_BYTES, PAGE_BYTES, MemoryRegion, page_bytes_of
+from sync.vmm.stream.mapping import FileRange
 
 
 @dataclass(frozen=True)
@@ -59,6 +60,14 @@ class MemoryLayout:
                 raise PeerProtocolError("a region of the source's memory is not in its file")
             end = iova + length
         return cls(sizes, regions, page_bytes)
+
+    def file_ranges(self) -> list[FileRange]:
+        """Which file is behind which pages of the flat page space."""
+        ranges, page = list[FileRange](), 0
+        for _, length, file, offset in self.regions:
+            ranges.append(FileRange(page, length // PAGE_BYTES, file, offset))
+            page += length // PAGE_BYTES
+        return ranges
 
     def rows(self) -> tuple[list[list[int]], list[list[int]]]:
         """The files and regions as a greeting carries them and `from_rows` takes them."""

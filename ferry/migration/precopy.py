@@ -1,4 +1,6 @@
-"""The rounds in which device-written pages move, and how far they and the VMM's stream have come.
+"""The rounds in which dirty pages move, and how far they and the VMM's stream have come.
+
+What devices wrote and what an opened stream announces is one dirty set.
 
 Owns what has been collected and is not sent yet, the events `round` and `progress`, and the rows
 of the report. When to switch over is decided by `sync.convergence`; the phases are
@@ -7,6 +9,7 @@ of the report. When to switch over is decided by `sync.convergence`; the phases 
 
 import math
 import time
+from collections import deque
 from collections.abc import Awaitable, Callable
 from typing import Any
 
@@ -14,9 +17,12 @@ import numpy as np
 import trio
 
 from ferry.errors import NotConverged
-from ferry.migration.report import Report, finite, round_values
+from ferry.migration.pacing import Pace
+from ferry.migration.report import Report, finite, merged_rounds, round_values
 from ferry.migration.send_options import Options
 from ferry.migration.source_link import SourceLink
+from ferry.migration.verification import RollingProof
+from ferry.migration.vmm_stream import VmmStream
 from ferry.nurseries import alongside
 from ferry.progress import Reporter
 from sync.convergence import Convergence, Limits, Round, Verdict
@@ -30,6 +36,14 @@ from transport.sender import RoundStatistics
 ROUND_INTERVAL_S = 0.1
 """A round is no shorter: below this the fixed cost of a round is most of it."""
 PROGRESS_INTERVAL_S = 1.0
+ASK_INTERVAL_S = 0.1
+"""How often the VMM is asked how far it is: rounds may be much shorter."""
+ROW_INTERVAL_S = 5.0
+"""Rounds that are not judged are told together, at the latest after this time."""
+RATE_ROUNDS = 32
+"""Rates are measured over so many rounds of an open stream."""
+ROLL_PAGES = 1 << 14
+"""So many pages are compared at once while the guest runs."""
 
 
 class Precopy:
@@ -41,21 +55,38 @@ class Precopy:
         link: SourceLink,
         vmm: Vmm,
         dirty: MergedTrackers,
+        stream: VmmStream,
+        pace: Pace,
+        proof: RollingProof,
         proof_ns: Callable[[], Awaitable[int]],
+        throttle: Callable[[], Awaitable[None]],
         report: Report,
         reporter: Reporter,
     ) -> None:
-        """`proof_ns` predicts how long it would take to prove equal what was touched up to now."""
+        """`proof_ns` predicts how long it would take to prove equal what `proof` leaves; `throttle`
+        has the VMM slow the guest down."""
         self._options = options
         self._link = link
         self._vmm = vmm
         self._dirty = dirty
+        self._stream = stream
+        self._pace = pace
+        self._proof = proof
+        self._throttle = throttle
         self._proof_ns = proof_ns
         self._report = report
         self._reporter = reporter
         self._owed: Bitmap = np.zeros(n_words(dirty.n_pages), np.uint64)
+        self._owed_cost = 0.0
         self._round_ended = trio.current_time()
-        self._dirty_pages_per_s = 0.0
+        self._untold: list[RoundStatistics] = []
+        self._unjudged = deque[RoundStatistics](maxlen=RATE_ROUNDS)
+        self._judged_at = trio.current_time()
+        self._judged_pass = 1
+        """The VMM's pass over its memory in which rounds were judged last."""
+        self._device_pages = 0
+        """Found since progress was told last."""
+        self._device_pages_per_s = 0.0
         self._predicted_ms: float | None = None
         self._guest_waits_until = math.inf
         """When a guest that its VMM has paused by itself has waited for rounds long enough."""
@@ -63,6 +94,7 @@ class Precopy:
     def change(self, options: Options) -> None:
         """Goes on with other limits."""
         self._options = options
+        self._pace.allow(options.downtime_limit)
 
     @property
     def decided_downtime_ms(self) -> float:
@@ -89,49 +121,96 @@ class Precopy:
             )
         )
         await self._collect()
+        progress, asked_at = await self._vmm.check_migration(), trio.current_time()
         while True:
             began = trio.current_time()
             round_ = await self._send_in_time()
+            if not self._stream.is_open:
+                self._unjudged.clear()
+            self._unjudged.append(round_)
             rest_s = max(0.0, ROUND_INTERVAL_S - (trio.current_time() - began))
-            if await self._vmm.paused_within(rest_s):
+            if await self._paused_within(rest_s):
                 # Its guest stands still: what is left is for the last round. That has no bound, so
                 # what was written during a long round is sent before.
                 self._note_round(round_)
-                if not rest_s:
+                if not rest_s or self._stream.is_open:
                     await self._collect()
                     self._note_round(await self._send_in_time())
                 return
-            progress = await self._vmm.check_migration()
+            if self._stream.is_open:
+                if self._proof.n_rolling >= ROLL_PAGES and progress.rounds <= 1:
+                    await self._roll()
+                since_s = trio.current_time() - asked_at
+                if since_s < ASK_INTERVAL_S:
+                    self._note_round(round_)
+                    await self._collect()
+                    continue
+            progress, asked_at = await self._vmm.check_migration(), trio.current_time()
             collect_began = trio.current_time()
             await self._collect()
             collected = trio.current_time()
-            left = self._owed_pages()
-            if progress.rounds <= 1:
+            left = self._owed_pages() + self._vmm_pages(progress)
+            vmm_bytes = 0 if self._stream.is_open else progress.remaining_bytes
+            if not self._is_due(progress):
                 # The VMM is in its first pass over all of memory: nothing converges before that
-                # is over, so these rounds are not judged.
-                self._note_round(round_, left, None, progress.remaining_bytes)
+                # is over, so these rounds are not judged. When all pages take the lanes, neither
+                # are those in the middle of a pass.
+                if self._stream.is_open:
+                    self._note_round(round_)
+                else:
+                    self._note_round(round_, left, None, progress.remaining_bytes)
                 continue
             convergence.heed(self._options.downtime_limit, self._options.on_stall)
+            recent = merged_rounds(self._unjudged)
             decision = convergence.observe(
                 Round(
-                    sent_pages=round_.sent_pages,
-                    wire_bytes=round_.wire_bytes,
-                    duration_ns=round_.duration_ns,
-                    interval_ns=int((collected - began) * 1e9),
+                    sent_pages=recent.sent_pages,
+                    wire_bytes=recent.wire_bytes,
+                    duration_ns=recent.duration_ns,
+                    interval_ns=int((collected - self._judged_at) * 1e9),
                     dirty_pages=left,
-                    vmm_remaining_bytes=progress.remaining_bytes,
+                    vmm_remaining_bytes=vmm_bytes,
                     collect_ns=int((collected - collect_began) * 1e9),
                     proof_ns=await self._proof_ns(),
                 )
             )
+            self._unjudged.clear()
+            self._judged_at, self._judged_pass = collected, progress.rounds
             self._predicted_ms = decision.predicted_downtime_ms
             self._note_round(round_, left, self._predicted_ms, progress.remaining_bytes)
             if decision.verdict is Verdict.GIVE_UP:
                 raise NotConverged(decision.message)
+            if decision.verdict is Verdict.THROTTLE:
+                self._reporter.event("message", text=decision.message)
+                await self._throttle()
             if decision.verdict is Verdict.SWITCH:
                 self._reporter.event("message", text=decision.message)
                 self._note_round(await self._send())
                 return
+            if self._stream.is_open:
+                await self._roll()
+
+    def _is_due(self, progress: VmmProgress) -> bool:
+        return progress.rounds > (self._judged_pass if self._stream.is_open else 1)
+
+    def _vmm_pages(self, progress: VmmProgress) -> int:
+        """What the VMM has still to announce, if that takes our lanes."""
+        if not self._stream.is_open:
+            return 0
+        unknown_s = min(ASK_INTERVAL_S, trio.current_time() - self._judged_at)
+        return progress.remaining_bytes // PAGE_BYTES + int(progress.dirty_pages_per_s * unknown_s)
+
+    async def _paused_within(self, seconds: float) -> bool:
+        """`Vmm.paused_within`, which ends as soon as enough is announced for another round."""
+        with trio.CancelScope() as scope:
+
+            async def end_early() -> None:
+                await self._stream.wait_worth_a_round()
+                scope.cancel()
+
+            async with alongside(end_early):
+                return await self._vmm.paused_within(seconds)
+        return False
 
     async def keep_small(self) -> None:
         """Sends rounds until it is cancelled, which takes effect at once."""
@@ -139,20 +218,49 @@ class Precopy:
             while True:
                 await self._collect()
                 self._note_round(await self._send())
-                await trio.sleep(ROUND_INTERVAL_S)
+                with trio.move_on_after(ROUND_INTERVAL_S):
+                    await self._stream.wait_worth_a_round()
+
+    async def collect_devices(self) -> None:
+        """Finds what the devices wrote last: they are at rest."""
+        found = await self._dirty.collect()
+        pages = bitmap_to_indices(found)
+        self._stream.wrote(pages)
+        self._device_pages += pages.size
+        self._owe(found, float(pages.size))
 
     async def finish(self) -> None:
-        """Sends the last round: the devices are at rest."""
+        """Sends the last round: nothing writes to the guest's memory any more."""
         await self._collect()
-        self._note_round(await self._send())
+        round_ = await self._send()
+        self._tell_rounds()
+        self._note_round(round_)
+        self._tell_rounds()
 
     async def _collect(self) -> None:
-        self._owed |= await self._dirty.collect()
+        # All of it before any page is read (I1).
+        await self.collect_devices()
+        self._owe(*self._stream.collect())
+
+    def _owe(self, bits: Bitmap, cost: float) -> None:
+        self._owed |= bits
+        self._owed_cost += cost
+        self._proof.collected(bits)
+
+    async def _roll(self) -> None:
+        """Compares what was sent while the guest runs, where nobody else writes to the target."""
+        if self._stream.is_exclusive:
+            await self._proof.roll(self._link)
 
     async def _send(self) -> RoundStatistics:
         """Sends what is owed; it stays owed if this is cancelled."""
         round_ = await self._link.send_pages(bitmap_to_indices(self._owed))
+        round_trip_s = self._link.sender.statistics().round_trip_ns / 1e9
+        self._pace.sent(self._owed_cost, round_.duration_ns / 1e9, round_trip_s)
+        self._stream.acknowledged()
+        self._proof.sent(self._owed)
         self._owed[:] = 0
+        self._owed_cost = 0.0
         return round_
 
     async def _send_in_time(self) -> RoundStatistics:
@@ -186,12 +294,27 @@ class Precopy:
         predicted_ms: float | None = None,
         vmm_remaining_bytes: int | None = None,
     ) -> None:
-        """Reports a round, with what was known behind it: pages left, and what follows from it."""
+        """Reports a round, with what was known behind it: pages left, and what follows from it.
+        Of the many short rounds of an open stream those that were not judged are told together."""
+        self._untold.append(round_)
+        waited_s = trio.current_time() - self._round_ended
+        if left is not None or not self._stream.is_open or waited_s >= ROW_INTERVAL_S:
+            self._tell_rounds(left, predicted_ms, vmm_remaining_bytes)
+
+    def _tell_rounds(
+        self,
+        left: int | None = None,
+        predicted_ms: float | None = None,
+        vmm_remaining_bytes: int | None = None,
+    ) -> None:
+        if not self._untold:
+            return
         now = trio.current_time()
         interval_s, self._round_ended = now - self._round_ended, now
-        values = round_values(round_, left, interval_s, predicted_ms, vmm_remaining_bytes)
-        if left is not None:
-            self._dirty_pages_per_s = left / interval_s
+        values = round_values(
+            merged_rounds(self._untold), left, interval_s, predicted_ms, vmm_remaining_bytes
+        )
+        self._untold.clear()
         self._report.rounds.append(values)
         self._reporter.event("round", **values)
 
@@ -204,23 +327,25 @@ class Precopy:
             before, since = moved, asked_at
             moved, asked_at = self._moved_bytes(), time.monotonic()
             passed_s = asked_at - since
+            self._device_pages_per_s, self._device_pages = self._device_pages / passed_s, 0
             self._reporter.event("progress", **self._values(vmm, (moved - before) / passed_s))
 
     def _values(self, vmm: VmmProgress, bytes_per_s: float) -> dict[str, Any]:
         round_ = self._link.sender.round_progress()
         under_way = max(0, round_.pages - round_.done_pages) if round_ else 0
-        own = PAGE_BYTES * under_way
-        own_dirty = PAGE_BYTES * self._dirty_pages_per_s
+        own = PAGE_BYTES * (under_way + self._stream.announced_pages)
+        own_dirty = PAGE_BYTES * self._device_pages_per_s
         vmm_dirty = vmm.page_bytes * vmm.dirty_pages_per_s
+        left, dirty = own + vmm.remaining_bytes, own_dirty + vmm_dirty
         return {
             "round": round_.round_no if round_ else 0,
             "vmm_round": vmm.rounds,
             "total_bytes": PAGE_BYTES * self._dirty.n_pages,
             "downtime_limit_ms": self._options.downtime_limit,
-            "remaining_bytes": own + vmm.remaining_bytes,
+            "remaining_bytes": left,
             "own_remaining_bytes": own,
             "vmm_remaining_bytes": vmm.remaining_bytes,
-            "dirty_bytes_per_s": own_dirty + vmm_dirty,
+            "dirty_bytes_per_s": dirty,
             "own_dirty_bytes_per_s": own_dirty,
             "vmm_dirty_bytes_per_s": vmm_dirty,
             "throughput_bytes_per_s": bytes_per_s,

@@ -1,7 +1,8 @@
 """What a migration cost and what was proven, for people and as one JSON object."""
 
 import math
-from dataclasses import dataclass, field
+from collections.abc import Iterable
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from ferry.findings import methods_text
@@ -13,6 +14,16 @@ from transport.sender import RoundStatistics
 def finite(value: float | None) -> float | None:
     """`value`, or None where it is infinite: JSON has no infinity."""
     return None if value is None or math.isinf(value) else value
+
+
+def merged_rounds(rounds: Iterable[RoundStatistics]) -> RoundStatistics:
+    """Rounds as one: their sums, with the number of the last."""
+    first, *others = map(asdict, rounds)
+    for other in others:
+        first = {name: value + first[name] for name, value in other.items()} | {
+            "round_no": other["round_no"]
+        }
+    return RoundStatistics(**first)
 
 
 def round_values(
@@ -62,6 +73,8 @@ class Report:
     registers: list[dict[str, Any]] = field(default_factory=list)
     verification: dict[str, Any] = field(default_factory=dict)
     wire_bytes: dict[str, int] = field(default_factory=dict)
+    vmm_stream: dict[str, Any] = field(default_factory=dict)
+    """How the VMM's own stream was carried: `ferry.migration.vmm_stream`."""
     duration_s: float = 0.0
 
     def values(self) -> dict[str, Any]:
@@ -106,6 +119,8 @@ class Report:
             lines.append(f"device {number} registers: {told}")
             for register, count in counts["divergences"].items():
                 lines.append(f"  {register}: {count} reads returned another value than captured")
+        if self.vmm_stream:
+            lines.append(self._stream_line())
         wire = "  ".join(f"{name} {bytes_text(count)}" for name, count in self.wire_bytes.items())
         lines.append(f"on the wire: {wire}")
         v = self.verification
@@ -119,6 +134,16 @@ class Report:
                 f"xxh3 {region['digest']}"
             )
         return "\n".join(lines)
+
+    def _stream_line(self) -> str:
+        stream, total = self.vmm_stream, sum(self.wire_bytes.values())
+        if stream["form"] != "open":
+            return f"VMM's stream: {stream['form']} ({stream['why_closed']})"
+        share = 100 * self.wire_bytes.get("pages", 0) / max(1, total)
+        return (
+            f"VMM's stream: open, {stream['pages']} pages announced, tail "
+            f"{bytes_text(stream['tail_bytes'])}; {share:.1f} % of the bytes took the lanes"
+        )
 
     def _downtime_lines(self) -> list[str]:
         def phases(of_vmm: bool) -> str:

@@ -62,10 +62,16 @@ class Options:
         "rounds before the stall policy decides", _ROUNDS.max_rounds, parse=positive
     )
     timeout: float = option("seconds that the rounds may take", 3600.0, parse=seconds)
-    on_stall: Literal["switch", "abort"] = option(
-        "when the dirty set no longer shrinks: switch at the best moment, or abort",
+    on_stall: Literal["switch", "abort", "throttle"] = option(
+        "when the dirty set no longer shrinks: switch at the best moment, abort, or have the VMM "
+        "throttle the guest's processors (and then switch)",
         _ROUNDS.on_stall,
-        choices=("switch", "abort"),
+        choices=("switch", "abort", "throttle"),
+    )
+    vmm_stream: Literal["auto", "open", "closed"] = option(
+        "how the VMM's own stream goes: opened, so that all pages take the lanes, or as it is",
+        "auto",
+        choices=("auto", "open", "closed"),
     )
     registers: Literal["auto", "v2", "replay"] = option(
         "how register state moves", "auto", choices=("auto", "v2", "replay")

@@ -21,11 +21,12 @@ import trio
 from ferry.errors import Mismatch
 from ferry.findings import methods_text, ok
 from ferry.migration.belonging import prove_one_vm
-from ferry.migration.check import findings_of
+from ferry.migration.check import findings_of, stream_finding
 from ferry.migration.devices import offer_of
 from ferry.migration.downtime import Downtime, standstill_budget_s
 from ferry.migration.handover_runner import HandoverRunner
 from ferry.migration.messages import MessageKind, MigrationHello, Notice
+from ferry.migration.pacing import MAX_BYTES_PER_S, Pace, keep_pace
 from ferry.migration.phases import Phases
 from ferry.migration.precopy import Precopy
 from ferry.migration.register_pump import RegisterPump
@@ -34,7 +35,8 @@ from ferry.migration.send_options import Options
 from ferry.migration.source_devices import SourceDevice, attach_devices, map_memory
 from ferry.migration.source_link import SourceLink
 from ferry.migration.undo import Undo, UndoStage
-from ferry.migration.verification import ProofTime, prove_equal
+from ferry.migration.verification import ProofTime, RollingProof, prove_equal
+from ferry.migration.vmm_stream import VmmStream
 from ferry.nurseries import alongside, ungrouped
 from ferry.progress import Reporter
 from sync.dirty.merge import MergedTrackers
@@ -42,10 +44,12 @@ from sync.handover.machine import Action, Event, Handover
 from sync.handover.states import STANDSTILL, Deadlines, HandoverState, Role
 from sync.memory import GuestMemory
 from sync.vmm.driver import Vmm, resume_source
-from sync.vmm.errors import VmmError
-from sync.vmm.identity import identify
+from sync.vmm.errors import VmmError, VmmGone
+from sync.vmm.identity import VmmIdentity, identify
 from sync.vmm.pci import PciPlatform
+from sync.vmm.settings import MigrationSettings
 from sync.vmm.states import RUNNING, in_words
+from sync.vmm.stream.mapping import FileRange
 from transport.kernels.bitmap import bitmap_to_indices
 
 PAUSING_S = 30.0
@@ -64,6 +68,12 @@ class Prepared:
     platform: PciPlatform | None
     """What the VMM keeps of the devices; QEMU only."""
     link: SourceLink
+    files: tuple[FileRange, ...]
+    """What the guest's memory is, for the proof that the VMM's RAM is the same."""
+    settings: MigrationSettings
+    """The VMM's own, as they were."""
+    why_closed: str
+    """Why the VMM's stream is not to be opened, if so."""
 
 
 @dataclass(frozen=True)
@@ -72,6 +82,8 @@ class Mediated:
 
     pump: RegisterPump
     dirty: MergedTrackers
+    stream: VmmStream
+    proof: RollingProof
     precopy: Precopy
 
 
@@ -93,6 +105,7 @@ class Source:
         self._session = secrets.token_bytes(16)
         self._changes: list[Callable[[Options], None]] = []
         self._undo = Undo()
+        self._pacing = trio.CancelScope()
         self.report = Report(self._session.hex(), downtime_limit_ms=options.downtime_limit)
         self._began = trio.current_time()
         # A scan reads all of the guest's memory before the rounds. How long the VMM may take to
@@ -141,6 +154,7 @@ class Source:
             vouched=options.vouch_one_vm,
         )
         identity = await identify(vmm)
+        settings, why_closed = await self._look_at_settings(vmm, identity)
         platform = await self._attach_platform(vmm, devices)
         files, rows = layout.rows()
         hello = MigrationHello(
@@ -162,12 +176,34 @@ class Source:
         if options.check:
             for device, methods in zip(devices, self.report.methods, strict=True):
                 self._reporter.finding(ok(f"device at {device.path}", methods_text(**methods)))
+            self._reporter.finding(stream_finding(why_closed))
             for finding in await findings_of(link.sender, identity, memory.n_pages):
                 self._reporter.finding(finding)
             return Event.CHECKED
-        prepared = Prepared(devices, memory, vmm, platform, link)
+        ranges = tuple(layout.file_ranges())
+        prepared = Prepared(devices, memory, vmm, platform, link, ranges, settings, why_closed)
         self.runner.offer({Action.MEDIATE: partial(self._mediate, prepared)})
         return Event.PREPARED
+
+    async def _look_at_settings(
+        self, vmm: Vmm, identity: VmmIdentity
+    ) -> tuple[MigrationSettings, str]:
+        """The VMM's settings, and why its stream is not to be opened. Raises `Mismatch`."""
+        wish = self._options.vmm_stream
+        settings = await vmm.settings()
+        if self._options.on_stall == "throttle":
+            settings.check_throttle()
+        if wish == "closed":
+            return settings, "as asked for"
+        why_closed = await vmm.why_closed()
+        if not identity.is_qemu:
+            why_closed = f"{identity.name} has one of its own form"
+        if why_closed and wish == "open":
+            raise Mismatch(
+                f"--vmm-stream open: the stream cannot be opened: {why_closed}; change that, or "
+                "use --vmm-stream auto"
+            )
+        return settings, why_closed
 
     async def _attach_platform(
         self, vmm: Vmm, devices: Sequence[SourceDevice]
@@ -197,7 +233,9 @@ class Source:
         trackers = [device.tracker(memory, link.sender.seed) for device in prepared.devices]
         for device, tracker in zip(prepared.devices, trackers, strict=True):
             self._held.push_async_callback(tracker.stop)
-            await device.gateway.arm_recovery(options.qmp, RECOVERY_DEADLINE_S)
+            await device.gateway.arm_recovery(
+                options.qmp, RECOVERY_DEADLINE_S, prepared.settings.pack()
+            )
             mediation = await device.gateway.mediate(
                 tracker=tracker.asks_gateway_for,
                 page_size=options.log_page_size,
@@ -210,23 +248,48 @@ class Source:
             pump.add(device)
             await tracker.start(mediation)
         dirty = MergedTrackers(trackers)
-        proof_time = ProofTime(memory, options.lanes)
+        proof_time, proof = ProofTime(memory, options.lanes), RollingProof(memory.n_pages)
 
         async def proof_ns() -> int:
             everything = self._proves_everything(dirty)
-            return await proof_time.predict_ns(dirty.touched, everything=everything)
+            return await proof_time.predict_ns(proof.left(dirty.touched), everything=everything)
 
-        precopy = Precopy(options, link, vmm, dirty, proof_ns, self.report, self._reporter)
+        pace = Pace(options.downtime_limit, prepared.settings.most_bytes_per_s or MAX_BYTES_PER_S)
+        stream = VmmStream(
+            memory.array,
+            prepared.files,
+            pace,
+            lambda text: self._reporter.event("message", text=text),
+            must_open=options.vmm_stream == "open",
+            why_closed=prepared.why_closed,
+        )
+        precopy = Precopy(
+            options,
+            link,
+            vmm,
+            dirty,
+            stream,
+            pace,
+            proof,
+            proof_ns,
+            partial(vmm.throttle, prepared.settings),
+            self.report,
+            self._reporter,
+        )
         self._changes.append(precopy.change)
         self._undo.add(UndoStage.TASKS, link.cut_vmm_stream)
         path: str = await self._nursery.start(
-            link.carry_vmm_stream, partial(self._vmm_stream_is_complete, vmm)
+            link.carry_vmm_stream, stream, partial(self._vmm_stream_is_complete, vmm)
         )
         # Only now: what a device writes is tracked before the VMM reads the first page. And before
         # this, the VMM may be paused or migrating for somebody else's reasons.
         self._undo.add(UndoStage.GUEST, partial(self._resume_guest, vmm))
-        await vmm.start_outgoing(f"unix:{path}")
-        mediated = Mediated(pump, dirty, precopy)
+        self._undo.add(UndoStage.GUEST, partial(self._put_back, prepared))
+        await vmm.start_outgoing(f"unix:{path}", may_throttle=options.on_stall == "throttle")
+        if not prepared.why_closed:
+            self._undo.add(UndoStage.TASKS, self._stop_pacing)
+            self._nursery.start_soon(self._keep_pace, pace, stream, vmm)
+        mediated = Mediated(pump, dirty, stream, proof, precopy)
         self.runner.offer(
             {
                 Action.RUN_ROUNDS: partial(self._run_rounds, precopy),
@@ -234,6 +297,23 @@ class Source:
             }
         )
         return Event.MEDIATED
+
+    async def _keep_pace(self, pace: Pace, stream: VmmStream, vmm: Vmm) -> None:
+        with self._pacing, contextlib.suppress(VmmError):
+            await keep_pace(pace, stream, vmm.limit_bandwidth)
+
+    async def _stop_pacing(self) -> None:
+        self._pacing.cancel()
+
+    async def _put_back(self, prepared: Prepared) -> None:
+        """Gives the VMM its settings back. That it refuses is told, and keeps nobody waiting."""
+        try:
+            await prepared.vmm.put_back(prepared.settings)
+        except VmmGone:
+            return
+        except VmmError as error:
+            text = f"the VMM's settings of the migration are not as they were: {error}"
+            self._reporter.event("message", text=text)
 
     def _proves_everything(self, dirty: MergedTrackers) -> bool:
         return self._options.verify == "all" or not dirty.complete
@@ -269,7 +349,9 @@ class Source:
             paused = await prepared.vmm.wait_pre_switchover()
         if not prepared.vmm.guest_ran:
             for device in prepared.devices:
-                await device.gateway.arm_recovery(self._options.qmp, RECOVERY_DEADLINE_S, ran=False)
+                await device.gateway.arm_recovery(
+                    self._options.qmp, RECOVERY_DEADLINE_S, prepared.settings.pack(), ran=False
+                )
         downtime = Downtime(paused.guest_paused_at, paused.waiting_at)
         downtime.lap("pause")
         budget_s = standstill_budget_s(max(limit_ms, decided_ms))
@@ -282,8 +364,8 @@ class Source:
         self.runner.offer(
             {
                 Action.STOP_DEVICES: partial(self._stop_devices, prepared, mediated.pump, downtime),
-                Action.SEND_FINAL: partial(self._send_final, prepared, mediated.precopy, downtime),
-                Action.VERIFY: partial(self._verify, prepared, mediated.dirty, downtime),
+                Action.SEND_FINAL: partial(self._send_final, prepared, mediated, downtime),
+                Action.VERIFY: partial(self._verify, prepared, mediated, downtime),
                 Action.ASK_READY: partial(
                     link.send, MessageKind.ASK, Notice({"guest": prepared.vmm.guest_was}).pack()
                 ),
@@ -316,8 +398,12 @@ class Source:
             downtime.lap("PCI save")
         return Event.STOPPED
 
-    async def _send_final(self, prepared: Prepared, precopy: Precopy, downtime: Downtime) -> Event:
-        """Has the VMM send its last part, which the target's VMM loads, while ours is sent."""
+    async def _send_final(
+        self, prepared: Prepared, mediated: Mediated, downtime: Downtime
+    ) -> Event:
+        """Has the VMM send its last part, which the target's VMM loads, while ours is sent; what
+        that one is told of its devices comes after all of the pages, where these are ours."""
+        stream, precopy = mediated.stream, mediated.precopy
         took_ms: dict[str, float] = {}
 
         async def timed(what: str, work: Callable[[], Awaitable[None]]) -> None:
@@ -325,7 +411,14 @@ class Source:
             await work()
             took_ms[what] = (time.monotonic() - began) * 1e3
 
+        async def finish_pages() -> None:
+            if stream.is_open:
+                await stream.tail_began.wait()
+            await precopy.finish()
+            stream.release_tail()
+
         async def finish_vmm() -> None:
+            stream.hurry()
             await prepared.vmm.continue_switchover()
             await prepared.vmm.wait_completed()
             await prepared.link.loaded.wait()
@@ -335,24 +428,30 @@ class Source:
                 async for payload in device.registers.final():
                     await prepared.link.send_state(device.number, payload)
 
+        # Before the VMM goes on, which does not know of it.
+        await precopy.collect_devices()
+        await self._stop_pacing()
         await prepared.link.send(MessageKind.ASK_LOADED)
         with ungrouped():
             async with trio.open_nursery() as nursery:
                 nursery.start_soon(timed, "VMM transfer", finish_vmm)
                 nursery.start_soon(timed, "registers", finish_registers)
-                nursery.start_soon(timed, "pages", precopy.finish)
+                nursery.start_soon(timed, "pages", finish_pages)
         vmm_ms = took_ms.pop("VMM transfer")
         downtime.beside_vmm_ms = took_ms
         downtime.lap("final state", {"VMM transfer": vmm_ms})
         return Event.FINAL_SENT
 
-    async def _verify(self, prepared: Prepared, dirty: MergedTrackers, downtime: Downtime) -> Event:
-        self.report.verification = await prove_equal(
+    async def _verify(self, prepared: Prepared, mediated: Mediated, downtime: Downtime) -> Event:
+        dirty, proof, stream = mediated.dirty, mediated.proof, mediated.stream
+        section = await prove_equal(
             prepared.link,
             prepared.memory,
-            bitmap_to_indices(dirty.touched),
+            bitmap_to_indices(proof.left(dirty.touched)),
             everything=self._proves_everything(dirty),
         )
+        self.report.verification = section | {"rolled_pages": proof.rolled_pages}
+        self.report.vmm_stream = stream.report()
         downtime.lap("verify")
         return Event.VERIFIED
 
@@ -377,6 +476,7 @@ class Source:
         report.duration_s = trio.current_time() - self._began
         report.wire_bytes = prepared.link.wire_bytes()
         self._reporter.event("report", text=report.text(), **report.values())
+        await self._put_back(prepared)
         if self._options.quit_source:
             with contextlib.suppress(VmmError):
                 await prepared.vmm.quit()

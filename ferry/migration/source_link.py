@@ -22,8 +22,10 @@ from ferry.migration.listener import Listener
 from ferry.migration.messages import MessageKind, MigrationHello, Notice, pack_state
 from ferry.migration.send_options import Options, sender_options
 from ferry.migration.tunnel import run_tunnel
+from ferry.migration.vmm_stream import VmmStream
 from sync.handover.states import Role
 from transport.sender import RoundStatistics, Sender, open_sender
+from transport.session.link import SessionEnd
 from transport.wire.errors import PeerRefused, PeerUnreachable, TransportError
 
 TELL_S = 1.0
@@ -116,6 +118,7 @@ class SourceLink:
 
     async def carry_vmm_stream(
         self,
+        vmm_stream: VmmStream,
         complete: Callable[[], Awaitable[bool]],
         *,
         task_status: trio.TaskStatus[str] = trio.TASK_STATUS_IGNORED,
@@ -123,6 +126,10 @@ class SourceLink:
         """Takes the VMM's connection and carries its stream across, until `cut_vmm_stream`. Has
         started with the path of the socket that it listens at; `complete` says, when the VMM
         closes the stream, whether the target may hear of it."""
+
+        async def out(stream: trio.SocketStream, link: SessionEnd) -> None:
+            await vmm_stream.carry(stream, link, complete)
+
         with self._tunnel:
             # Gone once the VMM has connected, so that nothing is left behind if we are killed.
             with tempfile.TemporaryDirectory(prefix="vfio-ferry-") as folder:
@@ -133,7 +140,7 @@ class SourceLink:
                 async with trio.SocketListener(listening) as listener:
                     task_status.started(path)
                     stream = await listener.accept()
-            await run_tunnel(stream, self.sender, self._runner, complete)
+            await run_tunnel(stream, self.sender, self._runner, out)
 
     async def cut_vmm_stream(self) -> None:
         """Closes the VMM's connection: nothing more of its stream is carried."""

@@ -45,12 +45,15 @@ from sync.vmm.driver import Vmm
 from sync.vmm.errors import VmmError, VmmGone
 from sync.vmm.identity import VmmIdentity, identify
 from sync.vmm.pci import PciPlatform
+from sync.vmm.settings import MigrationSettings
 from sync.vmm.states import RUNNING, in_words
 from transport.receiver import Receiver, ReceiverStatistics
 from transport.wire.errors import TransportError
 
 TELL_S = 1.0
 """How long the source may take to hear why this side gives up."""
+PUT_BACK_S = 2.0
+"""How long a VMM may take to get its settings back, once its guest runs."""
 CONNECT_S = 5.0
 """How long the VMM may take to listen for its stream once it has said that it does."""
 
@@ -63,6 +66,8 @@ class Checked:
     devices: tuple[TargetDevice, ...]
     platform: PciPlatform | None
     """What the VMM keeps of the devices; QEMU only."""
+    settings: MigrationSettings
+    """The VMM's own, as they were."""
 
 
 @dataclass
@@ -147,12 +152,13 @@ class Target:
             vouched=self._options.vouch_one_vm,
         )
         compare_places(places, [each.place for each in hello.devices])
+        settings = await self._vmm.settings()
         layout = MemoryLayout.from_rows(hello.files, hello.layout)
         await check_late_files(self._vmm, devices[0].gateway, layout)
         identity = await identify(self._vmm)
         _compare_vmms(identity, Notice(hello.vmm))
         platform = await self._check_platform(bytes.fromhex(hello.platform))
-        checked = Checked(hello, devices, platform)
+        checked = Checked(hello, devices, platform, settings)
         self.runner.offer(
             {
                 Action.ANSWER_CHECK: partial(self._answer_check, identity),
@@ -280,7 +286,7 @@ class Target:
                 Action.START_GUEST: partial(
                     self._start_guest, checked.devices, incoming, started_ms
                 ),
-                Action.SEND_COMMITTED: partial(self._send_committed, started_ms),
+                Action.SEND_COMMITTED: partial(self._send_committed, checked.settings, started_ms),
             }
         )
         return Event.MADE_READY
@@ -313,10 +319,12 @@ class Target:
         took_ms["VMM resume"] = (time.monotonic() - started) * 1e3
         return Event.STARTED
 
-    async def _send_committed(self, took_ms: dict[str, float]) -> None:
+    async def _send_committed(self, settings: MigrationSettings, took_ms: dict[str, float]) -> None:
         with trio.move_on_after(TELL_S), contextlib.suppress(TransportError):
             notice = Notice({"ms": took_ms}).pack()
             await self._link.send_record(MessageKind.COMMITTED, notice, flush=True)
+        with trio.move_on_after(PUT_BACK_S), contextlib.suppress(VmmError):
+            await self._vmm.put_back(settings)
 
     # --- the ways out ---
 

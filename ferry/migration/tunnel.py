@@ -5,9 +5,11 @@ from collections.abc import Awaitable, Callable
 
 import trio
 
+from ferry.errors import Mismatch
 from ferry.migration.handover_runner import HandoverRunner
 from ferry.nurseries import first_error
 from sync.handover.machine import Event
+from sync.vmm.stream.errors import StreamError
 from transport.session.link import SessionEnd
 from transport.wire.errors import TransportError
 
@@ -15,19 +17,12 @@ TUNNEL_BYTES = 256 << 10
 """One read of the VMM's stream."""
 
 
-async def tunnel_out(
-    stream: trio.SocketStream, link: SessionEnd, complete: Callable[[], Awaitable[bool]] | None
-) -> None:
-    """Carries the stream of the VMM on this host to the other one, until the VMM closes or is gone.
-
-    `complete` is asked then. The end of a stream that broke off is not passed on: the other VMM
-    would fail of it, and its host would see that before it hears the reason.
-    """
+async def tunnel_out(stream: trio.SocketStream, link: SessionEnd) -> None:
+    """Carries what the VMM on this host says to the other one, until the VMM closes or is gone."""
     with contextlib.suppress(trio.BrokenResourceError):
         while data := await stream.receive_some(TUNNEL_BYTES):
             await link.tunnel_send(data)
-    if complete is None or await complete():
-        await link.tunnel_send_eof()
+    await link.tunnel_send_eof()
 
 
 async def tunnel_in(stream: trio.SocketStream, link: SessionEnd) -> None:
@@ -51,15 +46,15 @@ async def run_tunnel(
     stream: trio.SocketStream,
     link: SessionEnd,
     runner: HandoverRunner,
-    complete: Callable[[], Awaitable[bool]] | None = None,
+    out: Callable[[trio.SocketStream, SessionEnd], Awaitable[None]] = tunnel_out,
 ) -> None:
-    """Carries both directions of the VMM's stream. A link that breaks is told as the peer's loss.
-
-    `complete` says, when the VMM has closed its end, whether the other host may hear of it.
-    """
+    """Carries both directions of the VMM's stream, the one to the other host by `out`. A link that
+    breaks is told as the peer's loss, a stream that cannot be carried as a failure."""
     try:
         async with stream, trio.open_nursery() as nursery:
-            nursery.start_soon(tunnel_out, stream, link, complete)
+            nursery.start_soon(out, stream, link)
             nursery.start_soon(tunnel_in, stream, link)
     except* TransportError as group:
         runner.post(Event.PEER_LOST, first_error(group))
+    except* (StreamError, Mismatch) as group:
+        runner.post(Event.FAILED, first_error(group))

@@ -16,10 +16,11 @@ from ferry.errors import NotEqual
 from ferry.migration.source_link import SourceLink
 from sync.dirty.tracker import Bitmap, n_words
 from sync.memory import PAGE_BYTES, GuestMemory
-from transport.kernels.bitmap import bitmap_to_indices
+from transport.kernels.bitmap import bitmap_to_indices, indices_to_bitmap
 from transport.kernels.digests import digest_pages
 from transport.kernels.files import new_files
 
+LOW_PAGES = 256
 REPAIR_ROUNDS = 3
 """Both memories are quiet when they are compared: one repair is enough if nothing is wrong."""
 SAMPLE_PAGES = 8192
@@ -78,6 +79,62 @@ async def _compare_regions(
         for (iova, length), region in zip(layout, compared, strict=True)
     ]
     return regions, all(region.equal for region in compared)
+
+
+class RollingProof:
+    """The pages that are still to be proven equal, while rounds go on.
+
+    What was compared during pre-copy and not written since is proven: nothing but our lanes writes
+    to the target's memory until the VMM there loads the tail of its stream. What its devices may
+    write while they load it is compared after that in any case: the pages that devices have
+    touched, and the first megabyte, which holds their ROMs.
+    """
+
+    def __init__(self, n_pages: int) -> None:
+        self._unproven: Bitmap = np.zeros(n_words(n_pages), np.uint64)
+        self._rolling: Bitmap = np.zeros_like(self._unproven)
+        """Sent, and to be compared at the next occasion."""
+        low = np.zeros(self._unproven.size * 64, np.bool_)
+        low[: min(LOW_PAGES, n_pages)] = True
+        self._low: Bitmap = np.packbits(low, bitorder="little").view(np.uint64)
+        self._touched: Bitmap = np.zeros_like(self._unproven)
+        self.rolled_pages = 0
+        """Compared during pre-copy, a page each time."""
+
+    def collected(self, bits: Bitmap) -> None:
+        """These pages have been written since they were compared."""
+        self._unproven |= bits
+        self._touched |= bits
+        self._rolling &= ~bits
+
+    def sent(self, bits: Bitmap) -> None:
+        """The target has these pages."""
+        self._rolling |= bits
+
+    @property
+    def n_rolling(self) -> int:
+        return int(np.bitwise_count(self._rolling).sum())
+
+    async def roll(self, link: SourceLink) -> None:
+        """Compares what was sent and not compared yet. What differs was written meanwhile, or will
+        be sent again at the latest when all else stands still."""
+        bits = self._rolling.copy()
+        pages = bitmap_to_indices(bits)
+        self._rolling[:] = 0
+        if pages.size:
+            differing = await link.sender.verify(pages)
+            self.rolled_pages += int(pages.size)
+            equal = bits & ~indices_to_bitmap(differing, bits.size * 64)
+            self._unproven &= ~equal
+
+    def left(self, devices: Bitmap) -> Bitmap:
+        """What is to be compared when nothing writes any more; `devices`: what these touched."""
+        return self._unproven | devices | (self._touched & self._low)
+
+    @property
+    def touched(self) -> Bitmap:
+        """All that was ever written since the rounds began."""
+        return self._touched
 
 
 class ProofTime:

@@ -34,6 +34,13 @@ from sync.vmm.errors import (
     VmmRefused,
 )
 from sync.vmm.qmp import QmpEvent
+from sync.vmm.settings import (
+    SLEEPING_THROTTLE,
+    THROTTLE,
+    THROTTLE_PARAMETERS,
+    MigrationSettings,
+    why_closed,
+)
 from sync.vmm.states import (
     FAILED,
     RUNNING,
@@ -158,26 +165,61 @@ class Vmm(AsyncResource):
             )
         await self._check_pause_capability()
 
+    async def settings(self) -> MigrationSettings:
+        """What of the VMM's settings this file changes, as they are now: for `put_back`."""
+        return MigrationSettings.of(
+            await self.execute("query-migrate-capabilities"),
+            await self.execute("query-migrate-parameters"),
+        )
+
+    async def put_back(self, settings: MigrationSettings) -> None:
+        """Sets everything as it was. Raises `VmmRefused` while a migration is under way."""
+        for command, arguments in settings.commands():
+            await self.execute(command, arguments)
+
+    async def why_closed(self) -> str:
+        """Why this VMM's stream cannot be opened, as far as its settings tell; else empty."""
+        return why_closed(
+            await self.execute("query-migrate-capabilities"),
+            await self.execute("query-migrate-parameters"),
+        )
+
     async def start_incoming(self, uri: str) -> None:
         """Has the target's VMM listen at `uri` (`unix:PATH`)."""
         await self._set_capabilities()
         await self.execute("migrate-incoming", {"uri": uri})
 
-    async def start_outgoing(self, uri: str) -> None:
-        """Starts the source's migration to `uri`; it does not switch over until it is allowed to.
+    async def start_outgoing(self, uri: str, *, may_throttle: bool = False) -> None:
+        """Starts the source's migration to `uri`; it does not switch over until it is allowed to,
+        and slows no processor down before `throttle`.
 
         With a downtime limit of 0 a VMM goes on copying for as long as anything is dirty. QEMU
         may still reach pre-switchover early, when its guest writes nothing at all.
         """
         self._migration_mark = self.client.events_seen
-        await self._set_capabilities()
-        await self.execute("migrate-set-parameters", {"downtime-limit": 0})
+        parameters = {"downtime-limit": 0}
+        if may_throttle:
+            parameters |= SLEEPING_THROTTLE
+        await self._set_capabilities(*([THROTTLE] if may_throttle else []))
+        await self.execute("migrate-set-parameters", parameters)
         await self.execute("migrate", {"uri": uri})
 
     async def allow_switchover(self, downtime_ms: int) -> None:
         """Lets the VMM pause its guest once what is left takes less than `downtime_ms`."""
         limit = min(max(downtime_ms, 1), MAX_DOWNTIME_MS)
         await self.execute("migrate-set-parameters", {"downtime-limit": limit})
+
+    async def limit_bandwidth(self, bytes_per_s: int) -> None:
+        """Bounds how fast the VMM sends while its guest runs."""
+        await self.execute("migrate-set-parameters", {"max-bandwidth": bytes_per_s})
+
+    async def throttle(self, settings: MigrationSettings) -> None:
+        """Has the VMM slow its processors down, as `settings` say, until the migration ends.
+
+        `start_outgoing` has to have been told that this may come.
+        """
+        wanted = {name: settings.parameters[name] for name in THROTTLE_PARAMETERS}
+        await self.execute("migrate-set-parameters", wanted)
 
     async def wait_pre_switchover(self) -> PreSwitchover:
         """Waits until the source's guest is paused. Raises `MigrationFailed`."""
@@ -313,8 +355,9 @@ class Vmm(AsyncResource):
         if PAUSE_CAPABILITY not in names:
             raise VmmNotReady(f"the VMM cannot {PAUSE_CAPABILITY}; QEMU can since 2.11")
 
-    async def _set_capabilities(self) -> None:
-        wanted = [{"capability": name, "state": True} for name in ("events", PAUSE_CAPABILITY)]
+    async def _set_capabilities(self, *more: str) -> None:
+        names = ("events", PAUSE_CAPABILITY, *more)
+        wanted = [{"capability": name, "state": True} for name in names]
         await self.execute("migrate-set-capabilities", {"capabilities": wanted})
 
     def _status_unless_failed(self, migration: Any) -> str:

@@ -17,6 +17,10 @@ class VmmIdentity:
     """The machine's type with its version; a QEMU loads the stream of the same type only. Empty
     where the VMM does not tell."""
 
+    @property
+    def is_qemu(self) -> bool:
+        return bool(self.version)
+
     def __str__(self) -> str:
         text = f"{self.name} {self.version}".strip()
         return f"{text} ({self.machine})" if self.machine else text

@@ -8,11 +8,13 @@ import os
 import socket
 import stat
 import time
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from sync.vmm.errors import VmmError, VmmGone, VmmNotReady, VmmRefused
 from sync.vmm.qmp import QmpCore, QmpFailure, QmpGreeting, QmpReply
+from sync.vmm.settings import MigrationSettings
 from sync.vmm.states import (
     RUNNING,
     ResumeStep,
@@ -44,8 +46,12 @@ def obstacle(qmp_path: str) -> str:
     return ""
 
 
-def recover_source(qmp_path: str, deadline_s: float, *, ran: bool = True) -> str:
+def recover_source(
+    qmp_path: str, deadline_s: float, put_back: str = "", *, ran: bool = True
+) -> str:
     """Has the guest of the VMM at `qmp_path` run again; returns what was needed, in words.
+
+    `put_back` are settings that the VMM then gets back, as `MigrationSettings.pack` gives them.
 
     A VMM serves one QMP client at a time, and the connection of one that was killed may linger:
     connecting is tried until the deadline. Only for a source that has not let go of its guest.
@@ -60,6 +66,8 @@ def recover_source(qmp_path: str, deadline_s: float, *, ran: bool = True) -> str
         try:
             with _Connection(qmp_path, deadline) as connection:
                 state = _resume(connection, done, deadline, ran)
+                if put_back:
+                    _put_back(connection, done, MigrationSettings.unpack(put_back))
         except (VmmGone, OSError) as error:
             problem = error if isinstance(error, VmmGone) else VmmGone(f"{qmp_path}: {error}")
             time.sleep(RETRY_S)
@@ -94,6 +102,15 @@ def _resume(connection: "_Connection", done: list[str], deadline: float, ran: bo
         time.sleep(RETRY_S)
 
 
+def _put_back(connection: "_Connection", done: list[str], settings: MigrationSettings) -> None:
+    """The guest runs: what the VMM refuses now is told, and nothing else comes of it."""
+    for command, arguments in settings.commands():
+        try:
+            connection.execute(command, arguments)
+        except VmmRefused as error:
+            done.append(f"its settings are not as before: {error}")
+
+
 class _Connection:
     """A QMP connection, negotiated. Every wait ends at `deadline` with `VmmGone`."""
 
@@ -117,8 +134,8 @@ class _Connection:
     def __exit__(self, *_unused: object) -> None:
         self._socket.close()
 
-    def execute(self, command: str) -> Any:
-        request_id, data = self._core.command(command)
+    def execute(self, command: str, arguments: Mapping[str, Any] | None = None) -> Any:
+        request_id, data = self._core.command(command, arguments)
         self._set_timeout()
         self._socket.sendall(data)
         while True:

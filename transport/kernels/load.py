@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from transport.kernels import bitmap, digests, pages, tables, unpack
@@ -31,15 +31,16 @@ class WarmUp:
     """Why the next process has to compile as well; empty if it need not."""
 
 
-def warm_up(compiling: Callable[[], None] | None = None) -> WarmUp:
-    """Load every kernel, or compile them; may be called again and from any thread.
+def warm_up(compiling: Callable[[], None] | None = None, others: Sequence[Kernel] = ()) -> WarmUp:
+    """Load every kernel, or compile them, and `others`, which are kept in the same folder; may be
+    called again and from any thread.
 
     `compiling` is called once before they are compiled, or before another process is waited for
     that compiles them already. Raises `NativeLibraryError` if the C
     libraries are missing or too old, `CompilationFailed` if numba cannot compile a kernel.
     """
     began = time.monotonic()
-    kernels = all_kernels()
+    kernels = [*all_kernels(), *others]
     missing = [each for each in kernels if each.origin is None]
     not_kept = ""
     if missing:

@@ -124,13 +124,16 @@ class GatewayClient:
             for row, descriptor in zip(part.regions, part.descriptors, strict=True):
                 regions.append(MemoryRegion(*row, fd=descriptor))
 
-    async def arm_recovery(self, qmp_path: str, deadline_s: float, *, ran: bool = True) -> None:
+    async def arm_recovery(
+        self, qmp_path: str, deadline_s: float, put_back: str = "", *, ran: bool = True
+    ) -> None:
         """If this lease is lost while the gateway owns the guest, the gateway resumes the VMM.
 
-        It first puts the device back to passthrough, then runs `sync.vmm.recover` on `qmp_path`.
+        It first puts the device back to passthrough, then runs `sync.vmm.recover` on `qmp_path`,
+        which gives the VMM the settings `put_back` back (`sync.vmm.settings`).
         It never does so once the guest is released (I7). `ran` is that of `states.resume_step`.
         """
-        await self._call(requests.ArmRecovery(qmp_path, deadline_s, ran))
+        await self._call(requests.ArmRecovery(qmp_path, deadline_s, ran, put_back))
 
     async def disarm_recovery(self) -> None:
         """From here on the VMM is left alone when the lease ends."""

@@ -26,6 +26,7 @@ MAX_JOURNAL_RECORDS = MAX_BLOB_BYTES // RECORD_BYTES
 MAX_RECOVERY_S = 600.0
 MAX_PAGE_BYTES = 1 << 30
 _PATH_CHARACTERS = 4096
+_SETTINGS_CHARACTERS = 4096
 
 Tracker = Literal["logging", "message", "none"]
 Blob = Annotated[bytes, Part.BLOB]
@@ -194,6 +195,7 @@ class ArmRecovery(Request[Done]):
     qmp_path: Annotated[str, Text(_PATH_CHARACTERS)]
     deadline_s: Annotated[float, Range(0.01, MAX_RECOVERY_S)]
     ran: bool
+    put_back: Annotated[str, Text(_SETTINGS_CHARACTERS)] = ""
 
 
 @dataclass(frozen=True, slots=True)

@@ -179,7 +179,7 @@ class ControlServer:
                 "that path"
             )
         lease = self._lease()
-        lease.recovery = Armed(request.qmp_path, request.deadline_s, request.ran)
+        lease.recovery = Armed(request.qmp_path, request.deadline_s, request.ran, request.put_back)
         return Done()
 
     def _disarm_recovery(self, client: Client, request: requests.DisarmRecovery) -> Done:

@@ -57,6 +57,7 @@ class Armed:
     qmp_path: str
     deadline_s: float
     ran: bool = True
+    put_back: str = ""
 
 
 @dataclass(slots=True)

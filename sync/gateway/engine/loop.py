@@ -515,7 +515,9 @@ class Gateway:
 
     def _recover_now(self, armed: Armed) -> None:
         try:
-            done = recover.recover_source(armed.qmp_path, armed.deadline_s, ran=armed.ran)
+            done = recover.recover_source(
+                armed.qmp_path, armed.deadline_s, armed.put_back, ran=armed.ran
+            )
             outcome = Recovery("lease-lost", True, done)
         except Exception as error:
             outcome = Recovery("lease-lost", False, f"{type(error).__name__}: {error}")

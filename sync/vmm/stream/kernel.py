@@ -241,15 +241,13 @@ def follow_records(
     return status
 
 
-@functools.cache
-def compiled() -> Callable[..., int]:
-    """`follow_records` as machine code, which takes some seconds on a machine's first call."""
-    import numba
+def signature() -> tuple[Any, ...]:
+    """The types of the arguments of `follow_records`, for numba."""
     from numba import types
 
     readonly: Any = types.Array(types.uint8, 1, "C", readonly=True)
     numbers = types.int64[:, ::1]
-    signature = types.int64(
+    return (
         readonly,
         types.int64[::1],
         numbers,
@@ -260,8 +258,16 @@ def compiled() -> Callable[..., int]:
         types.boolean[::1],
         types.uint8[::1],
     )
+
+
+@functools.cache
+def compiled() -> Callable[..., int]:
+    """`follow_records` as machine code, which takes some seconds on a machine's first call."""
+    import numba
+
+    types = numba.types.int64(*signature())
     try:
-        kernel: Callable[..., int] = numba.njit(signature, nogil=True, cache=True)(follow_records)
+        kernel: Callable[..., int] = numba.njit(types, nogil=True, cache=True)(follow_records)
     except RuntimeError:  # there is no folder for numba's cache
-        kernel = numba.njit(signature, nogil=True)(follow_records)
+        kernel = numba.njit(types, nogil=True)(follow_records)
     return kernel

@@ -1,6 +1,6 @@
 """A stream with the proof of its mapping: what `send` reads its VMM's migration with."""
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 
 import numpy as np
 import numpy.typing as npt
@@ -34,8 +34,12 @@ class OpenedStream:
         *,
         max_held_bytes: int,
         max_tail_bytes: int,
+        kernel: Callable[..., int] | None = None,
     ) -> None:
-        self.reader = StreamReader(max_held_bytes=max_held_bytes, max_tail_bytes=max_tail_bytes)
+        """`kernel`: see `StreamReader`."""
+        self.reader = StreamReader(
+            max_held_bytes=max_held_bytes, max_tail_bytes=max_tail_bytes, kernel=kernel
+        )
         self.proof = MappingProof(memory, files)
         self.mapped = set[str]()
         self.carried = set[str]()

@@ -18,7 +18,7 @@ from transport.kernels.load import WarmUp
 
 
 def said(capsys: pytest.CaptureFixture[str], done: WarmUp, *, compiles: bool) -> list[str]:
-    def warm_up(compiling: Callable[[], None]) -> WarmUp:
+    def warm_up(compiling: Callable[[], None], _others: object) -> WarmUp:
         if compiles:
             compiling()
         return done

@@ -14,9 +14,12 @@ import trio.testing
 from numpy.typing import NDArray
 
 from ferry.errors import NotConverged
+from ferry.migration.pacing import Pace
 from ferry.migration.precopy import Precopy
 from ferry.migration.report import Report
 from ferry.migration.send_options import Options
+from ferry.migration.verification import RollingProof
+from ferry.migration.vmm_stream import VmmStream
 from ferry.progress import Reporter
 from sync.convergence import Limits
 from sync.dirty.tracker import Bitmap
@@ -27,6 +30,8 @@ from transport.sender import RoundStatistics
 N_PAGES = 256
 FIRST_PASS = VmmProgress("active", 0, 300 << 20, 512 << 20, 7, 1, 4096, 0, 0, "")
 OPTIONS = Options(to="ipc:///x", qmp="q")
+MEMORY = np.zeros(N_PAGES * 4096, np.uint8)
+PACE = Pace(300)
 
 
 class FakeDirty:
@@ -52,7 +57,18 @@ class FakeLink:
         self.sent: list[set[int]] = []
         self._busy = busy
         self._now: RoundStatistics | None = None
-        self.sender = SimpleNamespace(round_progress=lambda: self._now)
+        self.verified: list[set[int]] = []
+        self.differing = np.empty(0, np.uint32)
+        self.sender = SimpleNamespace(
+            round_progress=lambda: self._now,
+            statistics=lambda: SimpleNamespace(round_trip_ns=0),
+            verify=self._verify,
+        )
+
+    async def _verify(self, indices: NDArray[np.uint32]) -> NDArray[np.uint32]:
+        await trio.lowlevel.checkpoint()
+        self.verified.append({int(page) for page in indices})
+        return self.differing
 
     async def send_pages(self, indices: NDArray[np.uint32]) -> RoundStatistics:
         pages = len(indices)
@@ -90,17 +106,25 @@ def precopy(
     vmm: FakeVmm,
     said: io.StringIO | None = None,
     proof_ms: float = 0.0,
+    stream: VmmStream | None = None,
+    proof: RollingProof | None = None,
+    throttle: Callable[[], Any] | None = None,
+    options: Options = OPTIONS,
 ) -> Precopy:
     async def proof_ns() -> int:
         return int(proof_ms * 1e6)
 
     reporter = Reporter("send", as_json=True, stream=said or io.StringIO())
     return Precopy(
-        OPTIONS,
+        options,
         cast(Any, link),
         cast(Any, vmm),
         cast(Any, dirty),
+        stream or VmmStream(MEMORY, [], PACE, lambda _: None, why_closed="not asked for"),
+        PACE,
+        proof or RollingProof(N_PAGES),
         proof_ns,
+        throttle or trio.lowlevel.checkpoint,
         Report(session=""),
         reporter,
     )
@@ -246,3 +270,84 @@ def test_a_vmm_that_fails_ends_the_rounds_with_its_own_error(error: Exception) -
 
     with pytest.raises(type(error), match=str(error)):
         trio.run(body, clock=trio.testing.MockClock(autojump_threshold=0))
+
+
+class OpenStream(VmmStream):
+    """Open; what it announces comes with each collection."""
+
+    is_open = True
+    is_exclusive = True
+
+    def __init__(self, *found: set[int]) -> None:
+        super().__init__(MEMORY, [], PACE, lambda _: None, why_closed="it is scripted")
+        self._found = list(found)
+        self.told: list[set[int]] = []
+
+    def collect(self) -> tuple[Bitmap, float]:
+        found = self._found.pop(0) if self._found else set()
+        bits = np.zeros(N_PAGES, np.uint8)
+        bits[sorted(found)] = 1
+        return np.packbits(bits, bitorder="little").view(np.uint64), float(len(found))
+
+    def wrote(self, pages: NDArray[np.uint32]) -> None:
+        self.told.append({int(page) for page in pages})
+
+
+def test_i1_what_is_announced_and_what_devices_wrote_is_one_dirty_set() -> None:
+    link, stream = FakeLink(), OpenStream({1, 2}, {2, 250})
+
+    async def body() -> None:
+        rounds = precopy(link, FakeDirty({2, 9}, {7}), FakeVmm(), stream=stream)
+        with trio.move_on_after(0.05):
+            await rounds.keep_small()
+        await rounds.finish()
+
+    trio.run(body, clock=trio.testing.MockClock(autojump_threshold=0))
+    assert link.sent == [{1, 2, 9}, {2, 7, 250}]
+    assert stream.told[:2] == [{2, 9}, {7}]
+
+
+def test_a_pass_of_the_vmm_is_judged_once_by_what_it_has_still_to_announce() -> None:
+    said = io.StringIO()
+    later = dataclasses.replace(FIRST_PASS, rounds=2, remaining_bytes=40 << 20)
+
+    async def body() -> None:
+        vmm = FakeVmm(later)
+        options = dataclasses.replace(OPTIONS, on_stall="abort", max_rounds=5)
+        rounds = precopy(FakeLink(), FakeDirty(), vmm, said, stream=OpenStream(), options=options)
+        with trio.move_on_after(20) as scope:
+            await rounds.converge()
+        assert scope.cancelled_caught
+
+    trio.run(body, clock=trio.testing.MockClock(autojump_threshold=0))
+    events = [json.loads(line) for line in said.getvalue().splitlines()]
+    judged = [e for e in events if e["event"] == "round" and e["remaining_pages"] is not None]
+    assert [event["remaining_pages"] for event in judged] == [10240]
+    assert len([event for event in events if event["event"] == "round"]) < 10
+
+
+def test_a_stall_throttles_the_guest_once_before_it_switches() -> None:
+    throttled: list[float] = []
+
+    class Busy(FakeVmm):
+        """Each time it is asked it has begun another pass, and has as much to do as before."""
+
+        async def check_migration(self) -> VmmProgress:
+            await trio.lowlevel.checkpoint()
+            assert isinstance(self.answer, VmmProgress)
+            self.answer = dataclasses.replace(
+                self.answer, rounds=self.answer.rounds + 1, remaining_bytes=400 << 20
+            )
+            return self.answer
+
+    async def throttle() -> None:
+        throttled.append(trio.current_time())
+
+    async def body() -> None:
+        options = dataclasses.replace(OPTIONS, on_stall="throttle")
+        await precopy(
+            FakeLink(), FakeDirty(), Busy(), stream=OpenStream(), options=options, throttle=throttle
+        ).converge()
+
+    trio.run(body, clock=trio.testing.MockClock(autojump_threshold=0))
+    assert len(throttled) == 1

@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 
 from ferry.errors import NotEqual
 from ferry.migration import verification
-from ferry.migration.verification import ProofTime, prove_equal
+from ferry.migration.verification import ProofTime, RollingProof, prove_equal
 from transport.sender import RegionComparison
 
 N_PAGES = 64
@@ -147,3 +147,51 @@ def test_to_predict_the_proof_leaves_the_guests_holes() -> None:
     # Next to data, up to 16 pages may be touched (transport/kernels/files.py).
     assert os.fstat(descriptor).st_blocks * 512 <= 2 * 16 * 4096
     os.close(descriptor)
+
+
+def bits_of(pages: set[int], n_pages: int = 1024) -> NDArray[np.uint64]:
+    flags = np.zeros(n_pages, np.uint8)
+    flags[sorted(pages)] = 1
+    return np.packbits(flags, bitorder="little").view(np.uint64)
+
+
+def pages_of(bits: NDArray[np.uint64]) -> set[int]:
+    return {*np.flatnonzero(np.unpackbits(bits.view(np.uint8), bitorder="little")).tolist()}
+
+
+class Rolling:
+    """Answers comparisons: `differing` differ."""
+
+    def __init__(self, differing: set[int]) -> None:
+        self.sender = self
+        self._differing = np.array(sorted(differing), np.uint32)
+
+    async def verify(self, indices: NDArray[np.uint32]) -> NDArray[np.uint32]:
+        return self._differing[np.isin(self._differing, indices)]
+
+
+def test_i6_only_what_was_equal_and_not_written_since_is_proven() -> None:
+    proof = RollingProof(1024)
+
+    async def main() -> None:
+        proof.collected(bits_of({300, 301, 302, 303}))
+        proof.sent(bits_of({300, 301, 302}))
+        proof.collected(bits_of({301}))  # written again, before it is compared
+        await proof.roll(Rolling({302}))  # type: ignore[arg-type]
+        assert pages_of(proof.left(bits_of(set()))) == {301, 302, 303}
+        proof.collected(bits_of({300}))  # written again, after it was compared
+
+    trio.run(main)
+    assert pages_of(proof.left(bits_of(set()))) == {300, 301, 302, 303}
+
+
+def test_i6_what_hooks_of_the_vmm_may_write_is_compared_after_it_has_loaded() -> None:
+    proof = RollingProof(1024)
+
+    async def main() -> None:
+        proof.collected(bits_of({5, 600, 700}))
+        proof.sent(bits_of({5, 600, 700}))
+        await proof.roll(Rolling(set()))  # type: ignore[arg-type]
+
+    trio.run(main)
+    assert pages_of(proof.left(bits_of({700}))) == {5, 700}

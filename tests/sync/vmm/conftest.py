@@ -49,6 +49,8 @@ class FakeQemu:
         self.run_state = "running"
         self.migration: dict[str, Any] = {}
         self.capabilities = ["xbzrle", "events", "pause-before-switchover", "multifd"]
+        self.on_capabilities: set[str] = set()
+        self.parameters: dict[str, Any] = {"downtime-limit": 300, "max-bandwidth": 134217728}
         self.errors: dict[str, str] = {}
         self.silent: set[str] = set()
         self.on: dict[str, Callable[[], None]] = {}
@@ -92,7 +94,12 @@ class FakeQemu:
         if name == "query-migrate":
             return self.migration
         if name == "query-migrate-capabilities":
-            return [{"state": False, "capability": name} for name in self.capabilities]
+            return [
+                {"state": name in self.on_capabilities, "capability": name}
+                for name in self.capabilities
+            ]
+        if name == "query-migrate-parameters":
+            return self.parameters
         return {}
 
     async def serve(self, stream: trio.SocketStream) -> None:

@@ -74,6 +74,10 @@ FIELDS: dict[tuple[str, str], tuple[st.SearchStrategy[Any], list[Any]]] = {
         st.floats(0.01, 600) | st.integers(1, 600),
         [None, "1", True, [], 0, 0.009, 600.1, 601, 1 << 70, math.nan, math.inf],
     ),
+    ("arm_recovery", "put_back"): (
+        st.text(st.characters(exclude_characters="\0"), max_size=4096),
+        [*NO_TEXTS, "x" * 4097],
+    ),
     ("mediate", "tracker"): (
         st.sampled_from(["logging", "message", "none"]),
         [None, 1, "", "magic", []],
@@ -106,7 +110,7 @@ BLOBS = {
     "own": "records",
     "start": "records",
 }
-OPTIONAL = {("hello", "session"), ("memory", "generation")}
+OPTIONAL = {("hello", "session"), ("memory", "generation"), ("arm_recovery", "put_back")}
 
 
 def fields_of(op: str) -> list[str]:
@@ -234,6 +238,7 @@ def good(op: str, field: str) -> Any:
         "role": "source",
         "generation": None,
         "qmp_path": "/q",
+        "put_back": "",
         "deadline_s": 1,
         "ran": True,
         "tracker": "none",

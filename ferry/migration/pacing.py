@@ -1,0 +1,96 @@
+"""How fast the VMM may announce pages, and how far it may be ahead of the lanes.
+
+The VMM pauses its guest by itself as soon as it has nothing more to send. The guest then waits for
+all that is announced and not on the target yet, so that this has to fit into a part of the
+downtime: `max_backlog`. `bandwidth` has the VMM follow the rate of the lanes, so that it is seldom
+left unread, which it waits for with its lock held.
+
+Owns the numbers. Costs are in pages that have content: a page of zeros costs next to nothing.
+"""
+
+from collections import deque
+from collections.abc import Awaitable, Callable
+from typing import Protocol
+
+import trio
+
+from sync.memory import PAGE_BYTES
+
+INTERVAL_S = 0.2
+SHARE_OF_DOWNTIME = 3
+"""The backlog may take a third of the limit: the VMM's own last pages take some, too."""
+FIRST_BACKLOG = 1024.0
+MIN_BACKLOG = 256.0
+MIN_ROUND_S = 0.02
+ZERO_COST = 1 / 64
+FIRST_BYTES_PER_S = 256 << 20
+MIN_BYTES_PER_S = 1 << 20
+MAX_BYTES_PER_S = 1 << 40
+FASTER, SLOWER = 1.5, 0.8
+"""What the VMM gets of the lanes' rate while the backlog is small, and while it is not."""
+RECENT_ROUNDS = 16
+"""The rate is the best of so many. Their mean would count what a round costs beside its pages, so
+that rounds would become smaller, and their mean lower, and so on."""
+
+
+class Paced(Protocol):
+    """Whoever announces pages."""
+
+    @property
+    def backlog(self) -> float: ...
+
+
+class Pace:
+    """The pace of one migration."""
+
+    def __init__(self, downtime_limit_ms: float, most_bytes_per_s: int = MAX_BYTES_PER_S) -> None:
+        """`most_bytes_per_s` is what the VMM never gets more than."""
+        self.allow(downtime_limit_ms)
+        self._most = most_bytes_per_s
+        self._rates = deque[float](maxlen=RECENT_ROUNDS)
+        self._pages_per_s = 0.0
+
+    def allow(self, downtime_limit_ms: float) -> None:
+        """The guest may stand still for so long."""
+        self._share_s = downtime_limit_ms / 1e3 / SHARE_OF_DOWNTIME
+
+    @staticmethod
+    def cost_of(pages: int, zeros: int) -> float:
+        return pages - zeros + zeros * ZERO_COST
+
+    def sent(self, cost: float, duration_s: float, round_trip_s: float) -> None:
+        """A round of this cost was acknowledged after `duration_s`."""
+        if cost >= 1:
+            self._rates.append(cost / max(duration_s - round_trip_s, duration_s / 4, 1e-4))
+            self._pages_per_s = max(self._rates)
+
+    @property
+    def max_backlog(self) -> float:
+        """So much may be announced and not acknowledged."""
+        if not self._pages_per_s:
+            return FIRST_BACKLOG
+        return max(MIN_BACKLOG, self._pages_per_s * self._share_s)
+
+    @property
+    def round_cost(self) -> float:
+        """So much is worth a round of its own: one is under way while the next one gathers."""
+        return min(self.max_backlog / 2, max(1.0, self._pages_per_s * MIN_ROUND_S))
+
+    def bytes_per_s(self, backlog: float) -> int:
+        """What the VMM may send with, given what is announced and not acknowledged."""
+        if not self._pages_per_s:
+            return min(FIRST_BYTES_PER_S, self._most)
+        factor = FASTER if backlog < self.max_backlog / 2 else SLOWER
+        rate = int(self._pages_per_s * PAGE_BYTES * factor)
+        return min(max(rate, MIN_BYTES_PER_S), self._most)
+
+
+async def keep_pace(pace: Pace, paced: Paced, limit: Callable[[int], Awaitable[None]]) -> None:
+    """Tells the VMM its rate several times a second, by `limit`, until it is cancelled."""
+    told = 0
+    while True:
+        wanted = pace.bytes_per_s(paced.backlog)
+        if abs(wanted - told) * 10 > told:
+            await limit(wanted)
+            told = wanted
+        await trio.sleep(INTERVAL_S)
