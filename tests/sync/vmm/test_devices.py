@@ -1,10 +1,11 @@
 """How a VMM's vfio-user devices are found and read, in the words of QEMU 11.1.3."""
 
-from typing import Any
+from typing import Any, cast
 
 import trio
 
 from sync.vmm.devices import VmmDevice, list_devices
+from sync.vmm.driver import Vmm
 from sync.vmm.errors import VmmRefused
 
 NAMES = {
@@ -43,7 +44,7 @@ class Qemu:
 
 
 def test_socket_and_place_of_each_device() -> None:
-    found = trio.run(list_devices, Qemu())
+    found = trio.run(list_devices, cast(Vmm, Qemu()))
     assert found == (
         VmmDevice("/machine/peripheral/disk", "/run/vm 1[x].sock", "00: 04.1 00.0"),
         VmmDevice("/machine/peripheral/mute", "", ""),
