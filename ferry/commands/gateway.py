@@ -1,10 +1,12 @@
 """`vfio-ferry gateway`: the options of the gateway, and nothing else of it."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from ferry.config import natural, option, size
 from ferry.errors import ConfigError, Exit
+from ferry.metrics import HELP as METRICS
+from ferry.metrics import GatewayMetrics
 from ferry.private import check_folders
 from sync.gateway.datapath.journal import DEFAULT_RECORDS
 from sync.gateway.engine.busy_poll import WINDOW_S
@@ -49,6 +51,7 @@ class Options:
         DEFAULT_RECORDS * RECORD_BYTES,
         parse=size,
     )
+    metrics_file: str | None = option(METRICS, None)
     json: bool = option("print events as JSON lines", False)
 
 
@@ -74,14 +77,15 @@ def run(options: Options) -> int:
 
 
 def _serve(options: Options, host_function: str) -> None:
-    run_gateway(
-        GatewayOptions(
-            vmm_path=Path(options.listen),
-            device_path=None if host_function else Path(options.device),
-            host_function=host_function,
-            control_path=Path(options.control),
-            json=options.json,
-            busy_poll_s=options.busy_poll / 1e6,
-            limits=Limits(journal_records=options.journal_size // RECORD_BYTES),
-        )
+    gateway = GatewayOptions(
+        vmm_path=Path(options.listen),
+        device_path=None if host_function else Path(options.device),
+        host_function=host_function,
+        control_path=Path(options.control),
+        json=options.json,
+        busy_poll_s=options.busy_poll / 1e6,
+        limits=Limits(journal_records=options.journal_size // RECORD_BYTES),
     )
+    if options.metrics_file:
+        gateway = replace(gateway, observe=GatewayMetrics(options.metrics_file).take)
+    run_gateway(gateway)

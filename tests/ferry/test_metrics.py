@@ -1,12 +1,16 @@
 """Metrics: named as Prometheus has it, written in one piece, and telling what events told."""
 
+import threading
+import time
 from io import StringIO
 from pathlib import Path
 
 import pytest
 
-from ferry.metrics import MigrationMetrics
+from ferry.metrics import GatewayMetrics, MigrationMetrics
 from ferry.progress import Reporter
+from sync.gateway.control.info import GatewayInfo
+from sync.gateway.engine.core import Core, Limits
 from tests.ferry.test_html_report import EVENTS
 from tests.ferry.test_progress import VALUES
 
@@ -46,3 +50,34 @@ def test_a_migration_as_a_textfile(tmp_path: Path) -> None:
 def test_a_file_that_cannot_be_written_is_told_at_once(tmp_path: Path) -> None:
     with pytest.raises(OSError):
         MigrationMetrics("send", str(tmp_path / "none" / "f"))
+
+
+def test_a_gateway_is_asked_now_and_then_and_written_as_it_is(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(threading.Thread, "start", lambda _: None)  # this test writes by itself
+    path = tmp_path / "gateway.prom"
+    metrics = GatewayMetrics(str(path))
+    core = Core(Limits(), time.monotonic, lambda *_, **__: None, lambda *_: None)
+    asked: list[GatewayInfo] = []
+
+    def status() -> GatewayInfo:
+        asked.append(core.info())
+        return asked[-1]
+
+    for now in (100.0, 105.0, 109.9, 110.0):
+        metrics.take(now, status)
+    assert len(asked) == 2
+    metrics.write(asked[0])
+    found = {
+        (sample.name, *sample.labels.values()): sample.value
+        for family in parser.text_string_to_metric_families(path.read_text())
+        for sample in family.samples
+    }
+    assert (
+        found["vfio_ferry_gateway_state", core.custody.owner.value, core.custody.state.value] == 1
+    )
+    assert found["vfio_ferry_gateway_vmm_connected",] == 0
+    path.unlink()
+    path.mkdir()
+    metrics.write(asked[0])  # no reason to end

@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from sync.errors import SyncError
-from sync.gateway.control.info import Recovery, VmmConnection
+from sync.gateway.control.info import GatewayInfo, Recovery, VmmConnection
 from sync.gateway.control.peer import ControlPeer
 from sync.gateway.control.server import ControlServer
 from sync.gateway.datapath.peer import Peer
@@ -86,6 +86,8 @@ class GatewayOptions:
     """Sockets that a service manager has made, by path: they are used where they fit."""
     heartbeat: Callable[[float], None] = lambda _now: None
     """Called while the loop is alive."""
+    observe: Callable[[float, Callable[[], GatewayInfo]], None] = lambda _now, _status: None
+    """As `heartbeat`, with the way to ask for the gateway's status."""
 
 
 class Gateway:
@@ -183,6 +185,7 @@ class Gateway:
         """Looks after everything that has a deadline; returns how long to sleep at most."""
         core = self.core
         self._options.heartbeat(now)
+        self._options.observe(now, core.info)
         if self._device is None and now >= self._retry_at:
             self._connect_device(now)
         if core.device_expired(now):
