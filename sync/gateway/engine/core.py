@@ -35,7 +35,7 @@ class Limits:
     """What bounds the waiting."""
 
     device_deadline_s: float = 5.0
-    """A device that takes longer than this for what makes the guest wait counts as lost."""
+    """A job for which the device takes longer than this has failed."""
     lease_silence_s: float = 120.0
     """With the guest stopped, a controller that asks for nothing as long as this has failed."""
     device_wait_s: float = 10.0
@@ -115,6 +115,7 @@ class Core:
             journal_records=self.limits.journal_records,
             generation=self._generation + 1,
         )
+        link.runner.on_late_end = self._proceed
         self.link = link
 
         def done(result: object, error: SyncError | None) -> None:
@@ -227,6 +228,8 @@ class Core:
         assert self.link is not None
 
         def finished(result: Any, error: SyncError | None) -> None:
+            if self.lease is not None:
+                self.lease.since = self.clock()
             if error is None:
                 done(result)
             else:
@@ -235,9 +238,17 @@ class Core:
 
         self.link.runner.start(job, finished, held=held)
 
-    def device_expired(self, now: float) -> bool:
-        """Whether the device has kept the guest waiting for longer than it may."""
-        return self.link is not None and self.link.runner.expired(now)
+    def expire(self, now: float) -> None:
+        """Ends what the device has taken too long for."""
+        if self.link is not None:
+            self.link.runner.expire(now)
+
+    def forgive(self, seconds: float) -> None:
+        """The gateway itself stood still for so long: nobody else is blamed for it."""
+        if self.link is not None:
+            self.link.runner.forgive(seconds)
+        if self.lease is not None:
+            self.lease.since += seconds
 
     # --- the lease ---
 
@@ -249,12 +260,17 @@ class Core:
         if self.custody.on_lease_loss(lease.role) is LeaseLoss.ABANDON:
             # At once, whatever the device is doing: this session must not come to own the guest.
             self.custody.fence(self.custody.session)
+        if self.link is not None and self.link.runner.overdue:
+            # The guest does not wait for a device that may never answer.
+            self._bring_back(lease)
         self.when_idle(lambda: self._clean_up(lease))
 
     def silent_holder(self, now: float) -> Holder | None:
         """The holder that keeps a stopped guest waiting without asking for anything."""
         lease = self.lease
-        if lease is None or lease.role is not ClientRole.SOURCE or self.busy:
+        if lease is None or lease.role is not ClientRole.SOURCE:
+            return None
+        if self.link is not None and self.busy and not self.link.runner.overdue:
             return None
         stopped = self.custody.on_lease_loss(lease.role) is LeaseLoss.RESTORE
         late = now - lease.since > self.limits.lease_silence_s
@@ -291,9 +307,13 @@ class Core:
         after a device was lost, is its own owner again even if its guest was released before.
         """
         self.lease = None
+        self._bring_back(lease)
+
+    def _bring_back(self, lease: Lease) -> None:
         if lease.recovery is not None and not lease.released:
             self.log_state("recovering", qmp_path=lease.recovery.qmp_path)
             self._recover(lease.recovery)
+            lease.recovery = None
 
     def recovered(self, outcome: Recovery) -> None:
         self.last_recovery = outcome

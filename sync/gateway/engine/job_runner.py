@@ -1,8 +1,8 @@
 """Runs one job at a time at the device: a generator that yields commands and is sent the answers.
 
 Sans-IO. Owned here: the order, the bound on what is under way, and the deadline. A job that holds
-the guest's accesses back has one deadline from its start to its end, and a device that does not
-meet it is lost (I10); any other has it anew for each list of commands, and only the job fails.
+the guest's accesses back has one deadline from its start to its end, any other has it anew for each
+list of commands. What does not meet it is the job's failure, and nothing more.
 
 A list of commands is sent back to back, up to `WINDOW` at a time; the device executes commands in
 the order in which they come ("Command Concurrency" in the vfio-user specification).
@@ -70,6 +70,8 @@ class JobRunner:
         self._held = False
         self._holding = False
         self.deadline: float | None = None
+        self.on_late_end: Callable[[], None] = lambda: None
+        """Called when a job has ended that had been `overdue`."""
 
     @property
     def busy(self) -> bool:
@@ -98,14 +100,35 @@ class JobRunner:
             self._relay.hold()
         self._step(None)
 
-    def expired(self, now: float) -> bool:
-        """Whether the device is to be given up; ends a job that holds nobody up."""
+    @property
+    def overdue(self) -> bool:
+        """Whether a job is under way that nobody waits for any more."""
+        return self._holding and self.deadline is None
+
+    def expire(self, now: float) -> None:
+        """Ends a job that takes too long, for whoever waits for it. Never the device's connection:
+        a VMM that has lost its device does not connect again.
+
+        One that has begun to change the device goes on when the device answers, to an end in which
+        the device is known, and the guest's accesses wait for it as they would without a job.
+        """
         if self.deadline is None or now < self.deadline:
-            return False
-        if self._held:
-            return True
-        self._finish(None, DeviceTimeout())
-        return False
+            return
+        if not self._holding:
+            self._finish(None, DeviceTimeout())
+            return
+        done, self._done = self._done, self._ended_late
+        self.deadline = None
+        assert done is not None
+        done(None, DeviceTimeout())
+
+    def _ended_late(self, result: object, error: SyncError | None) -> None:
+        self.on_late_end()
+
+    def forgive(self, seconds: float) -> None:
+        """Does not count a time in which nothing here could be done."""
+        if self.deadline is not None:
+            self.deadline += seconds
 
     def abort(self, error: SyncError) -> None:
         """Ends what is running, for the device or the VMM has gone."""

@@ -53,6 +53,8 @@ TICK_S = 0.05
 """Deadlines are kept to within this."""
 IDLE_TICKS = 10
 """Without a device or a deadline under way the loop wakes up this much more rarely."""
+STANDSTILL_S = 0.5
+"""A turn of the loop that takes so much longer than it waits is one in which it stood still."""
 RETRY_S = 0.1
 """The pause between two attempts to connect to the device."""
 REOPEN_S = 5.0
@@ -144,6 +146,7 @@ class Gateway:
         clock = self._clock
         next_tick = 0.0
         wait_s = TICK_S
+        turn_at = clock()
         try:
             while not self._stopping:
                 link = self._link
@@ -152,6 +155,10 @@ class Gateway:
                     if handler is not None:
                         handler(events)
                 now = clock()
+                stood_still_s = now - turn_at - wait_s
+                if stood_still_s > STANDSTILL_S:
+                    self._forgive(stood_still_s)
+                turn_at = now
                 if now >= next_tick:
                     wait_s = self._tick(now)
                     next_tick = now + TICK_S
@@ -181,6 +188,12 @@ class Gateway:
             self._wake = -1
             self._epoll.close()
 
+    def _forgive(self, seconds: float) -> None:
+        """This process was stopped, or had no processor: what others owe it is due later."""
+        self.core.forgive(seconds)
+        if self._vmm_deadline is not None:
+            self._vmm_deadline += seconds
+
     def _tick(self, now: float) -> float:
         """Looks after everything that has a deadline; returns how long to sleep at most."""
         core = self.core
@@ -188,8 +201,7 @@ class Gateway:
         self._options.observe(now, core.info)
         if self._device is None and now >= self._retry_at:
             self._connect_device(now)
-        if core.device_expired(now):
-            self._device_gone("it did not answer while the guest was waiting")
+        core.expire(now)
         if self._vmm_deadline is not None and now > self._vmm_deadline:
             self._vmm_gone("it did not say VERSION, or the device was not there in time")
         self._answered.extend(client for client in self._clients if client.wants_write)

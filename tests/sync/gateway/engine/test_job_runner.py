@@ -75,19 +75,57 @@ def test_empty_lists_cost_nothing_and_errors_end_the_job(table: Table) -> None:
     assert not table.runner.busy and table.runner.deadline is None
 
 
-def test_i10_a_held_job_has_one_deadline_for_all_of_its_steps(table: Table) -> None:
-    def job() -> Job[None]:
-        while True:
-            yield [Call(1)]
+def test_i10_a_held_job_has_one_deadline_for_all_of_its_steps_and_ends_when_the_device_answers(
+    table: Table,
+) -> None:
+    ended: list[str] = []
 
+    def job() -> Job[None]:
+        for _ in range(6):
+            yield [Call(1)]
+        ended.append("job")
+
+    table.runner.on_late_end = lambda: ended.append("late")
     table.start(job(), held=True)
     assert table.relay.holding
     for table.now in (1.0, 2.0, 3.0, 4.0):
         table.answer(1)
-        assert not table.runner.expired(table.now)
-    assert table.runner.expired(5.0), "the device is to be given up"
+        table.runner.expire(table.now)
+    assert table.outcome == []
+    table.runner.expire(5.0)
+    assert isinstance(table.outcome[0][1], DeviceTimeout)
+    assert table.runner.overdue
+    assert table.runner.busy
+    assert table.relay.holding, "the device is in between"
+    table.runner.expire(500.0)
+    table.answer(2)
+    assert ended == ["job", "late"]
+    assert len(table.outcome) == 1
+    assert not table.relay.holding
+    assert not table.runner.overdue
+
+
+def test_an_overdue_job_ends_with_its_device(table: Table) -> None:
+    def job() -> Job[None]:
+        yield [Call(1)]
+
+    table.start(job(), held=True)
+    table.runner.expire(6.0)
     table.runner.abort(DeviceLost("gone"))
-    assert isinstance(table.outcome[0][1], DeviceLost)
+    assert len(table.outcome) == 1
+    assert not table.runner.busy
+
+
+def test_the_gateways_own_standstill_does_not_count(table: Table) -> None:
+    def job() -> Job[None]:
+        yield [Call(1)]
+
+    table.start(job(), held=True)
+    table.runner.forgive(100.0)
+    table.runner.expire(104.0)
+    assert table.outcome == []
+    table.runner.expire(105.0)
+    assert len(table.outcome) == 1
 
 
 def test_a_job_that_holds_nobody_up_only_fails_itself(table: Table) -> None:
@@ -98,8 +136,9 @@ def test_a_job_that_holds_nobody_up_only_fails_itself(table: Table) -> None:
     table.start(job())
     table.now = 4.0
     table.answer(1)
-    assert not table.runner.expired(6.0)
-    assert not table.runner.expired(9.5)
+    table.runner.expire(6.0)
+    assert table.outcome == []
+    table.runner.expire(9.5)
     assert isinstance(table.outcome[0][1], DeviceTimeout)
     table.answer(1)
     assert len(table.outcome) == 1, "the late answer is nobody's"
