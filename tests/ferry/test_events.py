@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from ferry.progress import Reporter
-from sync.gateway.log import SCHEMA
+from sync.gateway.log import MEANING, SCHEMA
 
 DOCS = Path(__file__).parents[2] / "docs"
 jsonschema = pytest.importorskip("jsonschema")
@@ -35,6 +35,11 @@ def test_it_is_a_schema_and_of_the_version_that_is_printed() -> None:
 def test_every_event_of_it_is_in_the_documents() -> None:
     listed = re.findall(r"^\| `([a-z-]+)` \|", (DOCS / "operations.md").read_text(), re.MULTILINE)
     assert set(schema()["$defs"]) - {"key"} <= set(listed)
+
+
+def test_every_event_of_a_gateway_that_is_explained_is_in_the_documents() -> None:
+    section = (DOCS / "operations.md").read_text().partition("| event of the gateway |")[2]
+    assert set(MEANING) <= set(re.findall(r"`([a-z-]+)`", section))
 
 
 @pytest.mark.parametrize(
