@@ -138,7 +138,7 @@ class CommonConfiguration:
         if len(state) != _STATE.size:
             raise StateStreamError("the common configuration has another length")
         device_select, driver_select, features, vector, bits, queue_select = _STATE.unpack(state)
-        status = Status(bits & ~Status.NEEDS_RESET)
+        status = Status(bits & ~int(Status.NEEDS_RESET))
         if features & ~self.offered and status & Status.FEATURES_OK:
             raise StateStreamError("the driver uses features that are not offered here")
         if not self._is_vector(vector):

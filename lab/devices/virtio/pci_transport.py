@@ -284,7 +284,7 @@ class VirtioDevice(PciDevice[Virtqueue]):
         return b"".join(parts)
 
     def load_function(self, state: bytes) -> Callable[[], None]:
-        if not state or state[0] & ~(Isr.QUEUE | Isr.CONFIGURATION):
+        if not state or state[0] & ~int(Isr.QUEUE | Isr.CONFIGURATION):
             raise StateStreamError("an impossible ISR")
         isr = Isr(state[0])
         common, *parts = _split(state[1:], 1 + len(self.common.queues))
