@@ -1,7 +1,10 @@
 """The process at the other end of a UNIX socket (SO_PEERCRED of unix(7)), as far as it is known."""
 
+import os
+import signal
 import socket
 import struct
+from contextlib import suppress
 from pathlib import Path
 from typing import Protocol
 
@@ -28,3 +31,27 @@ def pid_namespace() -> int:
         return Path("/proc/self/ns/pid").stat().st_ino
     except OSError:
         return 0
+
+
+class PeerProcess:
+    """A handle on the process at the other end of `sock`, for which no other one is ever taken
+    (pidfd_open(2)). To be closed."""
+
+    def __init__(self, sock: _Socket) -> None:
+        self._descriptor = -1
+        pid = peer_pid(sock)
+        if pid and pid != os.getpid():
+            with suppress(OSError):
+                self._descriptor = os.pidfd_open(pid)
+
+    def kill(self) -> None:
+        """SIGKILL, which a stopped process heeds, too; nothing if it is gone, or this one."""
+        if self._descriptor >= 0:
+            with suppress(OSError):
+                signal.pidfd_send_signal(self._descriptor, signal.SIGKILL)
+
+    def close(self) -> None:
+        """Gives the handle back."""
+        if self._descriptor >= 0:
+            os.close(self._descriptor)
+            self._descriptor = -1

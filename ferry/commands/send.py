@@ -44,12 +44,19 @@ def run(options: Options) -> int:
     reporter = Reporter("send", as_json=options.json)
     if options.metrics_file:
         reporter.observe(MigrationMetrics("send", options.metrics_file).take)
-    return trio.run(stopped_by_signals, partial(send, options, reporter))
+    return trio.run(stopped_by_signals, partial(send, options, reporter, own_process=True))
 
 
-async def send(options: Options, reporter: Reporter, stop: StopRequest | None = None) -> Exit:
+async def send(
+    options: Options,
+    reporter: Reporter,
+    stop: StopRequest | None = None,
+    *,
+    own_process: bool = False,
+) -> Exit:
     """Runs one migration from this host to its end, or until `stop` asks for one before the commit.
-    Any number of them may run in one process.
+    Any number of them may run in one process; `own_process` says that this one does nothing else,
+    so a gateway may end it if it hangs.
 
     Cancelled, it does what the end of its process would do: it closes every descriptor and
     connection, tells the peer nothing and restores nothing. The gateways then do what they do when
@@ -64,7 +71,7 @@ async def send(options: Options, reporter: Reporter, stop: StopRequest | None = 
         async with alongside(stop.wait_and_raise):
             await make_kernels_ready(reporter)
         async with AsyncExitStack() as held, trio.open_nursery() as nursery:
-            source = Source(options, reporter, nursery, held)
+            source = Source(options, reporter, nursery, held, own_process=own_process)
             nursery.start_soon(stop.pass_to, source.runner)
             async with control_socket(options.control_socket, _steering(source, stop, reporter)):
                 state = await source.runner.run(Event.START)

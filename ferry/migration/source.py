@@ -32,7 +32,12 @@ from ferry.migration.precopy import Precopy
 from ferry.migration.register_pump import RegisterPump
 from ferry.migration.report import Report
 from ferry.migration.send_options import Options
-from ferry.migration.source_devices import SourceDevice, attach_devices, map_memory
+from ferry.migration.source_devices import (
+    SourceDevice,
+    attach_devices,
+    keep_alive,
+    map_memory,
+)
 from ferry.migration.source_link import SourceLink
 from ferry.migration.undo import Undo, UndoStage
 from ferry.migration.verification import ProofTime, RollingProof, prove_equal
@@ -54,6 +59,8 @@ from transport.kernels.bitmap import bitmap_to_indices
 
 PAUSING_S = 30.0
 """How long a VMM may take to pause its guest, beside the downtime that it is allowed."""
+SILENCE_S = 10.0
+"""A process that says nothing for so long to a gateway whose device it has mediated has failed."""
 RECOVERY_DEADLINE_S = 10.0
 """How long a VMM may take to let its guest run again."""
 
@@ -96,8 +103,14 @@ class Source:
         reporter: Reporter,
         nursery: trio.Nursery,
         held: contextlib.AsyncExitStack,
+        *,
+        own_process: bool = False,
     ) -> None:
-        """What is opened is put into `held`, which has to be closed when `nursery` has ended."""
+        """What is opened is put into `held`, which has to be closed when `nursery` has ended.
+
+        `own_process`: nothing else is done by this process, so it may be ended where it hangs.
+        """
+        self._own_process = own_process
         self._options = options
         self._reporter = reporter
         self._nursery = nursery
@@ -230,12 +243,11 @@ class Source:
         pump = RegisterPump(link, self.runner)
         self._undo.add(UndoStage.TASKS, pump.give_up)
         self._nursery.start_soon(pump.run)
+        self._nursery.start_soon(keep_alive, prepared.devices)
         trackers = [device.tracker(memory, link.sender.seed) for device in prepared.devices]
         for device, tracker in zip(prepared.devices, trackers, strict=True):
             self._held.push_async_callback(tracker.stop)
-            await device.gateway.arm_recovery(
-                options.qmp, RECOVERY_DEADLINE_S, prepared.settings.pack()
-            )
+            await self._arm_recovery(prepared, device)
             mediation = await device.gateway.mediate(
                 tracker=tracker.asks_gateway_for,
                 page_size=options.log_page_size,
@@ -315,6 +327,16 @@ class Source:
             text = f"the VMM's settings of the migration are not as they were: {error}"
             self._reporter.event("message", text=text)
 
+    async def _arm_recovery(self, prepared: Prepared, device: SourceDevice) -> None:
+        await device.gateway.arm_recovery(
+            self._options.qmp,
+            RECOVERY_DEADLINE_S,
+            prepared.settings.pack(),
+            ran=prepared.vmm.guest_ran,
+            silence_s=SILENCE_S,
+            may_end_holder=self._own_process,
+        )
+
     def _proves_everything(self, dirty: MergedTrackers) -> bool:
         return self._options.verify == "all" or not dirty.complete
 
@@ -349,9 +371,7 @@ class Source:
             paused = await prepared.vmm.wait_pre_switchover()
         if not prepared.vmm.guest_ran:
             for device in prepared.devices:
-                await device.gateway.arm_recovery(
-                    self._options.qmp, RECOVERY_DEADLINE_S, prepared.settings.pack(), ran=False
-                )
+                await self._arm_recovery(prepared, device)
         downtime = Downtime(paused.guest_paused_at, paused.waiting_at)
         downtime.lap("pause")
         budget_s = standstill_budget_s(max(limit_ms, decided_ms))

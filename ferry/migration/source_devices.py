@@ -13,6 +13,7 @@ from functools import partial
 from pathlib import Path
 
 import numpy as np
+import trio
 from numpy.typing import NDArray
 
 from ferry.errors import Mismatch, NotOwner
@@ -26,11 +27,13 @@ from sync.dirty.tracker import Bitmap, Method, Tracker, choose_method
 from sync.gateway.control.client import GatewayClient
 from sync.gateway.control.info import GatewayInfo
 from sync.gateway.engine.custody import ClientRole
-from sync.gateway.errors import DeviceLost, GatewayLost
+from sync.gateway.errors import DeviceLost, GatewayError, GatewayLost
 from sync.memory import GuestMemory
 from sync.registers.choose import load_profiles, source_for
 from sync.registers.interface import SourceRegisters
 from transport.kernels.digests import scan_changed
+
+ALIVE_S = 1.0
 
 
 @dataclass(frozen=True)
@@ -104,6 +107,16 @@ async def attach_devices(
         undo.add(UndoStage.RECOVERY, device.disarm_recovery)
         devices.append(device)
     return tuple(devices)
+
+
+async def keep_alive(devices: Sequence[SourceDevice]) -> None:
+    """Lets the gateways know that this process goes on, until one of them has something against
+    it: whoever asks it for more hears of that."""
+    with contextlib.suppress(GatewayError):
+        while True:
+            for device in devices:
+                await device.gateway.status()
+            await trio.sleep(ALIVE_S)
 
 
 async def map_memory(

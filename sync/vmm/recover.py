@@ -8,11 +8,11 @@ import os
 import socket
 import stat
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-from sync.vmm.errors import VmmError, VmmGone, VmmNotReady, VmmRefused
+from sync.vmm.errors import VmmBusy, VmmError, VmmGone, VmmNotReady, VmmRefused
 from sync.vmm.qmp import QmpCore, QmpFailure, QmpGreeting, QmpReply
 from sync.vmm.settings import MigrationSettings
 from sync.vmm.states import (
@@ -25,6 +25,8 @@ from sync.vmm.states import (
 )
 
 RETRY_S = 0.02
+GREETING_S = 1.0
+"""A VMM that does not greet for so long has a client that hangs."""
 LAST_ANSWER_S = 0.2
 """Nothing more is tried so shortly before the deadline: the VMM's state would not become known."""
 READ_BYTES = 1 << 16
@@ -47,7 +49,12 @@ def obstacle(qmp_path: str) -> str:
 
 
 def recover_source(
-    qmp_path: str, deadline_s: float, put_back: str = "", *, ran: bool = True
+    qmp_path: str,
+    deadline_s: float,
+    put_back: str = "",
+    *,
+    ran: bool = True,
+    end_holder: Callable[[], None] | None = None,
 ) -> str:
     """Has the guest of the VMM at `qmp_path` run again; returns what was needed, in words.
 
@@ -55,7 +62,8 @@ def recover_source(
 
     A VMM serves one QMP client at a time, and the connection of one that was killed may linger:
     connecting is tried until the deadline. Only for a source that has not let go of its guest.
-    `ran` is that of `states.resume_step`.
+    `ran` is that of `states.resume_step`. `end_holder` ends the process that may hold the
+    connection and hang: it is called once, if the VMM does not greet.
     Raises `VmmNotReady` when the guest cannot run or does not run in time, `VmmGone` when the
     VMM is not there, `QmpProtocolError` when it talks nonsense.
     """
@@ -64,11 +72,18 @@ def recover_source(
     problem: VmmError = VmmGone(f"no VMM at {qmp_path} in {deadline_s:g} s")
     while time.monotonic() < deadline:
         try:
-            with _Connection(qmp_path, deadline) as connection:
+            greeted_by = deadline
+            if end_holder is not None:
+                greeted_by = min(deadline, time.monotonic() + GREETING_S)
+            with _Connection(qmp_path, deadline, greeted_by) as connection:
                 state = _resume(connection, done, deadline, ran)
                 if put_back:
                     _put_back(connection, done, MigrationSettings.unpack(put_back))
         except (VmmGone, OSError) as error:
+            if end_holder is not None and isinstance(error, VmmBusy):
+                end_holder()
+                end_holder = None
+                done.append("the process that held QMP and hung was ended")
             problem = error if isinstance(error, VmmGone) else VmmGone(f"{qmp_path}: {error}")
             time.sleep(RETRY_S)
             continue
@@ -112,17 +127,22 @@ def _put_back(connection: "_Connection", done: list[str], settings: MigrationSet
 
 
 class _Connection:
-    """A QMP connection, negotiated. Every wait ends at `deadline` with `VmmGone`."""
+    """A QMP connection, negotiated. Every wait ends at `deadline` with `VmmGone`, that for the
+    greeting at `greeted_by` with `VmmBusy`."""
 
-    def __init__(self, path: str, deadline: float) -> None:
-        self._deadline = deadline
+    def __init__(self, path: str, deadline: float, greeted_by: float) -> None:
+        self._deadline = greeted_by
         self._core = QmpCore()
         self._socket = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
         try:
             self._set_timeout()
             self._socket.connect(path)
-            while not isinstance(self._next_message(), QmpGreeting):
-                pass
+            try:
+                while not isinstance(self._next_message(), QmpGreeting):
+                    pass
+            except TimeoutError as error:
+                raise VmmBusy("the VMM does not greet: another client has it") from error
+            self._deadline = deadline
             self.execute("qmp_capabilities")
         except BaseException:
             self._socket.close()

@@ -125,15 +125,26 @@ class GatewayClient:
                 regions.append(MemoryRegion(*row, fd=descriptor))
 
     async def arm_recovery(
-        self, qmp_path: str, deadline_s: float, put_back: str = "", *, ran: bool = True
+        self,
+        qmp_path: str,
+        deadline_s: float,
+        put_back: str = "",
+        *,
+        ran: bool = True,
+        silence_s: float = requests.MAX_RECOVERY_S,
+        may_end_holder: bool = False,
     ) -> None:
         """If this lease is lost while the gateway owns the guest, the gateway resumes the VMM.
 
         It first puts the device back to passthrough, then runs `sync.vmm.recover` on `qmp_path`,
         which gives the VMM the settings `put_back` back (`sync.vmm.settings`).
         It never does so once the guest is released (I7). `ran` is that of `states.resume_step`.
+        A client that is silent for `silence_s` has lost its lease; with `may_end_holder` its
+        process is ended if it keeps the VMM's QMP socket then.
         """
-        await self._call(requests.ArmRecovery(qmp_path, deadline_s, ran, put_back))
+        await self._call(
+            requests.ArmRecovery(qmp_path, deadline_s, ran, put_back, silence_s, may_end_holder)
+        )
 
     async def disarm_recovery(self) -> None:
         """From here on the VMM is left alone when the lease ends."""

@@ -13,6 +13,7 @@ from collections.abc import Callable, Sequence
 from sync.gateway.control.wire import MAX_JSON_BYTES, ControlDecoder, ControlMessage, Fields, encode
 from sync.gateway.engine.custody import ClientRole
 from sync.gateway.errors import ControlProtocolError
+from sync.peer_process import PeerProcess
 
 WRITE_DEADLINE_S = 10.0
 """A client that has not taken its reply by then is disconnected."""
@@ -25,6 +26,7 @@ class ControlPeer:
         sock.setblocking(False)
         self._on_reply = on_reply
         self._sock = sock
+        self._process: PeerProcess | None = PeerProcess(sock)
         # No request carries descriptors: one that came anyway is an error, not a leak.
         self._decoder = ControlDecoder(max_descriptors=0)
         self._out = memoryview(b"")
@@ -105,12 +107,19 @@ class ControlPeer:
         self.write_since = None
         return True
 
+    def take_process(self) -> PeerProcess | None:
+        """The client's process; the caller's from now on."""
+        process, self._process = self._process, None
+        return process
+
     def close(self) -> None:
         if not self.closed:
             self.closed = True
             with contextlib.suppress(OSError):
                 self._sock.close()
             self._decoder.close()
+            if self._process is not None:
+                self._process.close()
             _close_all(self._descriptors)
             self._descriptors = ()
             self._out = memoryview(b"")

@@ -196,6 +196,8 @@ class ArmRecovery(Request[Done]):
     deadline_s: Annotated[float, Range(0.01, MAX_RECOVERY_S)]
     ran: bool
     put_back: Annotated[str, Text(_SETTINGS_CHARACTERS)] = ""
+    silence_s: Annotated[float, Range(0.01, MAX_RECOVERY_S)] = MAX_RECOVERY_S
+    may_end_holder: bool = False
 
 
 @dataclass(frozen=True, slots=True)

@@ -179,7 +179,14 @@ class ControlServer:
                 "that path"
             )
         lease = self._lease()
-        lease.recovery = Armed(request.qmp_path, request.deadline_s, request.ran, request.put_back)
+        lease.recovery = Armed(
+            request.qmp_path,
+            request.deadline_s,
+            request.ran,
+            request.put_back,
+            request.silence_s,
+            request.may_end_holder,
+        )
         return Done()
 
     def _disarm_recovery(self, client: Client, request: requests.DisarmRecovery) -> Done:

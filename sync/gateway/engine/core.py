@@ -5,6 +5,7 @@ Owned here: the lease, the queue of what waits for the device to be free, and wh
 by itself when a device, a VMM or a lease is lost. Not owned: what a request means (`server`).
 """
 
+import math
 from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -58,6 +59,11 @@ class Armed:
     deadline_s: float
     ran: bool = True
     put_back: str = ""
+    silence_s: float = math.inf
+    """A controller that asks for nothing as long as this, with its device mediated or stopped, has
+    failed."""
+    may_end_holder: bool = False
+    """Its process may be ended if it hangs and keeps the VMM from being reached."""
 
 
 @dataclass(slots=True)
@@ -273,7 +279,10 @@ class Core:
         if self.link is not None and self.busy and not self.link.runner.overdue:
             return None
         stopped = self.custody.on_lease_loss(lease.role) is LeaseLoss.RESTORE
-        late = now - lease.since > self.limits.lease_silence_s
+        limit_s = self.limits.lease_silence_s
+        if lease.recovery is not None:
+            limit_s = min(limit_s, lease.recovery.silence_s)
+        late = now - lease.since > limit_s
         return lease.holder if stopped and late else None
 
     def _clean_up(self, lease: Lease) -> None:

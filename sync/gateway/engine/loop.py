@@ -31,7 +31,7 @@ from sync.gateway.engine.device_handshake import MAX_DATA_BYTES
 from sync.gateway.engine.device_link import DeviceLink
 from sync.gateway.engine.listener import Listener
 from sync.gateway.errors import ControlProtocolError
-from sync.peer_process import peer_pid, pid_namespace
+from sync.peer_process import PeerProcess, peer_pid, pid_namespace
 from sync.vfio_user.errors import Disconnected, ProtocolError
 from sync.vfio_user.framing import close_fds
 from sync.vfio_user.protocol import (
@@ -53,6 +53,9 @@ TICK_S = 0.05
 """Deadlines are kept to within this."""
 IDLE_TICKS = 10
 """Without a device or a deadline under way the loop wakes up this much more rarely."""
+RECOVERY_S = 600.0
+"""How long a VMM is tried to be brought back, attempt after attempt."""
+RECOVERY_PAUSE_S = 1.0
 STANDSTILL_S = 0.5
 """A turn of the loop that takes so much longer than it waits is one in which it stood still."""
 RETRY_S = 0.1
@@ -118,6 +121,8 @@ class Gateway:
         self._clients: list[ControlPeer] = []
         self._answered: list[ControlPeer] = []
         """Clients that have something to send, or may have something to ask."""
+        self._hung: PeerProcess | None = None
+        """A controller that was cut off for its silence, until the VMM is brought back."""
         self._recoveries: deque[Recovery] = deque()
         self.core = Core(options.limits, self._clock, log, self._recover)
         self._server = ControlServer(self.core)
@@ -177,6 +182,7 @@ class Gateway:
             self._forget(client.fileno())
             client.close()
         self._clients.clear()
+        self._forget_hung()
         self._drop_session()
         if self.core.link is not None:
             self.core.device_lost("the gateway ends")
@@ -207,7 +213,9 @@ class Gateway:
         self._answered.extend(client for client in self._clients if client.wants_write)
         holder = core.silent_holder(now)
         if isinstance(holder, ControlPeer):
-            self._client_gone(holder, "it kept the guest stopped and said nothing")
+            self._forget_hung()
+            self._hung = holder.take_process()
+            self._client_gone(holder, "it kept the guest's device and said nothing")
         self._flush()
         deadlines = self._vmm_deadline is not None or core.busy or core.lease is not None
         return TICK_S if self._device is None or deadlines else TICK_S * IDLE_TICKS
@@ -523,22 +531,46 @@ class Gateway:
 
     # --- bringing a VMM back ---
 
+    def _forget_hung(self) -> None:
+        if self._hung is not None:
+            self._hung.close()
+            self._hung = None
+
     def _recover(self, armed: Armed) -> None:
+        if not armed.may_end_holder:
+            self._forget_hung()
+        hung, self._hung = self._hung, None
         threading.Thread(
-            target=self._recover_now, args=(armed,), name="recovery", daemon=True
+            target=self._recover_now, args=(armed, hung), name="recovery", daemon=True
         ).start()
 
-    def _recover_now(self, armed: Armed) -> None:
-        try:
-            done = recover.recover_source(
-                armed.qmp_path, armed.deadline_s, armed.put_back, ran=armed.ran
-            )
-            outcome = Recovery("lease-lost", True, done)
-        except Exception as error:
-            outcome = Recovery("lease-lost", False, f"{type(error).__name__}: {error}")
-        self._recoveries.append(outcome)
-        with suppress(OSError, ValueError):  # it may have ended meanwhile
-            os.eventfd_write(self._wake, 1)
+    def _recover_now(self, armed: Armed, hung: PeerProcess | None) -> None:
+        """Tries again until it succeeds or somebody else takes over; for `RECOVERY_S` at most."""
+        until = self._clock() + RECOVERY_S
+        told = ""
+        while True:
+            try:
+                done = recover.recover_source(
+                    armed.qmp_path,
+                    armed.deadline_s,
+                    armed.put_back,
+                    ran=armed.ran,
+                    end_holder=hung.kill if hung is not None else None,
+                )
+                outcome = Recovery("lease-lost", True, done)
+            except Exception as error:
+                outcome = Recovery("lease-lost", False, f"{type(error).__name__}: {error}")
+            if outcome.message != told:
+                told = outcome.message
+                self._recoveries.append(outcome)
+                with suppress(OSError, ValueError):  # it may have ended meanwhile
+                    os.eventfd_write(self._wake, 1)
+            taken_over = self.core.lease is not None or self._stopping
+            if outcome.ok or taken_over or self._clock() > until:
+                break
+            time.sleep(RECOVERY_PAUSE_S)
+        if hung is not None:
+            hung.close()
 
 
 def _listening_at(path: Path) -> VmmConnection:

@@ -29,7 +29,7 @@ def recoveries(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, float]]:
     """The VMMs that the gateway has resumed."""
     calls: list[tuple[str, float]] = []
 
-    def recover(path: str, deadline_s: float, _put_back: str, *, ran: bool) -> str:
+    def recover(path: str, deadline_s: float, *_: object, **__: object) -> str:
         calls.append((path, deadline_s))
         return "cont from paused"
 
@@ -113,7 +113,7 @@ def test_i8_a_recovery_that_fails_is_told(
     make_device: type[ServedDevice],
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    def recover(path: str, deadline_s: float, _put_back: str, *, ran: bool) -> str:
+    def recover(path: str, deadline_s: float, *_: object, **__: object) -> str:
         raise OSError("no such VMM")
 
     monkeypatch.setattr(sync.vmm.recover, "recover_source", recover)

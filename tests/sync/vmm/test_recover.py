@@ -2,11 +2,13 @@
 
 import subprocess
 import sys
+from functools import partial
 from typing import Any
 
 import pytest
 import trio
 
+from sync.vmm.client import QmpClient
 from sync.vmm.errors import QmpProtocolError, VmmGone, VmmNotReady
 from sync.vmm.recover import recover_source
 from sync.vmm.states import ResumeStep, resume_step
@@ -169,5 +171,25 @@ def test_i12_what_others_have_stopped_is_left_and_told(with_qemu: Any) -> None:
         qemu.run_state = "io-error"
         assert await recovered(qemu) == "the guest is stopped by an I/O error and is left so"
         assert "cont" not in qemu.commands
+
+    with_qemu(body)
+
+
+def test_i8_a_holder_that_hangs_is_ended_and_the_guest_brought_back(with_qemu: Any) -> None:
+    async def body(qemu: Any) -> None:
+        qemu.run_state = "postmigrate"
+        qemu.on["cont"] = lambda: setattr(qemu, "run_state", "running")
+        holder = await QmpClient.connect(qemu.path)
+        ended: list[str] = []
+
+        def end_holder() -> None:
+            ended.append("once")
+            trio.from_thread.run(holder.aclose)
+
+        done = await trio.to_thread.run_sync(
+            partial(recover_source, qemu.path, 10.0, end_holder=end_holder)
+        )
+        assert done == ("the process that held QMP and hung was ended, cont from postmigrate")
+        assert ended == ["once"]
 
     with_qemu(body)

@@ -74,6 +74,11 @@ FIELDS: dict[tuple[str, str], tuple[st.SearchStrategy[Any], list[Any]]] = {
         st.floats(0.01, 600) | st.integers(1, 600),
         [None, "1", True, [], 0, 0.009, 600.1, 601, 1 << 70, math.nan, math.inf],
     ),
+    ("arm_recovery", "silence_s"): (
+        st.floats(0.01, 600) | st.integers(1, 600),
+        [None, "1", True, [], 0, 0.009, 600.1, 601, 1 << 70, math.nan, math.inf],
+    ),
+    ("arm_recovery", "may_end_holder"): (st.booleans(), [None, 0, 1, "true", []]),
     ("arm_recovery", "put_back"): (
         st.text(st.characters(exclude_characters="\0"), max_size=4096),
         [*NO_TEXTS, "x" * 4097],
@@ -110,7 +115,13 @@ BLOBS = {
     "own": "records",
     "start": "records",
 }
-OPTIONAL = {("hello", "session"), ("memory", "generation"), ("arm_recovery", "put_back")}
+OPTIONAL = {
+    ("hello", "session"),
+    ("memory", "generation"),
+    ("arm_recovery", "put_back"),
+    ("arm_recovery", "silence_s"),
+    ("arm_recovery", "may_end_holder"),
+}
 
 
 def fields_of(op: str) -> list[str]:
@@ -239,6 +250,8 @@ def good(op: str, field: str) -> Any:
         "generation": None,
         "qmp_path": "/q",
         "put_back": "",
+        "silence_s": 1,
+        "may_end_holder": False,
         "deadline_s": 1,
         "ran": True,
         "tracker": "none",
