@@ -565,10 +565,11 @@ class Gateway:
                 self._recoveries.append(outcome)
                 with suppress(OSError, ValueError):  # it may have ended meanwhile
                     os.eventfd_write(self._wake, 1)
-            taken_over = self.core.lease is not None or self._stopping
-            if outcome.ok or taken_over or self._clock() > until:
+            if outcome.ok or self._clock() > until:
                 break
             time.sleep(RECOVERY_PAUSE_S)
+            if self._stopping or self.core.lease is not None:
+                break
         if hung is not None:
             hung.close()
 
