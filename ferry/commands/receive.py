@@ -6,6 +6,7 @@ and the first gateway's ownership record says so.
 
 from contextlib import AsyncExitStack
 from functools import partial
+from pathlib import Path
 
 import trio
 
@@ -24,7 +25,6 @@ from sync.gateway.control.client import GatewayClient
 from sync.handover.machine import Event
 from sync.handover.states import HandoverState
 from sync.service_manager import notify
-from sync.vfio_user.sockets import file_identity
 from sync.vmm.driver import Vmm
 from transport.receiver import ReceiverOptions, open_receiver
 
@@ -81,7 +81,7 @@ async def receive(options: Options, reporter: Reporter, stop: StopRequest | None
             for path in options.gateway:
                 await (await GatewayClient.connect(path)).aclose()
         while True:
-            vmm_socket = file_identity(options.qmp) if options.keep else None
+            vmm_socket = made_of(options.qmp) if options.keep else None
             code = await _receive_guest(options, link_options, reporter, stop)
             if not options.keep or code not in GOES_ON:
                 return code
@@ -94,12 +94,18 @@ async def receive(options: Options, reporter: Reporter, stop: StopRequest | None
         raise first_error(group) from group
 
 
-async def wait_for_another(path: str, before: tuple[int, int] | None) -> None:
+def made_of(path: str) -> tuple[int, int, int]:
+    """What tells a socket's file from one that takes its place, whose number may be the same."""
+    status = Path(path).stat()
+    return status.st_dev, status.st_ino, status.st_mtime_ns
+
+
+async def wait_for_another(path: str, before: tuple[int, int, int] | None) -> None:
     """Waits until another process than `before` listens at `path`. It is not connected to
     meanwhile: a VMM serves one client at a time, and its operator may need it."""
     while True:
         try:
-            if file_identity(path) != before:
+            if made_of(path) != before:
                 return
         except OSError:
             before = None

@@ -1,6 +1,7 @@
 """Whole migrations with real processes: everything arrives, by every method, and back again."""
 
 import json
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -179,3 +180,28 @@ def test_a_migration_is_asked_slowed_down_and_cancelled_while_it_runs(tmp_path: 
         assert receiver.wait(MIGRATION_S) == Exit.PEER_ABORTED, receiver.tail()
         assert not control.exists()
         assert_sound(bed, a)
+
+
+@pytest.mark.full
+def test_a_receiver_that_keeps_on_takes_the_next_guest_too(tmp_path: Path) -> None:
+    method = Method("replay", "logging")
+    with new_bed(tmp_path, small_setup(method)) as bed:
+        a, b = start_both(bed)
+        receiver = bed.receive(b, "--keep")
+        sender = bed.send(a, b, *method.flags)
+        assert sender.wait(MIGRATION_S) == Exit.OK, sender.tail()
+        receiver.wait_event("message", where=lambda event: "next VMM" in event["text"])
+        assert_sound(bed, b)
+        for host in (a, b):
+            for process in (host.guest, host.units[0].gateway, host.units[0].device):
+                assert process is not None
+                process.kill()
+            bed.start_host(host, incoming=host is b)
+        bed.wait_operations(a, 200)
+        first = receiver.wait_event("listening")
+        receiver.wait_event("listening", where=lambda event: event is not first)
+        sender = bed.send(a, b, *method.flags)
+        assert sender.wait(MIGRATION_S) == Exit.OK, sender.tail()
+        assert_sound(bed, b)
+        receiver.signal(signal.SIGTERM)
+        assert receiver.wait(MIGRATION_S) == Exit.INTERRUPTED, receiver.tail()

@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from ferry.errors import Exit
+from ferry.html_report import page
 from lab.demo import device_flags
 from lab.testbed import Host, Process, Setup, Testbed
 
@@ -85,6 +86,8 @@ def migrate(bed: Testbed, source: Host, target: Host, method: Method, *send: str
     report, told = sender.wait_event("report"), sender.wait_event("success")
     assert "the VMM here" in told["text"]
     assert told["downtime_over_limit"] == (report["downtime_total_ms"] > told["downtime_limit_ms"])
+    drawn = page([event for event in sender.events if event.get("role") == "send"])
+    assert f"Migration {report['session']}" in drawn and "limit 300 ms" in drawn
     arrived = receiver.wait_event("success")
     assert arrived["session"] == report["session"]
     assert arrived["pages"] >= report["rounds"][-1]["sent_pages"]
