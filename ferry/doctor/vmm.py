@@ -75,6 +75,7 @@ async def _findings(vmm: Vmm, path: str, n_gateways: int) -> AsyncIterator[Findi
     yield await _state(vmm)
     yield await _capabilities(vmm)
     yield await _migration(vmm)
+    yield await _stream(vmm)
     if version is not None:
         yield await _memory(vmm)
         async for finding in _devices(vmm, path, n_gateways):
@@ -98,6 +99,13 @@ async def _capabilities(vmm: Vmm) -> Finding:
         advice = "turn them off (`migrate-set-capabilities`): one plain stream is carried"
         return problem("capabilities", f"{', '.join(on)} on", advice)
     return ok("capabilities", f"it has {' and '.join(NEEDED)}")
+
+
+async def _stream(vmm: Vmm) -> Finding:
+    """How `send` carries this VMM's own stream, as far as that shows before."""
+    if reason := await vmm.why_closed():
+        return ok("stream", f"carried as it is, and all RAM in it: {reason}")
+    return ok("stream", "opened, if it is QEMU's: all of the guest's memory takes the lanes")
 
 
 async def _migration(vmm: Vmm) -> Finding:

@@ -132,7 +132,10 @@ async def migrate_once(rig: WatchedRig) -> None:
             source = await rig.boot(stack)
             target = await rig.start(stack, "b", incoming=True)
             sender = await rig.migrate(source, "ab")
-            tell(sender.wait_event("report"))
+            report = sender.wait_event("report")
+            tell(report)
+            assert report["vmm_stream"]["form"] == "open"
+            assert report["vmm_stream"]["tail_bytes"] < 2 << 20
             await rig.wait_work(target)
             await rig.end(target)
 

@@ -18,6 +18,7 @@ ANSWERS: dict[str, Any] = {
     "query-migrate-capabilities": [
         {"capability": name, "state": False} for name in (*vmm.NEEDED, *vmm.UNWANTED)
     ],
+    "query-migrate-parameters": {"max-bandwidth": 134217728},
     "query-memdev": [{"id": "ram", "size": 256 << 20, "share": True}],
     "query-chardev": [],
     "qom-list-types": [{"name": "qtest"}],
