@@ -79,12 +79,13 @@ def test_i10_a_guest_that_its_vmm_pauses_by_itself_does_not_wait_for_the_link(
     """The device has written more than the link carries, and the CPU hardly anything."""
     method = Method("replay", "logging")
     quiet = (
-        *("--switch-when-clean", "--iops", "40", "--cpu-pages", "0"),
+        *("--switch-when-clean", "--iops", "90", "--cpu-pages", "0"),
         *("--block-size", "64K", "--read-share", "1", "--read-area", "8M"),
     )
     with new_bed(tmp_path, small_setup(method, *quiet)) as bed:
         a, b = start_both(bed)
-        sender, receiver = start_migration(bed, a, b, method, "--bandwidth", "2M")
+        slow = ("--bandwidth", "4M", "--codec", "none")
+        sender, receiver = start_migration(bed, a, b, method, *slow)
         assert sender.wait(MIGRATION_S) == Exit.NOT_CONVERGED, sender.tail()
         assert "paused its guest by itself" in sender.wait_event("error")["message"]
         receiver.wait(MIGRATION_S)
