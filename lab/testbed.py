@@ -344,6 +344,15 @@ class Testbed:
 
         return trio.run(ask)
 
+    def execute(self, host: Host, command: str) -> None:
+        """A QMP command to the guest's VMM, by hand."""
+
+        async def ask() -> None:
+            async with await Vmm.connect(str(host.qmp_socket), deadline_s=START_S) as vmm:
+                await vmm.execute(command)
+
+        trio.run(ask)
+
     def wait_status(self, host: Host, wanted: str, timeout_s: float = START_S) -> None:
         async def wait() -> None:
             state = ""

@@ -52,6 +52,11 @@ class Options:
         parse=size,
     )
     metrics_file: str | None = option(METRICS, None)
+    records: str | None = option(
+        "file that says what became of each migration; it has to outlive the gateway and, for a"
+        " guest that was moved away, the host's power (default: CONTROL.records)",
+        None,
+    )
     json: bool = option("print events as JSON lines", False)
 
 
@@ -82,6 +87,7 @@ def _serve(options: Options, host_function: str) -> None:
         device_path=None if host_function else Path(options.device),
         host_function=host_function,
         control_path=Path(options.control),
+        records_path=Path(options.records) if options.records else None,
         json=options.json,
         busy_poll_s=options.busy_poll / 1e6,
         limits=Limits(journal_records=options.journal_size // RECORD_BYTES),

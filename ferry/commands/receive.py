@@ -28,21 +28,20 @@ from sync.service_manager import notify
 from sync.vmm.driver import Vmm
 from transport.receiver import ReceiverOptions, open_receiver
 
+FENCED = "This side has fenced the session and will never start the guest."
+RESTART = "Restart the target's VMM before the next attempt."
 ADVICE = {
-    HandoverState.ABORTED: (
-        "This side has fenced the session and will never start the guest; the source keeps it. "
-        "Restart the target's VMM before the next attempt."
-    ),
+    HandoverState.ABORTED: f"{FENCED} {RESTART}",
     HandoverState.IN_DOUBT: (
-        "Whether this side owns the guest could not be established: run "
-        "`vfio-ferry resolve --role target` when the gateway answers again."
+        "Whether the guest may run here could not be established: run `vfio-ferry resolve` "
+        "when the gateway answers again."
     ),
     HandoverState.BROKEN: (
         "This side never took the guest, but its gateway is not in order: restart the gateway "
         "and the VMM here before the next attempt."
     ),
     HandoverState.OWNER_FAILED: (
-        "This side owns the guest and could not start it: run `vfio-ferry resolve --role target`."
+        "This side owns the guest and could not start it: run `vfio-ferry resolve` here."
     ),
 }
 
@@ -52,6 +51,17 @@ GOES_ON = frozenset(Exit) - {Exit.IN_DOUBT, Exit.BROKEN, Exit.OWNER_FAILED, Exit
 """How a migration may end for `--keep` to wait for the next one."""
 NEXT_VMM_S = 1.0
 """How often `--keep` looks for the next VMM."""
+
+
+def _advice(target: Target) -> dict[HandoverState, str]:
+    """What this side knows: not what became of the source, which may have died in any state."""
+    if not target.proof:
+        return ADVICE
+    text = (
+        f"{FENCED} A source that is in doubt takes it back with `vfio-ferry resolve --verdict "
+        f"{target.proof}`. {RESTART}"
+    )
+    return ADVICE | {HandoverState.ABORTED: text}
 
 
 def run(options: Options) -> int:
@@ -135,7 +145,7 @@ async def _receive_guest(
                 code = exit_code_of(error)
                 reason = target.runner.reason
                 reporter.event("refused", reason=reason, exit_name=code.name.lower())
-    return conclude(reporter, state, target.runner, ADVICE)
+    return conclude(reporter, state, target.runner, _advice(target))
 
 
 async def _receive(

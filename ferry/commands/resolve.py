@@ -1,40 +1,66 @@
-"""`vfio-ferry resolve`: settles who owns a guest after `send` or `receive` could not finish.
+"""`vfio-ferry resolve`: settles what became of a guest after `send` or `receive` could not finish.
 
-The ownership records of the gateways are the truth; this reads them and does the one thing that
-they allow. It asks the target first: the first gateway there either holds the commit, and then
-the guest is started, or it is fenced, and then the source may take the guest back.
+A session's record at the deciding gateway is the truth, whatever came later; this reads it and does
+the one thing that it allows. The target's record either says that the guest may have run there,
+or that it never will. Of either it gives a proof, and only with that the source goes on.
 """
 
+from collections.abc import Awaitable, Callable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 
 import trio
 
 from ferry.config import option, socket_path
-from ferry.errors import ConfigError, Exit
+from ferry.errors import ConfigError, Exit, FerryError
 from ferry.progress import Reporter
 from sync.gateway.control.client import GatewayClient
-from sync.gateway.control.info import GatewayInfo
+from sync.gateway.control.requests import Verdict
 from sync.gateway.engine.custody import ClientRole
+from sync.gateway.engine.records import COMMITTED, FENCED, Fate
+from sync.gateway.errors import GatewayError, UnknownSession
 from sync.vmm.driver import Vmm
 from sync.vmm.recover import recover_source
 
 DEADLINE_S = 10.0
 
 
+class Unresolvable(FerryError):
+    """The records here do not allow what was asked for; nothing was touched."""
+
+    exit_code = Exit.REFUSED
+
+
 @dataclass(frozen=True, kw_only=True)
 class Options:
     gateway: tuple[str, ...] = option(
-        "control socket of a device's gateway, in the order given to send or receive",
+        "control socket of a device's gateway; once for each device of the VM",
         (),
         parse=socket_path,
         repeat=True,
     )
-    qmp: str = option("QMP socket of the VMM on this host", parse=socket_path)
-    role: str = option("which side this host was", choices=("source", "target"))
-    peer: str = option(
-        "source only: what `resolve --role target` said on the other host",
-        "unknown",
-        choices=("unknown", "fenced", "committed"),
+    session: str | None = option("the session to settle (default: the one in doubt)", None)
+    qmp: str | None = option(
+        "QMP socket of the VMM on this host; needed where it has to be set running",
+        None,
+        parse=socket_path,
+    )
+    role: str | None = option(
+        "which side this host was: refused if the record says otherwise",
+        None,
+        choices=("source", "target"),
+    )
+    verdict: str | None = option(
+        "source only: the proof that `resolve` gave on the target, VERDICT:SESSION:TOKEN", None
+    )
+    vouch_the_other_host_is_gone: bool = option(
+        "source only: take the guest back without a proof. You vouch that it runs nowhere else and"
+        " never will: the other host is off for good, or its VMM was ended and the guest did not"
+        " move on",
+        False,
+    )
+    end_vmm: bool = option(
+        "target only: end a VMM here that still waits for a guest of a fenced session", False
     )
     json: bool = option("print events as JSON lines", False)
 
@@ -42,98 +68,225 @@ class Options:
 def run(options: Options) -> int:
     if not options.gateway:
         raise ConfigError("--gateway is missing; see: vfio-ferry resolve --help")
-    reporter = Reporter("resolve", as_json=options.json)
-    settle = _settle_source if options.role == "source" else _settle_target
-    return trio.run(settle, options, reporter)
+    return trio.run(resolve, options, Reporter("resolve", as_json=options.json))
 
 
-async def _status(path: str) -> GatewayInfo:
-    async with await GatewayClient.connect(path) as gateway:
-        return await gateway.status()
+async def resolve(options: Options, reporter: Reporter) -> Exit:
+    """Settles one session on this host. Raises what `exit_code_of` knows."""
+    found = await _deciding(options.gateway, options.session or "")
+    if options.role not in (None, found.role.value):
+        raise Unresolvable(
+            f"this host was the {found.role.value} of session {found.session}, not the "
+            f"{options.role}"
+        )
+    told = options.verdict is not None or options.vouch_the_other_host_is_gone
+    if found.role is ClientRole.TARGET:
+        if told:
+            raise Unresolvable(f"this host was the target of {found.session}: it needs no verdict")
+        return await _settle_target(options, reporter, found)
+    if options.end_vmm:
+        raise Unresolvable(f"this host was the source of {found.session}: --end-vmm is not for it")
+    return await _settle_source(options, reporter, found)
 
 
-async def _settle_target(options: Options, reporter: Reporter) -> Exit:
-    record = await _status(options.gateway[0])
-    async with await Vmm.connect(options.qmp) as vmm:
-        # A gateway that was started anew has lost its record; a guest that runs is proof enough.
-        recorded = record.owner == "owned" and record.session != ""
-        if not recorded and await vmm.run_state() != "running":
-            for path in options.gateway:
-                await _fence(path)
-            await vmm.quit()
-            reporter.event(
-                "message",
-                text="fenced: this side does not hold the commit and will never start the guest; "
-                "the VMM that waited for it was ended. "
-                "On the source: vfio-ferry resolve --role source --peer fenced",
-                outcome="fenced",
-            )
-            return Exit.OK
-        await _complete(options.gateway, record.session)
-        if await vmm.run_state() != "running":
-            await vmm.resume()
+async def _deciding(paths: Sequence[str], session: str) -> Verdict:
+    """The record that counts: of the gateway that decides, wherever it stands among `paths`."""
+    verdicts: list[Verdict] = []
+    for path in paths:
+        async with await GatewayClient.connect(path) as gateway:
+            with suppress(UnknownSession):
+                verdict = await gateway.verdict(session)
+                if gateway.info.lease and gateway.info.session == verdict.session:
+                    command = "send" if verdict.role is ClientRole.SOURCE else "receive"
+                    raise Unresolvable(
+                        f"`{command}` still has session {verdict.session} under way: let it end, "
+                        "or end it"
+                    )
+                verdicts.append(verdict)
+    if not verdicts:
+        raise Unresolvable(
+            f"no gateway here has session {session} on record"
+            if session
+            else "no session is on record here: there is nothing to settle"
+        )
+    sessions = {each.session for each in verdicts}
+    if len(sessions) > 1:
+        raise Unresolvable(
+            f"the gateways have several sessions on record ({', '.join(sorted(sessions))}): name "
+            "one with --session"
+        )
+    for each in verdicts:
+        if each.decides:
+            return each
+    raise Unresolvable(
+        "the gateway whose record decides is missing: give --gateway for every device of the VM"
+    )
+
+
+def _tell(reporter: Reporter, found: Verdict, outcome: str, text: str, proof: str = "") -> Exit:
     reporter.event(
-        "message",
-        text="committed: this side owns the guest and it runs here. "
-        "On the source: vfio-ferry resolve --role source --peer committed",
-        outcome="committed",
+        "message", text=text, outcome=outcome, session=found.session, verdict=proof or None
     )
     return Exit.OK
 
 
-async def _complete(paths: tuple[str, ...], session: str) -> None:
-    """Starts the devices that the commit reached but that nobody was left to start."""
-    for path in paths:
-        if (await _status(path)).state == "standby":
+# --- the target ---
+
+
+async def _settle_target(options: Options, reporter: Reporter, found: Verdict) -> Exit:
+    session = found.session
+    if found.fate is Fate.STANDBY:
+        raise Unresolvable(f"session {session} is still being settled here: ask again")
+    if found.fate in (Fate.OWNED, Fate.ABOUT_TO_RUN):
+        await _complete(options, session)
+        found = await _deciding(options.gateway, session)
+    if found.fate is not Fate.FENCED:
+        text = f"committed: session {session} brought the guest here, and it has run here"
+    else:
+        text = f"fenced: session {session} never ran the guest here, and never will"
+        text += await _end_vmm(options)
+    if found.proof:
+        text += f". On the source: vfio-ferry resolve --session {session} --verdict {found.proof}"
+    outcome = FENCED if found.fate is Fate.FENCED else COMMITTED
+    return _tell(reporter, found, outcome, text, found.proof)
+
+
+async def _complete(options: Options, session: str) -> None:
+    """Starts what the commit reached but nobody was left to start, the deciding gateway first: it
+    puts it on record before any device moves. A session whose VMM is gone has settled by itself."""
+    qmp = options.qmp
+    if qmp is None:
+        raise ConfigError("--qmp is missing: the guest has to be set running")
+    waiting: list[tuple[bool, str]] = []
+    for path in options.gateway:
+        async with await GatewayClient.connect(path) as gateway:
+            decides = (await gateway.verdict(session)).decides
+            if gateway.info.session == session and gateway.info.state == "standby":
+                waiting.append((not decides, path))
+    async with await Vmm.connect(qmp) as vmm:
+        state = await vmm.run_state()
+        for _, path in sorted(waiting):
             async with await GatewayClient.connect(
                 path, role=ClientRole.TARGET, session=session
             ) as gateway:
                 await gateway.start()
-
-
-async def _fence(path: str) -> None:
-    info = await _status(path)
-    # Owned without the first gateway's record: it stays in standby, and nobody will start it.
-    if info.state == "standby" and info.owner != "owned":
+        if state == "paused":
+            await vmm.resume()
+    for path in options.gateway:
         async with await GatewayClient.connect(
-            path, role=ClientRole.TARGET, session=info.session
+            path, role=ClientRole.TARGET, session=session
         ) as gateway:
-            await gateway.fence(info.session)
-            await gateway.abandon()
+            with suppress(GatewayError):
+                await gateway.running(session)
 
 
-async def _settle_source(options: Options, reporter: Reporter) -> Exit:
-    released = [path for path in options.gateway if (await _status(path)).owner == "released"]
+async def _end_vmm(options: Options) -> str:
+    """Ends the VMM if that was asked for and it still waits: one that has left `inmigrate` holds a
+    guest, whoever's it is."""
+    if not options.end_vmm:
+        return ""
+    if options.qmp is None:
+        raise ConfigError("--qmp is missing: which VMM is to be ended?")
     async with await Vmm.connect(options.qmp) as vmm:
-        # A gateway that was started anew has lost its record; but no guest is released before its
-        # VMM has sent everything.
-        let_go = released or await vmm.run_state() == "postmigrate"
-    if let_go and options.peer == "unknown":
+        state = await vmm.run_state()
+        if state != "inmigrate":
+            return f". Its VMM is {state}, it waits no more: it was not ended"
+        await vmm.quit()
+    return ". Its VMM was ended"
+
+
+# --- the source ---
+
+
+async def _settle_source(options: Options, reporter: Reporter, found: Verdict) -> Exit:
+    session = found.session
+    if found.fate is Fate.RELEASED and options.verdict is not None:
+        word = options.verdict.partition(":")[0]
+        if word == COMMITTED:
+            await _each(options.gateway, session, _note_moved(session, options.verdict))
+        elif word == FENCED:
+            await _take_back(options.gateway, session, options.verdict)
+        else:
+            raise ConfigError(f"--verdict has to begin with {FENCED} or {COMMITTED}")
+    elif found.fate in (Fate.RELEASED, Fate.MOVED) and options.vouch_the_other_host_is_gone:
+        await _vouch(options.gateway, session)
+    found = await _deciding(options.gateway, session)
+    if found.fate is Fate.RELEASED:
         reporter.event(
             "error",
-            message="this side has let go of the guest and does not know whether the target took "
-            "it: run `vfio-ferry resolve --role target` there, then this again with --peer",
+            message=f"session {session} is in doubt: this side has let go of the guest and does "
+            "not know whether the target took it. On the target: `vfio-ferry resolve --session "
+            f"{session}`, which gives the --verdict for here. If that host never comes back, see "
+            "--vouch-the-other-host-is-gone",
             outcome="in-doubt",
+            session=session,
         )
         return Exit.IN_DOUBT
-    if let_go and options.peer == "committed":
-        reporter.event(
-            "message",
-            text="the target owns the guest; the VMM here may be ended",
-            outcome="released",
-        )
-        return Exit.OK
-    for path in released:
-        session = (await _status(path)).session
+    if found.fate is Fate.MOVED:
+        text = f"moved in session {session}: the target owns the guest; the VMM here may be ended"
+        return _tell(reporter, found, "released", text)
+    return await _run_again(options, reporter, found)
+
+
+async def _run_again(options: Options, reporter: Reporter, found: Verdict) -> Exit:
+    """The record says that this side keeps the guest: so its devices and its VMM have to run."""
+    owns = False
+    for path in options.gateway:
+        async with await GatewayClient.connect(path) as gateway:
+            current = gateway.info.session == found.session
+            owns = owns or (current and gateway.info.owner in ("owned", "unowned"))
+            if current and gateway.info.state == "released" and found.proof:
+                # It let go before the one that decides, which then never did.
+                await _take_back([path], found.session, found.proof)
+    if not owns:
+        text = f"session {found.session} left the guest here; it has moved since"
+        return _tell(reporter, found, "kept", text)
+    done = "start its VMM when you want it to"
+    if options.qmp is not None:
+        done = await trio.to_thread.run_sync(recover_source, options.qmp, DEADLINE_S)
+        done = f"it runs here ({done})"
+    elif found.fate is Fate.LEAVING:
+        raise ConfigError("--qmp is missing: the guest has to be set running")
+    text = f"this side owns the guest and {done}"
+    return _tell(reporter, found, "owned", text)
+
+
+async def _take_back(paths: Sequence[str], session: str, proof: str) -> None:
+    async def reclaim(gateway: GatewayClient) -> None:
+        if gateway.info.state == "released":
+            await gateway.reclaim(session, proof)
+            await _open(gateway)
+
+    await _each(paths, session, reclaim)
+
+
+async def _vouch(paths: Sequence[str], session: str) -> None:
+    async def vouch(gateway: GatewayClient) -> None:
+        if gateway.info.state == "released":
+            await gateway.vouch(session)
+            await _open(gateway)
+
+    await _each(paths, session, vouch)
+
+
+async def _open(gateway: GatewayClient) -> None:
+    if (await gateway.status()).state != "passthrough":
+        await gateway.passthrough()
+
+
+def _note_moved(session: str, proof: str) -> Callable[[GatewayClient], Awaitable[None]]:
+    async def note(gateway: GatewayClient) -> None:
+        await gateway.moved(session, proof)
+
+    return note
+
+
+async def _each(
+    paths: Sequence[str], session: str, act: Callable[[GatewayClient], Awaitable[None]]
+) -> None:
+    """Does `act` at each gateway of this VM, as the source of `session`."""
+    for path in paths:
         async with await GatewayClient.connect(
             path, role=ClientRole.SOURCE, session=session
         ) as gateway:
-            await gateway.reclaim(session)
-            await gateway.passthrough()
-    done = await trio.to_thread.run_sync(recover_source, options.qmp, DEADLINE_S)
-    reporter.event(
-        "message",
-        text=f"this side owns the guest and it runs here ({done})",
-        outcome="owned",
-    )
-    return Exit.OK
+            await act(gateway)

@@ -26,15 +26,15 @@ ADVICE = {
     HandoverState.ABORTED: "The guest continues on this host with its device in passthrough.",
     HandoverState.IN_DOUBT: (
         "The commit was sent and not answered, so this side neither resumes nor claims success. "
-        "Run `vfio-ferry resolve --role target` on the other host; it says what to do here."
+        "Run `vfio-ferry resolve --session {session}` on the other host; it says what to do here."
     ),
     HandoverState.BROKEN: (
         "The guest belongs to this host, but it or its device could not be set going again: run "
-        "`vfio-ferry resolve --role source`."
+        "`vfio-ferry resolve --session {session}` here."
     ),
     HandoverState.OWNER_FAILED: (
-        "The target owns the guest but could not start it: run `vfio-ferry resolve --role target` "
-        "there. The guest must not be resumed here."
+        "The target owns the guest but could not start it: run "
+        "`vfio-ferry resolve --session {session}` there. The guest must not be resumed here."
     ),
 }
 
@@ -82,7 +82,8 @@ async def send(
         reporter.event("message", text="It would work; nothing was touched.")
     if state is HandoverState.COMMITTED:
         return succeed(options, reporter, source.report)
-    return conclude(reporter, state, source.runner, ADVICE)
+    advice = {state: text.format(session=source.session) for state, text in ADVICE.items()}
+    return conclude(reporter, state, source.runner, advice)
 
 
 def _steering(source: Source, stop: StopRequest, reporter: Reporter) -> Steering:

@@ -20,6 +20,7 @@ from sync.dirty.tracker import NoTracker, RequestedTracker, choose_method
 from sync.gateway.control.client import GatewayClient
 from sync.gateway.control.info import GatewayInfo
 from sync.gateway.engine.custody import ClientRole
+from sync.gateway.engine.records import Fate
 from sync.gateway.errors import GatewayError
 from sync.registers.choose import Origin, RequestedMethod, find_profile, source_for
 from sync.registers.errors import FeatureNotCarried, RegisterError
@@ -109,9 +110,18 @@ def _state(name: str, info: GatewayInfo) -> Finding:
     if info.lease:
         advice = "wait for its end; only one at a time is possible"
         return problem(name, f"a migration runs with it as {info.lease} ({info.state})", advice)
+    fate = info.sessions.get(info.session)
+    if fate is Fate.MOVED:
+        text = f"the guest that was here moved in session {info.session}; another may come"
+        return ok(name, text)
     if info.state != "passthrough":
-        advice = "run `vfio-ferry resolve` on both hosts, the target first"
-        return problem(name, f"it was left {info.state}, the guest is {info.owner}", advice)
+        advice = (
+            f"run `vfio-ferry resolve --session {info.session}` on both hosts, the target first"
+        )
+        return problem(name, f"session {info.session} is in doubt here: {fate}", advice)
+    if info.owner == "fenced":
+        text = f"the VMM waited for session {info.session}, which is fenced"
+        return problem(name, text, "restart the VMM before the next attempt")
     return ok(name, "free, its device in passthrough")
 
 

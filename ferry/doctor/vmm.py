@@ -86,6 +86,9 @@ async def _state(vmm: Vmm) -> Finding:
     state = await vmm.run_state()
     if state in PART:
         return ok("guest", f"{state}: this VMM can be {PART[state]} of a migration")
+    if state == "postmigrate":
+        advice = "do not continue it (`cont`): whose it is now, its gateway's record says"
+        return note("guest", f"{state}: this VMM has sent its guest away", advice)
     advice = "a source has to run (`cont`); a target is started with -S -incoming defer"
     return problem("guest", f"it is {state}", advice)
 

@@ -19,8 +19,11 @@ from sync.handover.states import HandoverState, Role
 
 Perform = Callable[[], Awaitable[Event | None]]
 
-BEST_EFFORT = frozenset({Action.TELL_ABORT, Action.TELL_START_FAILED, Action.SEND_COMMITTED})
-"""Telling the peer may fail; what follows it must not be left out because of that."""
+BEST_EFFORT = frozenset(
+    {Action.TELL_ABORT, Action.TELL_START_FAILED, Action.SEND_COMMITTED, Action.NOTE_MOVED}
+)
+"""Telling the peer, or one's own record what the peer's says, may fail; what follows it must not be
+left out because of that."""
 
 
 class _Occurrence(NamedTuple):

@@ -31,9 +31,10 @@ from typing import Any, TypeVar
 from ferry.errors import PeerProtocolError
 from sync.vmm.states import RUNNING, STOPPED
 
-PROTOCOL_VERSION = 3
+PROTOCOL_VERSION = 4
 MAX_DEVICES = 64
 """Devices of one VM. A PCI root bus has 32 slots; the bound only keeps a hostile greeting small."""
+MAX_TOKEN_CHARACTERS = 64
 MAX_REGIONS = 65536
 """Regions of guest memory, as many as vfio-user's default of max_dma_maps."""
 
@@ -84,7 +85,8 @@ class MigrationHello:
     file, offset] in bytes, ascending, `files` has [size, size of its pages] of each file.
     `platform` is what the VMM knows of the devices by itself, in hexadecimal (`sync.vmm.pci`); QEMU
     only. `vmm` is the VMM's name, machine type and version as text. `check`: it ends with the
-    answer."""
+    answer. `tokens` are the words by which the records of this session prove that it is fenced, and
+    that it is committed."""
 
     session: str
     devices: list[DeviceOffer]
@@ -93,6 +95,7 @@ class MigrationHello:
     platform: str = ""
     vmm: dict[str, str] = field(default_factory=dict)
     check: bool = False
+    tokens: tuple[str, str] = ("", "")
     version: int = PROTOCOL_VERSION
 
     def pack(self) -> bytes:
@@ -127,7 +130,19 @@ class MigrationHello:
             platform=str(platform),
             vmm=_dict_of(str, data.get("vmm"), "VMM"),
             check=check,
+            tokens=_tokens(data.get("tokens")),
         )
+
+
+def _tokens(value: Any) -> tuple[str, str]:
+    match value:
+        case [str(fenced), str(committed)] if _is_word(fenced) and _is_word(committed):
+            return fenced, committed
+    raise PeerProtocolError("the greeting has no tokens")
+
+
+def _is_word(text: str) -> bool:
+    return len(text) <= MAX_TOKEN_CHARACTERS and (text.isalnum() or not text) and text.isascii()
 
 
 def _device(item: Any) -> DeviceOffer:

@@ -45,6 +45,7 @@ from ferry.migration.vmm_stream import VmmStream
 from ferry.nurseries import alongside, ungrouped
 from ferry.progress import Reporter
 from sync.dirty.merge import MergedTrackers
+from sync.gateway.engine.records import Terms
 from sync.handover.machine import Action, Event, Handover
 from sync.handover.states import STANDSTILL, Deadlines, HandoverState, Role
 from sync.memory import GuestMemory
@@ -117,6 +118,7 @@ class Source:
         self._held = held
         self._session = secrets.token_bytes(16)
         self._changes: list[Callable[[Options], None]] = []
+        self._tokens = (secrets.token_hex(8), secrets.token_hex(8))
         self._undo = Undo()
         self._pacing = trio.CancelScope()
         self.report = Report(self._session.hex(), downtime_limit_ms=options.downtime_limit)
@@ -151,6 +153,11 @@ class Source:
 
     # --- prepare: nothing is touched ---
 
+    @property
+    def session(self) -> str:
+        """The session's name, as the gateways' records have it."""
+        return self._session.hex()
+
     async def _prepare(self) -> Event:
         options = self._options
         devices = await attach_devices(options, self._session.hex(), self._held, self._undo)
@@ -181,6 +188,7 @@ class Source:
             platform=(await platform.peek()).hex() if platform else "",
             vmm=asdict(identity),
             check=options.check,
+            tokens=self._tokens,
         )
         link = await SourceLink.open(options, self._session, hello, self.runner, self._held)
         self.runner.offer({Action.TELL_ABORT: link.tell_abort})
@@ -247,12 +255,14 @@ class Source:
         trackers = [device.tracker(memory, link.sender.seed) for device in prepared.devices]
         for device, tracker in zip(prepared.devices, trackers, strict=True):
             self._held.push_async_callback(tracker.stop)
+            decides = device is prepared.devices[0]
             await self._arm_recovery(prepared, device)
             mediation = await device.gateway.mediate(
                 tracker=tracker.asks_gateway_for,
                 page_size=options.log_page_size,
                 capture=device.registers.capture,
                 snapshot=await device.registers.snapshot(),
+                terms=Terms(decides, *self._tokens),
             )
             async for payload in device.registers.begin(mediation.values, mediation.journal_seq):
                 await link.send_state(device.number, payload)
@@ -328,10 +338,14 @@ class Source:
             self._reporter.event("message", text=text)
 
     async def _arm_recovery(self, prepared: Prepared, device: SourceDevice) -> None:
+        """Each gateway watches this process; only the one that decides resumes the VMM, after the
+        others' devices are back."""
+        decides = device is prepared.devices[0]
         await device.gateway.arm_recovery(
-            self._options.qmp,
+            self._options.qmp if decides else "",
             RECOVERY_DEADLINE_S,
             prepared.settings.pack(),
+            self._options.gateway[1:] if decides else (),
             ran=prepared.vmm.guest_ran,
             silence_s=SILENCE_S,
             may_end_holder=self._own_process,
@@ -391,6 +405,7 @@ class Source:
                 ),
                 Action.RELEASE: partial(self._release, prepared, downtime),
                 Action.SEND_COMMIT: partial(link.send, MessageKind.COMMIT, flush=True),
+                Action.NOTE_MOVED: partial(self._note_moved, prepared),
                 Action.CONCLUDE: partial(self._conclude, prepared, downtime),
             }
         )
@@ -478,12 +493,18 @@ class Source:
     async def _release(self, prepared: Prepared, downtime: Downtime) -> Event:
         self.report.registers = prepared.link.registers
         downtime.lap("ready", prepared.link.ready_ms)
-        for device in prepared.devices:
+        # The record of the first gateway is the one that decides: once it is written, all are. If
+        # this process dies before, that gateway takes the others' devices back.
+        for device in reversed(prepared.devices):
             await device.gateway.release(self._session.hex())
         downtime.lap("release")
         return Event.RELEASED
 
     # --- the ends ---
+
+    async def _note_moved(self, prepared: Prepared) -> None:
+        for device in prepared.devices:
+            await device.gateway.moved(self._session.hex())
 
     async def _conclude(self, prepared: Prepared, downtime: Downtime) -> None:
         downtime.lap("commit", prepared.link.committed_ms)

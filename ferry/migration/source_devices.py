@@ -27,6 +27,7 @@ from sync.dirty.tracker import Bitmap, Method, Tracker, choose_method
 from sync.gateway.control.client import GatewayClient
 from sync.gateway.control.info import GatewayInfo
 from sync.gateway.engine.custody import ClientRole
+from sync.gateway.engine.records import Fate
 from sync.gateway.errors import DeviceLost, GatewayError, GatewayLost
 from sync.memory import GuestMemory
 from sync.registers.choose import load_profiles, source_for
@@ -96,9 +97,13 @@ async def attach_devices(
         )
         info = await check_gateway(path, gateway)
         if info.state == "released":
+            moved = info.sessions.get(info.session) is Fate.MOVED
             raise NotOwner(
-                f"the gateway at {path} has let go of its guest in session {info.session}: whose "
-                "it is now, `vfio-ferry resolve` says, on the target first"
+                f"the guest behind {path} moved away in session {info.session}"
+                if moved
+                else f"the gateway at {path} has let go of its guest in session {info.session}: "
+                f"whose it is now says `vfio-ferry resolve --session {info.session}`, on the "
+                "target first"
             )
         registers = source_for(view_of(info), gateway, profiles, options.registers)
         tracking = choose_method(options.dirty, logging=info.supports.logging)

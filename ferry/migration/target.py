@@ -38,6 +38,8 @@ from ferry.migration.receive_options import Options
 from ferry.migration.target_devices import Lease, TargetDevice, attach_devices, fence, map_memory
 from ferry.migration.tunnel import run_tunnel
 from ferry.progress import Reporter
+from sync.gateway.engine.records import Terms
+from sync.gateway.errors import GatewayError
 from sync.handover.machine import Action, Event, Handover
 from sync.handover.states import Deadlines, Role
 from sync.memory import GuestMemory
@@ -113,6 +115,11 @@ class Target:
         self._link = link
         self._vmm = vmm
         self._leases: list[Lease] = []
+        self._start_asked = False
+        self.session = ""
+        """The session's name, as the gateways' records have it; '' before a sender has come."""
+        self.proof = ""
+        """What proves to the source that this session is fenced here, once it is."""
         self.only_check = False
         """The sender asks whether it would work, and nothing else."""
         self.touched = False
@@ -141,6 +148,7 @@ class Target:
     async def _check(self, greeting: bytes) -> Event:
         """Finds out whether what the source has fits what is here; touches nothing."""
         hello = MigrationHello.unpack(greeting)
+        self.session = hello.session
         devices = await attach_devices(
             self._options.gateway, self._options.profile, hello, self._held, self._leases
         )
@@ -193,7 +201,8 @@ class Target:
         self.arrival = Arrival(hello.session)
         memory, late = await map_memory(checked.devices[0].gateway, hello, self._held)
         for device in checked.devices:
-            await device.gateway.standby(hello.session)
+            terms = Terms(device is checked.devices[0], *hello.tokens)
+            await device.gateway.standby(hello.session, terms)
         if checked.platform is not None:
             await checked.platform.restore(bytes.fromhex(hello.platform))
         with tempfile.TemporaryDirectory(prefix="vfio-ferry-") as folder:
@@ -307,6 +316,8 @@ class Target:
         took_ms: dict[str, float],
     ) -> Event:
         began = time.monotonic()
+        self._start_asked = True
+        # The first gateway puts it on record that the guest may run, before any device does.
         for device in devices:
             await device.gateway.start()
         started = time.monotonic()
@@ -317,6 +328,8 @@ class Target:
             self._reporter.event("message", text=text)
         took_ms["device start"] = (started - began) * 1e3
         took_ms["VMM resume"] = (time.monotonic() - started) * 1e3
+        with contextlib.suppress(GatewayError):
+            await devices[0].gateway.running(self.session)
         return Event.STARTED
 
     async def _send_committed(self, settings: MigrationSettings, took_ms: dict[str, float]) -> None:
@@ -330,11 +343,13 @@ class Target:
 
     async def _fence(self) -> Event:
         """Makes sure that no message whatsoever can start the guest here from this session."""
-        fenced, lost = await fence(self._leases)
+        fenced, lost = await fence(self._leases, start_asked=self._start_asked)
+        if fenced and self._leases and lost is None:
+            self.proof = (await self._leases[0].gateway.verdict(self.session)).proof
         if lost is not None and isinstance(self.runner.first_error, VmmGone):
             # A VMM does not always outlive its device: that is what went wrong first.
             self.runner.first_error = lost
-        return Event.FENCED if fenced else Event.ALREADY_OWNED
+        return Event.FENCED if fenced else Event.MAY_HAVE_RUN
 
     async def _refuse(self) -> None:
         """Tells a source that has not been accepted why this side gives up."""

@@ -112,9 +112,10 @@ async def map_memory(
         return memory, late
 
 
-async def fence(leases: Sequence[Lease]) -> tuple[bool, Exception | None]:
+async def fence(leases: Sequence[Lease], *, start_asked: bool) -> tuple[bool, Exception | None]:
     """Makes sure that no message whatsoever can start the guest here from this session, unless the
-    first gateway owns it already: then nothing is done.
+    first gateway has it on record that the guest may have run: then nothing is done. So it may if
+    that gateway is gone after it was asked to start (`start_asked`).
 
     Returns whether it is fenced, and what became of a gateway that is gone, if one is. Raises what
     the gateways do.
@@ -122,17 +123,20 @@ async def fence(leases: Sequence[Lease]) -> tuple[bool, Exception | None]:
     lost: Exception | None = None
     for number, lease in enumerate(leases):
         try:
-            info = await lease.gateway.status()
-            if number == 0 and info.owner == "owned" and info.session == lease.session:
-                return False, lost
             await lease.gateway.fence(lease.session)
-            if info.state == "standby":
+            if (await lease.gateway.status()).state == "standby":
                 await lease.gateway.abandon()
-        except (GatewayLost, DeviceLost) as error:
-            # What is gone holds no standby that could be owned.
+        except GatewayLost as error:
+            if number == 0 and start_asked:
+                return False, error
+            # A gateway that is started anew fences what had not begun to run.
             lost = error
-        except (VmmLost, WrongState):
-            # What starts anew holds none, either. One that is owned, but not the first, stays in
-            # standby, and nobody will start it.
+        except WrongState:
+            if number == 0:
+                return False, lost
+        except DeviceLost as error:
+            # What is gone holds no standby.
+            lost = error
+        except VmmLost:
             continue
     return True, lost

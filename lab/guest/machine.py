@@ -78,7 +78,9 @@ class Machine:
     def stop(self) -> None:
         """QMP `stop`."""
         with self._lock:
-            if self._state is RunState.RUNNING:
+            if self._state is RunState.INMIGRATE:
+                self._start_when_loaded = False
+            elif self._state is RunState.RUNNING:
                 self._pause(RunState.PAUSED)
 
     def cont(self) -> None:

@@ -98,6 +98,36 @@ class SessionFenced(GatewayError):
     code = "fenced"
 
 
+class UnknownSession(GatewayError):
+    """No session is on record at this gateway."""
+
+    exit_name = "refused"
+
+    code = "unknown-session"
+
+
+class NotProven(GatewayError):
+    """The verdict was not given by the other side's record of this session."""
+
+    exit_name = "refused"
+
+    code = "not-proven"
+
+
+class NotRecorded(GatewayError):
+    """What was decided cannot be written to the gateway's records, so it does not hold."""
+
+    code = "not-recorded"
+
+
+class RecordsUnusable(GatewayError):
+    """The gateway's records cannot be used."""
+
+    exit_name = "local"
+
+    code = "records"
+
+
 class NoDevice(GatewayError):
     """The device is not connected: start it at the path the gateway was given."""
 

@@ -8,12 +8,14 @@ It is a two-phase commit (J. Gray, Notes on Data Base Operating Systems, 1978, s
 between two parties, whose durable state is the ownership record of the gateway on each side:
 
     source's record   owned --RELEASE--> released --RESTORE (reclaims)--> owned
-    target's record   none  --OWN------> owned           none --FENCE--> fenced (for good)
+    target's record   none  --OWN------> owned --START_GUEST--> about to run
+                      none or owned --FENCE--> fenced (for good)
 
-The source writes `released` before it sends the commit, the target writes `owned` before it
-starts the guest, or `fenced` before it says that it never will. The source takes back what it
-released only if no commit was sent, or if the target says that it is fenced. So there is never a
-second owner, and where an answer is lost the record still says what the side may do.
+The source writes `released` before it sends the commit. The target writes `owned`, and `about to
+run` before anything of the guest does, or `fenced` before it says that it never will. The source
+takes back what it released only if no commit was sent, or if the target says that it is fenced. So
+there is never a second owner, and where an answer is lost the record still says what the side may
+do.
 
     SOURCE                                          TARGET
     IDLE                                            IDLE
@@ -143,8 +145,8 @@ class Event(Enum):
     """The action of the state failed, or something that it needs is gone."""
     RESTORE_FAILED = auto()
     FENCE_FAILED = auto()
-    ALREADY_OWNED = auto()
-    """The gateway refused to fence the session because the session owns the guest already."""
+    MAY_HAVE_RUN = auto()
+    """The gateway refused to fence the session: it is on record that the guest may have run."""
     TIMEOUT = auto()
     INTERRUPTED = auto()
     """The user wants it to end (Ctrl-C, SIGTERM, SIGHUP)."""
@@ -200,6 +202,8 @@ class Action(Enum):
     """Ownership record to `released`. `RELEASED`."""
     SEND_COMMIT = auto()
     """Send *commit*. Failing counts as not knowing whether it arrived."""
+    NOTE_MOVED = auto()
+    """Put on record that the commit was answered: nothing takes the guest back any more."""
     CONCLUDE = auto()
     """Report what the migration cost, and end the VMM here if that is wanted."""
     TELL_ABORT = auto()
@@ -222,14 +226,15 @@ class Action(Enum):
     OWN = auto()
     """Ownership record to `owned`. `OWNED`."""
     START_GUEST = auto()
-    """Devices to passthrough, held register writes executed, guest running. `STARTED`."""
+    """Put on record that the guest may run; then devices to passthrough, held register writes
+    executed, guest running. `STARTED`."""
     SEND_COMMITTED = auto()
     """Send *committed*, as well as possible."""
     TELL_START_FAILED = auto()
     """Send *start failed*, as well as possible."""
     FENCE = auto()
     """Ownership record to `fenced`, then standby abandoned: `FENCED`; `FENCE_FAILED`; or
-    `ALREADY_OWNED` when the record says that this session owns the guest."""
+    `MAY_HAVE_RUN` when the record says that the guest was about to run."""
 
 
 class Transition(NamedTuple):
@@ -303,8 +308,8 @@ SOURCE: Table = {
     _S.AWAITING_READY: _on([_E.PEER_READY], _S.RELEASING, _A.RELEASE) | _abort(),
     _S.RELEASING: _on([_E.RELEASED], _S.COMMITTING, _A.SEND_COMMIT) | _abort(),
     _S.COMMITTING: (
-        _on([_E.PEER_COMMITTED], _S.COMMITTED, _A.CONCLUDE)
-        | _on([_E.PEER_START_FAILED], _S.OWNER_FAILED)
+        _on([_E.PEER_COMMITTED], _S.COMMITTED, _A.NOTE_MOVED, _A.CONCLUDE)
+        | _on([_E.PEER_START_FAILED], _S.OWNER_FAILED, _A.NOTE_MOVED)
         | _on([_E.PEER_ABORTED], _S.ABORTING, _A.TELL_ABORT, _A.RESTORE)
         | _on([_E.FAILED, _E.PEER_LOST, _E.TIMEOUT], _S.IN_DOUBT)
         | _on([_E.INTERRUPTED], _S.COMMITTING)
@@ -347,13 +352,13 @@ TARGET: Table = {
     ),
     _S.DISOWNING: (
         _on([_E.FENCED], _S.ABORTED, _A.TELL_ABORT)
-        | _on([_E.ALREADY_OWNED], _S.STARTING_GUEST, _A.START_GUEST)
+        | _on([_E.MAY_HAVE_RUN], _S.OWNER_FAILED, _A.TELL_START_FAILED)
         | _on([_E.FENCE_FAILED, _E.TIMEOUT], _S.IN_DOUBT)
-        | _on([_E.OWNED, _E.FAILED, _E.PEER_LOST, _E.INTERRUPTED], _S.DISOWNING)
+        | _on([_E.OWNED, _E.STARTED, _E.FAILED, _E.PEER_LOST, _E.INTERRUPTED], _S.DISOWNING)
     ),
     _S.STARTING_GUEST: (
         _on([_E.STARTED], _S.COMMITTED, _A.SEND_COMMITTED)
-        | _on([_E.FAILED, _E.TIMEOUT], _S.OWNER_FAILED, _A.TELL_START_FAILED)
+        | _on([_E.FAILED, _E.TIMEOUT], _S.DISOWNING, _A.FENCE)
         | _on([_E.PEER_LOST, _E.INTERRUPTED], _S.STARTING_GUEST)
     ),
     _S.FENCING: (
@@ -366,7 +371,7 @@ TARGET: Table = {
         [_E.STARTED, _E.FAILED, _E.PEER_LOST, _E.TIMEOUT, _E.INTERRUPTED], _S.OWNER_FAILED
     ),
     _S.IN_DOUBT: _on(
-        [*_WRONG, _E.OWNED, _E.FENCED, _E.FENCE_FAILED, _E.ALREADY_OWNED], _S.IN_DOUBT
+        [*_WRONG, _E.OWNED, _E.STARTED, _E.FENCED, _E.FENCE_FAILED, _E.MAY_HAVE_RUN], _S.IN_DOUBT
     ),
     _S.ABORTED: _on([*_TARGET_LATE, _E.PEER_HELLO, _E.PEER_CHECKS], _S.ABORTED),
     _S.CHECKED: _on(_WRONG, _S.CHECKED),

@@ -185,7 +185,9 @@ class Vmm(AsyncResource):
         )
 
     async def start_incoming(self, uri: str) -> None:
-        """Has the target's VMM listen at `uri` (`unix:PATH`)."""
+        """Has the target's VMM listen at `uri` (`unix:PATH`), and wait when it has its guest: one
+        that was started without -S would run it at once, whoever owns it."""
+        await self.execute("stop")
         await self._set_capabilities()
         await self.execute("migrate-incoming", {"uri": uri})
 

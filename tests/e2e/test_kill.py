@@ -117,15 +117,13 @@ def settle(
     if not released:
         return a
     revive(bed, b, victim)
-    # If the VMM that might have got the guest is dead, it is certain that it will never run.
-    if f"guest {b.name}" != victim:
-        if run_resolve(bed, b, "target") == "committed":
-            return b
-        assert b.guest is not None
-        b.guest.wait(MIGRATION_S)  # ended by `resolve`
+    settled = run_resolve(bed, b, "--role", "target")
+    if settled["outcome"] == "committed":
+        return b
     if codes.get("send") not in (Exit.PEER_ABORTED, Exit.DEVICE, Exit.VMM):
         revive(bed, a, victim)
-        assert run_resolve(bed, a, "source", "--peer", "fenced") == "owned"
+        taken = run_resolve(bed, a, "--role", "source", "--verdict", settled["verdict"])
+        assert taken["outcome"] == "owned"
     return a
 
 

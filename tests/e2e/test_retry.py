@@ -10,7 +10,7 @@ from tests.e2e.two_hosts import (
     assert_sound,
     migrate,
     new_bed,
-    run_resolve,
+    resolve_both,
     small_setup,
     start_both,
     start_migration,
@@ -47,8 +47,7 @@ def test_i8_whatever_failed_before_the_next_migration_works(tmp_path: Path) -> N
         sender, receiver = hold("committing")
         sender.kill()
         assert receiver.wait(MIGRATION_S) == Exit.PEER_LOST, receiver.tail()
-        assert run_resolve(bed, b, "target") == "fenced"
-        assert run_resolve(bed, a, "source", "--peer", "fenced") == "owned"
+        assert resolve_both(bed, a, b) is a
 
         renew_guest(bed, b)
         migrate(bed, a, b, method)

@@ -94,16 +94,33 @@ def migrate(bed: Testbed, source: Host, target: Host, method: Method, *send: str
     return sender.wait_event("report")
 
 
-def run_resolve(bed: Testbed, host: Host, role: str, *flags: str) -> str:
-    """What `vfio-ferry resolve` on `host` comes to."""
+def resolve(bed: Testbed, host: Host, *flags: object) -> Process:
+    """`vfio-ferry resolve` on `host`, ended."""
     process = bed.start(
         f"resolve {host.name}",
-        *("resolve", "--role", role, "--gateway", host.control_socket, "--qmp", host.qmp_socket),
-        *("--json", *flags),
+        *("resolve", *host.control_flags, "--qmp", host.qmp_socket, "--json", *flags),
     )
-    code = process.wait(MIGRATION_S)
-    assert code == Exit.OK, process.tail()
-    return str(process.events[-1]["outcome"])
+    process.wait(MIGRATION_S)
+    return process
+
+
+def run_resolve(bed: Testbed, host: Host, *flags: object) -> dict[str, Any]:
+    """What `vfio-ferry resolve` on `host` comes to: `outcome`, `session`, and the `verdict`."""
+    process = resolve(bed, host, *flags)
+    assert process.wait(MIGRATION_S) == Exit.OK, process.tail()
+    return process.events[-1]
+
+
+def resolve_both(bed: Testbed, source: Host, target: Host) -> Host:
+    """The documented procedure, from the target to the source. Who has the guest then."""
+    settled = run_resolve(bed, target, "--role", "target")
+    told = ("--session", settled["session"], "--verdict", settled["verdict"])
+    outcome = run_resolve(bed, source, "--role", "source", *told)["outcome"]
+    if settled["outcome"] == "committed":
+        assert outcome == "released"
+        return target
+    assert (settled["outcome"], outcome) == ("fenced", "owned")
+    return source
 
 
 def new_bed(folder: Path, setup: Setup) -> Testbed:

@@ -67,15 +67,14 @@ async def settle(hosts: TwoHosts, sender: Command, receiver: Command) -> Host:
     if State.COMMITTING.value not in sender.phases:
         return hosts.a
     await hosts.revive(hosts.b)
-    # If the VMM that might have got the guest is dead, it is certain that it will never run.
-    if hosts.b.vmm.alive:
-        assert await hosts.resolve(hosts.b, "target") == Exit.OK
-        if hosts.b.vmm.runs:
-            return hosts.b
-        assert not hosts.b.vmm.alive, "ended by `resolve`"
+    settled = await hosts.resolve(hosts.b, "target")
+    assert settled["code"] == Exit.OK
+    if settled["outcome"] == "committed":
+        return hosts.b
     if hosts.a.vmm.alive and sender.code not in (Exit.PEER_ABORTED, Exit.DEVICE, Exit.VMM):
         await hosts.revive(hosts.a)
-        assert await hosts.resolve(hosts.a, "source", peer="fenced") == Exit.OK
+        taken = await hosts.resolve(hosts.a, "source", settled["verdict"])
+        assert (taken["code"], taken["outcome"]) == (Exit.OK, "owned")
     return hosts.a
 
 

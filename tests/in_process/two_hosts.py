@@ -216,9 +216,12 @@ class TwoHosts:
             data = self._writes.to_bytes(4, "little")
             source.device.dma_write(RAM_AT + CPU_BYTES + page * PAGE_BYTES, data)
 
-    async def resolve(self, host: Host, role: str, peer: str = "unknown") -> Exit:
-        options = resolve.Options(**host.flags, role=role, peer=peer)
-        return Exit(await trio.to_thread.run_sync(resolve.run, options))
+    async def resolve(self, host: Host, role: str, verdict: str | None = None) -> dict[str, Any]:
+        """What `resolve` tells in the end, with its exit code as `code`."""
+        options = resolve.Options(**host.flags, role=role, verdict=verdict)
+        command = Command("resolve", lambda _: None)
+        await command.run(lambda options, told, _: resolve.resolve(options, told), options)
+        return {**(command.events or [{}])[-1], "code": command.code}
 
     async def revive(self, host: Host) -> None:
         await trio.to_thread.run_sync(host.revive)

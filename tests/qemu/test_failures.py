@@ -28,6 +28,7 @@ from sync.gateway.control.client import GatewayClient
 from sync.vmm.driver import Vmm
 from sync.vmm.errors import VmmGone
 from tests.e2e.two_hosts import PEER_TIMEOUT_S, run_resolve
+from tests.e2e.two_hosts import resolve_both as settle_both
 from tests.qemu.moving import DEADLINE_S, WatchedRig, run
 from tests.qemu.proxy import LinkProxy, Proxy
 
@@ -142,14 +143,13 @@ async def link_silent(attempt: Attempt) -> None:
 async def resolve_source(attempt: Attempt) -> None:
     async with await control_of(attempt.source) as vmm:
         assert await vmm.run_state() != "running"
-    assert await in_thread(run_resolve, attempt.rig.bed, attempt.a, "source") == "owned"
+    settled = await in_thread(run_resolve, attempt.rig.bed, attempt.a, "--role", "source")
+    assert settled["outcome"] == "owned"
 
 
 async def resolve_both(attempt: Attempt) -> None:
-    bed = attempt.rig.bed
-    assert await in_thread(run_resolve, bed, attempt.b, "target") == "fenced"
-    taken = await in_thread(run_resolve, bed, attempt.a, "source", "--peer", "fenced")
-    assert taken == "owned"
+    owner = await in_thread(settle_both, attempt.rig.bed, attempt.a, attempt.b)
+    assert owner is attempt.a
 
 
 async def source_qemu_killed(attempt: Attempt) -> None:

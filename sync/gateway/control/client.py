@@ -14,10 +14,18 @@ import trio
 
 from sync.gateway.control import requests
 from sync.gateway.control.info import GatewayInfo
-from sync.gateway.control.requests import DirtyHalf, JournalPart, Mediation, Request, Tracker
+from sync.gateway.control.requests import (
+    DirtyHalf,
+    JournalPart,
+    Mediation,
+    Request,
+    Tracker,
+    Verdict,
+)
 from sync.gateway.control.shapes import ShapeError, pack, unpack
 from sync.gateway.control.wire import MAX_DESCRIPTORS, ControlDecoder, ControlMessage, encode
 from sync.gateway.engine.custody import ClientRole
+from sync.gateway.engine.records import NO_TERMS, Terms
 from sync.gateway.errors import (
     AnswerLost,
     ControlProtocolError,
@@ -129,6 +137,7 @@ class GatewayClient:
         qmp_path: str,
         deadline_s: float,
         put_back: str = "",
+        companions: Sequence[str] = (),
         *,
         ran: bool = True,
         silence_s: float = requests.MAX_RECOVERY_S,
@@ -136,14 +145,17 @@ class GatewayClient:
     ) -> None:
         """If this lease is lost while the gateway owns the guest, the gateway resumes the VMM.
 
-        It first puts the device back to passthrough, then runs `sync.vmm.recover` on `qmp_path`,
-        which gives the VMM the settings `put_back` back (`sync.vmm.settings`).
-        It never does so once the guest is released (I7). `ran` is that of `states.resume_step`.
-        A client that is silent for `silence_s` has lost its lease; with `may_end_holder` its
-        process is ended if it keeps the VMM's QMP socket then.
+        It first puts its device back to passthrough, and those of the gateways whose control
+        sockets are `companions`, then runs `sync.vmm.recover` on `qmp_path`, which gives the VMM
+        the settings `put_back` back (`sync.vmm.settings`). It never does so once the guest is
+        released (I7), nor without a path. `ran` is that of `states.resume_step`. A client that is
+        silent for `silence_s` has lost its lease; with `may_end_holder` its process is ended if it
+        keeps the VMM's QMP socket then.
         """
         await self._call(
-            requests.ArmRecovery(qmp_path, deadline_s, ran, put_back, silence_s, may_end_holder)
+            requests.ArmRecovery(
+                qmp_path, deadline_s, ran, put_back, silence_s, may_end_holder, tuple(companions)
+            )
         )
 
     async def disarm_recovery(self) -> None:
@@ -157,15 +169,16 @@ class GatewayClient:
         page_size: int = PAGE_BYTES,
         capture: bool,
         snapshot: bytes = b"",
+        terms: Terms = NO_TERMS,
     ) -> Mediation:
         """passthrough -> mediated, in one step that the guest sees nothing of.
 
         `snapshot` holds records of 32 bytes that are executed between two accesses of the guest;
         with `capture` the journal begins exactly there. `page_size` (bytes) is a wish to a device
-        that logs. Raises `Unsupported`, `DeviceRefused`, `LayoutUnaligned`; the gateway is then in
-        passthrough again.
+        that logs. The session of `connect` gets a record on `terms`. Raises `Unsupported`,
+        `DeviceRefused`, `LayoutUnaligned`; the gateway is then in passthrough again.
         """
-        return await self._call(requests.Mediate(tracker, page_size, capture, snapshot))
+        return await self._call(requests.Mediate(tracker, page_size, capture, snapshot, terms))
 
     async def dirty(self) -> DirtyHalf:
         """Reads and clears (I1): the half returned is quiet now.
@@ -225,13 +238,26 @@ class GatewayClient:
         """stopped -> released. From here on nothing starts this device but `reclaim` (I7)."""
         await self._call(requests.Release(session))
 
-    async def reclaim(self, session: str) -> None:
-        """released -> stopped, for the session that released it."""
-        await self._call(requests.Reclaim(session))
+    async def reclaim(self, session: str, proof: str = "") -> None:
+        """released -> stopped. Who released it himself needs no `proof` that the target is fenced:
+        he has sent no commit, or the target told him. Raises `NotProven`."""
+        await self._call(requests.Reclaim(session, proof))
 
-    async def standby(self, session: str) -> None:
+    async def vouch(self, session: str) -> None:
+        """`reclaim` on an operator's word that the guest runs nowhere else and never will."""
+        await self._call(requests.Vouch(session))
+
+    async def moved(self, session: str, proof: str = "") -> None:
+        """The commit was answered, or `proof` says that the target has the guest."""
+        await self._call(requests.Moved(session, proof))
+
+    async def verdict(self, session: str = "") -> Verdict:
+        """What is on record of `session`, or of the one in doubt. Raises `UnknownSession`."""
+        return await self._call(requests.AskVerdict(session))
+
+    async def standby(self, session: str, terms: Terms = NO_TERMS) -> None:
         """passthrough -> standby: the device is reset and has no memory; nothing is owned."""
-        await self._call(requests.Standby(session))
+        await self._call(requests.Standby(session, terms))
 
     async def own(self, session: str, records: bytes = b"") -> None:
         """The commit point of the target: the ownership record, and `records` to start with.
@@ -246,8 +272,12 @@ class GatewayClient:
         `records`, every vector once. If it fails it can be asked for again."""
         await self._call(requests.Start(records))
 
+    async def running(self, session: str) -> None:
+        """Notes that the guest was set running."""
+        await self._call(requests.Running(session))
+
     async def fence(self, session: str) -> None:
-        """`session` can never own the guest here. Raises `WrongState` if it already does."""
+        """`session` can never run the guest here. Raises `WrongState` if it may have."""
         await self._call(requests.Fence(session))
 
     async def abandon(self) -> None:

@@ -6,6 +6,7 @@ Not owned: their way to JSON and back (`shapes`), and what the states mean (`cus
 from dataclasses import dataclass
 
 from sync.gateway.engine.custody import ClientRole, CustodyState, Owner
+from sync.gateway.engine.records import Fate
 from sync.pci import Identity
 
 
@@ -73,8 +74,8 @@ class GatewayInfo:
     owner: Owner
     session: str
     """The session of the ownership record, or ''."""
-    verdicts: dict[str, Owner]
-    """The latest sessions that are settled here for good: owned (at some time) or fenced."""
+    sessions: dict[str, Fate]
+    """The latest sessions and what became of them here, the latest last."""
     device_connected: bool
     vmm_connected: bool
     vmm: VmmConnection

@@ -14,16 +14,18 @@ from dataclasses import dataclass
 from typing import Annotated, Any, ClassVar, Generic, Literal, NamedTuple, TypeVar, get_args
 
 from sync.gateway.control.info import GatewayInfo
-from sync.gateway.control.shapes import Matching, Part, PowerOfTwo, Range, Text
+from sync.gateway.control.shapes import AtMost, Matching, Part, PowerOfTwo, Range, Text
 from sync.gateway.control.wire import MAX_BLOB_BYTES
 from sync.gateway.engine.custody import TRANSITIONS, ClientRole, CustodyState, Event
+from sync.gateway.engine.records import NO_TERMS, Fate, Terms
 from sync.registers.record import RECORD_BYTES
 from sync.vfio_user.protocol import MigrationState
 
-VERSION = 3
+VERSION = 4
 
 MAX_JOURNAL_RECORDS = MAX_BLOB_BYTES // RECORD_BYTES
 MAX_RECOVERY_S = 600.0
+MAX_COMPANIONS = 64
 MAX_PAGE_BYTES = 1 << 30
 _PATH_CHARACTERS = 4096
 _SETTINGS_CHARACTERS = 4096
@@ -38,6 +40,8 @@ SessionName = Annotated[
 OptionalSession = Annotated[
     str, Matching(re.compile(r"[0-9A-Za-z_-]{0,64}"), "up to 64 letters, digits, '-' and '_'")
 ]
+Proof = Annotated[str, Text(256)]
+"""`VERDICT:SESSION:TOKEN`, as the other side's record gives it; '' is none."""
 MemoryRow = tuple[int, int, int, bool]
 """IOVA, length, offset in the file, whether the device may write there."""
 
@@ -159,6 +163,19 @@ class DeviceMigrationState:
 
 
 @dataclass(frozen=True, slots=True)
+class Verdict:
+    """What is on record of a session: `SessionRecord` without what only its gateway knows."""
+
+    session: str
+    role: ClientRole
+    fate: Fate
+    decides: bool
+    proof: str
+    began: float
+    changed: float
+
+
+@dataclass(frozen=True, slots=True)
 class ControlHello(Request[GatewayInfo]):
     """The first request, once: who asks, and with a role other than `observer` for the lease."""
 
@@ -189,6 +206,8 @@ class Memory(Request[MemoryPart]):
 
 @dataclass(frozen=True, slots=True)
 class ArmRecovery(Request[Done]):
+    """`companions`: control sockets of the VM's other gateways."""
+
     op = "arm_recovery"
     roles = SOURCE
     after_loss = True
@@ -198,6 +217,7 @@ class ArmRecovery(Request[Done]):
     put_back: Annotated[str, Text(_SETTINGS_CHARACTERS)] = ""
     silence_s: Annotated[float, Range(0.01, MAX_RECOVERY_S)] = MAX_RECOVERY_S
     may_end_holder: bool = False
+    companions: Annotated[tuple[str, ...], AtMost(MAX_COMPANIONS)] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -216,6 +236,7 @@ class Mediate(Request[Mediation]):
     page_size: Annotated[int, PowerOfTwo(MAX_PAGE_BYTES)]
     capture: bool
     snapshot: Blob = b""
+    terms: Terms = NO_TERMS
 
 
 @dataclass(frozen=True, slots=True)
@@ -239,7 +260,7 @@ class TakeJournal(Request[JournalPart]):
 class Batch(Request[Records]):
     op = "batch"
     roles = LEASE
-    states = _AT_DEVICE | {CustodyState.PASSTHROUGH}
+    states = _AT_DEVICE | {CustodyState.PASSTHROUGH, CustodyState.RELEASED}
     records: Blob
 
 
@@ -264,7 +285,7 @@ class SetMigrationState(Request[Done]):
 class GetMigrationState(Request[DeviceMigrationState]):
     op = "mig_state_get"
     roles = LEASE
-    states = _AT_DEVICE | {CustodyState.PASSTHROUGH}
+    states = _AT_DEVICE | {CustodyState.PASSTHROUGH, CustodyState.RELEASED}
 
 
 @dataclass(frozen=True, slots=True)
@@ -311,10 +332,44 @@ class Release(Request[Done]):
 
 @dataclass(frozen=True, slots=True)
 class Reclaim(Request[Done]):
+    """Who did not release the guest itself has to have the proof that the target is fenced."""
+
     op = "reclaim"
     roles = SOURCE
     states = _from(Event.RECLAIM)
     session: SessionName
+    proof: Proof = ""
+
+
+@dataclass(frozen=True, slots=True)
+class Vouch(Request[Done]):
+    """`reclaim` without a proof, on an operator's word."""
+
+    op = "vouch"
+    roles = SOURCE
+    states = _from(Event.RECLAIM)
+    session: SessionName
+
+
+@dataclass(frozen=True, slots=True)
+class Moved(Request[Done]):
+    """Who did not release the guest itself has to have the proof that the target owns it."""
+
+    op = "moved"
+    roles = SOURCE
+    after_loss = True
+    session: SessionName
+    proof: Proof = ""
+
+
+@dataclass(frozen=True, slots=True)
+class AskVerdict(Request[Verdict]):
+    """Of the session in doubt here, if none is named."""
+
+    op = "verdict"
+    roles = ANYBODY
+    at_once = True
+    session: OptionalSession = ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -323,6 +378,7 @@ class Standby(Request[Done]):
     roles = TARGET
     states = _from(Event.STANDBY)
     session: SessionName
+    terms: Terms = NO_TERMS
 
 
 @dataclass(frozen=True, slots=True)
@@ -343,9 +399,18 @@ class Start(Request[Done]):
 
 
 @dataclass(frozen=True, slots=True)
+class Running(Request[Done]):
+    op = "running"
+    roles = TARGET
+    after_loss = True
+    session: SessionName
+
+
+@dataclass(frozen=True, slots=True)
 class Fence(Request[Done]):
     op = "fence"
     roles = TARGET
+    after_loss = True
     session: SessionName
 
 
@@ -378,9 +443,13 @@ REQUESTS: dict[str, type[Request[Any]]] = {
         Passthrough,
         Release,
         Reclaim,
+        Vouch,
+        Moved,
+        AskVerdict,
         Standby,
         Own,
         Start,
+        Running,
         Fence,
         Abandon,
     )

@@ -32,6 +32,7 @@ from sync.gateway.errors import (
     NoDevice,
     VmmOutOfReach,
     WrongSession,
+    WrongState,
 )
 from sync.vfio_user.framing import close_fds
 from sync.vmm import recover
@@ -69,7 +70,11 @@ class ControlServer:
             requests.TakeJournal: self._take_journal,
             requests.Release: self._release,
             requests.Reclaim: self._reclaim,
+            requests.Vouch: self._vouch,
+            requests.Moved: self._moved,
+            requests.AskVerdict: self._verdict,
             requests.Own: self._own,
+            requests.Running: self._running,
             requests.Fence: self._fence,
             requests.Mediate: self._mediate,
             requests.CollectDirty: self._collect_dirty,
@@ -132,7 +137,10 @@ class ControlServer:
             lease.since = self._core.clock()
             if lease.broken is not None and not (request.at_once or request.after_loss):
                 raise lease.broken
-        self._core.custody.check(request.states, request.op)
+        custody = self._core.custody
+        custody.check(request.states, request.op)
+        if custody.holds_copy and isinstance(request, requests.Batch):
+            raise WrongState("the device is left as its guest left it: start a new VMM here")
 
     # --- answered at once ---
 
@@ -172,7 +180,7 @@ class ControlServer:
         )
 
     def _arm_recovery(self, client: Client, request: requests.ArmRecovery) -> Done:
-        if why_not := recover.obstacle(request.qmp_path):
+        if request.qmp_path and (why_not := recover.obstacle(request.qmp_path)):
             raise VmmOutOfReach(
                 f"the gateway could not resume the VMM if this process died: it cannot open "
                 f"{request.qmp_path} ({why_not}); run the gateway as the VMM's user, where it sees "
@@ -186,6 +194,7 @@ class ControlServer:
             request.put_back,
             request.silence_s,
             request.may_end_holder,
+            request.companions,
         )
         return Done()
 
@@ -203,9 +212,33 @@ class ControlServer:
         return self._changed("released")
 
     def _reclaim(self, client: Client, request: requests.Reclaim) -> Done:
-        self._core.custody.reclaim(_session(client, request.session))
-        self._lease().released = False
+        lease = self._lease()
+        session = _session(client, request.session)
+        self._core.custody.reclaim(session, None if lease.released else request.proof)
+        lease.released = False
         return self._changed("reclaimed")
+
+    def _vouch(self, client: Client, request: requests.Vouch) -> Done:
+        self._core.custody.vouch(_session(client, request.session))
+        return self._changed("vouched")
+
+    def _moved(self, client: Client, request: requests.Moved) -> Done:
+        session = _session(client, request.session)
+        self._core.custody.moved(session, None if self._lease().released else request.proof)
+        self._core.log_state("moved")
+        return Done()
+
+    def _verdict(self, client: Client, request: requests.AskVerdict) -> requests.Verdict:
+        record = self._core.custody.record(request.session)
+        return requests.Verdict(
+            session=record.session,
+            role=ClientRole(record.role),
+            fate=record.fate,
+            decides=record.terms.decides,
+            proof=record.proof,
+            began=record.began,
+            changed=record.changed,
+        )
 
     def _own(self, client: Client, request: requests.Own) -> Done:
         link = self._link()
@@ -217,13 +250,19 @@ class ControlServer:
             self._core.log_state("owned")
         return Done()
 
+    def _running(self, client: Client, request: requests.Running) -> Done:
+        self._core.custody.running(_session(client, request.session))
+        return Done()
+
     def _fence(self, client: Client, request: requests.Fence) -> Done:
         self._core.custody.fence(request.session)
         self._core.log_state("fenced")
         return Done()
 
     def _changed(self, event: str) -> Done:
-        self._link().enter(self._core.custody.state)
+        custody = self._core.custody
+        if self._core.link is not None:
+            self._core.link.enter(custody.state, shut=custody.shut)
         self._core.log_state(event)
         return Done()
 
@@ -233,7 +272,7 @@ class ControlServer:
         def reply(result: requests.Mediation) -> requests.Mediation:
             return replace(result, dirty=tuple(os.dup(ours) for ours in result.dirty))
 
-        job = jobs.mediate(self._link(), self._core.custody, request)
+        job = jobs.mediate(self._link(), self._core.custody, request, client.session)
         self._run(client, job, reply, held=True, event="mediated")
 
     def _collect_dirty(self, client: Client, request: requests.CollectDirty) -> None:
@@ -278,7 +317,7 @@ class ControlServer:
 
     def _standby(self, client: Client, request: requests.Standby) -> None:
         session = _session(client, request.session)
-        job = jobs.standby(self._link(), self._core.custody, session)
+        job = jobs.standby(self._link(), self._core.custody, session, request.terms)
         self._run(client, job, _done, held=True, event="standby")
 
     def _start(self, client: Client, request: requests.Start) -> None:

@@ -74,6 +74,19 @@ class PowerOfTwo:
 
 
 @dataclass(frozen=True, slots=True)
+class AtMost:
+    """A list of at most so many values."""
+
+    count: int
+
+    def admits(self, value: tuple[Any, ...]) -> bool:
+        return len(value) <= self.count
+
+    def __str__(self) -> str:
+        return f"at most {self.count} values"
+
+
+@dataclass(frozen=True, slots=True)
 class Text:
     """Text that a path or a name may be: no NUL, at most so many characters."""
 

@@ -1,10 +1,11 @@
 """Register accesses of the VMM where they are more than relayed: captured, or gated.
 
 Sans-IO. `Capture` (states mediated and stopped) executes everything and writes the journal. `Gate`
-(standby and released) keeps a device that does not own the guest from starting anything: reads and
-configuration writes are executed, other writes and resets are acknowledged, dropped and counted
-(I4). Either keeps the VMM's fingers off the device's migration state. In passthrough neither is in
-the way.
+(standby, released, shut) keeps a device that does not own the guest from starting anything: reads
+and configuration writes are executed, other writes and resets are dropped and counted (I4). In
+standby they are acknowledged, for no guest runs yet; else they are refused, for one may, and
+nothing is acknowledged that is not done. Either keeps the VMM's fingers off the device's migration
+state. In passthrough neither is in the way.
 """
 
 import errno
@@ -199,6 +200,8 @@ class Gate:
     def __init__(self, relay: Relay) -> None:
         self._relay = relay
         self.dropped = 0
+        self.acknowledge = True
+        """Whether what is dropped is answered as if it were done."""
         self.commands: dict[int, VmmCommand] = {
             Command.REGION_WRITE: self._write,
             Command.REGION_WRITE_MULTI: self._write_multi,
@@ -216,7 +219,7 @@ class Gate:
         close_fds(descriptors)
         self.dropped += 1
         body = RegionAccess(access.offset, access.region, access.count).pack()
-        self._relay.answer(message_id, flags, Command.REGION_WRITE, body)
+        self._drop(message_id, flags, Command.REGION_WRITE, body)
 
     def _write_multi(
         self, message_id: int, flags: int, message: memoryview, descriptors: list[int]
@@ -231,14 +234,23 @@ class Gate:
             self._relay.ask(Command.REGION_WRITE, write.pack(), (), _ignore)
         self.dropped += len(writes) - len(executed)
         body = WriteMultiReply(len(writes)).pack()
-        self._relay.answer(message_id, flags, Command.REGION_WRITE_MULTI, body)
+        if len(executed) == len(writes):
+            self._relay.answer(message_id, flags, Command.REGION_WRITE_MULTI, body)
+        else:
+            self._drop(message_id, flags, Command.REGION_WRITE_MULTI, body)
 
     def _reset(
         self, message_id: int, flags: int, message: memoryview, descriptors: list[int]
     ) -> None:
         close_fds(descriptors)
         self.dropped += 1
-        self._relay.answer(message_id, flags, Command.DEVICE_RESET)
+        self._drop(message_id, flags, Command.DEVICE_RESET)
+
+    def _drop(self, message_id: int, flags: int, command: Command, body: bytes = b"") -> None:
+        if self.acknowledge:
+            self._relay.answer(message_id, flags, command, body)
+        else:
+            self._relay.answer(message_id, flags, command, error=errno.EACCES)
 
 
 def reads(relay: Relay, deferred: DeferredReads, *, at_rest: bool) -> dict[int, VmmCommand]:

@@ -21,14 +21,15 @@ from sync.gateway.engine.custody import ClientRole, Custody, CustodyState, Lease
 from sync.gateway.engine.device_handshake import DeviceFacts, handshake
 from sync.gateway.engine.device_link import DeviceLink
 from sync.gateway.engine.job_runner import Job
+from sync.gateway.engine.records import Records
 from sync.gateway.errors import DeviceLost, GatewayError, VmmLost
 from sync.memory import PAGE_BYTES
 from sync.vfio_user.protocol import Command, Version
 
 T = TypeVar("T")
 
-MAX_VERDICTS_TOLD = 16
-"""So many are in a status, the latest; a migration that is in doubt asks within minutes."""
+MAX_SESSIONS_TOLD = 16
+"""So many are in a status, the latest; any other is told of when it is asked for."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,7 +54,8 @@ class Holder(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class Armed:
-    """How the VMM is brought back if a lease is lost: `recover.recover_source` has the words."""
+    """How a VMM is had to run again: its QMP socket, within how many seconds, and the control
+    sockets of its other gateways, which come first: a guest must not meet a device that is shut."""
 
     qmp_path: str
     deadline_s: float
@@ -64,6 +66,7 @@ class Armed:
     failed."""
     may_end_holder: bool = False
     """Its process may be ended if it hangs and keeps the VMM from being reached."""
+    companions: tuple[str, ...] = ()
 
 
 @dataclass(slots=True)
@@ -78,22 +81,25 @@ class Lease:
     """Why the session that it stands for has ended; nothing else is done for it."""
     released: bool = False
     """Whether the guest was released under it and not reclaimed: then no VMM is resumed (I7)."""
-    recovery: "Armed | None" = None
+    recovery: Armed | None = None
+    """How its VMM is resumed should it end before the release; only one gateway of a VM has it."""
 
 
 class Core:
-    """`log` takes an event and its fields; `recover` starts bringing a VMM back."""
+    """`log` takes an event and its fields; `recover` starts bringing a VMM back, with the session
+    and the proof that its guest is kept here."""
 
     def __init__(
         self,
         limits: Limits,
         clock: Callable[[], float],
         log: Callable[..., None],
-        recover: Callable[[Armed], None],
+        recover: Callable[[Armed, str, str], None],
+        records: Records | None = None,
     ) -> None:
         self.limits = limits
         self.clock = clock
-        self.custody = Custody()
+        self.custody = Custody(records)
         self.link: DeviceLink | None = None
         self.ready = False
         """Whether the device is connected and has been asked everything."""
@@ -144,7 +150,10 @@ class Core:
         answer = self.link.attach_vmm(to_vmm, offer)
         self.custody.vmm_came()
         self.log_state("vmm-connected")
-        if not self.link.facts.running:
+        if self.custody.shut:
+            self.link.migration_touched = not self.link.facts.running
+            self.link.enter(self.custody.state, shut=True)
+        elif not self.link.facts.running:
             self._wake_on_access(self.link)
         return answer
 
@@ -319,10 +328,14 @@ class Core:
         self._bring_back(lease)
 
     def _bring_back(self, lease: Lease) -> None:
-        if lease.recovery is not None and not lease.released:
-            self.log_state("recovering", qmp_path=lease.recovery.qmp_path)
-            self._recover(lease.recovery)
-            lease.recovery = None
+        armed = lease.recovery
+        if armed is None or lease.released or not armed.qmp_path:
+            return
+        session = self.custody.session
+        record = self.custody.records.find(session)
+        self.log_state("recovering", qmp_path=armed.qmp_path)
+        self._recover(armed, session, record.proof if record else "")
+        lease.recovery = None
 
     def recovered(self, outcome: Recovery) -> None:
         self.last_recovery = outcome
@@ -348,7 +361,9 @@ class Core:
             state=custody.state,
             owner=custody.owner,
             session=custody.session,
-            verdicts=custody.verdicts(MAX_VERDICTS_TOLD),
+            sessions={
+                record.session: record.fate for record in custody.records.latest(MAX_SESSIONS_TOLD)
+            },
             device_connected=self.ready,
             vmm_connected=custody.vmm_connected,
             vmm=self.vmm,

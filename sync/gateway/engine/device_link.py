@@ -80,8 +80,9 @@ class DeviceLink:
             ),
         )
 
-    def enter(self, state: CustodyState) -> None:
-        """From here on the VMM's commands are treated as `state` says."""
+    def enter(self, state: CustodyState, *, shut: bool = False) -> None:
+        """From here on the VMM's commands are treated as `state` says; `shut`: it is not to reach
+        the device, and is told so."""
         commands = dict(self.snoops.commands)
         self.stopped = state is CustodyState.STOPPED
         self.snoops.keep_intx_masked = self.stopped
@@ -89,9 +90,11 @@ class DeviceLink:
             commands |= reads(self.relay, self.deferred, at_rest=self.stopped)
         if state in (CustodyState.MEDIATED, CustodyState.STOPPED):
             commands |= self._capture.commands if self.capturing else refusals(self.relay)
-        elif state in (CustodyState.STANDBY, CustodyState.RELEASED):
+        elif shut or state in (CustodyState.STANDBY, CustodyState.RELEASED):
             commands |= self.gate.commands
+            self.gate.acknowledge = state is CustodyState.STANDBY
             self.gate.dropped = 0
+            self.snoops.sharing = AtDevice.NOT
         else:
             self.capturing = False
             self.migration_touched = False

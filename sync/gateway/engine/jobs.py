@@ -16,6 +16,7 @@ from sync.gateway.engine import device_steps as steps
 from sync.gateway.engine.custody import Custody, CustodyState
 from sync.gateway.engine.device_link import DeviceLink
 from sync.gateway.engine.job_runner import Call, Job
+from sync.gateway.engine.records import NO_TERMS, Terms
 from sync.gateway.errors import BadRequest, GatewayError, Unsupported, WrongState
 from sync.memory import PAGE_BYTES
 from sync.vfio_user.errors import ProtocolError
@@ -29,8 +30,10 @@ from sync.vfio_user.protocol import (
 )
 
 
-def mediate(link: DeviceLink, custody: Custody, request: Mediate) -> Job[Mediation]:
-    """passthrough -> mediated. What fails is undone; the state is then what it was.
+def mediate(
+    link: DeviceLink, custody: Custody, request: Mediate, session: str = ""
+) -> Job[Mediation]:
+    """passthrough -> mediated, for `session`. What fails is undone; the state is then what it was.
 
     The bitmap's descriptor stays the gateway's.
     """
@@ -61,8 +64,8 @@ def mediate(link: DeviceLink, custody: Custody, request: Mediate) -> Job[Mediati
         raise
     link.journal.restart()
     link.capturing = request.capture
-    custody.mediate()
-    link.enter(custody.state)
+    custody.mediate(session, request.terms)
+    link.enter(custody.state, shut=custody.shut)
     return Mediation(
         values=values,
         journal_seq=link.journal.next_seq,
@@ -108,7 +111,7 @@ def stop(link: DeviceLink, custody: Custody, *, fence: bool, resume: bytes) -> J
         yield from steps.unmap_all(link)
     custody.stop()
     link.resume_records = resume
-    link.enter(custody.state)
+    link.enter(custody.state, shut=custody.shut)
 
 
 def restore(link: DeviceLink, custody: Custody) -> Job[None]:
@@ -130,58 +133,59 @@ def restore(link: DeviceLink, custody: Custody) -> Job[None]:
         yield [Call(Command.DEVICE_SET_IRQS, unmask.pack())]
     link.untrack()
     custody.restore()
-    link.enter(custody.state)
+    link.enter(custody.state, shut=custody.shut)
     if was_stopped:
         link.interrupts.fire_all()
     if problem is not None:
         raise problem
 
 
-def standby(link: DeviceLink, custody: Custody, session: str) -> Job[None]:
-    """passthrough -> standby. What fails is undone; the state is then what it was."""
+def standby(link: DeviceLink, custody: Custody, session: str, terms: Terms = NO_TERMS) -> Job[None]:
+    """passthrough | released -> standby. What fails is undone; the state is then what it was."""
     custody.check_standby(session)
+    shut = custody.shut
     link.snoops.sharing = AtDevice.NOT
     try:
         yield from steps.unmap_all(link)
         if link.facts.supports.reset:
             yield from reset_device()
-        custody.standby(session)
+        custody.standby(session, terms)
     except ProtocolError:
         raise
     except SyncError:
-        link.snoops.sharing = AtDevice.DIRECT
-        yield from steps.share(link, AtDevice.DIRECT)
+        if not shut:
+            link.snoops.sharing = AtDevice.DIRECT
+            yield from steps.share(link, AtDevice.DIRECT)
         raise
-    link.enter(custody.state)
+    link.enter(custody.state, shut=custody.shut)
 
 
 def start(link: DeviceLink, custody: Custody, records: bytes) -> Job[None]:
-    """standby -> passthrough, once the guest is owned. Can be asked for again if it fails."""
+    """standby -> passthrough, once the guest is owned. Can be asked for again if it fails.
+
+    Before the device is let near the guest's memory, it is on record that the guest may have run.
+    """
     custody.check_start()
     steps.parse_records(link, records)
+    custody.about_to_run()
     problem = yield from steps.share_and_run(link, run_device=link.facts.supports.v2)
     if problem is not None:
         raise problem
     yield from steps.execute(link, link.start_records + records)
     custody.start()
-    link.enter(custody.state)
+    link.enter(custody.state, shut=custody.shut)
     link.interrupts.fire_all()
 
 
 def abandon(link: DeviceLink, custody: Custody) -> Job[None]:
-    """standby -> passthrough without the guest: the device is as after a reset."""
+    """standby -> without the guest: the device is as after a reset, and stays without memory, for
+    the VMM here may hold a guest that runs elsewhere."""
     custody.check_abandon()
-    problem: SyncError | None = None
-    if custody.state is CustodyState.STANDBY:
-        if link.facts.supports.reset:
-            (answer,) = yield [Call(Command.DEVICE_RESET)]
-            link.migration_touched = link.migration_touched and bool(answer.error)
-        link.snoops.sharing = AtDevice.DIRECT
-        problem = yield from steps.share_and_run(link, run_device=link.migration_touched)
+    if custody.state is CustodyState.STANDBY and link.facts.supports.reset:
+        (answer,) = yield [Call(Command.DEVICE_RESET)]
+        link.migration_touched = link.migration_touched and bool(answer.error)
     custody.abandon()
-    link.enter(custody.state)
-    if problem is not None:
-        raise problem
+    link.enter(custody.state, shut=custody.shut)
 
 
 def reset_device() -> Job[None]:

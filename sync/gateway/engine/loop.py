@@ -24,13 +24,16 @@ from sync.errors import SyncError
 from sync.gateway.control.info import GatewayInfo, Recovery, VmmConnection
 from sync.gateway.control.peer import ControlPeer
 from sync.gateway.control.server import ControlServer
+from sync.gateway.control.take_back import take_back
 from sync.gateway.datapath.peer import Peer
 from sync.gateway.engine.busy_poll import WINDOW_S, BusyPoll, usable_window_s
 from sync.gateway.engine.core import Armed, Core, Limits
 from sync.gateway.engine.device_handshake import MAX_DATA_BYTES
 from sync.gateway.engine.device_link import DeviceLink
 from sync.gateway.engine.listener import Listener
-from sync.gateway.errors import ControlProtocolError
+from sync.gateway.engine.records import Records
+from sync.gateway.engine.records_file import RecordsFile
+from sync.gateway.errors import ControlProtocolError, GatewayError
 from sync.peer_process import PeerProcess, peer_pid, pid_namespace
 from sync.vfio_user.errors import Disconnected, ProtocolError
 from sync.vfio_user.framing import close_fds
@@ -86,6 +89,9 @@ class GatewayOptions:
     host_function: str = ""
     """Address of a PCI function of the host, which vfio-pci has; or the absolute path of a device
     process that moves by its queues."""
+    records_path: Path | None = None
+    """Where its records are kept; None: beside the control socket, with `.records` behind its
+    name."""
     limits: Limits = field(default_factory=Limits)
     passed: Mapping[Path, socket.socket] = field(default_factory=dict)
     """Sockets that a service manager has made, by path: they are used where they fit."""
@@ -98,7 +104,7 @@ class GatewayOptions:
 class Gateway:
     """One gateway: `run` in one thread until `stop`, which may be called from any.
 
-    Raises `SocketInUse` or OSError at once if it cannot listen.
+    Raises `SocketInUse`, `RecordsUnusable` or OSError at once if it cannot begin.
     """
 
     def __init__(self, options: GatewayOptions, log: Callable[..., None]) -> None:
@@ -124,18 +130,23 @@ class Gateway:
         self._hung: PeerProcess | None = None
         """A controller that was cut off for its silence, until the VMM is brought back."""
         self._recoveries: deque[Recovery] = deque()
-        self.core = Core(options.limits, self._clock, log, self._recover)
-        self._server = ControlServer(self.core)
         self._listeners: list[Listener] = []
         self._wake = os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC)
         self._watch(self._wake, self._woken)
+        control = options.control_path
         try:
-            self._listen(options.control_path, self._client_comes)
+            self._listen(control, self._client_comes)
             self._listen(options.vmm_path, self._vmm_comes)
-            self.core.vmm = _listening_at(options.vmm_path)
+            self._records = RecordsFile(
+                options.records_path or control.with_name(f"{control.name}.records")
+            )
         except BaseException:
-            self.close()
+            self._close_listeners()
             raise
+        records = Records(time.time, self._records.append, self._records.records)
+        self.core = Core(options.limits, self._clock, log, self._recover, records)
+        self.core.vmm = _listening_at(options.vmm_path)
+        self._server = ControlServer(self.core)
 
     # --- the loop ---
 
@@ -186,6 +197,10 @@ class Gateway:
         self._drop_session()
         if self.core.link is not None:
             self.core.device_lost("the gateway ends")
+        self._records.close()
+        self._close_listeners()
+
+    def _close_listeners(self) -> None:
         for listener in self._listeners:
             listener.close()
         self._listeners.clear()
@@ -536,16 +551,25 @@ class Gateway:
             self._hung.close()
             self._hung = None
 
-    def _recover(self, armed: Armed) -> None:
+    def _recover(self, armed: Armed, session: str, proof: str) -> None:
         if not armed.may_end_holder:
             self._forget_hung()
         hung, self._hung = self._hung, None
         threading.Thread(
-            target=self._recover_now, args=(armed, hung), name="recovery", daemon=True
+            target=self._recover_now,
+            args=(armed, session, proof, hung),
+            name="recovery",
+            daemon=True,
         ).start()
 
-    def _recover_now(self, armed: Armed, hung: PeerProcess | None) -> None:
+    def _recover_now(
+        self, armed: Armed, session: str, proof: str, hung: PeerProcess | None
+    ) -> None:
         """Tries again until it succeeds or somebody else takes over; for `RECOVERY_S` at most."""
+        for path in armed.companions:
+            # One that refuses lets no access through: the guest goes on without that device.
+            with suppress(GatewayError):
+                take_back(path, session, proof, armed.deadline_s)
         until = self._clock() + RECOVERY_S
         told = ""
         while True:

@@ -237,13 +237,16 @@ def test_a_whole_migration_at_the_target(
             await gateway.own("s1", held)
             await gateway.own("s1")
             with pytest.raises(WrongState):
-                await gateway.fence("s1")
-            with pytest.raises(WrongState):
                 await gateway.abandon()
             await gateway.start(pack_accesses([Access(Op.WRITE, 0, 8, 4, b"more")]))
             info = await gateway.status()
             assert (info.state, info.owner, info.session) == ("passthrough", "owned", "s1")
-            assert info.verdicts == {"s1": "owned"}
+            assert info.sessions == {"s1": "about-to-run"}
+            with pytest.raises(WrongState):
+                await gateway.fence("s1")
+            await gateway.running("s1")
+            verdict = await gateway.verdict()
+            assert (verdict.role, verdict.fate, verdict.proof) == ("target", "running", "")
 
     trio.run(main)
     assert device.features.loaded == state

@@ -1,5 +1,6 @@
 """The controller goes away: who owns the guest then, and who resumes it."""
 
+import errno
 import os
 from collections.abc import Callable
 
@@ -9,8 +10,10 @@ import trio
 import sync.vmm.recover
 from sync.gateway.control.client import GatewayClient
 from sync.gateway.engine.custody import ClientRole
-from sync.gateway.errors import GatewayError, SessionFenced
+from sync.gateway.engine.records import Terms
+from sync.gateway.errors import GatewayError, NotProven, SessionFenced
 from sync.registers.record import Access, Op, pack_accesses
+from sync.vfio_user.errors import VfioUserError
 from sync.vfio_user.protocol import (
     DmaMap,
 )
@@ -39,7 +42,8 @@ def recoveries(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, float]]:
 
 async def to_state(gateway: GatewayClient, state: str) -> None:
     if state in ("mediated", "stopped", "released"):
-        await gateway.mediate(tracker="message", capture=True)
+        terms = Terms(True, "yes", "no")
+        await gateway.mediate(tracker="message", capture=True, terms=terms)
     if state in ("stopped", "released"):
         resume = pack_accesses([Access(Op.WRITE, 0, 8, 4, b"kick")])
         await gateway.stop(fence=True, resume=resume)
@@ -147,20 +151,26 @@ def test_i7_a_released_source_stays_released_and_is_never_resumed(
     vmm.dma_map(DmaMap(3, 0, 0x10000, 2 * PAGE), ram)
 
     async def main() -> None:
+        path = house.control_path
         async with await GatewayClient.connect(
-            house.control_path, role=ClientRole.SOURCE
+            path, role=ClientRole.SOURCE, session="s"
         ) as gateway:
             await gateway.arm_recovery("/run/vmm.qmp", 1)
             await to_state(gateway, "released")
         await trio.to_thread.run_sync(house.wait_event, "lease-lost")
-        vmm.region_write(0, 8, b"bell")
+        with pytest.raises(VfioUserError) as refused:
+            vmm.region_write(0, 8, b"bell")
+        assert refused.value.errno == errno.EACCES, "nothing is acknowledged that is not done"
         async with await GatewayClient.connect(
             house.control_path, role=ClientRole.SOURCE, session="s"
         ) as gateway:
             assert (gateway.info.state, gateway.info.owner) == ("released", "released")
             assert gateway.info.dropped_writes == 1
             assert device.mapped == {}
-            await gateway.reclaim("s")
+            for proof in ("", "fenced:s:", "fenced:s:another", "committed:s:no", "fenced:t:yes"):
+                with pytest.raises(NotProven):
+                    await gateway.reclaim("s", proof)
+            await gateway.reclaim("s", "fenced:s:yes")
             await gateway.passthrough()
         info = await status_of(house)
         assert (info.state, info.owner) == ("passthrough", "owned")
@@ -176,8 +186,8 @@ def test_i7_a_vmm_that_was_released_is_not_resumed_even_if_it_has_come_back(
     make_device: type[ServedDevice],
     recoveries: list[tuple[str, float]],
 ) -> None:
-    """The device is lost after the release, so the VMM is disconnected and connects anew: by the
-    record it owns its guest, but the guest may run on the target by now."""
+    """The device is lost after the release, so the VMM is disconnected and connects anew: that does
+    not make it the owner, for the guest may run on the target by now."""
     house, device = make_house(), make_device()
     server = house.serve(device)
     house.vmm()
@@ -194,7 +204,7 @@ def test_i7_a_vmm_that_was_released_is_not_resumed_even_if_it_has_come_back(
             await trio.to_thread.run_sync(house.wait_event, "device-lost")
             house.serve(make_device())
             await trio.to_thread.run_sync(house.vmm)
-            assert (await gateway.status()).owner == "owned"
+            assert (await gateway.status()).owner == "released"
         await trio.to_thread.run_sync(house.wait_event, "lease-lost")
         async with await GatewayClient.connect(house.control_path, role=ClientRole.SOURCE):
             pass
@@ -276,7 +286,9 @@ def test_i7_a_lost_target_is_fenced(
 
     trio.run(main)
     house.wait_event("abandoned", 2)
-    assert device.mapped[0x10000][1]
+    assert device.mapped == {}
+    with pytest.raises(VfioUserError):
+        vmm.region_write(0, 8, b"bell")
     os.close(ram)
 
 

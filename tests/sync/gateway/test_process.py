@@ -24,7 +24,9 @@ sys.exit(f"loaded: {heavy}" if heavy else 0)
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGHUP])
-def test_a_signal_ends_it_and_leaves_nothing_behind(tmp_path: Path, number: int) -> None:
+def test_a_signal_ends_it_and_leaves_nothing_but_its_records_behind(
+    tmp_path: Path, number: int
+) -> None:
     process = start_child(
         [sys.executable, "-c", START, str(tmp_path), "j"], stdout=subprocess.PIPE, text=True
     )
@@ -35,7 +37,7 @@ def test_a_signal_ends_it_and_leaves_nothing_behind(tmp_path: Path, number: int)
     rest, _ = process.communicate(timeout=20)
     assert process.returncode == 0
     assert json.loads(rest.splitlines()[-1])["event"] == "ended"
-    assert list(tmp_path.iterdir()) == []
+    assert [*tmp_path.iterdir()] == [tmp_path / "control.records"]
 
 
 def test_sockets_of_a_killed_gateway_are_replaced(tmp_path: Path) -> None:
@@ -45,7 +47,7 @@ def test_sockets_of_a_killed_gateway_are_replaced(tmp_path: Path) -> None:
         assert process.stderr.readline().startswith("gateway: listening")
         process.send_signal(number)
         process.communicate(timeout=20)
-    assert list(tmp_path.iterdir()) == []
+    assert [*tmp_path.iterdir()] == [tmp_path / "control.records"]
 
 
 def test_i10_a_log_that_nobody_reads_is_dropped() -> None:

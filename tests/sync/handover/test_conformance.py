@@ -14,9 +14,10 @@ from sync.errors import SyncError
 from sync.gateway.control.requests import Mediate
 from sync.gateway.engine import jobs
 from sync.gateway.engine.core import Armed, Core, Lease, Limits
-from sync.gateway.engine.custody import ClientRole, CustodyState, Owner
+from sync.gateway.engine.custody import ClientRole, CustodyState
 from sync.gateway.engine.device_link import DeviceLink
 from sync.gateway.engine.job_runner import Job
+from sync.gateway.engine.records import Fate
 from sync.gateway.errors import SessionFenced, WrongState
 from sync.handover.machine import Action, Event, HandoverError
 from sync.handover.states import HandoverState, Role
@@ -53,14 +54,12 @@ class Gateway:
     @property
     def record(self) -> str:
         """In the model's words."""
-        custody = self.core.custody
-        if custody.owner is Owner.RELEASED:
-            return "released"
-        if custody.owner is Owner.OWNED and (
-            self._role is Role.SOURCE or custody.session == SESSION
-        ):
-            return "owned"
-        return custody.verdicts(1).get(SESSION, "none")
+        fate = self.core.custody.records.fate(SESSION)
+        if self._role is Role.SOURCE:
+            return fate.value if fate in (Fate.RELEASED, Fate.MOVED) else "owned"
+        if fate in (None, Fate.STANDBY):
+            return "none"
+        return "run" if fate is Fate.ABOUT_TO_RUN else str(fate)
 
     def bring_to(self, record: str, state: CustodyState) -> None:
         """From the start: a guest that runs here (source), or a VMM that waits (target)."""
@@ -68,20 +67,22 @@ class Gateway:
         if self._role is Role.SOURCE:
             if state is not CustodyState.PASSTHROUGH:
                 request = Mediate(tracker="none", page_size=4096, capture=True)
-                self._run(jobs.mediate(self._link, custody, request))
+                self._run(jobs.mediate(self._link, custody, request, SESSION))
             if state in (CustodyState.STOPPED, CustodyState.RELEASED):
                 self._run(jobs.stop(self._link, custody, fence=True, resume=b""))
-            if record == "released":
+            if record in ("released", "moved"):
                 self.execute(Action.RELEASE)
+            if record == "moved":
+                self.execute(Action.NOTE_MOVED)
         elif (record, state) != ("none", CustodyState.PASSTHROUGH):
             self._run(jobs.standby(self._link, custody, SESSION))
-            if record == "owned":
+            if record in ("owned", "run"):
                 self.execute(Action.OWN)
             if record == "fenced":
                 self.execute(Action.FENCE)
             if state is CustodyState.PASSTHROUGH:
                 leave = jobs.start(self._link, custody, b"")
-                self._run(leave if record == "owned" else jobs.abandon(self._link, custody))
+                self._run(leave if record == "run" else jobs.abandon(self._link, custody))
         assert (self.record, custody.state) == (record, state)
 
     def execute(self, command: Action) -> Event:
@@ -90,6 +91,9 @@ class Gateway:
         if command is Action.RELEASE:
             custody.release(SESSION)
             self._lease.released = True
+            return Event.RELEASED
+        if command is Action.NOTE_MOVED:
+            custody.moved(SESSION)
             return Event.RELEASED
         if command is Action.RESTORE:
             if custody.state is CustodyState.RELEASED:
@@ -104,13 +108,15 @@ class Gateway:
                 return Event.FAILED
             return Event.OWNED
         if command is Action.START_GUEST:
+            if not custody.owned:
+                return Event.FAILED
             self._run(jobs.start(self._link, custody, b""))
             return Event.STARTED
         assert command is Action.FENCE
         try:
             custody.fence(SESSION)
         except WrongState:
-            return Event.ALREADY_OWNED
+            return Event.MAY_HAVE_RUN
         return Event.FENCED
 
     def controller_dies(self) -> None:
@@ -137,7 +143,7 @@ class Gateway:
             message = memoryview(bytearray(reply))
             self._link.relay.from_device(number, command, flags, errno, message, [])
 
-    def _resume_vmm(self, armed: Armed) -> None:
+    def _resume_vmm(self, armed: Armed, session: str, proof: str) -> None:
         assert armed.qmp_path == QMP
         self.resumed_vmm = True
 
@@ -148,7 +154,8 @@ def sides() -> Iterator[tuple[Role, Side]]:
     with suppress(Violation, HandoverError):
         for world in explore(faults=True):
             yield Role.SOURCE, world.source
-            yield Role.TARGET, world.target
+            if world.target.vmm:
+                yield Role.TARGET, world.target
 
 
 SIDES = list(sides())
@@ -166,13 +173,13 @@ DEATHS = sorted(
 def states_of(role: Role, record: str, guest: str, first: Action | None) -> list[CustodyState]:
     """The states of a real gateway that the model does not tell apart."""
     if role is Role.TARGET:
-        if guest == "runs":
+        if guest == "runs" or record == "run":
             return [CustodyState.PASSTHROUGH]
         anywhere = (None, Action.FENCE)
         if (first in anywhere and record == "fenced") or (first, record) == (Action.FENCE, "none"):
             return [CustodyState.STANDBY, CustodyState.PASSTHROUGH]
         return [CustodyState.STANDBY]
-    if record == "released":
+    if record in ("released", "moved"):
         return [CustodyState.RELEASED]
     if first is Action.RELEASE:
         return [CustodyState.STOPPED]

@@ -29,6 +29,8 @@ class Side(NamedTuple):
     record: str = "none"
     guest: str = "-"
     """`runs`, `paused`, or `-`: never started here."""
+    vmm: bool = True
+    """Whether the target's VMM is there."""
     alive: bool = True
     hears: bool = True
     inbox: tuple[Event, ...] = ()
@@ -64,7 +66,7 @@ COMPLETIONS = {
     A.MAKE_READY: E.MADE_READY,
     A.ANSWER_CHECK: E.ANSWERED,
 }
-COMMANDS = frozenset({A.RELEASE, A.RESTORE, A.OWN, A.FENCE, A.START_GUEST})
+COMMANDS = frozenset({A.RELEASE, A.RESTORE, A.NOTE_MOVED, A.OWN, A.FENCE, A.START_GUEST})
 BEGIN = World(
     Side(S.IDLE, record="owned", guest="runs"),
     Side(S.IDLE),
@@ -80,18 +82,22 @@ def execute(command: Action, side: Side) -> tuple[Side, Event]:
     match command, side.record:
         case A.RELEASE, "owned":
             return side._replace(record="released"), E.RELEASED
+        case A.NOTE_MOVED, "released":
+            return side._replace(record="moved"), E.RELEASED
         case A.RESTORE, ("owned" | "released"):
             return side._replace(record="owned", guest="runs"), E.RESTORED
         case A.OWN, "none":
             return side._replace(record="owned"), E.OWNED
         case A.OWN, "fenced":
             return side, E.FAILED
-        case A.FENCE, ("none" | "fenced"):
+        case A.FENCE, ("none" | "owned" | "fenced"):
             return side._replace(record="fenced"), E.FENCED
-        case A.FENCE, "owned":
-            return side, E.ALREADY_OWNED
+        case A.FENCE, "run":
+            return side, E.MAY_HAVE_RUN
         case A.START_GUEST, "owned":
-            return side._replace(guest="runs"), E.STARTED
+            return side._replace(record="run", guest="runs"), E.STARTED
+        case A.START_GUEST, "fenced":
+            return side, E.FAILED
     raise Violation(f"{command} with the record {side.record}")
 
 
@@ -133,8 +139,8 @@ class Model:
             if message and not world.cut and peer.alive:
                 peer = peer._replace(inbox=(*peer.inbox, message))
             if action in COMMANDS:
-                me = me._replace(running=action, queue=(*me.queue, action))
-            elif action in COMPLETIONS or action is A.PREPARE:
+                me = me._replace(queue=(*me.queue, action))
+            if action in COMMANDS - {A.NOTE_MOVED} or action in COMPLETIONS or action is A.PREPARE:
                 me = me._replace(running=action)
         return self.world(world, role, me, peer)
 
@@ -159,6 +165,8 @@ class Model:
     def of_one(self, world: World, role: Role) -> Iterator[World]:
         me, peer = self.sides(world, role)
         yield from self.of_gateway(world, role)
+        if self.faults and role is Role.TARGET and world.greeting is E.PEER_HELLO:
+            yield from self.of_vmm(world, role)
         if not me.alive:
             return
         if me.state is S.IDLE:
@@ -187,6 +195,16 @@ class Model:
             yield self.deliver(self.world(world, role, deaf, peer), role, E.PEER_LOST)
         yield self.world(world, role, self.dead(me), peer)
 
+    def of_vmm(self, world: World, role: Role) -> Iterator[World]:
+        """The target's VMM dies: its gateway sees it, and later the process does."""
+        me, peer = self.sides(world, role)
+        if me.vmm:
+            void = "fenced" if me.record in ("none", "owned") else me.record
+            gone = me._replace(vmm=False, record=void, guest="-")
+            yield self.world(world, role, gone, peer)
+        elif me.alive and me.state not in (S.IDLE, S.LISTENING):
+            yield self.deliver(world, role, E.FAILED)
+
     def of_gateway(self, world: World, role: Role) -> Iterator[World]:
         """The gateway executes its oldest command; who still waits for it hears of it."""
         me, peer = self.sides(world, role)
@@ -196,6 +214,9 @@ class Model:
         after, event = execute(command, me._replace(queue=rest))
         awaited = me.running is command and not rest
         outcomes = [(after, event)]
+        if self.faults and command is A.START_GUEST and me.record == "owned":
+            # It dies, or fails, when no more is done than putting it on record.
+            outcomes.append((after._replace(guest="-"), E.FAILED))
         if self.faults:
             outcomes += [(after, failure(command)), (me._replace(queue=rest), failure(command))]
         for side, outcome in outcomes:
@@ -220,21 +241,24 @@ class Model:
 
 def check(world: World) -> None:
     source, target = world.source, world.target
-    if source.record == "owned" and target.record == "owned":
+    if source.record == "owned" and target.record in ("owned", "run"):
         raise Violation("two owners")
     if source.guest == "runs" and target.guest == "runs":
         raise Violation("the guest runs twice")
-    if target.guest == "runs" and (target.record, source.record) != ("owned", "released"):
+    gone = source.record in ("released", "moved")
+    if target.guest == "runs" and not (target.record == "run" and gone):
         raise Violation("the target runs a guest that it does not own alone")
     if source.guest == "runs" and source.record != "owned":
         raise Violation("the source runs a guest that it let go")
     if source.alive and source.state is S.ABORTED and source.guest != "runs":
         raise Violation("aborted, and the guest stands still")
-    if source.alive and source.state is S.COMMITTED and target.guest != "runs":
+    if source.alive and source.state is S.COMMITTED and target.guest != "runs" and target.vmm:
         raise Violation("the source claims a success that is none")
-    if source.alive and source.state is S.OWNER_FAILED and target.record != "owned":
+    if source.record == "moved" and target.record != "run":
+        raise Violation("the source notes a move that was none")
+    if source.alive and source.state is S.OWNER_FAILED and target.record != "run":
         raise Violation("the source names an owner that is none")
-    if target.alive and target.state is S.COMMITTED and target.guest != "runs":
+    if target.alive and target.state is S.COMMITTED and target.guest != "runs" and target.vmm:
         raise Violation("the target claims a success that is none")
     if target.alive and target.state is S.ABORTED and target.record not in ("fenced", "none"):
         raise Violation("the target says that it never starts, and may")
@@ -283,7 +307,8 @@ def test_i7_a_source_that_goes_on_means_a_target_that_never_starts(
     """Whatever follows a source that resumed: the target's record never becomes `owned`."""
     for world, following in graph.items():
         if world.source.state in (S.ABORTING, S.ABORTED, S.BROKEN):
-            assert all(after.target.record != "owned" for after in (world, *following))
+            for after in (world, *following):
+                assert after.target.record not in ("owned", "run")
 
 
 def test_every_run_ends_with_both_sides_in_a_terminal_state(

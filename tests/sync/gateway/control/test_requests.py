@@ -19,6 +19,7 @@ from sync.gateway.control.shapes import ShapeError, pack, unpack
 from sync.gateway.control.wire import ControlDecoder, ControlMessage, encode
 from sync.gateway.engine.core import Core, Limits
 from sync.gateway.engine.custody import ClientRole, CustodyState
+from sync.gateway.engine.records import Terms
 from sync.vfio_user.protocol import MigrationState
 
 SOURCE, TARGET, BOTH = "source", "target", "source target"
@@ -34,30 +35,48 @@ RULES = {
     "mediate": (SOURCE, "passthrough"),
     "dirty": (SOURCE, "mediated stopped"),
     "journal": (SOURCE, "mediated stopped"),
-    "batch": (BOTH, "passthrough " + AT_DEVICE),
+    "batch": (BOTH, "passthrough released " + AT_DEVICE),
     "stop": (SOURCE, "mediated"),
     "mig_state": (BOTH, AT_DEVICE),
-    "mig_state_get": (BOTH, "passthrough " + AT_DEVICE),
+    "mig_state_get": (BOTH, "passthrough released " + AT_DEVICE),
     "mig_read": (BOTH, AT_DEVICE),
     "mig_write": (BOTH, AT_DEVICE),
     "reset_device": (BOTH, "stopped standby"),
     "passthrough": (SOURCE, "passthrough mediated stopped"),
     "release": (SOURCE, "stopped released"),
     "reclaim": (SOURCE, "released"),
-    "standby": (TARGET, "passthrough"),
+    "vouch": (SOURCE, "released"),
+    "moved": (SOURCE, ANYWHERE),
+    "verdict": ("observer source target", ANYWHERE),
+    "standby": (TARGET, "passthrough released"),
     "own": (TARGET, "standby"),
     "start": (TARGET, "standby"),
+    "running": (TARGET, ANYWHERE),
     "fence": (TARGET, ANYWHERE),
     "abandon": (TARGET, "passthrough standby"),
 }
 """Roles, states."""
-AT_ONCE = {"status", "memory"}
-AFTER_LOSS = {"passthrough", "abandon", "arm_recovery", "disarm_recovery"}
+AT_ONCE = {"status", "memory", "verdict"}
+AFTER_LOSS = {
+    *("passthrough", "abandon", "arm_recovery", "disarm_recovery"),
+    *("fence", "moved", "running"),
+}
 TAKES = {"dirty", "journal", "mig_read"}
 
 NO_NUMBERS: list[Any] = [None, "1", True, 1.0, [], {}]
 NO_TEXTS: list[Any] = [None, 1, True, [], {}, "a\0b"]
 NO_SESSIONS = [*NO_TEXTS, "", "a b", "x" * 65, "a\n", "\u00e9"]
+PROOFS = st.text(st.characters(exclude_characters="\0"), max_size=256)
+TERMS = st.builds(Terms, st.booleans(), st.text(max_size=9), st.text(max_size=9))
+NO_TERMS: list[Any] = [
+    None,
+    1,
+    [],
+    {"decides": 1},
+    {"fenced": 1},
+    {"committed": None},
+    {"more": ""},
+]
 SESSIONS = st.from_regex(r"[0-9A-Za-z_-]{1,64}", fullmatch=True)
 
 FIELDS: dict[tuple[str, str], tuple[st.SearchStrategy[Any], list[Any]]] = {
@@ -83,6 +102,11 @@ FIELDS: dict[tuple[str, str], tuple[st.SearchStrategy[Any], list[Any]]] = {
         st.text(st.characters(exclude_characters="\0"), max_size=4096),
         [*NO_TEXTS, "x" * 4097],
     ),
+    ("arm_recovery", "companions"): (
+        st.lists(st.text(max_size=9), max_size=3).map(tuple),
+        [None, "a", 1, [1], ["a"] * 65],
+    ),
+    ("mediate", "terms"): (TERMS, NO_TERMS),
     ("mediate", "tracker"): (
         st.sampled_from(["logging", "message", "none"]),
         [None, 1, "", "magic", []],
@@ -102,7 +126,14 @@ FIELDS: dict[tuple[str, str], tuple[st.SearchStrategy[Any], list[Any]]] = {
     ("mig_read", "max_bytes"): (st.integers(1, 4 << 20), [*NO_NUMBERS, 0, (4 << 20) + 1]),
     ("release", "session"): (SESSIONS, NO_SESSIONS),
     ("reclaim", "session"): (SESSIONS, NO_SESSIONS),
+    ("reclaim", "proof"): (PROOFS, [*NO_TEXTS, "x" * 257]),
+    ("vouch", "session"): (SESSIONS, NO_SESSIONS),
+    ("moved", "session"): (SESSIONS, NO_SESSIONS),
+    ("moved", "proof"): (PROOFS, [*NO_TEXTS, "x" * 257]),
+    ("verdict", "session"): (SESSIONS | st.just(""), [*NO_TEXTS, "a b", "x" * 65, "a\n"]),
     ("standby", "session"): (SESSIONS, NO_SESSIONS),
+    ("standby", "terms"): (TERMS, NO_TERMS),
+    ("running", "session"): (SESSIONS, NO_SESSIONS),
     ("own", "session"): (SESSIONS, NO_SESSIONS),
     ("fence", "session"): (SESSIONS, NO_SESSIONS),
 }
@@ -116,11 +147,12 @@ BLOBS = {
     "start": "records",
 }
 OPTIONAL = {
-    ("hello", "session"),
-    ("memory", "generation"),
+    *(("hello", "session"), ("memory", "generation"), ("verdict", "session")),
+    *(("mediate", "terms"), ("standby", "terms"), ("arm_recovery", "companions")),
     ("arm_recovery", "put_back"),
     ("arm_recovery", "silence_s"),
     ("arm_recovery", "may_end_holder"),
+    *(("reclaim", "proof"), ("moved", "proof")),
 }
 
 
@@ -259,6 +291,9 @@ def good(op: str, field: str) -> Any:
         "capture": True,
         "fence": True,
         "session": "s",
+        "companions": ["/c"],
+        "proof": "",
+        "terms": {"decides": False},
     }
     return values.get(field, 1)
 
@@ -268,7 +303,7 @@ def test_a_client_without_the_role_is_refused(op: str) -> None:
     core = Core(Limits(), lambda: 0.0, lambda *_, **__: None, lambda *_: None)
     server = ControlServer(core)
     fields = {each: good(op, each) for each in fields_of(op)}
-    message = ControlMessage({"op": op, **fields}, b"", [])
+    message = crossed(ControlMessage({"op": op, **fields}, b"", []))
     for role in [None, *ClientRole]:
         if op == "hello" or (role and role in RULES[op][0].split()):
             continue

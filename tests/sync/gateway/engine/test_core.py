@@ -54,7 +54,7 @@ class Desk:
             Limits(),
             lambda: self.now,
             lambda *_, **__: None,
-            lambda armed: self.recovered.append(armed.qmp_path),
+            lambda armed, session, proof: self.recovered.append(armed.qmp_path),
         )
         self.server = ControlServer(self.core)
         self.core.device_came(lambda data, fds: self.sent.append(bytes(data)), lambda _: None)
@@ -94,7 +94,7 @@ def test_i7_a_lost_target_is_fenced_at_once_whatever_its_device_is_doing(desk: D
     holder.ask("reset_device")
     assert desk.core.busy
     desk.leave(holder)
-    assert desk.core.custody.verdicts(1) == {"s": "fenced"}
+    assert desk.core.custody.records.fate("s") == "fenced"
     assert desk.core.custody.state == "standby", "the rest has to wait"
     desk.settle()
     assert desk.core.custody.state == "passthrough"

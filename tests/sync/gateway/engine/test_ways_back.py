@@ -175,14 +175,17 @@ def test_i4_what_was_held_is_executed_once_and_only_after_the_commit(
         os.close(number)
 
 
-def test_i7_an_abandoned_standby_is_in_passthrough_and_fenced(
+def test_i7_an_abandoned_standby_is_fenced_and_its_vmm_stays_away_from_the_device(
     make_bench: Callable[..., Bench],
 ) -> None:
     bench = make_bench()
     fd = bench.share(0x10000, PAGE)
     stand_by(bench)
     bench.job(jobs.abandon(bench.link, bench.custody), held=True)
-    assert bench.device.mapped[0x10000][1]
+    assert bench.device.mapped == {}
+    body = RegionAccess(0x50, 0, 4, b"bell").pack()
+    assert bench.ask(Command.REGION_WRITE, body)[0] == errno.EACCES
+    assert bench.ask(Command.DEVICE_RESET)[0] == errno.EACCES
     assert bench.custody.state is CustodyState.PASSTHROUGH
     with pytest.raises(SessionFenced):
         stand_by(bench)
