@@ -42,7 +42,7 @@ class Exit(IntEnum):
     NOT_READY = 15, "doctor found what stands in the way of a migration, and says what to do"
     SLOW = 16, "the guest has moved, but stood still for longer than --downtime-limit allows"
     IN_DOUBT = 20, "the commit was sent and not answered; run `vfio-ferry resolve` on both hosts"
-    BROKEN = 21, "the source could not be restored; run `vfio-ferry resolve --role source`"
+    BROKEN = 21, "the source could not be restored; run `vfio-ferry resolve`"
     OWNER_FAILED = 22, "the target owns the guest but could not start it; run `vfio-ferry resolve`"
     REGRESSED = 30, "bench compare: something got measurably worse"
 

@@ -124,9 +124,7 @@ async def _deciding(paths: Sequence[str], session: str) -> Verdict:
 
 
 def _tell(reporter: Reporter, found: Verdict, outcome: str, text: str, proof: str = "") -> Exit:
-    reporter.event(
-        "message", text=text, outcome=outcome, session=found.session, verdict=proof or None
-    )
+    reporter.event("message", text=text, outcome=outcome, session=found.session, verdict=proof)
     return Exit.OK
 
 

@@ -114,8 +114,8 @@ async def map_memory(
 
 async def fence(leases: Sequence[Lease], *, start_asked: bool) -> tuple[bool, Exception | None]:
     """Makes sure that no message whatsoever can start the guest here from this session, unless the
-    first gateway has it on record that the guest may have run: then nothing is done. So it may if
-    that gateway is gone after it was asked to start (`start_asked`).
+    first gateway has it on record that the guest may have run: then nothing is done. If that one is
+    gone after it was asked to start (`start_asked`), nobody knows: `GatewayLost` is raised.
 
     Returns whether it is fenced, and what became of a gateway that is gone, if one is. Raises what
     the gateways do.
@@ -128,7 +128,7 @@ async def fence(leases: Sequence[Lease], *, start_asked: bool) -> tuple[bool, Ex
                 await lease.gateway.abandon()
         except GatewayLost as error:
             if number == 0 and start_asked:
-                return False, error
+                raise
             # A gateway that is started anew fences what had not begun to run.
             lost = error
         except WrongState:
