@@ -139,7 +139,7 @@ async def _settle_target(options: Options, reporter: Reporter, found: Verdict) -
         await _complete(options, session)
         found = await _deciding(options.gateway, session)
     if found.fate is not Fate.FENCED:
-        text = f"committed: session {session} brought the guest here, and it has run here"
+        text = f"committed: session {session} brought the guest here, where it may have run"
     else:
         text = f"fenced: session {session} never ran the guest here, and never will"
         text += await _end_vmm(options)
@@ -152,15 +152,20 @@ async def _settle_target(options: Options, reporter: Reporter, found: Verdict) -
 async def _complete(options: Options, session: str) -> None:
     """Starts what the commit reached but nobody was left to start, the deciding gateway first: it
     puts it on record before any device moves. A session whose VMM is gone has settled by itself."""
+    waiting: list[tuple[bool, str]] = []
+    has_vmm = False
+    for path in options.gateway:
+        async with await GatewayClient.connect(path) as gateway:
+            info = gateway.info
+            # A gateway that was started anew has a VMM of no session: it may be this guest's.
+            has_vmm = has_vmm or (info.vmm_connected and info.session in (session, ""))
+            if info.session == session and info.state == "standby":
+                waiting.append((not (await gateway.verdict(session)).decides, path))
+    if not has_vmm:
+        return  # the guest was lost with it
     qmp = options.qmp
     if qmp is None:
         raise ConfigError("--qmp is missing: the guest has to be set running")
-    waiting: list[tuple[bool, str]] = []
-    for path in options.gateway:
-        async with await GatewayClient.connect(path) as gateway:
-            decides = (await gateway.verdict(session)).decides
-            if gateway.info.session == session and gateway.info.state == "standby":
-                waiting.append((not decides, path))
     async with await Vmm.connect(qmp) as vmm:
         state = await vmm.run_state()
         for _, path in sorted(waiting):
