@@ -31,7 +31,7 @@ def test_each_gateway_is_told_by_the_socket_that_its_device_was_given() -> None:
     assert judge(vmm(*devices), [gateway(1), gateway(0)], vouched=False) == devices[::-1]
 
 
-def test_a_gateway_of_another_vm_is_refused() -> None:
+def test_i11_a_gateway_of_another_vm_is_refused() -> None:
     with pytest.raises(Mismatch, match="is not of the VMM behind --qmp: it listens at /run/2"):
         judge(vmm(disk(0)), [gateway(2)], vouched=True)
 
@@ -60,7 +60,7 @@ def test_part_of_the_memory_proves_nothing() -> None:
         judge(vmm(files=RAM - {(5, 51)}), [gateway(0)], vouched=False)
 
 
-def test_what_nothing_proves_somebody_has_to_vouch_for() -> None:
+def test_i11_what_nothing_proves_somebody_has_to_vouch_for() -> None:
     for ours in (vmm(), vmm(VmmDevice("/machine/peripheral/disk0", "", ""))):
         with pytest.raises(Mismatch, match=r"nothing proves .* --vouch-one-vm"):
             judge(ours, [gateway(0)], vouched=False)
@@ -87,7 +87,7 @@ def test_several_devices_that_cannot_be_told_apart_are_refused() -> None:
         judge(ours, [gateway(0, pid=11), gateway(1, pid=11)], vouched=False)
 
 
-def test_devices_in_another_order_are_noticed() -> None:
+def test_i11_devices_in_another_order_are_noticed() -> None:
     compare_places(("a", "b"), ("a", "b"))
     with pytest.raises(Mismatch, match=r"device 0 is at 'b' .* same order"):
         compare_places(("b", "a"), ("a", "b"))
