@@ -202,6 +202,8 @@ class Gate:
         self.dropped = 0
         self.acknowledge = True
         """Whether what is dropped is answered as if it were done."""
+        self.acknowledge_reset = True
+        """Whether a reset is, too: a VMM that starts resets what has done nothing for it."""
         self.commands: dict[int, VmmCommand] = {
             Command.REGION_WRITE: self._write,
             Command.REGION_WRITE_MULTI: self._write_multi,
@@ -244,13 +246,19 @@ class Gate:
     ) -> None:
         close_fds(descriptors)
         self.dropped += 1
-        self._drop(message_id, flags, Command.DEVICE_RESET)
+        if self.acknowledge_reset:
+            self._relay.answer(message_id, flags, Command.DEVICE_RESET)
+        else:
+            self._refuse(message_id, flags, Command.DEVICE_RESET)
 
-    def _drop(self, message_id: int, flags: int, command: Command, body: bytes = b"") -> None:
+    def _drop(self, message_id: int, flags: int, command: Command, body: bytes) -> None:
         if self.acknowledge:
             self._relay.answer(message_id, flags, command, body)
         else:
-            self._relay.answer(message_id, flags, command, error=errno.EACCES)
+            self._refuse(message_id, flags, command)
+
+    def _refuse(self, message_id: int, flags: int, command: Command) -> None:
+        self._relay.answer(message_id, flags, command, error=errno.EACCES)
 
 
 def reads(relay: Relay, deferred: DeferredReads, *, at_rest: bool) -> dict[int, VmmCommand]:

@@ -93,6 +93,7 @@ class DeviceLink:
         elif shut or state in (CustodyState.STANDBY, CustodyState.RELEASED):
             commands |= self.gate.commands
             self.gate.acknowledge = state is CustodyState.STANDBY
+            self.gate.acknowledge_reset = shut or self.gate.acknowledge
             self.gate.dropped = 0
             self.snoops.sharing = AtDevice.NOT
         else:
