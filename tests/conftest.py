@@ -3,6 +3,7 @@
 Tests with a real QEMU are skipped where none can be had, but not in CI.
 """
 
+import signal
 from collections.abc import Iterator
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -14,6 +15,10 @@ from ferry.errors import QemuError
 from lab.qemu.environment import Environment, prepare
 from lab.qemu.initramfs import build_initramfs, write_initramfs
 from tests.qemu.moving import unable
+
+# Whoever starts the tests in the background may have had signals ignored, which children inherit.
+signal.signal(signal.SIGHUP, signal.SIG_DFL)
+signal.signal(signal.SIGINT, signal.default_int_handler)
 
 settings.register_profile(
     "house", deadline=None, suppress_health_check=[HealthCheck.too_slow], derandomize=False

@@ -39,7 +39,7 @@ from ferry.migration.target_devices import Lease, TargetDevice, attach_devices, 
 from ferry.migration.tunnel import run_tunnel
 from ferry.progress import Reporter
 from sync.gateway.engine.records import Terms
-from sync.gateway.errors import GatewayError
+from sync.gateway.errors import GatewayError, GatewayLost
 from sync.handover.machine import Action, Event, Handover
 from sync.handover.states import Deadlines, Role
 from sync.memory import GuestMemory
@@ -344,7 +344,7 @@ class Target:
     async def _fence(self) -> Event:
         """Makes sure that no message whatsoever can start the guest here from this session."""
         fenced, lost = await fence(self._leases, start_asked=self._start_asked)
-        if fenced and self._leases and lost is None:
+        if fenced and self._leases and not isinstance(lost, GatewayLost):
             self.proof = (await self._leases[0].gateway.verdict(self.session)).proof
         if lost is not None and isinstance(self.runner.first_error, VmmGone):
             # A VMM does not always outlive its device: that is what went wrong first.

@@ -124,8 +124,11 @@ async def fence(leases: Sequence[Lease], *, start_asked: bool) -> tuple[bool, Ex
     for number, lease in enumerate(leases):
         try:
             await lease.gateway.fence(lease.session)
-            if (await lease.gateway.status()).state == "standby":
+            info = await lease.gateway.status()
+            if info.state == "standby":
                 await lease.gateway.abandon()
+            elif not info.device_connected:
+                lost = DeviceLost("the device is gone")
         except GatewayLost as error:
             if number == 0 and start_asked:
                 raise

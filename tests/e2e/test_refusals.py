@@ -231,7 +231,7 @@ def test_i7_a_guest_that_was_let_go_is_not_sent_again(tmp_path: Path) -> None:
         migrate(bed, a, b, METHOD)
         code, message = ended(bed.send(a, b))
         assert code == Exit.REFUSED
-        assert "has let go of its guest" in message
+        assert "moved away in session" in message
         assert "continues on this host" not in message
         assert_sound(bed, b)
 

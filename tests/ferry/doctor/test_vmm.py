@@ -85,7 +85,7 @@ PRIVATE = [{"id": "pc.ram", "size": 1 << 30, "share": False}]
     ("check", "text", "changed"),
     [
         ("VMM", "QEMU 9.1.3 (pc-q35-11.1)", {"major": 9}),
-        ("guest", "it is postmigrate", {"query_status": {"status": "postmigrate"}}),
+        ("guest", "it is paused", {"query_status": {"status": "paused"}}),
         ("capabilities", "multifd on", {"query_migrate_capabilities": ON}),
         (
             "capabilities",
@@ -117,3 +117,13 @@ PRIVATE = [{"id": "pc.ram", "size": 1 << 30, "share": False}]
 def test_what_is_wrong_is_the_one_problem(check: str, text: str, changed: dict[str, Any]) -> None:
     (problem,) = [finding for finding in found(**changed) if finding.level is Level.PROBLEM]
     assert (problem.check, problem.text) == (check, text)
+
+
+def test_a_guest_that_was_sent_away_is_no_problem_and_not_to_be_continued() -> None:
+    (told,) = [
+        finding
+        for finding in found(query_status={"status": "postmigrate"})
+        if finding.check == "guest"
+    ]
+    assert told.level is Level.NOTE
+    assert "do not continue it" in told.advice
