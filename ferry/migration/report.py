@@ -55,6 +55,14 @@ def round_values(
     }
 
 
+def event_key(name: str) -> str:
+    """`VMM stop` as events have it: `vmm_stop`. What is one already stays as it is."""
+    return name.lower().replace(" ", "_")
+
+
+_VMM_KEYS = frozenset(map(event_key, VMM_PHASES))
+
+
 @dataclass
 class Report:
     """Filled while a migration runs; `values()` is what `--json` prints at its end."""
@@ -81,9 +89,7 @@ class Report:
         """The report as an event has it, with keys as they are everywhere: `VMM stop` is `vmm_stop`
         there."""
         named = {
-            name: {
-                key.lower().replace(" ", "_"): value for key, value in getattr(self, name).items()
-            }
+            name: {event_key(key): value for key, value in getattr(self, name).items()}
             for name in ("downtime_ms", "beside_vmm_ms", "wire_bytes")
         }
         return dict(vars(self)) | named | {"downtime_over_limit": self.downtime_over_limit}
@@ -148,7 +154,7 @@ class Report:
     def _downtime_lines(self) -> list[str]:
         def phases(of_vmm: bool) -> str:
             return _times(
-                {n: m for n, m in self.downtime_ms.items() if (n in VMM_PHASES) == of_vmm}
+                {n: m for n, m in self.downtime_ms.items() if (event_key(n) in _VMM_KEYS) == of_vmm}
             )
 
         return [
