@@ -3,6 +3,8 @@
 import json
 from pathlib import Path
 
+import pytest
+
 from ferry.errors import Exit
 from lab.testbed import Host, Process, Testbed
 from tests.e2e.two_hosts import (
@@ -93,6 +95,7 @@ def test_i7_after_a_success_nobody_is_told_to_take_the_guest_back(tmp_path: Path
         assert a.disk_bytes() == before
 
 
+@pytest.mark.full
 def test_the_guest_comes_back_to_a_host_that_it_has_left(tmp_path: Path) -> None:
     with new_bed(tmp_path, small_setup(METHOD)) as bed:
         a, b = start_both(bed)

@@ -37,7 +37,9 @@ LONG_SCAN_S = 11.0
 """Tens of thousands of accesses, and what a scan of some 60 GiB takes."""
 
 
-@pytest.mark.parametrize("dirty", DIRTY)
+@pytest.mark.parametrize(
+    "dirty", [DIRTY[0], *(pytest.param(each, marks=pytest.mark.full) for each in DIRTY[1:])]
+)
 def test_i10_a_sender_that_takes_nothing_costs_the_migration(tmp_path: Path, dirty: str) -> None:
     method = Method("replay", dirty)
     setup = dataclasses.replace(small_setup(method), gateway=JOURNAL)
@@ -92,6 +94,7 @@ def test_i10_a_guest_that_its_vmm_pauses_by_itself_does_not_wait_for_the_link(
         assert_sound(bed, a)
 
 
+@pytest.mark.full
 def test_a_first_scan_may_take_longer_than_the_journal_lasts(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -152,7 +152,7 @@ class Core:
         self.log_state("vmm-connected")
         if self.custody.shut:
             self.link.migration_touched = not self.link.facts.running
-            self.link.enter(self.custody.state, shut=True)
+            self.link.enter(self.custody.state, shut=True, vmm_starts=True)
         elif not self.link.facts.running:
             self._wake_on_access(self.link)
         return answer

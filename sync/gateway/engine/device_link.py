@@ -80,9 +80,9 @@ class DeviceLink:
             ),
         )
 
-    def enter(self, state: CustodyState, *, shut: bool = False) -> None:
+    def enter(self, state: CustodyState, *, shut: bool = False, vmm_starts: bool = False) -> None:
         """From here on the VMM's commands are treated as `state` says; `shut`: it is not to reach
-        the device, and is told so."""
+        the device, and is told so, but for the resets of a VMM that starts."""
         commands = dict(self.snoops.commands)
         self.stopped = state is CustodyState.STOPPED
         self.snoops.keep_intx_masked = self.stopped
@@ -93,7 +93,7 @@ class DeviceLink:
         elif shut or state in (CustodyState.STANDBY, CustodyState.RELEASED):
             commands |= self.gate.commands
             self.gate.acknowledge = state is CustodyState.STANDBY
-            self.gate.acknowledge_reset = shut or self.gate.acknowledge
+            self.gate.acknowledge_reset = vmm_starts or self.gate.acknowledge
             self.gate.dropped = 0
             self.snoops.sharing = AtDevice.NOT
         else:

@@ -30,6 +30,7 @@ def start(**environment: str) -> list[str]:
     return subprocess.check_output(command, env={**os.environ, **environment}, text=True).split()
 
 
+@pytest.mark.full
 def test_a_first_compilation_is_told_and_a_second_process_needs_none(tmp_path: Path) -> None:
     said = [start(VFIO_FERRY_CACHE=str(tmp_path)) for _ in range(2)]
     assert said == [["compiling", "False", "kept", "2"], ["True", "kept", "2"]]
