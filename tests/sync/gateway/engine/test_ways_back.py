@@ -193,6 +193,18 @@ def test_i7_an_abandoned_standby_is_fenced_and_its_vmm_stays_away_from_the_devic
     os.close(fd)
 
 
+def test_i7_a_vmm_that_starts_at_a_shut_gateway_may_reset_and_reaches_nothing(
+    make_bench: Callable[..., Bench],
+) -> None:
+    bench = make_bench()
+    bench.link.enter(CustodyState.RELEASED, shut=True, vmm_starts=True)
+    body = RegionAccess(0x50, 0, 4, b"bell").pack()
+    assert bench.ask(Command.REGION_WRITE, body)[0] == errno.EACCES
+    bench.device.refuse[Command.DEVICE_RESET] = errno.EIO  # what it would say if it were asked
+    assert bench.ask(Command.DEVICE_RESET)[0] == 0
+    assert bench.device.registers.log == []
+
+
 def test_a_standby_that_the_device_refuses_is_undone(make_bench: Callable[..., Bench]) -> None:
     bench = make_bench()
     fd = bench.share(0x10000, PAGE)
