@@ -5,7 +5,7 @@ the one thing that it allows. The target's record either says that the guest may
 or that it never will. Of either it gives a proof, and only with that the source goes on.
 """
 
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 
@@ -23,6 +23,10 @@ from sync.vmm.driver import Vmm
 from sync.vmm.recover import recover_source
 
 DEADLINE_S = 10.0
+_MOVED = frozenset({Fate.RELEASED, Fate.MOVED, Fate.VOUCHED, Fate.ABOUT_TO_RUN, Fate.RUNNING})
+"""After a session that ended so, whose the guest was before is over."""
+_TO_VOUCH = frozenset({Fate.RELEASED, Fate.MOVED, Fate.VOUCHED})
+"""What an operator's word overrides; at a gateway of several it may have to be given again."""
 
 
 class Unresolvable(FerryError):
@@ -203,15 +207,21 @@ async def _end_vmm(options: Options) -> str:
 
 async def _settle_source(options: Options, reporter: Reporter, found: Verdict) -> Exit:
     session = found.session
+    word = (options.verdict or "").partition(":")[0]
+    if word == COMMITTED and found.fate not in (Fate.RELEASED, Fate.MOVED):
+        raise Unresolvable(
+            f"session {session} is {found.fate.value} here: the guest belongs to this host. If the "
+            "target has it, too, end it on one of them before anything else: two copies of a guest "
+            "on one disk destroy it"
+        )
     if found.fate is Fate.RELEASED and options.verdict is not None:
-        word = options.verdict.partition(":")[0]
         if word == COMMITTED:
             await _each(options.gateway, session, _note_moved(session, options.verdict))
         elif word == FENCED:
             await _take_back(options.gateway, session, options.verdict)
         else:
             raise ConfigError(f"--verdict has to begin with {FENCED} or {COMMITTED}")
-    elif found.fate in (Fate.RELEASED, Fate.MOVED) and options.vouch_the_other_host_is_gone:
+    elif found.fate in _TO_VOUCH and options.vouch_the_other_host_is_gone:
         await _vouch(options.gateway, session)
     found = await _deciding(options.gateway, session)
     if found.fate is Fate.RELEASED:
@@ -233,25 +243,35 @@ async def _settle_source(options: Options, reporter: Reporter, found: Verdict) -
 
 async def _run_again(options: Options, reporter: Reporter, found: Verdict) -> Exit:
     """The record says that this side keeps the guest: so its devices and its VMM have to run."""
-    owns = False
+    moved = False
     for path in options.gateway:
         async with await GatewayClient.connect(path) as gateway:
-            current = gateway.info.session == found.session
-            owns = owns or (current and gateway.info.owner in ("owned", "unowned"))
-            if current and gateway.info.state == "released" and found.proof:
+            info = gateway.info
+            if info.lease:
+                raise Unresolvable("another migration is under way here: let it end, or end it")
+            if info.state == "released" and info.session == found.session and found.proof:
                 # It let go before the one that decides, which then never did.
                 await _take_back([path], found.session, found.proof)
-    if not owns:
+                info = await gateway.status()
+            moved = moved or info.owner == "released" or _moved_since(info.sessions, found.session)
+    if moved:
         text = f"session {found.session} left the guest here; it has moved since"
         return _tell(reporter, found, "kept", text)
-    done = "start its VMM when you want it to"
+    done = "start it when the guest is to run"
     if options.qmp is not None:
         done = await trio.to_thread.run_sync(recover_source, options.qmp, DEADLINE_S)
-        done = f"it runs here ({done})"
     elif found.fate is Fate.LEAVING:
         raise ConfigError("--qmp is missing: the guest has to be set running")
-    text = f"this side owns the guest and {done}"
+    text = f"this side owns the guest; its VMM: {done}"
     return _tell(reporter, found, "owned", text)
+
+
+def _moved_since(sessions: Mapping[str, Fate], session: str) -> bool:
+    """Whether a guest has left or come here after `session`, by the latest sessions, of which it is
+    one, or older than all of them."""
+    names = list(sessions)
+    later = names[names.index(session) + 1 :] if session in sessions else names
+    return any(sessions[name] in _MOVED for name in later)
 
 
 async def _take_back(paths: Sequence[str], session: str, proof: str) -> None:

@@ -76,11 +76,10 @@ do.
     Target, CHECKING to READY, on FAILED, PEER_LOST, TIMEOUT, INTERRUPTED, PEER_ABORTED:
         FENCING [FENCE] --FENCED--> ABORTED [TELL_ABORT]
                         --FENCE_FAILED, TIMEOUT--> BROKEN [TELL_ABORT]
-    Target, OWNING on FAILED, TIMEOUT (whether the record was written is not known):
+    Target, OWNING and STARTING_GUEST on FAILED, TIMEOUT (what was written is not known):
         DISOWNING [FENCE] --FENCED--> ABORTED [TELL_ABORT]
-                          --ALREADY_OWNED--> STARTING_GUEST [START_GUEST]
+                          --MAY_HAVE_RUN--> OWNER_FAILED [TELL_START_FAILED]
                           --FENCE_FAILED, TIMEOUT--> IN_DOUBT (it tells nothing: it knows nothing)
-    Target, STARTING_GUEST on FAILED, TIMEOUT:          OWNER_FAILED [TELL_START_FAILED]
 
 Both machines rely on a link that keeps the order of messages and loses none but by breaking.
 

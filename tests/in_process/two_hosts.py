@@ -216,9 +216,11 @@ class TwoHosts:
             data = self._writes.to_bytes(4, "little")
             source.device.dma_write(RAM_AT + CPU_BYTES + page * PAGE_BYTES, data)
 
-    async def resolve(self, host: Host, role: str, verdict: str | None = None) -> dict[str, Any]:
+    async def resolve(
+        self, host: Host, role: str, verdict: str | None = None, **more: Any
+    ) -> dict[str, Any]:
         """What `resolve` tells in the end, with its exit code as `code`."""
-        options = resolve.Options(**host.flags, role=role, verdict=verdict)
+        options = resolve.Options(**host.flags, role=role, verdict=verdict, **more)
         command = Command("resolve", lambda _: None)
         await command.run(lambda options, told, _: resolve.resolve(options, told), options)
         return {**(command.events or [{}])[-1], "code": command.code}
