@@ -25,7 +25,15 @@ from tests.e2e.two_hosts import (
 )
 
 
-@pytest.mark.parametrize("method", METHODS, ids=str)
+@pytest.mark.parametrize(
+    "method",
+    [
+        METHODS[0],
+        *(pytest.param(method, marks=pytest.mark.full) for method in METHODS[1:-1]),
+        METHODS[-1],
+    ],
+    ids=str,
+)
 def test_a_device_moves_with_its_running_guest(tmp_path: Path, method: Method) -> None:
     with new_bed(tmp_path, small_setup(method)) as bed:
         a, b = start_both(bed)
@@ -47,7 +55,7 @@ def test_a_device_moves_with_its_running_guest(tmp_path: Path, method: Method) -
         assert bed.status(a) != "running"
 
 
-@pytest.mark.parametrize("verify", ["touched", "all"])
+@pytest.mark.parametrize("verify", [pytest.param("touched", marks=pytest.mark.full), "all"])
 def test_each_round_predicts_the_proof_too(
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
@@ -77,7 +85,7 @@ def test_each_round_predicts_the_proof_too(
     assert asked == [verify == "all"] * len(judged)
 
 
-@pytest.mark.parametrize("registers", ["v2", "replay"])
+@pytest.mark.parametrize("registers", [pytest.param("v2", marks=pytest.mark.full), "replay"])
 def test_intx(tmp_path: Path, registers: str) -> None:
     method = Method(registers, "logging")
     with new_bed(tmp_path, small_setup(method, "--irq", "intx")) as bed:

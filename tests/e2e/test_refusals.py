@@ -179,8 +179,22 @@ def test_a_gateway_that_is_busy(tmp_path: Path) -> None:
         assert_sound(bed, b)
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
-@pytest.mark.parametrize("who", ["send", "receive"])
+@pytest.mark.parametrize(
+    ("who", "number"),
+    [
+        ("send", signal.SIGINT),
+        ("receive", signal.SIGTERM),
+        *(
+            pytest.param(who, number, marks=pytest.mark.full)
+            for who, number in (
+                ("send", signal.SIGTERM),
+                ("send", signal.SIGHUP),
+                ("receive", signal.SIGINT),
+                ("receive", signal.SIGHUP),
+            )
+        ),
+    ],
+)
 def test_i8_interrupted(tmp_path: Path, who: str, number: signal.Signals) -> None:
     with new_bed(tmp_path, small_setup(METHOD)) as bed:
         a, b = start_both(bed)

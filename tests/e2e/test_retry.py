@@ -2,6 +2,8 @@
 
 from pathlib import Path
 
+import pytest
+
 from ferry.errors import Exit
 from lab.testbed import Host, Process, Testbed
 from tests.e2e.two_hosts import (
@@ -17,6 +19,7 @@ from tests.e2e.two_hosts import (
 )
 
 
+@pytest.mark.full
 def test_i8_whatever_failed_before_the_next_migration_works(tmp_path: Path) -> None:
     method = Method("v2", "logging")
     with new_bed(tmp_path, small_setup(method)) as bed:
