@@ -6,7 +6,6 @@ and the first gateway's ownership record says so.
 
 from contextlib import AsyncExitStack
 from functools import partial
-from pathlib import Path
 
 import trio
 
@@ -26,6 +25,7 @@ from sync.handover.machine import Event
 from sync.handover.states import HandoverState
 from sync.service_manager import notify
 from sync.vmm.driver import Vmm
+from sync.vmm.recover import socket_made
 from transport.receiver import ReceiverOptions, open_receiver
 
 FENCED = "This side has fenced the session and will never start the guest."
@@ -91,7 +91,7 @@ async def receive(options: Options, reporter: Reporter, stop: StopRequest | None
             for path in options.gateway:
                 await (await GatewayClient.connect(path)).aclose()
         while True:
-            vmm_socket = made_of(options.qmp) if options.keep else None
+            vmm_socket = socket_made(options.qmp)
             code = await _receive_guest(options, link_options, reporter, stop)
             if not options.keep or code not in GOES_ON:
                 return code
@@ -104,21 +104,12 @@ async def receive(options: Options, reporter: Reporter, stop: StopRequest | None
         raise first_error(group) from group
 
 
-def made_of(path: str) -> tuple[int, int, int]:
-    """What tells a socket's file from one that takes its place, whose number may be the same."""
-    status = Path(path).stat()
-    return status.st_dev, status.st_ino, status.st_mtime_ns
-
-
 async def wait_for_another(path: str, before: tuple[int, int, int] | None) -> None:
-    """Waits until another process than `before` listens at `path`. It is not connected to
-    meanwhile: a VMM serves one client at a time, and its operator may need it."""
+    """Waits until another process than that of `before` (`socket_made`) listens at `path`. It is
+    not connected to meanwhile: a VMM serves one client at a time, and its operator may need it."""
     while True:
-        try:
-            if made_of(path) != before:
-                return
-        except OSError:
-            before = None
+        if socket_made(path) not in (None, before):
+            return
         await trio.sleep(NEXT_VMM_S)
 
 

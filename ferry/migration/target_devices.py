@@ -5,7 +5,7 @@ here. When a device stands by, is owned or started is `ferry.migration.target`'s
 """
 
 from collections.abc import Sequence
-from contextlib import AsyncExitStack
+from contextlib import AsyncExitStack, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -114,29 +114,29 @@ async def map_memory(
 
 async def fence(leases: Sequence[Lease], *, start_asked: bool) -> tuple[bool, Exception | None]:
     """Makes sure that no message whatsoever can start the guest here from this session, unless the
-    first gateway has it on record that the guest may have run: then nothing is done. If that one is
-    gone after it was asked to start (`start_asked`), nobody knows: `GatewayLost` is raised.
+    first gateway was asked to start it (`start_asked`) and has it on record that it may have run:
+    then nothing is done. If that one is gone by then, nobody knows: `GatewayLost` is raised.
 
-    Returns whether it is fenced, and what became of a gateway that is gone, if one is. Raises what
-    the gateways do.
+    Returns whether it is fenced, and what became of a gateway or device that is gone, if one is.
+    Raises what the gateways do.
     """
     lost: Exception | None = None
     for number, lease in enumerate(leases):
         try:
-            await lease.gateway.fence(lease.session)
-            info = await lease.gateway.status()
-            if info.state == "standby":
+            try:
+                await lease.gateway.fence(lease.session)
+            except WrongState:
+                # Started; or, if not by us, the name of an earlier session, which is over.
+                if number == 0 and start_asked:
+                    return False, lost
+                continue
+            with suppress(WrongState):  # there was no standby
                 await lease.gateway.abandon()
-            elif not info.device_connected:
-                lost = DeviceLost("the device is gone")
         except GatewayLost as error:
             if number == 0 and start_asked:
                 raise
             # A gateway that is started anew fences what had not begun to run.
             lost = error
-        except WrongState:
-            if number == 0:
-                return False, lost
         except DeviceLost as error:
             # What is gone holds no standby.
             lost = error

@@ -48,6 +48,16 @@ def obstacle(qmp_path: str) -> str:
     return ""
 
 
+def socket_made(qmp_path: str) -> tuple[int, int, int] | None:
+    """What tells a socket's file from one that takes its place, whose number may be the same. None
+    where there is none."""
+    try:
+        status = Path(qmp_path).stat()
+    except OSError:
+        return None
+    return status.st_dev, status.st_ino, status.st_mtime_ns
+
+
 def recover_source(
     qmp_path: str,
     deadline_s: float,
@@ -55,6 +65,7 @@ def recover_source(
     *,
     ran: bool = True,
     end_holder: Callable[[], None] | None = None,
+    wanted: Callable[[], bool] = lambda: True,
 ) -> str:
     """Has the guest of the VMM at `qmp_path` run again; returns what was needed, in words.
 
@@ -63,7 +74,8 @@ def recover_source(
     A VMM serves one QMP client at a time, and the connection of one that was killed may linger:
     connecting is tried until the deadline. Only for a source that has not let go of its guest.
     `ran` is that of `states.resume_step`. `end_holder` ends the process that may hold the
-    connection and hang: it is called once, if the VMM does not greet.
+    connection and hang: it is called once, if the VMM does not greet. `wanted` is asked before
+    anything is done to the VMM, which others may have taken over by then.
     Raises `VmmNotReady` when the guest cannot run or does not run in time, `VmmGone` when the
     VMM is not there, `QmpProtocolError` when it talks nonsense.
     """
@@ -76,7 +88,7 @@ def recover_source(
             if end_holder is not None:
                 greeted_by = min(deadline, time.monotonic() + GREETING_S)
             with _Connection(qmp_path, deadline, greeted_by) as connection:
-                state = _resume(connection, done, deadline, ran)
+                state = _resume(connection, done, deadline, ran, wanted)
                 if put_back:
                     _put_back(connection, done, MigrationSettings.unpack(put_back))
         except (VmmGone, OSError) as error:
@@ -93,9 +105,18 @@ def recover_source(
     raise problem
 
 
-def _resume(connection: "_Connection", done: list[str], deadline: float, ran: bool) -> str:
+def _resume(
+    connection: "_Connection",
+    done: list[str],
+    deadline: float,
+    ran: bool,
+    wanted: Callable[[], bool],
+) -> str:
     """Returns the run state in the end."""
     while True:
+        # With the VMM's only connection in hand: nobody else can begin anything with it.
+        if not wanted():
+            raise VmmNotReady("the VMM there is another one, or its guest was moved since")
         # In this order: a migration that ends between both answers is seen as under way.
         status = migration_status_of(connection.execute("query-migrate"))
         state = run_state_of(connection.execute("query-status"))

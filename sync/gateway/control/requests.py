@@ -419,7 +419,6 @@ class Abandon(Request[Done]):
     op = "abandon"
     roles = TARGET
     states = _from(Event.ABANDON)
-    after_loss = True
 
 
 REQUESTS: dict[str, type[Request[Any]]] = {

@@ -195,6 +195,7 @@ class ControlServer:
             request.silence_s,
             request.may_end_holder,
             request.companions,
+            recover.socket_made(request.qmp_path),
         )
         return Done()
 

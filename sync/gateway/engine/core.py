@@ -67,6 +67,8 @@ class Armed:
     may_end_holder: bool = False
     """Its process may be ended if it hangs and keeps the VMM from being reached."""
     companions: tuple[str, ...] = ()
+    qmp_made: tuple[int, int, int] | None = None
+    """The QMP socket's file (`recover.socket_made`): another one is another VMM's."""
 
 
 @dataclass(slots=True)

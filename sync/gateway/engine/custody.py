@@ -142,6 +142,8 @@ class Custody:
         self.state = CustodyState.PASSTHROUGH
         self.owner = Owner.UNOWNED
         self.session = ""
+        self.migrations = 0
+        """How many have begun, of a guest that leaves or is awaited."""
         self.vmm_connected = False
         self.holds_copy = False
         """Whether the VMM that is connected is the one that let go of the guest: what it and its
@@ -206,6 +208,7 @@ class Custody:
             self._begin(session, ClientRole.SOURCE, Fate.LEAVING, terms)
         self._go(Event.MEDIATE)
         self.session = session
+        self.migrations += 1
 
     def check_stop(self) -> None:
         """Raises what `stop` would, before anything is done to the device."""
@@ -284,6 +287,7 @@ class Custody:
         self._begin(session, ClientRole.TARGET, Fate.STANDBY, terms)
         self._go(Event.STANDBY)
         self.owner, self.session = Owner.UNOWNED, session
+        self.migrations += 1
 
     def own(self, session: str) -> None:
         """The commit. Asked for twice it is answered twice: the first answer may be lost."""

@@ -555,17 +555,30 @@ class Gateway:
         if not armed.may_end_holder:
             self._forget_hung()
         hung, self._hung = self._hung, None
+        begun = self.core.custody.migrations
+
+        def wanted() -> bool:
+            """Whether the guest is still as that migration has left it."""
+            same = recover.socket_made(armed.qmp_path) in (None, armed.qmp_made)
+            untouched = self.core.custody.migrations == begun
+            return untouched and (same or armed.qmp_made is None) and not self._stopping
+
         threading.Thread(
             target=self._recover_now,
-            args=(armed, session, proof, hung),
+            args=(armed, session, proof, hung, wanted),
             name="recovery",
             daemon=True,
         ).start()
 
     def _recover_now(
-        self, armed: Armed, session: str, proof: str, hung: PeerProcess | None
+        self,
+        armed: Armed,
+        session: str,
+        proof: str,
+        hung: PeerProcess | None,
+        wanted: Callable[[], bool],
     ) -> None:
-        """Tries again until it succeeds or somebody else takes over; for `RECOVERY_S` at most."""
+        """Tries again until it succeeds or is not wanted; for `RECOVERY_S` at most."""
         for path in armed.companions:
             # One that refuses lets no access through: the guest goes on without that device.
             with suppress(GatewayError):
@@ -580,6 +593,7 @@ class Gateway:
                     armed.put_back,
                     ran=armed.ran,
                     end_holder=hung.kill if hung is not None else None,
+                    wanted=wanted,
                 )
                 outcome = Recovery("lease-lost", True, done)
             except Exception as error:
@@ -592,7 +606,7 @@ class Gateway:
             if outcome.ok or self._clock() > until:
                 break
             time.sleep(RECOVERY_PAUSE_S)
-            if self._stopping or self.core.lease is not None:
+            if not wanted():
                 break
         if hung is not None:
             hung.close()

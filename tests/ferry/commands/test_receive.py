@@ -6,14 +6,15 @@ import pytest
 import trio
 import trio.testing
 
-from ferry.commands.receive import GOES_ON, made_of, wait_for_another
+from ferry.commands.receive import GOES_ON, wait_for_another
 from ferry.errors import Exit
+from sync.vmm.recover import socket_made
 
 
 def test_the_next_vmm_is_another_file_at_the_same_path(tmp_path: Path) -> None:
     path = tmp_path / "qmp.sock"
     path.touch()
-    before = made_of(str(path))
+    before = socket_made(str(path))
 
     async def main() -> None:
         async with trio.open_nursery() as nursery:

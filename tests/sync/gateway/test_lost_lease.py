@@ -2,11 +2,14 @@
 
 import errno
 import os
+import threading
 from collections.abc import Callable
+from pathlib import Path
 
 import pytest
 import trio
 
+import sync.gateway.engine.loop
 import sync.vmm.recover
 from sync.gateway.control.client import GatewayClient
 from sync.gateway.engine.custody import ClientRole
@@ -17,7 +20,7 @@ from sync.vfio_user.errors import VfioUserError
 from sync.vfio_user.protocol import (
     DmaMap,
 )
-from tests.sync.gateway.conftest import House, ServedDevice
+from tests.sync.gateway.conftest import WAIT_S, House, ServedDevice
 from tests.sync.gateway.raw_peers import PAGE, new_ram, status_of
 
 
@@ -321,3 +324,63 @@ def test_i7_a_target_that_holds_the_commit_keeps_it_until_it_is_started(
 
     trio.run(main)
     assert recoveries == []
+
+
+class UnreachableVmm:
+    """One that cannot be resumed until it is `reachable`; `resumed` counts how often it was."""
+
+    def __init__(self) -> None:
+        self.reachable = False
+        self.asked = threading.Event()
+        self.resumed = 0
+
+    def recover(self, path: str, *_: object, **__: object) -> str:
+        self.asked.set()
+        if not self.reachable:
+            raise OSError("it does not answer")
+        self.resumed += 1
+        return "cont from postmigrate"
+
+
+@pytest.mark.parametrize("what", ["a try that came to nothing", "a migration", "another VMM"])
+def test_i7_i8_a_guest_is_resumed_unless_somebody_has_moved_it_since(
+    make_house: Callable[..., House],
+    make_device: type[ServedDevice],
+    monkeypatch: pytest.MonkeyPatch,
+    tmp_path: Path,
+    what: str,
+) -> None:
+    """The gateway does not reach the VMM for a while, in which its operator does something."""
+    qmp = tmp_path / "qmp"
+    qmp.touch()
+    vmm = UnreachableVmm()
+    monkeypatch.setattr(sync.vmm.recover, "recover_source", vmm.recover)
+    monkeypatch.setattr(sync.gateway.engine.loop, "RECOVERY_PAUSE_S", 0.01)
+    house = make_house()
+    house.serve(make_device())
+    house.vmm()
+
+    async def main() -> None:
+        path, source = house.control_path, ClientRole.SOURCE
+        async with await GatewayClient.connect(path, role=source) as gateway:
+            await gateway.arm_recovery(str(qmp), 1)
+            await gateway.mediate(tracker="none", capture=True)
+        await trio.to_thread.run_sync(house.wait_event, "recovering")
+        async with await GatewayClient.connect(path, role=source, session="t") as gateway:
+            if what == "a migration":
+                await gateway.mediate(tracker="none", capture=True)
+                await gateway.passthrough()
+            elif what == "another VMM":
+                qmp.unlink()
+                qmp.touch()
+            vmm.asked.clear()
+            if what == "a try that came to nothing":
+                await trio.to_thread.run_sync(vmm.asked.wait, WAIT_S)
+            vmm.reachable = True
+        for thread in threading.enumerate():
+            if thread.name == "recovery":
+                await trio.to_thread.run_sync(thread.join, WAIT_S)
+                assert not thread.is_alive()
+
+    trio.run(main)
+    assert vmm.resumed == (what == "a try that came to nothing")

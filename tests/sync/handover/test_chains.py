@@ -334,6 +334,7 @@ def test_i7_chains_of_two_migrations() -> None:
 
 
 @pytest.mark.full
+@pytest.mark.timeout(600)
 def test_i7_chains_of_three_migrations() -> None:
     assert explore(3) > 10_000
 

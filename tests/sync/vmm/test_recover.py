@@ -193,3 +193,15 @@ def test_i8_a_holder_that_hangs_is_ended_and_the_guest_brought_back(with_qemu: A
         assert ended == ["once"]
 
     with_qemu(body)
+
+
+def test_i7_a_vmm_that_others_have_taken_over_is_left_alone(with_qemu: Any) -> None:
+    async def body(qemu: Any) -> None:
+        qemu.run_state = "postmigrate"
+        with pytest.raises(VmmNotReady, match="another one"):
+            await trio.to_thread.run_sync(
+                partial(recover_source, qemu.path, 5.0, "{}", wanted=lambda: False)
+            )
+        assert {"cont", "migrate_cancel", "migrate-set-parameters"}.isdisjoint(qemu.commands)
+
+    with_qemu(body)

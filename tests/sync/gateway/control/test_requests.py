@@ -58,7 +58,7 @@ RULES = {
 """Roles, states."""
 AT_ONCE = {"status", "memory", "verdict"}
 AFTER_LOSS = {
-    *("passthrough", "abandon", "arm_recovery", "disarm_recovery"),
+    *("passthrough", "arm_recovery", "disarm_recovery"),
     *("fence", "moved", "running"),
 }
 TAKES = {"dirty", "journal", "mig_read"}
