@@ -1,8 +1,12 @@
 """A function of the host as a vfio-user device, in the gateway's own process.
 
-Owns the answer to each command and the interrupts that the VMM has asked for. Takes the place of a
-connection to a device (`sync.gateway.datapath.peer.Peer`): a command is executed when it is sent,
-its reply is handed over by the next `flush`. So a register access wakes one process, not two.
+Owns the answer to each command. Takes the place of a connection to a device
+(`sync.gateway.datapath.peer.Peer`): a command is executed when it is sent, its reply is handed over
+by the next `flush`. So a register access wakes one process, not two.
+
+What may take long (a walk, a device that comes to rest) is done in turns, one for each `receive`;
+`fileno` is readable until it is done. Meanwhile the VMM's accesses, interrupts and memory are
+served; other steps of a migration wait for it, and a reset ends it.
 
 Source: vfio-user specification.
 """
@@ -11,18 +15,23 @@ import contextlib
 import errno
 import os
 import select
+import time
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Generator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 from sync.errors import SyncError
 from sync.queues.choose import find_class, load_classes
+from sync.queues.errors import CannotMove
 from sync.queues.interface import DeviceClass
+from sync.registers.errors import RegisterError
 from sync.registers.profile.locate import DeviceView
 from sync.vfio.device import VfioDevice
 from sync.vfio.errors import MemoryNotPinned, VfioError
-from sync.vfio.executor import Executor
+from sync.vfio.executor import DEADLINE_S, Executor, Work
 from sync.vfio.guest_memory import PinnedMemory, close_all
+from sync.vfio.interrupts import FunctionInterrupts
 from sync.vfio.queue_migration import QueueMigration
 from sync.vfio.sysfs import PciFunction
 from sync.vfio.uapi import IrqIndex
@@ -48,11 +57,11 @@ from sync.vfio_user.protocol import (
     IrqFlags,
     IrqInfo,
     IrqInfoRequest,
-    IrqSet,
     LoggingControl,
     LoggingReport,
     MigData,
     MigrationFlags,
+    MigrationState,
     MigrationSupport,
     MigState,
     PciIrq,
@@ -75,6 +84,12 @@ OFFER = Capabilities(max_msg_fds=16, write_multiple=True)
 """QEMU refuses a device that takes more descriptors in a message."""
 _LOGGING_PAGE_BYTES = 4096
 _ACCESSES = (Command.REGION_READ, Command.REGION_WRITE, Command.REGION_WRITE_MULTI)
+_STEPS = (Command.DEVICE_FEATURE, Command.MIG_DATA_READ, Command.MIG_DATA_WRITE)
+"""Of a migration: each begins when what came before it is done."""
+_TOLD = {
+    IrqIndex.ERR: "it reported an error (PCI Express AER): the host's kernel log says which",
+    IrqIndex.REQ: "the host wants it back (an unbind or a removal waits for its release)",
+}
 _LOGGING = {
     FeatureIndex.DMA_LOGGING_START: FeatureFlags.SET,
     FeatureIndex.DMA_LOGGING_STOP: FeatureFlags.SET,
@@ -82,10 +97,24 @@ _LOGGING = {
 }
 
 Handler = Callable[[int, int, int, int, memoryview, list[int]], None]
+Answer = bytes | Work[bytes]
+
+
+@dataclass(frozen=True, slots=True)
+class _Asked:
+    message_id: int
+    command: int
+    wants_reply: bool
+    body: bytes
+    fds: list[int]
 
 
 class HostEndpoint:
-    """`device` is owned. `log` takes an event and its fields."""
+    """`device` is owned. `log` takes an event and its fields. Until the device has told what it is,
+    every command waits."""
+
+    patience_s = DEADLINE_S
+    """A device may take as long until it is ready to tell."""
 
     def __init__(
         self,
@@ -95,20 +124,28 @@ class HostEndpoint:
     ) -> None:
         self.handler: Handler = _nobody
         self.backlog_bytes = 0
+        self.reason = ""
+        """Why the command is refused whose reply is being handed over: the wire has no words."""
         self._device = device
         self._log = log
-        self._replies: deque[tuple[int, int, int, bytes]] = deque()
+        self._replies: deque[tuple[_Asked, int, str, bytes]] = deque()
+        self._waiting: deque[_Asked] = deque()
+        self._under_way: tuple[_Asked | None, Work[bytes]] | None = None
+        self._troubles: dict[IrqIndex, str] = {}
+        """What the kernel has told of the function, and keeps it from moving."""
         self._memory = PinnedMemory(device)
-        self._irqs: dict[IrqIndex, dict[int, int]] = {index: {} for index in IrqIndex}
-        self._event = -1
-        if isinstance(device, VfioDevice):
-            self._event = os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC)
         device.reset()
         device.set_bus_master(True)
-        self._migration = self._find_migration(load_classes() if classes is None else classes)
-        device.reset()
-        device.set_bus_master(False)
-        self._handlers: dict[int, Callable[[bytes, list[int]], bytes]] = {
+        self._irqs = FunctionInterrupts(device)
+        self._turn = os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC)
+        self._readable = select.epoll()
+        for fd in (self._turn, *self._irqs.told):
+            self._readable.register(fd, select.EPOLLIN)
+        if isinstance(device, UserDevice):
+            self._readable.register(device.fileno(), select.EPOLLIN)
+        self._executor = Executor(device, self._irqs.signal_vector)
+        self._migration: QueueMigration | None = None
+        self._handlers: dict[int, Callable[[bytes, list[int]], Answer]] = {
             Command.VERSION: self._version,
             Command.DMA_MAP: self._dma_map,
             Command.DMA_UNMAP: self._dma_unmap,
@@ -125,29 +162,26 @@ class HostEndpoint:
             Command.MIG_DATA_WRITE: self._migration_write,
         }
 
-    def _find_migration(self, classes: tuple[DeviceClass, ...]) -> QueueMigration | None:
+        self._begin(None, self._find_migration(load_classes() if classes is None else classes))
+
+    def _find_migration(self, classes: tuple[DeviceClass, ...]) -> Work[bytes]:
         found = find_class(self._view(), classes)
-        if found is None:
-            return None
-        executor = Executor(self._device, self._signal)
-        executor.quiet_interrupts()
-        try:
-            return QueueMigration(
-                found,
-                executor,
-                self._device,
-                self._memory,
-                self._log,
-                self._restore_interrupts,
-            )
-        except SyncError as error:
-            self._log("device-cannot-move", reason=str(error))
-            executor.drop_scratch()
-            self._device.reset()
-            return None
-        finally:
+        if found is not None:
+            executor = self._executor
+            executor.quiet_interrupts()
+            try:
+                inventory = yield from executor.work(found.inventory())
+                self._migration = QueueMigration(
+                    found, inventory, executor, self._device, self._memory, self._irqs.restore
+                )
+            except SyncError as error:
+                self._log("device-cannot-move", reason=str(error))
+                executor.drop_scratch()
             if self._device.vectors.get(IrqIndex.MSIX):
                 self._device.disable_irqs(IrqIndex.MSIX)
+        self._device.reset()
+        self._device.set_bus_master(False)
+        return b""
 
     def _view(self) -> DeviceView:
         config = self._device.read(PciRegion.CONFIG, 0, 64)
@@ -162,12 +196,19 @@ class HostEndpoint:
     # What the gateway's loop asks of a connection.
 
     def fileno(self) -> int:
-        """Readable only when a device process is gone."""
-        return self._device.fileno() if isinstance(self._device, UserDevice) else self._event
+        """Readable when there is something to be done, or a device process is gone."""
+        return self._readable.fileno()
 
     def receive(self) -> None:
-        """Raises `Disconnected`: nothing is said that was not asked for."""
-        raise Disconnected("the device is gone")
+        """Do one turn of what is under way. Raises `Disconnected`."""
+        for fd, _ in self._readable.poll(0):
+            if fd in self._irqs.told:
+                kind = self._irqs.hear(fd)
+                self._troubles[kind] = _TOLD[kind]
+                self._log("device-trouble", reason=_TOLD[kind])
+            elif fd != self._turn:
+                raise Disconnected("the device is gone")
+        self._take_turn()
 
     def drain(self) -> None:
         """There is nothing that waits."""
@@ -175,52 +216,121 @@ class HostEndpoint:
     def send(
         self, message: bytes | bytearray | memoryview, descriptors: Sequence[int] = ()
     ) -> None:
-        """Execute a command. Owns `descriptors`."""
+        """Execute a command, or begin to. Owns `descriptors`."""
         message_id, command, _, flags, _ = HEADER.unpack_from(message)
-        fds = list(descriptors)
-        number = 0
-        body = b""
-        try:
-            handler = self._handlers.get(command)
-            if handler is None:
-                raise VfioUserError(errno.ENOTSUP)
-            body = handler(bytes(message[HEADER_BYTES:]), fds)
-        except VfioUserError as error:
-            number = error.errno or errno.EIO
-        except ProtocolError:
-            number = errno.EINVAL
-        except MemoryNotPinned as error:
-            self._log("memory-not-pinned", reason=str(error))
-            number = errno.ENOMEM
-        except (SyncError, OSError) as error:
-            if command not in _ACCESSES:
-                # A guest may access what is not there as often as it likes.
-                self._log("device-refuses", reason=str(error))
-            number = errno.EIO
-        finally:
-            close_all(fds)
-        if not flags & FLAG_NO_REPLY:
-            self._replies.append((message_id, command, number, body))
+        body = bytes(message[HEADER_BYTES:])
+        asked = _Asked(message_id, command, not flags & FLAG_NO_REPLY, body, list(descriptors))
+        under_way = self._under_way
+        if under_way is not None and (under_way[0] is None or command in _STEPS):
+            self._waiting.append(asked)
+            return
+        if command == Command.DEVICE_RESET:
+            self._break_off()
+        self._execute(asked)
 
     def flush(self) -> None:
         """Hand over the replies, also to what is sent meanwhile. Raises `Disconnected`."""
         while self._replies:
             if isinstance(self._device, UserDevice) and self._device.lost:
                 raise Disconnected("the device is gone")
-            message_id, command, number, body = self._replies.popleft()
-            reply = encode_message(message_id, command, body, reply=True, error=number)
+            asked, error, self.reason, body = self._replies.popleft()
+            reply = encode_message(asked.message_id, asked.command, body, reply=True, error=error)
             flags = HEADER.unpack_from(reply)[3]
-            self.handler(message_id, command, flags, number, memoryview(bytearray(reply)), [])
+            message = memoryview(bytearray(reply))
+            self.handler(asked.message_id, asked.command, flags, error, message, [])
 
     def close(self) -> None:
         """Take all memory away, and let go of the function."""
+        if self._under_way is not None:
+            self._under_way[1].close()
+        for asked in self._waiting:
+            close_all(asked.fds)
         with contextlib.suppress(VfioError):
+            self._executor.drop_scratch()
             self._memory.unmap_all()
-        for fds in self._irqs.values():
-            close_all(list(fds.values()))
+        self._irqs.close()
         self._device.close()
-        if self._event >= 0:
-            os.close(self._event)
+        self._readable.close()
+        os.close(self._turn)
+
+    # Executing, at once or in turns.
+
+    def _execute(self, asked: _Asked) -> None:
+        try:
+            handler = self._handlers.get(asked.command)
+            if handler is None:
+                raise VfioUserError(errno.ENOTSUP)
+            answer = handler(asked.body, asked.fds)
+        except (SyncError, OSError) as error:
+            self._refuse(asked, error)
+        else:
+            if isinstance(answer, Generator):
+                self._begin(asked, answer)
+            else:
+                self._reply(asked, answer)
+        finally:
+            close_all(asked.fds)
+
+    def _begin(self, asked: _Asked | None, work: Work[bytes]) -> None:
+        self._under_way = asked, work
+        os.eventfd_write(self._turn, 1)
+
+    def _take_turn(self) -> None:
+        if self._under_way is None:
+            return
+        asked, work = self._under_way
+        try:
+            # What waits for the device holds up what came meanwhile for no longer than this.
+            time.sleep(next(work))
+            return
+        except StopIteration as end:
+            self._end()
+            if asked is not None:
+                self._reply(asked, end.value)
+        except (SyncError, OSError) as error:
+            self._end()
+            if asked is None:
+                raise Disconnected(f"the device cannot be made ready: {error}") from error
+            self._refuse(asked, error)
+        while self._waiting and self._under_way is None:
+            self._execute(self._waiting.popleft())
+
+    def _end(self) -> None:
+        self._under_way = None
+        os.eventfd_read(self._turn)
+
+    def _break_off(self) -> None:
+        if self._under_way is None:
+            return
+        asked, work = self._under_way
+        self._end()
+        work.close()
+        for each in (asked, *self._waiting):
+            if each is not None:
+                self._refuse(each, VfioUserError(errno.ECANCELED, "the device was reset"))
+        self._waiting.clear()
+
+    def _reply(self, asked: _Asked, body: bytes) -> None:
+        if asked.wants_reply:
+            self._replies.append((asked, 0, "", body))
+
+    def _refuse(self, asked: _Asked, error: SyncError | OSError) -> None:
+        number = errno.EIO
+        if isinstance(error, VfioUserError):
+            number = error.errno or errno.EIO
+        elif isinstance(error, ProtocolError):
+            number = errno.EINVAL
+        elif isinstance(error, MemoryNotPinned):
+            self._log("memory-not-pinned", reason=str(error))
+            number = errno.ENOMEM
+        elif isinstance(error, RegisterError):
+            self._log("device-cannot-move", reason=str(error))
+            number = errno.EBUSY
+        elif asked.command not in _ACCESSES:
+            # A guest may access what is not there as often as it likes.
+            self._log("device-refuses", reason=str(error))
+        if asked.wants_reply:
+            self._replies.append((asked, number, str(error), b""))
 
     # Commands.
 
@@ -290,74 +400,18 @@ class HostEndpoint:
 
     def _reset(self, _body: bytes, _: list[int]) -> bytes:
         self._device.reset()
+        self._troubles.pop(IrqIndex.ERR, None)
         if self._migration is not None:
             self._migration.reset()
         return b""
 
-    # Interrupts.
-
     def _set_irqs(self, body: bytes, fds: list[int]) -> bytes:
-        request = SetIrqs.unpack(body)
-        index = IrqIndex(request.index) if request.index < PCI_NUM_IRQS else None
-        count = self._device.vectors.get(index, 0) if index is not None else 0
-        if index is None or request.start + request.count > count:
-            raise VfioUserError(errno.EINVAL)
-        if request.flags & IrqSet.ACTION_TRIGGER:
-            self._trigger(index, request, fds)
-        elif index is IrqIndex.INTX and request.count:
-            self._device.mask_intx(bool(request.flags & IrqSet.ACTION_MASK))
-        else:
-            raise VfioUserError(errno.ENOTSUP)
+        self._irqs.set(SetIrqs.unpack(body), fds)
         return b""
-
-    def _trigger(self, index: IrqIndex, request: SetIrqs, fds: list[int]) -> None:
-        known = self._irqs[index]
-        if request.is_disable:
-            self._device.disable_irqs(index)
-            close_all(list(known.values()))
-            known.clear()
-        elif request.flags & IrqSet.DATA_EVENTFD:
-            given = fds or [-1] * request.count
-            self._device.set_irqs(index, given, request.start)
-            for vector, fd in enumerate(given, request.start):
-                if vector in known:
-                    os.close(known.pop(vector))
-                if fd >= 0:
-                    known[vector] = fd
-            fds.clear()
-        else:
-            chosen = [
-                request.start + at
-                for at in range(request.count)
-                if request.flags & IrqSet.DATA_NONE or request.data[at]
-            ]
-            for vector in chosen:
-                self._device.trigger(index, vector)
-
-    def _signal(self, vector: int) -> None:
-        fd = self._irqs[IrqIndex.MSIX].get(vector)
-        if fd is None:
-            return
-        poller = select.poll()
-        poller.register(fd, select.POLLOUT)
-        # Never wait for a VMM: an eventfd that is full has a signal in it already (I9).
-        if poller.poll(0):
-            with contextlib.suppress(OSError):
-                os.eventfd_write(fd, 1)
-
-    def _restore_interrupts(self) -> None:
-        """What the VMM has asked for, after a walk during which nobody was interrupted."""
-        if self._device.vectors.get(IrqIndex.MSIX):
-            self._device.disable_irqs(IrqIndex.MSIX)
-        for index in (IrqIndex.INTX, IrqIndex.MSI, IrqIndex.MSIX):
-            known = self._irqs[index]
-            if known:
-                fds = [known.get(vector, -1) for vector in range(max(known) + 1)]
-                self._device.set_irqs(index, fds)
 
     # Migration and logging.
 
-    def _feature(self, body: bytes, _: list[int]) -> bytes:
+    def _feature(self, body: bytes, _: list[int]) -> Answer:
         request = Feature.unpack(body)
         migration = self._migration
         index = request.index
@@ -374,7 +428,7 @@ class HostEndpoint:
             data = MigrationFlags(MigrationSupport.STOP_COPY | MigrationSupport.PRE_COPY).pack()
         elif index == FeatureIndex.MIG_DEVICE_STATE:
             if request.is_set:
-                migration.set_state(MigState.unpack(data).device_state)
+                return self._set_state(migration, request)
             data = MigState(migration.state).pack()
         elif index == FeatureIndex.DMA_LOGGING_START:
             migration.start_logging()
@@ -387,14 +441,26 @@ class HostEndpoint:
             data = LoggingReport(report.iova, report.length, report.page_size, bitmap).pack()
         return Feature(request.flags, data).pack()
 
+    def _set_state(self, migration: QueueMigration, request: Feature) -> Work[bytes]:
+        wanted = MigState.unpack(request.data).device_state
+        if wanted is not MigrationState.RUNNING:
+            self._require_sound()
+        yield from migration.set_state(wanted)
+        return Feature(request.flags, MigState(migration.state).pack()).pack()
+
     def _migration_read(self, body: bytes, _: list[int]) -> bytes:
-        size = MigData.unpack(body).size
-        data = self._require_migration().read(size)
+        self._require_sound()
+        data = self._require_migration().read(MigData.unpack(body).size)
         return MigData(len(data), data).pack()
 
-    def _migration_write(self, body: bytes, _: list[int]) -> bytes:
-        self._require_migration().write(MigData.unpack(body).data)
+    def _migration_write(self, body: bytes, _: list[int]) -> Work[bytes]:
+        self._require_sound()
+        yield from self._require_migration().write(MigData.unpack(body).data)
         return b""
+
+    def _require_sound(self) -> None:
+        if self._troubles:
+            raise CannotMove(list(self._troubles.values()))
 
     def _require_migration(self) -> QueueMigration:
         if self._migration is None:

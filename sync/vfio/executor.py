@@ -3,6 +3,9 @@
 Owns scratch memory and how long is waited. Guest memory is the caller's: it is named once the
 function is shown it, and scratch memory is gone by then. Between plans and while one runs, MSI-X is
 enabled with nobody at the vectors, if the function has it.
+
+Whatever may take long is *work*, which is done in turns: the gateway has one thread, and a VMM
+waits for no device that is walked.
 """
 
 import contextlib
@@ -10,8 +13,8 @@ import ctypes
 import mmap
 import os
 import time
-from collections.abc import Callable
-from typing import Protocol
+from collections.abc import Callable, Generator
+from typing import Protocol, TypeVar
 
 from sync.queues.errors import WalkFailed, WalkTimeout
 from sync.queues.interface import (
@@ -19,6 +22,7 @@ from sync.queues.interface import (
     AwaitRegister,
     Command,
     MapScratch,
+    Plan,
     ReadMemory,
     ReadRegister,
     ResetFunction,
@@ -37,9 +41,25 @@ DEADLINE_S = 30.0
 """For a register: a controller may take half a minute to get ready (CAP.TO)."""
 COMMAND_DEADLINE_S = 5.0
 """For a command's completion: a guest may be standing still meanwhile."""
-_SPINS = 200
-_PAUSE_S = 0.0005
+TURN_S = 0.001
+"""How long work goes on before others are served."""
+PAUSE_S = 0.0005
+"""Between two looks at what does not come at once."""
 _BAR = 0
+
+T = TypeVar("T")
+Work = Generator[float, None, T]
+"""Yields when others are to be served, with the seconds after which it is worth going on."""
+
+
+def complete(work: Work[T]) -> T:
+    """Do work to its end, for a caller who has nobody to serve."""
+    while True:
+        try:
+            time.sleep(next(work))
+        except StopIteration as end:
+            result: T = end.value
+            return result
 
 
 class WritableMemory(Protocol):
@@ -66,45 +86,74 @@ class Executor:
         self._deadline_s = deadline_s
         self._scratch: dict[int, mmap.mmap] = {}
 
-    def __call__(self, command: Command) -> bytes:
+    def work(self, plan: Plan[T]) -> Work[T]:
+        """Execute a plan, in turns. Raises what the plan raises, `WalkTimeout` and `VfioError`."""
+        began = time.monotonic()
+        try:
+            command = next(plan)
+            while True:
+                if isinstance(command, (AwaitRegister, AwaitMemory)):
+                    answer = yield from self._await(command)
+                else:
+                    answer = self._execute(command)
+                if time.monotonic() - began > TURN_S:
+                    yield 0.0
+                    began = time.monotonic()
+                command = plan.send(answer)
+        except StopIteration as end:
+            result: T = end.value
+            return result
+
+    def _execute(self, command: Command) -> bytes:
         device = self._device
         match command:
             case ResetFunction():
                 device.reset()
                 device.set_bus_master(True)
                 self.quiet_interrupts()
-            case ReadRegister(offset, length):
-                return device.read(_BAR, offset, length)
             case WriteRegister(offset, data):
                 device.write(_BAR, offset, data)
-            case AwaitRegister(offset, length, mask, value):
-                return self._await(
-                    lambda: device.read(_BAR, offset, length), mask, value, self._deadline_s
-                )
             case MapScratch(iova, length):
-                fd = os.memfd_create("scratch", os.MFD_CLOEXEC)
-                try:
-                    os.ftruncate(fd, length)
-                    memory = mmap.mmap(fd, length)
-                    # The address outlives the view, which would keep the memory from being closed.
-                    address = ctypes.addressof(ctypes.c_char.from_buffer(memory))
-                    device.map_dma(iova, length, address, file=(fd, 0))
-                finally:
-                    os.close(fd)
-                self._scratch[iova] = memory
+                self._map(iova, length)
             case UnmapScratch(iova, length):
                 device.unmap_dma(iova, length)
                 self._scratch.pop(iova).close()
-            case ReadMemory(iova, length):
-                return self._read(iova, length)
             case WriteMemory(iova, data):
                 self._write(iova, data)
-            case AwaitMemory(iova, length, mask, value):
-                deadline_s = min(self._deadline_s, COMMAND_DEADLINE_S)
-                return self._await(lambda: self._read(iova, length), mask, value, deadline_s)
             case Signal(vector):
                 self._signal(vector)
+            case ReadRegister(offset, length) | AwaitRegister(offset, length):
+                return device.read(_BAR, offset, length)
+            case ReadMemory(iova, length) | AwaitMemory(iova, length):
+                return self._read(iova, length)
         return b""
+
+    def _await(self, command: AwaitRegister | AwaitMemory) -> Work[bytes]:
+        limit_s = self._deadline_s
+        if isinstance(command, AwaitMemory):
+            limit_s = min(limit_s, COMMAND_DEADLINE_S)
+        began = time.monotonic()
+        while True:
+            data = self._execute(command)
+            if number(data) & command.mask == command.value:
+                return data
+            waited_s = time.monotonic() - began
+            if waited_s > limit_s:
+                raise WalkTimeout(f"{self._device.name} did not do its part within {limit_s:g} s")
+            if waited_s > TURN_S:
+                yield PAUSE_S
+
+    def _map(self, iova: int, length: int) -> None:
+        fd = os.memfd_create("scratch", os.MFD_CLOEXEC)
+        try:
+            os.ftruncate(fd, length)
+            memory = mmap.mmap(fd, length)
+            # The address outlives the view, which would keep the memory from being closed.
+            address = ctypes.addressof(ctypes.c_char.from_buffer(memory))
+            self._device.map_dma(iova, length, address, file=(fd, 0))
+        finally:
+            os.close(fd)
+        self._scratch[iova] = memory
 
     def quiet_interrupts(self) -> None:
         """MSI-X is on, and every vector comes to nobody. The kernel has one kind on at a time."""
@@ -123,21 +172,6 @@ class Executor:
             self._device.unmap_dma(iova, len(memory))
             del self._scratch[iova]
             memory.close()
-
-    def _await(self, look: Callable[[], bytes], mask: int, value: int, deadline_s: float) -> bytes:
-        end = time.monotonic() + deadline_s
-        spins = 0
-        while True:
-            data = look()
-            if number(data) & mask == value:
-                return data
-            spins += 1
-            if spins > _SPINS:
-                if time.monotonic() > end:
-                    raise WalkTimeout(
-                        f"{self._device.name} did not do its part within {deadline_s:g} s"
-                    )
-                time.sleep(_PAUSE_S)
 
     def _read(self, iova: int, length: int) -> bytes:
         if self.guest is not None:

@@ -22,14 +22,13 @@ import struct
 import time
 from collections.abc import Callable
 
-from sync.errors import SyncError
 from sync.pci import CACHE_LINE, COMMAND, INTERRUPT_LINE
 from sync.queues.errors import CannotMove, WalkTimeout
-from sync.queues.interface import PAGE_BYTES, DeviceClass, Rest, number, run
+from sync.queues.interface import PAGE_BYTES, DeviceClass, Rest, number
 from sync.queues.nvme.state import MAX_STATE_BYTES
 from sync.registers.errors import IdentityMismatch
 from sync.vfio.device import VfioDevice
-from sync.vfio.executor import Executor
+from sync.vfio.executor import PAUSE_S, Executor, Work
 from sync.vfio.guest_memory import PinnedMemory
 from sync.vfio.user_device import UserDevice
 from sync.vfio_user.protocol import LoggingReport, MigrationState, PciRegion, VfioUserError
@@ -46,18 +45,19 @@ _N_REGISTERS = 4
 
 
 class QueueMigration:
-    """One function's; it was just opened, and nobody uses it. `log` takes an event and its fields.
+    """One function's, which told `inventory` of itself before anybody used it.
 
-    Raises `QueueError`, `VfioError` if it does not tell what it is.
+    What may take long is work (`executor`): nothing else is asked of this object until it is done,
+    but for `reset`, and what the guest does to its device.
     """
 
     def __init__(
         self,
         device_class: DeviceClass,
+        inventory: bytes,
         executor: Executor,
         device: VfioDevice | UserDevice,
         memory: PinnedMemory,
-        log: Callable[..., None],
         restore_interrupts: Callable[[], None],
     ) -> None:
         self._class = device_class
@@ -65,9 +65,8 @@ class QueueMigration:
         self._device = device
         self._restore_interrupts = restore_interrupts
         self._memory = memory
-        self._log = log
-        self._inventory = run(device_class.inventory(), executor)
-        self.watch = device_class.watch(memory, self._inventory)
+        self._inventory = inventory
+        self.watch = device_class.watch(memory, inventory)
         self._unreported: set[int] = set()
         self.logging = False
         self.reset()
@@ -84,15 +83,35 @@ class QueueMigration:
         self._arrived = b""
         """The state that was walked to last."""
 
-    def set_state(self, wanted: MigrationState) -> None:
-        """Raises `VfioUserError`; why is logged, for an error reply has no words."""
-        try:
-            self._enter(wanted)
-        except SyncError as error:
-            if isinstance(error, VfioUserError):
-                raise
-            self._log("device-cannot-move", reason=str(error))
-            raise VfioUserError(errno.EBUSY, str(error)) from error
+    def set_state(self, wanted: MigrationState) -> Work[None]:
+        """Raises `QueueError`, `VfioError`, `VfioUserError`."""
+        match self.state, wanted:
+            case (before, after) if before is after:
+                return
+            case (MigrationState.RUNNING, MigrationState.PRE_COPY):
+                self._add_state()
+            case ((MigrationState.RUNNING | MigrationState.PRE_COPY), MigrationState.STOP):
+                yield from self._come_to_rest()
+            case ((MigrationState.RUNNING | MigrationState.PRE_COPY), MigrationState.STOP_COPY):
+                yield from self._come_to_rest()
+                self._add_state()
+            case (MigrationState.STOP, MigrationState.STOP_COPY):
+                self._add_state()
+            case ((MigrationState.RUNNING | MigrationState.STOP), MigrationState.RESUMING):
+                self._incoming.clear()
+                self._arrived = b""
+            case (MigrationState.RESUMING, MigrationState.STOP):
+                yield from self._finish()
+            case (MigrationState.STOP, MigrationState.RUNNING) if self._arrived:
+                yield from self._go_on()
+            case (
+                (MigrationState.STOP | MigrationState.STOP_COPY | MigrationState.PRE_COPY),
+                (MigrationState.RUNNING | MigrationState.STOP),
+            ):
+                self._outgoing.clear()
+            case _:
+                raise VfioUserError(errno.EINVAL, f"no way to {wanted.name}")
+        self.state = wanted
 
     def read(self, size: int) -> bytes:
         """Up to `size` bytes of the stream."""
@@ -100,8 +119,8 @@ class QueueMigration:
         del self._outgoing[:size]
         return data
 
-    def write(self, data: bytes) -> None:
-        """More of the stream; states that are complete are walked to. Raises `VfioUserError`."""
+    def write(self, data: bytes) -> Work[None]:
+        """More of the stream; states that are complete are walked to. Raises as `set_state`."""
         if self.state is not MigrationState.RESUMING:
             raise VfioUserError(errno.EINVAL)
         self._incoming += data
@@ -120,14 +139,10 @@ class QueueMigration:
             inventory = body[_HEAD_BYTES : _HEAD_BYTES + inventory_bytes]
             self._config = body[: _CONFIG.size]
             self._arrived = body[_HEAD_BYTES + inventory_bytes :]
-            try:
-                differences = self._class.differences(inventory, self._inventory)
-                if differences:
-                    raise IdentityMismatch("the target's device holds something else", differences)
-                run(self._walk.ahead(self._arrived), self._executor)
-            except SyncError as error:
-                self._log("device-cannot-move", reason=str(error))
-                raise VfioUserError(errno.EINVAL, str(error)) from error
+            differences = self._class.differences(inventory, self._inventory)
+            if differences:
+                raise IdentityMismatch("the target's device holds something else", differences)
+            yield from self._executor.work(self._walk.ahead(self._arrived))
 
     # Dirty pages.
 
@@ -155,35 +170,6 @@ class QueueMigration:
 
     # States.
 
-    def _enter(self, wanted: MigrationState) -> None:
-        match self.state, wanted:
-            case (before, after) if before is after:
-                return
-            case (MigrationState.RUNNING, MigrationState.PRE_COPY):
-                self._add_state()
-            case ((MigrationState.RUNNING | MigrationState.PRE_COPY), MigrationState.STOP):
-                self._come_to_rest()
-            case ((MigrationState.RUNNING | MigrationState.PRE_COPY), MigrationState.STOP_COPY):
-                self._come_to_rest()
-                self._add_state()
-            case (MigrationState.STOP, MigrationState.STOP_COPY):
-                self._add_state()
-            case ((MigrationState.RUNNING | MigrationState.STOP), MigrationState.RESUMING):
-                self._incoming.clear()
-                self._arrived = b""
-            case (MigrationState.RESUMING, MigrationState.STOP):
-                self._finish()
-            case (MigrationState.STOP, MigrationState.RUNNING) if self._arrived:
-                self._go_on()
-            case (
-                (MigrationState.STOP | MigrationState.STOP_COPY | MigrationState.PRE_COPY),
-                (MigrationState.RUNNING | MigrationState.STOP),
-            ):
-                self._outgoing.clear()
-            case _:
-                raise VfioUserError(errno.EINVAL, f"no way to {wanted.name}")
-        self.state = wanted
-
     def _add_state(self) -> None:
         self.watch.look()
         registers = [number(self._device.read(_SPACE, *each)) for each in self._registers()]
@@ -196,7 +182,7 @@ class QueueMigration:
         msix = self._device.msix_control
         return [*_REGISTERS, *([] if msix is None else [(msix, 2)])]
 
-    def _come_to_rest(self) -> None:
+    def _come_to_rest(self) -> Work[None]:
         refusals = self.watch.refusals()
         if refusals:
             raise CannotMove(refusals)
@@ -210,14 +196,14 @@ class QueueMigration:
                 raise CannotMove([rest.value])
             if time.monotonic() > end:
                 raise WalkTimeout(f"commands do not complete within {REST_DEADLINE_S:g} s")
-            time.sleep(0.0002)
+            yield PAUSE_S
 
-    def _finish(self) -> None:
+    def _finish(self) -> Work[None]:
         if self._incoming or not self._arrived:
             raise VfioUserError(errno.EINVAL, "the stream is not complete")
-        run(self._walk.finish(self._arrived), self._executor)
+        yield from self._executor.work(self._walk.finish(self._arrived))
 
-    def _go_on(self) -> None:
+    def _go_on(self) -> Work[None]:
         state, self._arrived = self._arrived, b""
         values = _CONFIG.unpack(self._config)
         for (offset, length), value in zip(self._registers(), values, strict=False):
@@ -226,6 +212,6 @@ class QueueMigration:
         self.watch = self._class.watch(self._memory, self._inventory, state)
         self._executor.guest = self._memory
         try:
-            run(self._walk.start(state), self._executor)
+            yield from self._executor.work(self._walk.start(state))
         finally:
             self._executor.guest = None

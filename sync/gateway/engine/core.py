@@ -119,9 +119,13 @@ class Core:
     # --- device and VMM ---
 
     def device_came(
-        self, to_device: Send, on_ready: Callable[[SyncError | None], None]
+        self,
+        to_device: Send,
+        on_ready: Callable[[SyncError | None], None],
+        patience_s: float = 0.0,
     ) -> DeviceLink:
-        """A device was connected; `on_ready` is called when it has been asked everything."""
+        """A device was connected; `on_ready` is called when it has been asked everything, for which
+        it has `patience_s` longer than others."""
         link = DeviceLink(
             to_device,
             self.clock,
@@ -140,7 +144,8 @@ class Core:
             on_ready(error)
             self._proceed()
 
-        link.runner.start(handshake(link.facts, orphaned=self._orphaned), done, held=False)
+        job = handshake(link.facts, orphaned=self._orphaned, patience_s=patience_s)
+        link.runner.start(job, done, held=False)
         return link
 
     def device_lost(self, reason: str) -> None:

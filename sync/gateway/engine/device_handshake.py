@@ -75,13 +75,15 @@ class DeviceFacts:
         return Identity.from_config_space(self.config_space)
 
 
-def handshake(facts: DeviceFacts, *, orphaned: bool = False) -> Job[None]:
+def handshake(facts: DeviceFacts, *, orphaned: bool = False, patience_s: float = 0.0) -> Job[None]:
     """Negotiates and fills `facts`. Raises `DeviceRefused`, `ProtocolError`.
+
+    `patience_s`: how much longer than others the device may take for its first answer.
 
     `orphaned`: the VMM that used the device is gone. A device keeps its state when its client
     goes; what it had under way for one guest must not end up in the memory of the next.
     """
-    yield from _negotiate(facts)
+    yield from _negotiate(facts, patience_s)
     (answer,) = yield [Call(Command.DEVICE_GET_INFO, DeviceInfoRequest().pack())]
     device = DeviceInfo.unpack(answer.expect("DEVICE_GET_INFO"))
     facts.flags = device.flags
@@ -122,8 +124,9 @@ def get_migration_state() -> Job[MigrationState]:
     return MigState.unpack(Feature.unpack(body).data).device_state
 
 
-def _negotiate(facts: DeviceFacts) -> Job[None]:
-    (answer,) = yield [Call(Command.VERSION, Version(capabilities=OFFER).pack())]
+def _negotiate(facts: DeviceFacts, patience_s: float) -> Job[None]:
+    offer = Version(capabilities=OFFER).pack()
+    (answer,) = yield [Call(Command.VERSION, offer, patience_s=patience_s)]
     version = Version.unpack(answer.expect("VERSION"))
     if version.major != MAJOR:
         raise ProtocolError(f"the device speaks version {version.major}.{version.minor}")

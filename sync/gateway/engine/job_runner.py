@@ -27,25 +27,30 @@ T = TypeVar("T")
 
 
 class Call(NamedTuple):
-    """A command for the device. The descriptor stays the caller's."""
+    """A command for the device. The descriptor stays the caller's. `patience_s`: a list of commands
+    with it has so much longer than the usual deadline."""
 
     command: int
     body: bytes = b""
     descriptor: int | None = None
+    patience_s: float = 0.0
 
 
 @dataclass(slots=True)
 class Answer:
-    """Its reply: an errno or 0; the body; descriptors, closed with the answer if not taken out."""
+    """Its reply: an errno or 0; the body; descriptors, closed with the answer if not taken out; and
+    what the errno means in this case, where that is known."""
 
     error: int
     body: bytes = b""
     descriptors: list[int] = field(default_factory=list)
+    reason: str = ""
 
     def expect(self, what: str) -> bytes:
         """The body. Raises `DeviceRefused` if this is an error."""
         if self.error:
-            raise DeviceRefused(f"the device refuses {what}: {errno_text(self.error)}")
+            reason = self.reason or errno_text(self.error)
+            raise DeviceRefused(f"the device refuses {what}: {reason}")
         return self.body
 
 
@@ -70,6 +75,8 @@ class JobRunner:
         self._held = False
         self._holding = False
         self.deadline: float | None = None
+        self.explain: Callable[[], str] = lambda: ""
+        """Why the command whose reply is being taken was refused: from a device in our process."""
         self.on_late_end: Callable[[], None] = lambda: None
         """Called when a job has ended that had been `overdue`."""
 
@@ -163,7 +170,8 @@ class JobRunner:
         self._missing = len(calls)
         self._turn += 1
         if not self._held:
-            self.deadline = self._clock() + self._deadline_s
+            patience_s = max(call.patience_s for call in calls)
+            self.deadline = self._clock() + self._deadline_s + patience_s
         self._fill()
 
     def _fill(self) -> None:
@@ -195,7 +203,7 @@ class JobRunner:
         if turn != self._turn or self._job is None:
             close_fds(descriptors)
             return
-        self._answers[number] = Answer(error, body, descriptors)
+        self._answers[number] = Answer(error, body, descriptors, self.explain() if error else "")
         self._missing -= 1
         if self._missing:
             self._fill()

@@ -29,6 +29,10 @@ from sync.vfio_user.protocol import (
     SetIrqs,
 )
 
+STATE_PATIENCE_S = 30.0
+"""A device may do more with its state than take it: its queues are walked as it arrives, while the
+guest still runs elsewhere."""
+
 
 def mediate(
     link: DeviceLink, custody: Custody, request: Mediate, session: str = ""
@@ -227,7 +231,8 @@ def write_migration_data(link: DeviceLink, data: bytes) -> Job[None]:
     size = _transfer_bytes(link)
     for start in range(0, len(data), size):
         part = data[start : start + size]
-        (answer,) = yield [Call(Command.MIG_DATA_WRITE, MigData(len(part), part).pack())]
+        body = MigData(len(part), part).pack()
+        (answer,) = yield [Call(Command.MIG_DATA_WRITE, body, patience_s=STATE_PATIENCE_S)]
         answer.expect("the device state")
 
 

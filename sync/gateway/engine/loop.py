@@ -293,12 +293,14 @@ class Gateway:
             self._log("device-unusable", reason=str(error))
             self._retry_at = now + REOPEN_S
             return
-        self._use_device(endpoint)
+        self._use_device(endpoint, endpoint.patience_s)
+        if self._link is not None:
+            self._link.runner.explain = lambda: endpoint.reason
 
-    def _use_device(self, peer: "Peer | HostEndpoint") -> None:
+    def _use_device(self, peer: "Peer | HostEndpoint", patience_s: float = 0.0) -> None:
         self._device = peer
         self._watch(peer.fileno(), self._on_device)
-        self._link = self.core.device_came(peer.send, self._device_ready)
+        self._link = self.core.device_came(peer.send, self._device_ready, patience_s)
         peer.handler = self._link.relay.from_device
 
     def _device_ready(self, error: SyncError | None) -> None:

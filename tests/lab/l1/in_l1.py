@@ -12,10 +12,10 @@ import sys
 import time
 
 from sync.queues.errors import MemoryUnreadable
-from sync.queues.interface import Rest, run
+from sync.queues.interface import Rest
 from sync.queues.nvme.device_class import Nvme
 from sync.vfio.device import VfioDevice
-from sync.vfio.executor import Executor
+from sync.vfio.executor import Executor, complete
 from sync.vfio.sysfs import host_functions
 from sync.vfio.uapi import FeatureFlags, IrqIndex
 from tests.sync.queues.world import GUEST_IOVA, Driver, DriverCq, DriverSq
@@ -103,8 +103,8 @@ def main() -> None:
     source, target = (VfioDevice(function) for function in functions)
     signals: list[int] = []
     on_source, on_target = Executor(source), Executor(target, signals.append)
-    inventory = run(NVME.inventory(), on_source)
-    target_inventory = run(NVME.inventory(), on_target)
+    inventory = complete(on_source.work(NVME.inventory()))
+    target_inventory = complete(on_target.work(NVME.inventory()))
     differences = [str(each) for each in NVME.differences(inventory, target_inventory)]
 
     ram = Ram()
@@ -122,7 +122,7 @@ def main() -> None:
     walk = NVME.walk(target_inventory)
     copy = ram.bytes[:]
     began = time.monotonic()
-    run(walk.ahead(guest.watch.state()), on_target)
+    complete(on_target.work(walk.ahead(guest.watch.state())))
     ahead_ms = (time.monotonic() - began) * 1e3
     untouched = ram.bytes[:] == copy
     guest.work(3)
@@ -136,7 +136,7 @@ def main() -> None:
     state = guest.watch.state()
     source.unmap_dma(GUEST_IOVA, RAM_BYTES)
     copy = ram.bytes[:]
-    run(walk.finish(state), on_target)
+    complete(on_target.work(walk.finish(state)))
     finish_ms = (time.monotonic() - began) * 1e3
     untouched = untouched and ram.bytes[:] == copy
 
@@ -150,7 +150,7 @@ def main() -> None:
     on_target.guest = ram
     guest.device = target
     guest.watch = NVME.watch(ram, target_inventory, state)
-    run(walk.start(state), on_target)
+    complete(on_target.work(walk.start(state)))
     guest.take(driver.cqs[1], 2)
     guest.work(40)
     for _ in range(70):

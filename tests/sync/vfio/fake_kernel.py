@@ -2,6 +2,7 @@
 stand here a second time on purpose."""
 
 import errno
+import os
 import struct
 from pathlib import Path
 
@@ -19,6 +20,8 @@ class FakeKernel:
         self.closed: list[int] = []
         self.mapped: dict[int, tuple[int, int, int]] = {}
         self.irqs: list[tuple[int, ...]] = []
+        self.told: dict[int, int] = {}
+        self.express = False
         self.resets = 0
         self.version = 0
         self.type1 = 1
@@ -141,15 +144,21 @@ class FakeKernel:
 
     def _irq(self, info: bytearray) -> None:
         _, _, index, _ = struct.unpack("=IIII", info)
-        if index == 3:
+        if index == 3 and not self.express:
             raise OSError(errno.EINVAL, "no PCI Express")
-        struct.pack_into("=IIII", info, 0, 16, 1, index, {0: 1, 1: 1, 2: 65, 4: 1}[index])
+        struct.pack_into("=IIII", info, 0, 16, 1, index, {0: 1, 1: 1, 2: 65, 3: 1, 4: 1}[index])
 
     def _set_irqs(self, argument: bytes) -> None:
         size, flags, index, start, count = struct.unpack_from("=IIIII", argument)
         assert size == len(argument)
         fds = struct.unpack_from(f"={count}i", argument, 20) if flags & 4 else ()
         self.irqs.append((flags, index, start, count, *fds))
+        if index in (3, 4) and fds:
+            self.told[index] = fds[0]
+
+    def fire(self, index: int) -> None:
+        """ERR or REQ."""
+        os.eventfd_write(self.told[index], 1)
 
     def _reset(self, _: int) -> None:
         self.resets += 1

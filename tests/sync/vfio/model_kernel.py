@@ -17,6 +17,7 @@ class ModelKernel(FakeKernel):
     def __init__(self, blocks: dict[int, bytes], seed: int = 1) -> None:
         super().__init__()
         self.controller = Controller(Space(), random.Random(seed), blocks)
+        self.express = True
         self.works = True
         """Whether the controller does anything by itself."""
         self.config[9:12] = CLASS

@@ -10,7 +10,9 @@ from sync.queues.errors import WalkTimeout
 from sync.queues.interface import (
     AwaitMemory,
     AwaitRegister,
+    Command,
     MapScratch,
+    Plan,
     ReadMemory,
     ReadRegister,
     ResetFunction,
@@ -29,7 +31,7 @@ from sync.vfio.errors import (
     NoVfio,
     VfioError,
 )
-from sync.vfio.executor import Executor
+from sync.vfio.executor import Executor, complete
 from sync.vfio.sysfs import PciFunction
 from sync.vfio.uapi import FeatureFlags, IrqIndex
 from tests.sync.vfio.fake_kernel import DEVICE, FakeKernel, FakeSysfs
@@ -226,28 +228,35 @@ def executor(function: PciFunction, kernel: FakeKernel) -> Executor:
     return Executor(VfioDevice(function, kernel), deadline_s=0.05)
 
 
+def do(executor: Executor, command: Command) -> bytes:
+    def plan() -> Plan[bytes]:
+        return (yield command)
+
+    return complete(executor.work(plan()))
+
+
 def test_scratch_memory_is_the_functions_until_it_is_taken_away(
     executor: Executor, kernel: FakeKernel
 ) -> None:
-    executor(MapScratch(0x5000, 0x2000))
+    do(executor, MapScratch(0x5000, 0x2000))
     assert kernel.mapped[0x5000][0] == 0x2000
-    executor(WriteMemory(0x6FFC, b"abcd"))
-    assert executor(ReadMemory(0x6FFC, 4)) == b"abcd"
-    assert executor(AwaitMemory(0x6FFC, 1, 0x0F, 1)) == b"a"
-    executor(UnmapScratch(0x5000, 0x2000))
+    do(executor, WriteMemory(0x6FFC, b"abcd"))
+    assert do(executor, ReadMemory(0x6FFC, 4)) == b"abcd"
+    assert do(executor, AwaitMemory(0x6FFC, 1, 0x0F, 1)) == b"a"
+    do(executor, UnmapScratch(0x5000, 0x2000))
     assert not kernel.mapped
-    executor(MapScratch(0x5000, 0x1000))
+    do(executor, MapScratch(0x5000, 0x1000))
     executor.drop_scratch()
     assert not kernel.mapped
 
 
 def test_registers_resets_and_waits(executor: Executor, kernel: FakeKernel) -> None:
-    executor(WriteRegister(0x1C, struct.pack("<I", 5)))
-    assert executor(ReadRegister(0x1C, 4)) == struct.pack("<I", 5)
-    executor(AwaitRegister(0x1C, 4, 1, 1))
+    do(executor, WriteRegister(0x1C, struct.pack("<I", 5)))
+    assert do(executor, ReadRegister(0x1C, 4)) == struct.pack("<I", 5)
+    do(executor, AwaitRegister(0x1C, 4, 1, 1))
     with pytest.raises(WalkTimeout, match="did not do its part"):
-        executor(AwaitRegister(0x1C, 4, 2, 2))
-    executor(ResetFunction())
+        do(executor, AwaitRegister(0x1C, 4, 2, 2))
+    do(executor, ResetFunction())
     assert kernel.resets == 1
     assert kernel.config[4] & 4
     assert kernel.irqs[-1] == (36, 2, 0, 65, *[-1] * 65)
@@ -255,5 +264,5 @@ def test_registers_resets_and_waits(executor: Executor, kernel: FakeKernel) -> N
 
 def test_a_guests_vector_is_fired_by_who_owns_it(function: PciFunction, kernel: FakeKernel) -> None:
     fired: list[int] = []
-    Executor(VfioDevice(function, kernel), fired.append)(Signal(3))
+    do(Executor(VfioDevice(function, kernel), fired.append), Signal(3))
     assert fired == [3]

@@ -47,7 +47,7 @@ from tests.sync.vfio.model_kernel import ModelKernel
 
 ADDRESS = "0000:01:00.0"
 RAM_BYTES = 2 << 20
-INTX, MSIX, CONFIG = 0, 2, 7
+INTX, MSIX, ERR, REQ, CONFIG = 0, 2, 3, 4, 7
 
 
 class Ram:
@@ -91,6 +91,7 @@ class Client:
         self.endpoint = HostEndpoint(device, self._log)
         self.endpoint.handler = self._answered
         self.answers: list[tuple[int, bytes]] = []
+        self.ask(Command.VERSION, Version(capabilities=Capabilities()).pack())
 
     def _log(self, event: str, **fields: object) -> None:
         self.events.append((event, str(fields["reason"])))
@@ -108,13 +109,20 @@ class Client:
         self.answers.append((error, bytes(message[HEADER_BYTES:])))
 
     def ask(self, command: int, body: bytes = b"", fds: tuple[int, ...] = ()) -> bytes:
-        self.endpoint.send(encode_message(1, command, body), [os.dup(fd) for fd in fds])
-        self.endpoint.flush()
+        self.begin(command, body, fds)
+        while not self.answers:
+            self.endpoint.receive()
+            self.endpoint.flush()
         ((error, answer),) = self.answers
         self.answers.clear()
         if error:
             raise Refused(errno.errorcode[error])
         return answer
+
+    def begin(self, command: int, body: bytes = b"", fds: tuple[int, ...] = ()) -> None:
+        """Send a command, and take its answer if there is one at once."""
+        self.endpoint.send(encode_message(1, command, body), [os.dup(fd) for fd in fds])
+        self.endpoint.flush()
 
     def write(self, offset: int, data: bytes, region: int = 0) -> None:
         access = RegionAccess(offset, region, len(data), data)
@@ -179,7 +187,6 @@ class Guest:
         self.ram = Ram()
         self.here = here
         self.random = random.Random(1)
-        here.ask(Command.VERSION, Version(capabilities=Capabilities()).pack())
         here.share(self.ram)
         here.write(4, b"\x06\x01", CONFIG)
         here.write(0x3C, b"\x0b", CONFIG)
@@ -276,7 +283,7 @@ def test_a_target_that_holds_something_else_refuses_and_says_what(
     Guest(source)
     source.enter(MigrationState.STOP_COPY)
     other.enter(MigrationState.RESUMING)
-    with pytest.raises(Refused, match="EINVAL"):
+    with pytest.raises(Refused, match="EBUSY"):
         other.give(source.stream())
     assert "namespace 1 blocks: 4096 on the source, 8192 on the target" in other.events[0][1]
     other.endpoint.close()
@@ -339,6 +346,82 @@ def test_a_device_that_does_not_come_to_rest_is_left_running(
     source.kernel.controller.run()
     assert guest.driver.take(guest.driver.cqs[1]) == 1
     guest.work(20)
+
+
+def test_a_vmm_is_served_while_a_device_comes_to_rest(source: Client) -> None:
+    guest = Guest(source)
+    source.kernel.works = False
+    guest.driver.read_or_write(guest.driver.sqs[1], guest.random)
+    source.begin(Command.DEVICE_FEATURE, stop_copy())
+    for _ in range(3):
+        source.endpoint.receive()
+        assert source.read(8, 4) == b"\0\0\2\0"
+        source.write(0x3C, b"\x0c", CONFIG)
+        guest.use_interrupts(source, IrqSet.DATA_EVENTFD | IrqSet.ACTION_TRIGGER)
+    source.begin(Command.DEVICE_FEATURE, Feature.get(2, 8).pack())
+    assert not source.answers
+    source.kernel.controller.run()
+    while len(source.answers) < 2:
+        source.endpoint.receive()
+        source.endpoint.flush()
+    stopped = [MigState.unpack(Feature.unpack(body).data) for _, body in source.answers]
+    assert {each.device_state for each in stopped} == {MigrationState.STOP_COPY}
+    source.answers.clear()
+
+
+def test_a_vmm_is_served_while_a_device_is_walked_and_a_reset_ends_it(
+    source: Client, target: Client
+) -> None:
+    guest = Guest(source)
+    guest.work(3)
+    source.enter(MigrationState.STOP_COPY)
+    target.enter(MigrationState.RESUMING)
+    target.kernel.works = False
+    stream = source.stream()
+    target.begin(Command.MIG_DATA_WRITE, MigData(len(stream), stream).pack())
+    for _ in range(3):
+        target.endpoint.receive()
+        assert target.read(8, 4) == b"\0\0\2\0"
+    assert target.kernel.mapped
+    target.endpoint.send(encode_message(1, Command.DEVICE_RESET))
+    target.endpoint.flush()
+    assert [error for error, _ in target.answers] == [errno.ECANCELED, 0]
+    target.answers.clear()
+    assert not target.kernel.mapped
+    assert target.state() is MigrationState.RUNNING
+
+
+def stop_copy() -> bytes:
+    return Feature.set(2, MigState(MigrationState.STOP_COPY).pack()).pack()
+
+
+def test_an_error_of_the_function_ends_a_migration_and_a_reset_allows_the_next(
+    source: Client,
+) -> None:
+    guest = Guest(source)
+    line = os.eventfd(0, os.EFD_NONBLOCK)
+    flags = IrqSet.DATA_EVENTFD | IrqSet.ACTION_TRIGGER
+    source.ask(Command.DEVICE_SET_IRQS, SetIrqs(flags, REQ, 0, 1).pack(), (line,))
+    source.enter(MigrationState.PRE_COPY)
+    for kind, words in ((ERR, "reported an error"), (REQ, "wants it back")):
+        source.kernel.fire(kind)
+        source.endpoint.receive()
+        assert source.events[-1][0] == "device-trouble"
+        for command, body in (
+            (Command.MIG_DATA_READ, MigData(100).pack()),
+            (Command.DEVICE_FEATURE, stop_copy()),
+        ):
+            with pytest.raises(Refused, match="EBUSY"):
+                source.ask(command, body)
+            assert words in source.endpoint.reason
+        if kind == ERR:
+            # The guest goes on with what it has.
+            source.enter(MigrationState.RUNNING)
+            guest.work(3)
+            source.ask(Command.DEVICE_RESET)
+            source.enter(MigrationState.PRE_COPY)
+    assert os.eventfd_read(line) == 1
+    os.close(line)
 
 
 def test_i1_pages_are_reported_from_the_queues(source: Client) -> None:

@@ -2,25 +2,32 @@
 gateway to another by the requests that `send` and `receive` make."""
 
 import threading
+import time
 from collections.abc import Callable, Iterator
 from contextlib import closing, contextmanager
 from pathlib import Path
 
 import pytest
+import trio
 
 from lab.devices.disk import Disk
 from lab.devices.nvme.controller import NvmeController
 from lab.vfio_user.client import Client as Vmm
 from lab.vfio_user.server import Server
+from sync.errors import DeviceRefusal
+from sync.gateway.control.client import GatewayClient
+from sync.gateway.engine.core import Limits
+from sync.gateway.engine.custody import ClientRole
 from sync.gateway.engine.loop import Gateway, GatewayOptions
 from sync.vfio.device import VfioDevice
 from sync.vfio.endpoint import HostEndpoint
 from sync.vfio.errors import NoFunction
 from sync.vfio.sysfs import PciFunction
 from sync.vfio_user.errors import Disconnected
+from sync.vfio_user.protocol import MigrationState
 from tests.sync.vfio.fake_kernel import FakeSysfs
 from tests.sync.vfio.model_kernel import ModelKernel
-from tests.sync.vfio.moving import move
+from tests.sync.vfio.moving import Guest, move
 from tests.sync.vfio.test_endpoint import ADDRESS
 
 
@@ -93,6 +100,94 @@ def test_a_guest_moves_by_the_method_v2_and_its_pages_by_the_log(
     move(source, target)
     assert len(target.kernel.controller.events) == 1
     assert not target.kernel.controller.bad_status
+
+
+def test_everybody_is_answered_while_a_device_comes_to_rest(hosts: tuple[Host, Host]) -> None:
+    source, _ = hosts
+    guest = Guest(source)
+    guest.start()
+    source.kernel.works = False
+    guest.driver.read_or_write(guest.driver.sqs[1], guest.random)
+
+    async def stop() -> None:
+        path = source.folder / "control"
+        client = await GatewayClient.connect(path, role=ClientRole.SOURCE, session="s")
+        observer = await GatewayClient.connect(path, role=ClientRole.OBSERVER)
+        async with client, observer, trio.open_nursery() as nursery:
+            await client.mediate(tracker="none", page_size=4096, capture=False)
+            nursery.start_soon(client.mig_state, MigrationState.STOP_COPY)
+            for _ in range(3):
+                assert (await observer.status()).device_connected
+                await trio.to_thread.run_sync(source.vmm.region_read, 0, 8, 4)
+            source.kernel.controller.run()
+
+    trio.run(stop)
+
+
+def wait_for(condition: Callable[[], object]) -> None:
+    end = time.monotonic() + 20
+    while not condition():
+        assert time.monotonic() < end
+        time.sleep(0.01)
+
+
+def test_a_gateway_is_alive_while_a_device_takes_its_time_to_get_ready(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    kernel = ModelKernel({})
+    kernel.works = False
+    FakeSysfs(tmp_path / "sys").add(ADDRESS, driver="vfio-pci", group="7")
+    function = PciFunction(ADDRESS, tmp_path / "sys")
+    monkeypatch.setattr(
+        "sync.vfio.endpoint.open_endpoint",
+        lambda address, log: HostEndpoint(VfioDevice(function, kernel), log),
+    )
+    events: list[str] = []
+    beats: list[float] = []
+
+    def has_a_command() -> bool:
+        ring = kernel.controller.sqs.get(0)
+        return ring is not None and ring.head != ring.tail
+
+    options = GatewayOptions(
+        tmp_path / "vmm",
+        None,
+        tmp_path / "control",
+        host_function=ADDRESS,
+        limits=Limits(device_deadline_s=0.1),
+        heartbeat=beats.append,
+    )
+    gateway = Gateway(options, lambda event, **fields: events.append(event))
+    thread = threading.Thread(target=gateway.run)
+    thread.start()
+    wait_for(has_a_command)
+    seen = len(beats)
+    wait_for(lambda: len(beats) > seen + 4)
+    kernel.works = True
+    kernel.controller.step()
+    kernel.controller.step()
+    wait_for(lambda: "device-connected" in events)
+    gateway.stop()
+    thread.join(20)
+    assert not kernel.opened
+
+
+def test_why_a_device_cannot_move_is_told_to_who_asks(hosts: tuple[Host, Host]) -> None:
+    source, _ = hosts
+    guest = Guest(source)
+    guest.start()
+    guest.driver.submit(guest.driver.sqs[0], 0x7C)
+
+    async def stop() -> None:
+        client = await GatewayClient.connect(
+            source.folder / "control", role=ClientRole.SOURCE, session="s"
+        )
+        async with client:
+            await client.mediate(tracker="none", page_size=4096, capture=False)
+            with pytest.raises(DeviceRefusal, match="shadow doorbells are set up"):
+                await client.mig_state(MigrationState.STOP_COPY)
+
+    trio.run(stop)
 
 
 class ServedHost:
