@@ -81,7 +81,7 @@ async def send(
     if state is HandoverState.CHECKED:
         reporter.event("message", text="It would work; nothing was touched.")
     if state is HandoverState.COMMITTED:
-        return succeed(options, reporter, source.report)
+        return succeed(options, reporter, source.report, vmm_ended=source.vmm_ended)
     advice = {state: text.format(session=source.session) for state, text in ADVICE.items()}
     return conclude(reporter, state, source.runner, advice)
 
@@ -105,10 +105,10 @@ def _steering(source: Source, stop: StopRequest, reporter: Reporter) -> Steering
     return Steering(status, partial(stop.ask, "cancelled by `vfio-ferry cancel`"), change)
 
 
-def succeed(options: Options, reporter: Reporter, report: Report) -> Exit:
+def succeed(options: Options, reporter: Reporter, report: Report, *, vmm_ended: bool) -> Exit:
     """Says where the guest runs now, and whether it stood still for longer than it may."""
     where = urlsplit(options.to).hostname or f"the other side of {options.to}"
-    rest = "has been ended" if options.quit_source else "may be ended"
+    rest = "has been ended" if vmm_ended else "may be ended"
     text = f"The guest runs on {where}; the VMM here {rest}."
     over = report.downtime_over_limit
     if over:

@@ -89,6 +89,10 @@ async def _state(vmm: Vmm) -> Finding:
     if state == "postmigrate":
         advice = "do not continue it (`cont`): whose it is now, its gateway's record says"
         return note("guest", f"{state}: this VMM has sent its guest away", advice)
+    if state == "paused" and migration_status_of(await vmm.execute("query-migrate")) == "completed":
+        text = f"{state}: it has loaded a guest that was moved here"
+        advice = "do not continue it by hand (`cont`): `vfio-ferry resolve` says whose the guest is"
+        return problem("guest", text, advice)
     advice = "a source has to run (`cont`); a target is started with -S -incoming defer"
     return problem("guest", f"it is {state}", advice)
 

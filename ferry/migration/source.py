@@ -46,6 +46,7 @@ from ferry.nurseries import alongside, ungrouped
 from ferry.progress import Reporter
 from sync.dirty.merge import MergedTrackers
 from sync.gateway.engine.records import Terms
+from sync.gateway.errors import GatewayError
 from sync.handover.machine import Action, Event, Handover
 from sync.handover.states import STANDSTILL, Deadlines, HandoverState, Role
 from sync.memory import GuestMemory
@@ -121,6 +122,8 @@ class Source:
         self._tokens = (secrets.token_hex(8), secrets.token_hex(8))
         self._undo = Undo()
         self._pacing = trio.CancelScope()
+        self.vmm_ended = False
+        """The guest has moved, and its VMM here was ended, as asked for."""
         self.report = Report(self._session.hex(), downtime_limit_ms=options.downtime_limit)
         self._began = trio.current_time()
         # A scan reads all of the guest's memory before the rounds. How long the VMM may take to
@@ -504,7 +507,15 @@ class Source:
 
     async def _note_moved(self, prepared: Prepared) -> None:
         for device in prepared.devices:
-            await device.gateway.moved(self._session.hex())
+            try:
+                await device.gateway.moved(self._session.hex())
+            except GatewayError as error:
+                text = (
+                    f"that the guest has moved is not on record at {device.path}: {error}. Its "
+                    "gateway stays shut; `vfio-ferry resolve` on the target gives the verdict for "
+                    "the one here"
+                )
+                self._reporter.event("message", text=text)
 
     async def _conclude(self, prepared: Prepared, downtime: Downtime) -> None:
         downtime.lap("commit", prepared.link.committed_ms)
@@ -519,8 +530,12 @@ class Source:
         self._reporter.event("report", text=report.text(), **report.values())
         await self._put_back(prepared)
         if self._options.quit_source:
-            with contextlib.suppress(VmmError):
+            try:
                 await prepared.vmm.quit()
+            except VmmError as error:
+                self._reporter.event("message", text=f"the VMM here was not ended: {error}")
+            else:
+                self.vmm_ended = True
 
     async def _resume_guest(self, vmm: Vmm) -> None:
         state = await resume_source(vmm, self._options.qmp, RECOVERY_DEADLINE_S)

@@ -18,7 +18,8 @@ def test_a_downtime_above_the_limit_is_told(strict: bool, downtime_ms: float, ov
     stream = StringIO()
     options = Options(to="tcp://192.0.2.7:7100", qmp="q", strict_downtime=strict)
     report = Report("5", downtime_limit_ms=300, downtime_total_ms=downtime_ms)
-    code = succeed(options, Reporter("send", as_json=True, stream=stream), report)
+    told = Reporter("send", as_json=True, stream=stream)
+    code = succeed(options, told, report, vmm_ended=False)
     event = json.loads(stream.getvalue())
     assert event["event"] == "success"
     assert event["text"].startswith("The guest runs on 192.0.2.7; the VMM here may be ended.")
@@ -28,11 +29,14 @@ def test_a_downtime_above_the_limit_is_told(strict: bool, downtime_ms: float, ov
     assert code == event["exit_code"] == (Exit.SLOW if strict and over else Exit.OK)
 
 
-def test_where_a_guest_went_that_is_on_this_host() -> None:
+@pytest.mark.parametrize("ended", [True, False])
+def test_where_a_guest_went_that_is_on_this_host(ended: bool) -> None:
     stream = StringIO()
     options = Options(to="ipc:///run/link.sock", qmp="q", quit_source=True)
-    succeed(options, Reporter("send", as_json=False, stream=stream), Report("5"))
+    told = Reporter("send", as_json=False, stream=stream)
+    succeed(options, told, Report("5"), vmm_ended=ended)
+    rest = "has been ended" if ended else "may be ended"
     assert (
-        "The guest runs on the other side of ipc:///run/link.sock; the VMM here has been ended."
+        f"The guest runs on the other side of ipc:///run/link.sock; the VMM here {rest}."
         in stream.getvalue()
     )

@@ -127,3 +127,15 @@ def test_a_guest_that_was_sent_away_is_no_problem_and_not_to_be_continued() -> N
     ]
     assert told.level is Level.NOTE
     assert "do not continue it" in told.advice
+
+
+def test_i7_nobody_is_told_to_continue_a_guest_that_was_moved_here() -> None:
+    """It may run at the source: only the records say whose it is."""
+    loaded: dict[str, Any] = {
+        "query_status": {"status": "paused"},
+        "query_migrate": {"status": "completed"},
+    }
+    (told,) = [finding for finding in found(**loaded) if finding.check == "guest"]
+    assert told.level is Level.PROBLEM
+    assert "do not continue it" in told.advice
+    assert "resolve" in told.advice
