@@ -32,6 +32,17 @@ FAULTS = (
 class Options:
     memory: int = option("the guest's RAM", 128 * MIB, parse=size)
     disk: int = option("size of its disk", 64 * MIB, parse=size)
+    device: str = option(
+        "what its disk is: virtio, or nvme, which moves by its queues whatever the two below say",
+        "virtio",
+        choices=("virtio", "nvme"),
+    )
+    function: tuple[str, ...] = option(
+        "in place of device processes: the function of this machine that serves the disk at host "
+        "a, then that of host b; what is on the disk is overwritten",
+        (),
+        repeat=True,
+    )
     registers: str = option("how register state moves", "replay", choices=("v2", "replay"))
     dirty: str = option(
         "how dirty pages are found", "logging", choices=("logging", "message", "scan")
@@ -47,16 +58,24 @@ class Options:
 
 def run(options: Options) -> int:
     reporter = Reporter("demo", as_json=options.json)
+    if options.function and len(options.function) != 2:
+        raise LocalError("name two functions, one for each host")
     with working_folder(options.folder) as folder:
+        nvme = options.device == "nvme"
+        disk = "nvme" if nvme else "virtio-blk"
         setup = Setup(
-            device=tuple(device_flags(options.registers, options.dirty)),
+            device=() if nvme else tuple(device_flags(options.registers, options.dirty)),
+            gateway=("--bind",) if options.function else ("--queues",) if nvme else (),
             guest=(
-                *("--high-size", str(options.memory - 32 * MIB)),
+                *("--high-size", str(options.memory - 32 * MIB), "--disk", disk),
                 *("--queue-depth", str(options.queue_depth), "--irq", options.irq),
             ),
+            disk=disk,
             image_bytes=options.disk,
         )
         with Testbed(folder, setup) as bed:
+            for host, function in zip(bed.hosts.values(), options.function, strict=False):
+                host.function = function
             return _demonstrate(bed, options, reporter)
 
 
@@ -115,7 +134,9 @@ def _demonstrate(bed: Testbed, options: Options, reporter: Reporter) -> Exit:
     before = bed.wait_operations(a, BEFORE_OPERATIONS)
     say(f"the guest runs on host a: {_io_text(before)}")
     receive = bed.receive(b, on_event=tell)
-    flags = ["--registers", options.registers, "--dirty", options.dirty, "--verify", "all"]
+    flags = ["--verify", "all"]
+    if options.device != "nvme":
+        flags += ["--registers", options.registers, "--dirty", options.dirty]
     flags += ["--downtime-limit", str(options.downtime_limit)]
     send = bed.send(a, b, *flags, on_event=tell)
     codes = send.wait(MIGRATION_S), receive.wait(MIGRATION_S)

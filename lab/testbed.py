@@ -169,6 +169,8 @@ class Setup:
     device: tuple[str, ...] = ()
     gateway: tuple[str, ...] = ()
     guest: tuple[str, ...] = ()
+    disk: str = "virtio-blk"
+    """What the first device of a host is: `virtio-blk` or `nvme`."""
     image_bytes: int = 64 << 20
 
 
@@ -180,6 +182,8 @@ class Unit:
     folder: Path
     device: Process | None = None
     gateway: Process | None = None
+    function: str = ""
+    """PCI address of a function of this machine that is the device; empty: a process is."""
 
     @property
     def device_socket(self) -> Path:
@@ -293,9 +297,10 @@ class Testbed:
         return unit.device
 
     def start_gateway(self, unit: Unit) -> Process:
+        device = f"vfio:{unit.function}" if unit.function else unit.device_socket
         unit.gateway = self.start(
             f"gateway {unit.name}",
-            *("gateway", "--listen", unit.gateway_socket, "--device", unit.device_socket),
+            *("gateway", "--listen", unit.gateway_socket, "--device", device),
             *("--control", unit.control_socket, "--json", *self.setup.gateway),
         )
         unit.gateway.wait_socket(unit.control_socket)
@@ -312,7 +317,8 @@ class Testbed:
         return host.guest
 
     def start_host(self, host: Host, *, incoming: bool) -> None:
-        self.start_device(host)
+        if not host.function:
+            (self.start_nvme if self.setup.disk == "nvme" else self.start_device)(host)
         self.start_gateway(host)
         self.start_guest(host, incoming=incoming)
 

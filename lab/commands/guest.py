@@ -18,6 +18,9 @@ class Options:
     incoming: bool = option("wait for a migration, as QEMU's -S -incoming defer", False)
     low_size: int = option("RAM below the PCI hole", 32 * MIB, parse=size)
     high_size: int = option("RAM from 4 GiB on", 96 * MIB, parse=size)
+    disk: Literal["virtio-blk", "nvme"] = option(
+        "what its device is", "virtio-blk", choices=("virtio-blk", "nvme")
+    )
     irq: Literal["msix", "intx"] = option(
         "how the device interrupts", "msix", choices=("msix", "intx")
     )
@@ -47,6 +50,7 @@ def run(options: Options) -> int:
             incoming=options.incoming,
             low_bytes=options.low_size,
             high_bytes=options.high_size,
+            disk=options.disk,
             irq=options.irq,
             queue_depth=options.queue_depth,
             block_bytes=options.block_size,

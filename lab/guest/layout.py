@@ -1,6 +1,6 @@
 """Where the guest keeps what in its RAM. Everything follows from the options.
 
-    1 MiB   counters | virtqueue | request slots | write area | cache area
+    1 MiB   counters | queues | request slots | write area | cache area
     4 GiB   block table | read table | read area
 
 The block table says what each block of the disk has to contain, the read table what each buffer
@@ -11,13 +11,14 @@ import struct
 from dataclasses import dataclass
 
 from lab.guest.errors import GuestOptionsError
+from lab.guest.nvme_queue import queues_bytes
 from lab.guest.options import GuestOptions
 from lab.guest.ram import HIGH_BASE, LOW_DMA_RESTART
 from lab.guest.virtqueue import queue_bytes
 from sync.memory import PAGE_BYTES
 
 REQUEST_BYTES = 128
-"""A slot: header, status and indirect table of one request."""
+"""A slot of one request: virtio's header, status and indirect table, or NVMe's list of pages."""
 BLOCK_ENTRY = struct.Struct("<QQ")
 """Checksum and generation of a block; generation 0: never written."""
 READ_ENTRY = struct.Struct("<QQ")
@@ -47,10 +48,11 @@ class Layout:
         """Raises `GuestOptionsError` if the RAM is too small for it."""
         low = _Allocator("low_bytes", LOW_DMA_RESTART, options.low_bytes)
         high = _Allocator("high_bytes", HIGH_BASE, HIGH_BASE + options.high_bytes)
+        nvme = options.disk == "nvme"
         n_read_buffers = options.read_area_bytes // options.block_bytes
         return cls(
             counters=low.take(PAGE_BYTES),
-            queue=low.take(queue_bytes(options.queue_size)),
+            queue=low.take(queues_bytes(options) if nvme else queue_bytes(options.queue_size)),
             requests=low.take(options.queue_depth * REQUEST_BYTES),
             write_area=low.take(options.write_area_bytes),
             n_write_buffers=options.write_area_bytes // options.block_bytes,

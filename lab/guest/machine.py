@@ -18,6 +18,7 @@ from typing import Any
 from lab.guest.device_link import DeviceLink
 from lab.guest.errors import GuestPanic, MigrationRefused
 from lab.guest.layout import Layout
+from lab.guest.nvme import NvmeDriver
 from lab.guest.options import GuestOptions
 from lab.guest.ram import Ram
 from lab.guest.vcpu import Vcpu
@@ -51,7 +52,8 @@ class Machine:
             options.device_path, self.ram, irq=options.irq, rom_bytes=options.rom_bytes
         )
         self._workload = Workload(self.ram, layout, options)
-        self._driver = BlockDriver(self.ram, layout, options, self._link, self._workload)
+        kind = NvmeDriver if options.disk == "nvme" else BlockDriver
+        self._driver = kind(self.ram, layout, options, self._link, self._workload)
         self._vcpu = Vcpu(
             self._driver,
             self._workload,

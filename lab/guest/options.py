@@ -44,6 +44,8 @@ class GuestOptions:
     """RAM from 4 GiB on."""
     rom_bytes: int = 256 << 10
     """Mapped read-only up to 4 GiB without a descriptor, as firmware is. 0: none."""
+    disk: Literal["virtio-blk", "nvme"] = "virtio-blk"
+    """What its device is."""
     irq: Literal["msix", "intx"] = "msix"
     queue_size: int = 128
     queue_depth: int = 16
@@ -84,7 +86,7 @@ class GuestOptions:
     def geometry(self) -> dict[str, int | str]:
         """What the two guests of a migration must have in common."""
         names = (
-            "low_bytes high_bytes irq queue_size queue_depth block_bytes blocks "
+            "low_bytes high_bytes disk irq queue_size queue_depth block_bytes blocks "
             "read_area_bytes write_area_bytes cache_area_bytes"
         )
         return {name: getattr(self, name) for name in names.split()}
@@ -136,6 +138,10 @@ class GuestOptions:
     def _check_workload(self) -> None:
         if self.irq not in ("msix", "intx"):
             raise GuestOptionsError("irq has to be msix or intx")
+        if self.disk not in ("virtio-blk", "nvme"):
+            raise GuestOptionsError("disk has to be virtio-blk or nvme")
+        if self.disk == "nvme" and self.irq != "msix":
+            raise GuestOptionsError("the nvme driver takes msix alone")
         self._require_range("queue_size", 4, MAX_QUEUE_SIZE)
         if self.queue_size & (self.queue_size - 1):
             raise GuestOptionsError("queue_size has to be a power of two")

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from typing import Protocol
 
 from lab.guest.errors import GuestPanic
+from lab.guest.fields import U64, Fields
 from sync.pci import (
     BAR0,
     BAR_COUNT,
@@ -103,3 +104,16 @@ def place_bar(access: ConfigAccess, bar: AssignedBar) -> None:
     access.config_write(offset, 4, bar.address & 0xFFFF_FFFF)
     if bar.wide:
         access.config_write(offset + 4, 4, bar.address >> 32)
+
+
+def load_bars(fields: Fields) -> list[AssignedBar]:
+    """The member `bars`, as another guest has assigned them. Raises `StreamError`."""
+    return [
+        AssignedBar(
+            bar.number("index", BAR_COUNT - 1),
+            bar.number("address", U64),
+            bar.number("size", U64),
+            bar.flag("wide"),
+        )
+        for bar in fields.objects("bars", BAR_COUNT)
+    ]

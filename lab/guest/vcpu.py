@@ -13,9 +13,9 @@ from collections.abc import Callable
 from typing import Any, TypeVar
 
 from lab.guest.device_link import MAX_VECTORS, DeviceLink
+from lab.guest.disk_driver import DiskDriver
 from lab.guest.errors import DeviceLost, GuestError, GuestPanic, StreamError
 from lab.guest.fields import Fields
-from lab.guest.virtio_blk import BlockDriver
 from lab.guest.workload import Workload
 
 RECONNECT_S = 0.05
@@ -37,7 +37,7 @@ class Vcpu:
 
     def __init__(
         self,
-        driver: BlockDriver,
+        driver: DiskDriver,
         workload: Workload,
         link: DeviceLink,
         *,

@@ -1,20 +1,18 @@
-"""The guest's disk driver: requests in the queue, interrupts, and what to do when a device dies.
+"""The guest's driver of a virtio disk: requests in the queue, interrupts, a device that dies.
 
-Source: virtio 1.2, section 5.2 (block device). As strict as a real driver: it looks at the used
-ring when an interrupt tells it to and never otherwise, so that a lost interrupt is a lost request.
-With INTx an interrupt counts only if the ISR register says so.
+Source: virtio 1.2, section 5.2 (block device). With INTx an interrupt counts only if the ISR
+register says so.
 """
 
 import struct
-import time
 from typing import Any
 
 from lab.guest.device_link import DeviceLink
-from lab.guest.errors import GuestPanic, StreamError
+from lab.guest.disk_driver import DiskDriver
 from lab.guest.fields import U16, U64, Fields
 from lab.guest.layout import REQUEST_BYTES, Layout
 from lab.guest.options import SECTOR_BYTES, GuestOptions
-from lab.guest.pci_function import AssignedBar
+from lab.guest.pci_function import load_bars
 from lab.guest.ram import Ram
 from lab.guest.requests import Kind, Request
 from lab.guest.virtio_pci import (
@@ -42,8 +40,8 @@ TYPE_CODES = {Kind.READ: 0, Kind.WRITE: 1, Kind.FLUSH: 4, Kind.GET_ID: 8}
 WANTED = {Feature.VERSION_1, Feature.RING_INDIRECT_DESC, Feature.BLK_FLUSH}
 
 
-class BlockDriver:
-    """Drives one virtio-blk device for one workload. `DeviceLost` may come out of every method."""
+class BlockDriver(DiskDriver):
+    """Drives one virtio-blk device."""
 
     def __init__(
         self,
@@ -53,33 +51,14 @@ class BlockDriver:
         link: DeviceLink,
         workload: Workload,
     ) -> None:
+        super().__init__(layout, options, workload)
         self._ram = ram
-        self._layout = layout
-        self._options = options
         self._link = link
-        self._workload = workload
         self._transport = VirtioPci(link, DEVICE_TYPE, options.irq)
         self._queue = SplitQueue(ram, layout.queue, options.queue_size)
-        self._slots: list[Request | None] = [None] * options.queue_depth
-        self._free = list(range(options.queue_depth))
         self._indirect_owed = 0.0
-        self.started = False
-
-    @property
-    def slots_free(self) -> bool:
-        return bool(self._free)
-
-    def oldest_outstanding_s(self, now: float) -> float:
-        """How long the oldest request has been in flight; 0 if there is none."""
-        since = [slot.submitted_at for slot in list(self._slots) if slot is not None]
-        return max(0.0, now - min(since)) if since else 0.0
-
-    def outstanding(self) -> int:
-        """How many requests are in flight."""
-        return len(self._slots) - len(self._free)
 
     def start(self) -> None:
-        """Initialises the device; what was in flight is submitted anew."""
         self._queue.clear()
         self._transport.start(WANTED, self._queue.addresses, self._queue.size)
         capacity = self._transport.device_config(0, 4)
@@ -91,21 +70,7 @@ class BlockDriver:
         self.started = True
         self._submit([self._workload.get_id()])
 
-    def fill(self) -> None:
-        """Submits requests until the queue depth is reached or the workload has no more."""
-        now = time.time()
-        requests: list[Request] = []
-        while len(requests) < len(self._free):
-            request = self._workload.next_request(now)
-            if request is None:
-                break
-            if request.kind is Kind.FLUSH and not self._transport.has(Feature.BLK_FLUSH):
-                continue
-            requests.append(request)
-        self._submit(requests)
-
     def interrupt(self, vectors: set[int]) -> None:
-        """Handles interrupts. Raises `GuestPanic` if the device breaks virtio's rules."""
         self._workload.counters.interrupts += len(vectors)
         if self._options.irq == "intx":
             isr = self._transport.read_isr()
@@ -123,9 +88,7 @@ class BlockDriver:
             self._look_at_status()
 
     def recover(self) -> None:
-        """Goes on with a device whose connection was lost and is there again.
-
-        A device that kept its state is only told again what may not have reached it, and what it
+        """A device that kept its state is only told again what may not have reached it, and what it
         has finished meanwhile is looked for, since interrupts had nowhere to go. Any other device
         is initialised.
         """
@@ -144,7 +107,6 @@ class BlockDriver:
             self._reset()
 
     def state(self) -> dict[str, Any]:
-        """VM state that is not in RAM."""
         found = self._transport.found
         return {
             "started": self.started,
@@ -152,59 +114,27 @@ class BlockDriver:
             "features": self._transport.features,
             "available_index": self._queue.available_index,
             "used_index": self._queue.used_index,
-            "slots": [slot and slot.to_json() for slot in self._slots],
+            "slots": self._slots_state(),
         }
 
     def load_state(self, fields: Fields) -> None:
-        """Takes over from the driver of another guest. Raises `StreamError`."""
         self.started = fields.flag("started")
         if self.started:
             self._transport.found = _load_found(fields.object("found"))
         self._transport.features = fields.number("features", U64)
         self._queue.available_index = fields.number("available_index", U16)
         self._queue.used_index = fields.number("used_index", U16)
-        slots = fields.items("slots", len(self._slots))
-        if len(slots) != len(self._slots):
-            raise StreamError("another queue depth")
-        n_buffers = {
-            Kind.READ: self._layout.n_read_buffers,
-            Kind.GET_ID: self._layout.n_read_buffers,
-            Kind.WRITE: self._layout.n_write_buffers,
-            Kind.FLUSH: 1,
-        }
-        for slot, request in enumerate(slots):
-            if request is None:
-                continue
-            loaded = Request.from_json(
-                Fields(request, f"slot {slot}"),
-                n_blocks=self._layout.n_blocks,
-                n_buffers=n_buffers,
-            )
-            self._slots[slot] = loaded
-            self._workload.hold(loaded)
-        self._free = [slot for slot, request in enumerate(self._slots) if request is None]
+        self._load_slots(fields)
 
-    def _submit(self, requests: list[Request]) -> None:
-        if not requests:
-            return
-        now = time.time()
-        for request in requests:
-            request.submitted_at = now
-            request.indirect = self._next_is_indirect()
-            slot = self._free.pop()
-            self._slots[slot] = request
-            self._add(slot, request)
-        self._queue.publish()
-        self._transport.notify()
+    def _can_flush(self) -> bool:
+        return self._transport.has(Feature.BLK_FLUSH)
 
-    def _submit_again(self) -> None:
-        for slot, request in enumerate(self._slots):
-            if request is not None:
-                self._add(slot, request)
+    def _publish(self) -> None:
         self._queue.publish()
         self._transport.notify()
 
     def _add(self, slot: int, request: Request) -> None:
+        request.indirect = self._next_is_indirect()
         base = self._layout.requests + slot * REQUEST_BYTES
         sector = request.block * (self._layout.block_bytes // SECTOR_BYTES)
         if request.kind not in (Kind.READ, Kind.WRITE):
@@ -227,17 +157,12 @@ class BlockDriver:
         self._complete(used)
 
     def _complete(self, used: list[tuple[int, int]]) -> None:
-        now = time.time()
         for slot, _written in used:
-            request = self._slots[slot] if slot < len(self._slots) else None
-            if request is None:
-                raise GuestPanic(f"the device finished request {slot}, which is not in flight")
+            self._in_flight(slot)
             (status,) = self._ram.load(
                 self._layout.requests + slot * REQUEST_BYTES + STATUS_AT, STATUS
             )
-            self._slots[slot] = None
-            self._free.append(slot)
-            self._workload.complete(request, status, now)
+            self._finish(slot, status)
 
     def _look_at_status(self) -> None:
         if self._transport.status() & Status.NEEDS_RESET:
@@ -258,16 +183,6 @@ class BlockDriver:
 
 
 def _load_found(fields: Fields) -> Found:
-    bars = [
-        AssignedBar(
-            bar.number("index", BAR_COUNT - 1),
-            bar.number("address", U64),
-            bar.number("size", U64),
-            bar.flag("wide"),
-        )
-        for bar in fields.objects("bars", BAR_COUNT)
-    ]
-
     def structure(name: str) -> Structure:
         member = fields.object(name)
         return Structure(
@@ -277,7 +192,7 @@ def _load_found(fields: Fields) -> Found:
         )
 
     return Found(
-        bars,
+        load_bars(fields),
         fields.number("msix_capability", 255),
         structure("common"),
         structure("notify"),
