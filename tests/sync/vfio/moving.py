@@ -15,11 +15,18 @@ from lab.vfio_user.client import Client as Vmm
 from sync.gateway.control.client import GatewayClient
 from sync.gateway.engine.custody import ClientRole
 from sync.registers.choose import source_for, target_for
-from sync.vfio_user.protocol import DmaMap, IrqSet, SetIrqs
+from sync.vfio_user.protocol import DmaMap, DmaUnmap, IrqSet, SetIrqs
 from tests.sync.queues.world import GUEST_IOVA, Driver, DriverCq, DriverSq
 from tests.sync.vfio.test_endpoint import CONFIG, MSIX, RAM_BYTES, Ram
 
 DEADLINE_S = 60.0
+PHASES = (*("standby", "mediated", "walked ahead", "stopped", "walked", "released", "owned"),)
+"""What a move has reached, in this order."""
+CANARY = b"\xa5" * RAM_BYTES
+
+
+class _Aborted(Exception):
+    pass
 
 
 class Served(Protocol):
@@ -93,15 +100,52 @@ def move(source: Served, target: Served) -> float:
     guest = Guest(source)
     guest.start()
     guest.work(21)
-    stood_ms = trio.run(_move, source, target, guest)
+    stood_ms = trio.run(_move, source, target, guest, "s")
     guest.work(40)
     assert {asked.opcode for asked in guest.driver.asked.values()} == {0x0C}
     return stood_ms
 
 
-async def _move(source: Served, target: Served, guest: Guest) -> float:
-    a = await GatewayClient.connect(source.folder / "control", role=ClientRole.SOURCE, session="s")
-    b = await GatewayClient.connect(target.folder / "control", role=ClientRole.TARGET, session="s")
+def abort_everywhere(source: Served, target: Served) -> float:
+    """A move that ends at each phase in turn and leaves everything as it was: the guest's memory,
+    and that of the VMM at the target, byte for byte; the guest, which goes on; the target's
+    controller, which is reset. Then one that ends well; how long the guest stood still in it, in
+    milliseconds."""
+    guest = Guest(source)
+    guest.start()
+    guest.work(21)
+    ram_there = Ram()
+    target.vmm.dma_map(DmaMap(3, 0, GUEST_IOVA, RAM_BYTES), ram_there.fd)
+    for phase in PHASES:
+        trio.run(_move, source, target, guest, f"ends-{phase.replace(' ', '-')}", phase)
+        assert ram_there.bytes[:] == CANARY, phase
+        assert guest.ram.untouched(), phase
+        assert target.vmm.region_read(0, 0x14, 4) == bytes(4), phase
+        assert target.vmm.region_read(0, 0x1C, 4)[0] & 1 == 0, phase
+        guest.work(20)
+    target.vmm.dma_unmap(DmaUnmap(0, GUEST_IOVA, RAM_BYTES))
+    stood_ms = trio.run(_move, source, target, guest, "ends-well")
+    guest.work(40)
+    return stood_ms
+
+
+async def _move(
+    source: Served, target: Served, guest: Guest, session: str, until: str | None = None
+) -> float:
+    a = await GatewayClient.connect(
+        source.folder / "control", role=ClientRole.SOURCE, session=session
+    )
+    b = await GatewayClient.connect(
+        target.folder / "control", role=ClientRole.TARGET, session=session
+    )
+    reached: list[str] = []
+    before = b""
+
+    def reach(phase: str) -> None:
+        reached.append(phase)
+        if phase == until:
+            raise _Aborted
+
     async with a, b:
         info = await a.status()
         assert info.supports.v2
@@ -109,23 +153,42 @@ async def _move(source: Served, target: Served, guest: Guest) -> float:
         registers = source_for(view_of(info), a, ())
         there = view_of(await b.status())
         replica = target_for(await registers.offer(), there, b, ())
-        await b.standby("s")
-        mediation = await a.mediate(tracker="logging", page_size=4096, capture=False)
-        for descriptor in mediation.dirty:
-            os.close(descriptor)
-        assert mediation.n_pages == RAM_BYTES // 4096
-        async for payload in registers.begin(mediation.values, mediation.journal_seq):
-            await replica.receive(payload)
-        await trio.to_thread.run_sync(guest.work, 5)
-        assert (await a.dirty()).complete
-        began = time.monotonic()
-        await registers.quiesce()
-        await a.stop(fence=registers.fence, resume=registers.resume_records())
-        async for payload in registers.final():
-            await replica.receive(payload)
-        await replica.finish()
-        await a.release("s")
-        await b.own("s")
+        try:
+            await b.standby(session)
+            reach("standby")
+            mediation = await a.mediate(tracker="logging", page_size=4096, capture=False)
+            for descriptor in mediation.dirty:
+                os.close(descriptor)
+            assert mediation.n_pages == RAM_BYTES // 4096
+            reach("mediated")
+            async for payload in registers.begin(mediation.values, mediation.journal_seq):
+                await replica.receive(payload)
+            await trio.to_thread.run_sync(guest.work, 5)
+            assert (await a.dirty()).complete
+            before = guest.ram.bytes[:]
+            reach("walked ahead")
+            began = time.monotonic()
+            await registers.quiesce()
+            await a.stop(fence=registers.fence, resume=registers.resume_records())
+            reach("stopped")
+            async for payload in registers.final():
+                await replica.receive(payload)
+            await replica.finish()
+            reach("walked")
+            await a.release(session)
+            reach("released")
+            await b.own(session)
+            reach("owned")
+        except _Aborted:
+            await b.fence(session)
+            await b.abandon()
+            if "released" in reached:
+                await a.reclaim(session)
+            if "mediated" in reached:
+                await a.passthrough()
+            assert not before or guest.ram.bytes[:] == before
+            return 0.0
+        assert guest.ram.bytes[:] == before
         await trio.to_thread.run_sync(guest.appear, target)
         await b.start(replica.start_records())
         return (time.monotonic() - began) * 1e3

@@ -65,6 +65,11 @@ class Ram:
         self.write(iova, bytes(length))
         return iova
 
+    def untouched(self) -> bool:
+        """Whether all that nobody has allocated is as it was made."""
+        rest = self.bytes[self._free - GUEST_IOVA :]
+        return rest == b"\xa5" * len(rest)
+
     def read(self, iova: int, length: int) -> bytes:
         if not 0 <= iova - GUEST_IOVA <= RAM_BYTES - length:
             raise MemoryUnreadable(f"{iova:#x}")

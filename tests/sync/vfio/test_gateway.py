@@ -27,7 +27,7 @@ from sync.vfio_user.errors import Disconnected
 from sync.vfio_user.protocol import MigrationState
 from tests.sync.vfio.fake_kernel import FakeSysfs
 from tests.sync.vfio.model_kernel import ModelKernel
-from tests.sync.vfio.moving import Guest, move
+from tests.sync.vfio.moving import Guest, abort_everywhere, move
 from tests.sync.vfio.test_endpoint import ADDRESS
 
 
@@ -190,6 +190,15 @@ def test_why_a_device_cannot_move_is_told_to_who_asks(hosts: tuple[Host, Host]) 
     trio.run(stop)
 
 
+def test_i4_a_move_that_ends_in_any_phase_leaves_guest_and_memory_as_they_were(
+    hosts: tuple[Host, Host],
+) -> None:
+    source, target = hosts
+    abort_everywhere(source, target)
+    assert not source.kernel.controller.bad_status
+    assert not target.kernel.controller.bad_status
+
+
 class ServedHost:
     """A host whose device is a process that offers no migration: our own NVMe controller."""
 
@@ -229,6 +238,18 @@ def test_a_guest_moves_between_device_processes_by_their_queues(tmp_path: Path) 
         closing(ServedHost(tmp_path / "b", image, 1)) as target,
     ):
         move(source, target)
+
+
+def test_i4_a_device_process_is_left_as_it_was_by_a_move_that_ends_in_any_phase(
+    tmp_path: Path,
+) -> None:
+    image = tmp_path / "image"
+    image.write_bytes(bytes(1 << 20))
+    with (
+        closing(ServedHost(tmp_path / "a", image, 0)) as source,
+        closing(ServedHost(tmp_path / "b", image, 1)) as target,
+    ):
+        abort_everywhere(source, target)
 
 
 def test_a_gateway_whose_device_process_went_waits_for_another(tmp_path: Path) -> None:
