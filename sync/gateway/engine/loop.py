@@ -464,7 +464,8 @@ class Gateway:
         self._choose_what_to_read()
 
     def _flush_once(self) -> bool:
-        """Sends once; False if a connection has ended over it, which may leave more to be sent."""
+        """Sends once; False if a connection has ended over it, or the device has answered at once
+        what a client asks: either may leave more to be sent."""
         if self._answered:
             self._flush_clients()
         device, twin, vmm, link = self._device, self._twin, self._vmm, self._link
@@ -486,7 +487,7 @@ class Gateway:
         except (Disconnected, ProtocolError) as error:
             self._vmm_gone(str(error))
             return False
-        return True
+        return not self._answered
 
     def _choose_what_to_read(self) -> None:
         device, vmm, twin, link = self._device, self._vmm, self._twin, self._link

@@ -85,6 +85,12 @@ def hosts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[tuple[Hos
         yield source, target
 
 
+@pytest.fixture
+def no_ticks(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nothing happens in a gateway that no event is for."""
+    monkeypatch.setattr("sync.gateway.engine.loop.TICK_S", 3600.0)
+
+
 @contextmanager
 def _closing(host: Host) -> Iterator[Host]:
     try:
@@ -197,6 +203,24 @@ def test_i4_a_move_that_ends_in_any_phase_leaves_guest_and_memory_as_they_were(
     abort_everywhere(source, target)
     assert not source.kernel.controller.bad_status
     assert not target.kernel.controller.bad_status
+
+
+def test_what_a_function_does_at_once_is_answered_at_once(
+    no_ticks: None, hosts: tuple[Host, Host]
+) -> None:
+    """There is no event of a device to wait for, and the guest may be standing still."""
+    _, target = hosts
+
+    async def stop_and_go() -> None:
+        with trio.fail_after(20):
+            path = target.folder / "control"
+            async with await GatewayClient.connect(
+                path, role=ClientRole.TARGET, session="s"
+            ) as there:
+                await there.standby("s")
+                await there.abandon()
+
+    trio.run(stop_and_go)
 
 
 class ServedHost:
