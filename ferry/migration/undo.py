@@ -4,7 +4,16 @@ a migration has come to: the steps that undo what has been begun, and their orde
 from collections.abc import Awaitable, Callable
 from enum import Enum
 
-from sync.gateway.errors import DeviceLost, GatewayError, GatewayLost
+from sync.gateway.errors import (
+    DeviceLost,
+    DeviceRefused,
+    DeviceTimeout,
+    GatewayError,
+    GatewayLost,
+)
+
+WITHOUT_THE_DEVICE = (GatewayLost, DeviceLost, DeviceTimeout, DeviceRefused)
+"""With these the guest goes on all the same: it is better off than standing still."""
 
 
 class UndoStage(Enum):
@@ -30,14 +39,15 @@ class Undo:
         self._steps[stage].append(step)
 
     async def run(self) -> None:
-        """Takes every step. A device that is gone does not keep the guest from going on: that
-        `GatewayLost` or `DeviceLost` is raised in the end, any other error at once."""
+        """Takes every step. A device that is gone or does not obey does not keep the guest from
+        going on: what it raised (`WITHOUT_THE_DEVICE`) is raised in the end, any other error at
+        once."""
         lost: GatewayError | None = None
         for stage in UndoStage:
             for step in self._steps[stage]:
                 try:
                     await step()
-                except (GatewayLost, DeviceLost) as error:
+                except WITHOUT_THE_DEVICE as error:
                     lost = error
         if lost is not None:
             raise lost

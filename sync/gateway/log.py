@@ -29,7 +29,7 @@ MEANING = {
     "fenced": "the guest will never start here from this session",
     "abandoned": "the device no longer waits for a guest",
     "recovering": "the VMM is being resumed, for nobody else is left to do it",
-    "recovered": "the guest goes on",
+    "recovered": "whether its guest goes on is told by `ok`",
 }
 """What an event means, for people."""
 

@@ -32,6 +32,7 @@ from sync.gateway.errors import (
     GatewayLost,
     GatewayUnreachable,
     LayoutChanged,
+    LeaseHeld,
     error_for,
 )
 from sync.memory import PAGE_BYTES, MemoryRegion
@@ -39,6 +40,8 @@ from sync.vfio_user.protocol import MigrationState
 
 HELLO_DEADLINE_S = 5.0
 """For the first answer: something else than a gateway may listen there and say nothing."""
+LEASE_WAIT_S = 1.0
+LEASE_RETRY_S = 0.05
 _CHUNK_BYTES = 256 << 10
 
 R = TypeVar("R")
@@ -74,9 +77,21 @@ class GatewayClient:
     ) -> Self:
         """Connects and, as `source` or `target`, takes the lease for `session`.
 
-        The lease ends with the connection; `custody` has what the gateway then does by itself.
+        The lease ends with the connection; `custody` has what the gateway then does by itself. Who
+        has it may have it for a moment only (`doctor`), or just have ended: so it is waited for.
         Raises `GatewayUnreachable`, `ControlVersionMismatch`, `LeaseHeld`.
         """
+        until = trio.current_time() + LEASE_WAIT_S
+        while True:
+            try:
+                return await cls._connect(path, role, session)
+            except LeaseHeld:
+                if trio.current_time() > until:
+                    raise
+            await trio.sleep(LEASE_RETRY_S)
+
+    @classmethod
+    async def _connect(cls, path: str | os.PathLike[str], role: ClientRole, session: str) -> Self:
         sock = trio.socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
         try:
             await sock.connect(os.fspath(path))

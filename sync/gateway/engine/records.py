@@ -185,5 +185,15 @@ class Records:
             fate in (Fate.KEPT, Fate.VOUCHED) and session == self.away
         ):
             self.away = ""
-        while len(self._by_session) > MAX_RECORDS:
-            self._by_session.popitem(last=False)
+        if len(self._by_session) > MAX_RECORDS:
+            self._forget()
+
+    def _forget(self) -> None:
+        """Drops the oldest one that is settled: what is in doubt, or away, may still be asked for,
+        however many a sender has had refused since."""
+        settled = (
+            each.session
+            for each in self._by_session.values()
+            if each.fate not in UNSETTLED and each.session != self.away
+        )
+        del self._by_session[next(settled, next(iter(self._by_session)))]

@@ -4,7 +4,13 @@ import pytest
 import trio
 
 from ferry.migration.undo import Undo, UndoStage
-from sync.gateway.errors import DeviceLost, GatewayLost
+from sync.gateway.errors import (
+    DeviceLost,
+    DeviceRefused,
+    DeviceTimeout,
+    GatewayLost,
+    NotRecorded,
+)
 from sync.vmm.errors import VmmNotReady
 
 TAKEN = [UndoStage.TASKS, UndoStage.DEVICES, UndoStage.DEVICES, UndoStage.GUEST, UndoStage.RECOVERY]
@@ -39,10 +45,18 @@ def test_steps_are_taken_by_stage_however_they_were_added() -> None:
     assert undo({}) == (TAKEN, None)
 
 
-@pytest.mark.parametrize("lost", [GatewayLost("gone"), DeviceLost("gone")])
+@pytest.mark.parametrize(
+    "lost",
+    [GatewayLost("gone"), DeviceLost("gone"), DeviceTimeout("hangs"), DeviceRefused("refuses")],
+)
 @pytest.mark.parametrize("number", [1, 2, 4])
 def test_i8_a_device_that_is_gone_does_not_keep_the_guest(number: int, lost: Exception) -> None:
     assert undo({number: lost}) == (TAKEN, lost)
+
+
+def test_i7_a_guest_that_is_not_taken_back_on_record_is_not_continued() -> None:
+    error = NotRecorded("no room")
+    assert undo({2: error}) == (TAKEN[:2], error)
 
 
 def test_i8_a_guest_that_does_not_run_leaves_recovery_armed() -> None:

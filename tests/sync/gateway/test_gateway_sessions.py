@@ -5,6 +5,7 @@ import os
 import stat
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import trio
@@ -323,6 +324,41 @@ def test_one_lease_and_many_observers(
         await trio.to_thread.run_sync(house.wait_event, "restored")
         async with await GatewayClient.connect(path, role=ClientRole.TARGET) as holder:
             assert holder.info.lease == "target"
+
+    trio.run(main)
+
+
+def test_a_lease_that_somebody_has_for_a_moment_is_waited_for(
+    make_house: Callable[..., House],
+    make_device: type[ServedDevice],
+) -> None:
+    """`doctor` takes it to look at registers: a migration that begins just then is not to fail."""
+    house = make_house()
+    house.serve(make_device())
+    house.vmm()
+    refused = trio.Event()
+
+    class Client(GatewayClient):
+        @classmethod
+        async def _connect(cls, *whom: Any) -> "Client":
+            try:
+                return await super()._connect(*whom)
+            except LeaseHeld:
+                refused.set()
+                raise
+
+    async def main() -> None:
+        path = house.control_path
+        holder = await GatewayClient.connect(path, role=ClientRole.SOURCE)
+
+        async def end() -> None:
+            await refused.wait()
+            await holder.aclose()
+
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(end)
+            async with await Client.connect(path, role=ClientRole.TARGET) as client:
+                assert client.info.lease == "target"
 
     trio.run(main)
 

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from sync.gateway.engine import records_file
+from sync.gateway.engine import records, records_file
 from sync.gateway.engine.custody import Custody, CustodyState
 from sync.gateway.engine.records import Fate, Records, Terms
 from sync.gateway.engine.records_file import RecordsFile
@@ -144,4 +144,33 @@ def test_a_long_file_is_written_anew_and_says_the_same(
     file.close()
     again, file = opened(path)
     assert (again.record("last").fate, again.records.away) == (Fate.VOUCHED, "")
+    file.close()
+
+
+def test_i7_a_guest_that_is_away_is_not_forgotten_however_many_senders_are_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Each leaves the record of a session that is fenced."""
+    monkeypatch.setattr(records, "MAX_RECORDS", 8)
+    monkeypatch.setattr(records_file, "COMPACT_BYTES", 1)
+    path = tmp_path / "records"
+    custody, file = opened(path)
+    let_go(custody, "s")
+    for number in range(20):
+        custody.fence(f"refused {number}")
+    assert len(custody.records.latest(100)) == 8
+    assert custody.record("").session == "s"
+    for _ in range(2):
+        file.close()
+        custody, file = opened(path)
+        custody.vmm_came()
+        assert custody.shut
+        assert custody.records.fate("s") is Fate.RELEASED
+    custody.moved("s", "committed:s:C")
+    for number in range(20):
+        custody.fence(f"refused again {number}")
+    file.close()
+    custody, file = opened(path)
+    assert custody.shut
+    assert custody.record("s").fate is Fate.MOVED
     file.close()
