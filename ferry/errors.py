@@ -41,6 +41,10 @@ class Exit(IntEnum):
     PEER_ABORTED = 14, "the peer gave up, its own message says why; the guest is on the source"
     NOT_READY = 15, "doctor found what stands in the way of a migration, and says what to do"
     SLOW = 16, "the guest has moved, but stood still for longer than --downtime-limit allows"
+    DEVICE_SILENT = (
+        17,
+        "the guest has moved and runs on the target, but a device there does not work for it",
+    )
     IN_DOUBT = 20, "the commit was sent and not answered; run `vfio-ferry resolve` on both hosts"
     BROKEN = 21, "the source could not be restored; run `vfio-ferry resolve`"
     OWNER_FAILED = 22, "the target owns the guest but could not start it; run `vfio-ferry resolve`"

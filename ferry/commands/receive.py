@@ -13,6 +13,7 @@ from ferry.errors import ConfigError, Exit, Interrupted
 from ferry.exit_codes import exit_code_of
 from ferry.metrics import MigrationMetrics
 from ferry.migration.conclusion import conclude
+from ferry.migration.device_watch import DeviceState
 from ferry.migration.kernels import make_kernels_ready
 from ferry.migration.receive_options import Options, receiver_options
 from ferry.migration.stop_request import StopRequest, stopped_by_signals
@@ -136,7 +137,15 @@ async def _receive_guest(
                 code = exit_code_of(error)
                 reason = target.runner.reason
                 reporter.event("refused", reason=reason, exit_name=code.name.lower())
+    if state is HandoverState.COMMITTED:
+        return _code(target)
     return conclude(reporter, state, target.runner, _advice(target))
+
+
+def _code(target: Target) -> Exit:
+    """What a migration that has brought the guest here ends with."""
+    silent = target.watched.state is DeviceState.SILENT
+    return Exit.DEVICE_SILENT if silent else Exit.OK
 
 
 async def _receive(
@@ -161,6 +170,8 @@ async def _receive(
         reporter.event("listening", url=link.url)
         notify(f"READY=1\nSTATUS=listening at {link.url}")
         state = await target.runner.run(Event.START)
+        if state is HandoverState.COMMITTED:
+            await target.watch_devices()
         nursery.cancel_scope.cancel()
         if state is HandoverState.COMMITTED:
             report = target.arrival.values(link.statistics())
@@ -170,5 +181,11 @@ async def _receive(
                 f"{bytes_text(report['wire_bytes']['pages'])}, "
                 f"{bytes_text(report['wire_bytes']['vmm_stream'])} of the VMM's own."
             )
-            reporter.event("success", text=text, **report, exit_code=int(Exit.OK))
+            reporter.event(
+                "success",
+                text=text + target.watched.sentence("here"),
+                **report,
+                devices=target.watched.state.word,
+                exit_code=int(_code(target)),
+            )
     return link.url, target, state

@@ -11,6 +11,7 @@ from ferry.errors import ConfigError, Exit
 from ferry.metrics import MigrationMetrics
 from ferry.migration.conclusion import conclude
 from ferry.migration.control import Steering, changed, control_socket, settings
+from ferry.migration.device_watch import DeviceState, Verdict
 from ferry.migration.kernels import make_kernels_ready
 from ferry.migration.report import Report
 from ferry.migration.send_options import Options, sender_options
@@ -81,7 +82,9 @@ async def send(
     if state is HandoverState.CHECKED:
         reporter.event("message", text="It would work; nothing was touched.")
     if state is HandoverState.COMMITTED:
-        return succeed(options, reporter, source.report, vmm_ended=source.vmm_ended)
+        return succeed(
+            options, reporter, source.report, source.watched, vmm_ended=source.vmm_ended
+        )
     advice = {state: text.format(session=source.session) for state, text in ADVICE.items()}
     return conclude(reporter, state, source.runner, advice)
 
@@ -105,8 +108,11 @@ def _steering(source: Source, stop: StopRequest, reporter: Reporter) -> Steering
     return Steering(status, partial(stop.ask, "cancelled by `vfio-ferry cancel`"), change)
 
 
-def succeed(options: Options, reporter: Reporter, report: Report, *, vmm_ended: bool) -> Exit:
-    """Says where the guest runs now, and whether it stood still for longer than it may."""
+def succeed(
+    options: Options, reporter: Reporter, report: Report, watched: Verdict, *, vmm_ended: bool
+) -> Exit:
+    """Says where the guest runs now, whether it stood still for longer than it may, and whether its
+    devices work there."""
     where = urlsplit(options.to).hostname or f"the other side of {options.to}"
     rest = "has been ended" if vmm_ended else "may be ended"
     text = f"The guest runs on {where}; the VMM here {rest}."
@@ -116,7 +122,10 @@ def succeed(options: Options, reporter: Reporter, report: Report, *, vmm_ended: 
             f" It stood still for {report.downtime_total_ms:.0f} ms, which is more than "
             f"--downtime-limit allows ({report.downtime_limit_ms:.0f} ms)."
         )
+    text += watched.sentence("there")
     code = Exit.SLOW if over and options.strict_downtime else Exit.OK
+    if watched.state is DeviceState.SILENT:
+        code = Exit.DEVICE_SILENT
     reporter.event(
         "success",
         text=text,
@@ -125,6 +134,7 @@ def succeed(options: Options, reporter: Reporter, report: Report, *, vmm_ended: 
         downtime_total_ms=report.downtime_total_ms,
         downtime_limit_ms=report.downtime_limit_ms,
         downtime_over_limit=over,
+        devices=watched.state.word,
         exit_code=int(code),
     )
     return code

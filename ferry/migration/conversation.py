@@ -66,6 +66,7 @@ EVENTS: Mapping[Role, Mapping[MessageKind, Event]] = {
 RULES: Mapping[Role, Mapping[MessageKind, Rule]] = {
     Role.SOURCE: {
         _K.LOADED: _rule(_S.FINALIZING, _SOURCE_GAVE_UP),
+        _K.WATCHED: _rule(_S.COMMITTED, {_S.IN_DOUBT}),
         **{kind: _rule_of(Role.SOURCE, event) for kind, event in EVENTS[Role.SOURCE].items()},
     },
     Role.TARGET: {

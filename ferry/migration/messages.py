@@ -18,6 +18,7 @@ checked here, and which message may come when stands in `ferry.migration.convers
                           <-            READY, with what the register check found
     COMMIT                ->            the point of no return
                           <-            COMMITTED, with what it took; or START_FAILED
+                          <-            WATCHED, after COMMITTED: whether the devices work there
     ABORT                 <->           at any time before COMMIT, with a reason
 """
 
@@ -31,7 +32,7 @@ from typing import Any, TypeVar
 from ferry.errors import PeerProtocolError
 from sync.vmm.states import RUNNING, STOPPED
 
-PROTOCOL_VERSION = 4
+PROTOCOL_VERSION = 5
 MAX_DEVICES = 64
 """Devices of one VM. A PCI root bus has 32 slots; the bound only keeps a hostile greeting small."""
 MAX_TOKEN_CHARACTERS = 64
@@ -61,6 +62,7 @@ class MessageKind(IntEnum):
     ABORT = 9
     PLATFORM = 10
     PROBE = 11
+    WATCHED = 12
 
 
 @dataclass(frozen=True)

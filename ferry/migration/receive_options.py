@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 
-from ferry.config import endpoint, option, seconds, socket_path
+from ferry.config import endpoint, natural, option, seconds, socket_path
 from ferry.errors import (
     ConfigError,
 )
@@ -37,6 +37,11 @@ class Options:
     vouch_one_vm: bool = option(
         "you vouch that --gateway and --qmp are of one VM, where nothing on this host can prove it",
         False,
+    )
+    watch_device: int = option(
+        "seconds to look whether the devices work, once the guest runs here; 0: not at all",
+        3,
+        parse=natural,
     )
     peer_timeout: float = option(
         "seconds of silence until the peer is lost", _LINK.peer_timeout_s, parse=seconds

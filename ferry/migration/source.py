@@ -22,6 +22,7 @@ from ferry.errors import Mismatch
 from ferry.findings import methods_text, ok
 from ferry.migration.belonging import prove_one_vm
 from ferry.migration.check import findings_of, stream_finding
+from ferry.migration.device_watch import Verdict
 from ferry.migration.devices import offer_of
 from ferry.migration.downtime import Downtime, standstill_budget_s
 from ferry.migration.handover_runner import HandoverRunner
@@ -125,6 +126,8 @@ class Source:
         self.vmm_ended = False
         """The guest has moved, and its VMM here was ended, as asked for."""
         self.report = Report(self._session.hex(), downtime_limit_ms=options.downtime_limit)
+        self.watched = Verdict()
+        """Whether the devices work at the target."""
         self._began = trio.current_time()
         # A scan reads all of the guest's memory before the rounds. How long the VMM may take to
         # pause follows from what has been decided by then.
@@ -536,6 +539,7 @@ class Source:
                 self._reporter.event("message", text=f"the VMM here was not ended: {error}")
             else:
                 self.vmm_ended = True
+        self.watched = await prepared.link.wait_watched()
 
     async def _resume_guest(self, vmm: Vmm) -> None:
         state = await resume_source(vmm, self._options.qmp, RECOVERY_DEADLINE_S)

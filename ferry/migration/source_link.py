@@ -16,6 +16,7 @@ from numpy.typing import NDArray
 
 from ferry.errors import Mismatch, PeerAborted, Unreachable
 from ferry.migration.conversation import EVENTS
+from ferry.migration.device_watch import Verdict
 from ferry.migration.endpoints import resolved, why_nobody_answers
 from ferry.migration.handover_runner import HandoverRunner
 from ferry.migration.listener import Listener
@@ -28,6 +29,8 @@ from transport.sender import RoundStatistics, Sender, open_sender
 from transport.session.link import SessionEnd
 from transport.wire.errors import PeerRefused, PeerUnreachable, TransportError
 
+WATCHED_S = 600.0
+"""How long the target may look whether its devices work; it is lost long before if it is silent."""
 TELL_S = 1.0
 """How long the receiver may take to hear why the source gives up."""
 
@@ -52,6 +55,9 @@ class SourceLink:
         """What it took on the target to become ready, by phase; with `PEER_READY`."""
         self.committed_ms: dict[str, object] = {}
         """What it took to start the guest there, by phase; with `PEER_COMMITTED`."""
+        self.watched = Verdict()
+        """Whether the devices work there; with `WATCHED`."""
+        self._heard_all = trio.Event()
 
     @classmethod
     async def open(
@@ -83,6 +89,13 @@ class SourceLink:
     async def listen(self) -> None:
         """Hears the receiver until the link ends, which the handover is told of."""
         await Listener(self.sender, self._runner, self._act).run()
+        self._heard_all.set()
+
+    async def wait_watched(self) -> Verdict:
+        """Whether the devices work at the target, once it has looked, or has gone."""
+        with trio.move_on_after(WATCHED_S):
+            await self._heard_all.wait()
+        return self.watched
 
     async def _act(self, kind: MessageKind, payload: bytes) -> None:
         """Acts on a message of the receiver."""
@@ -96,6 +109,10 @@ class SourceLink:
             self.ready_ms = notice.mapping("ms")
         elif kind is MessageKind.COMMITTED:
             self.committed_ms = notice.mapping("ms")
+        elif kind is MessageKind.WATCHED:
+            self.watched = Verdict.told(notice.text("devices"), notice.text("text"))
+            self._heard_all.set()
+            return
         elif kind is MessageKind.START_FAILED:
             error = PeerAborted(f"target: {notice.text('reason')}")
         else:

@@ -21,6 +21,7 @@ from ferry.errors import Mismatch, PeerAborted
 from ferry.migration.belonging import compare_places, prove_one_vm
 from ferry.migration.check import answer_check
 from ferry.migration.conversation import EVENTS
+from ferry.migration.device_watch import Verdict, watch_devices
 from ferry.migration.handover_runner import HandoverRunner
 from ferry.migration.incoming_vmm import IncomingVmm
 from ferry.migration.late_memory import LateMemory, check_late_files
@@ -116,6 +117,7 @@ class Target:
         self._vmm = vmm
         self._leases: list[Lease] = []
         self._start_asked = False
+        self._may_ask_devices = False
         self.session = ""
         """The session's name, as the gateways' records have it; '' before a sender has come."""
         self.proof = ""
@@ -124,6 +126,8 @@ class Target:
         """The sender asks whether it would work, and nothing else."""
         self.touched = False
         """Something here has been prepared for the guest; before, a sender can be refused."""
+        self.watched = Verdict()
+        """Whether the devices work for the guest that came."""
         self.arrival = Arrival()
         self.runner = HandoverRunner(
             Handover(Role.TARGET, Deadlines(listening_s=options.wait)),
@@ -323,6 +327,7 @@ class Target:
         started = time.monotonic()
         if incoming.guest_was in RUNNING:
             await self._vmm.resume()
+            self._may_ask_devices = True
         else:
             text = f"The guest is {in_words(incoming.guest_was)}, as at the source, and left so."
             self._reporter.event("message", text=text)
@@ -338,6 +343,15 @@ class Target:
             await self._link.send_record(MessageKind.COMMITTED, notice, flush=True)
         with trio.move_on_after(PUT_BACK_S), contextlib.suppress(VmmError):
             await self._vmm.put_back(settings)
+
+    async def watch_devices(self) -> None:
+        """Looks whether the devices work for the guest that runs here, and tells the source."""
+        if self._options.watch_device and self._may_ask_devices:
+            gateways = [lease.gateway for lease in self._leases]
+            self.watched = await watch_devices(gateways, self._options.watch_device)
+        notice = Notice({"devices": self.watched.state.word, "text": self.watched.text[:1000]})
+        with trio.move_on_after(TELL_S), contextlib.suppress(TransportError):
+            await self._link.send_record(MessageKind.WATCHED, notice.pack(), flush=True)
 
     # --- the ways out ---
 

@@ -17,6 +17,11 @@ class Options:
     express: bool = option("be a PCI Express device, with Advanced Error Reporting", False)
     read_only: bool = option("refuse writes", False)
     workers: int = option("threads, so also requests in flight", 4, parse=positive)
+    mute: str = option(
+        "failure drill: do not interrupt, or do not carry out any request",
+        "",
+        choices=("", "interrupts", "requests"),
+    )
     serial: str = option("serial number that the guest sees", "vfio-ferry")
 
 
@@ -31,6 +36,7 @@ def run(options: Options) -> int:
             read_only=options.read_only,
             workers=options.workers,
             serial=options.serial,
+            mute=options.mute,
         )
     )
     return Exit.OK

@@ -32,6 +32,8 @@ class DeviceOptions:
     """A PCI Express device with Advanced Error Reporting, instead of conventional PCI."""
     serial: str = "vfio-ferry"
     """What the guest sees as the disk's serial number; up to 20 ASCII characters."""
+    mute: str = ""
+    """What it does not do: "interrupts", or "requests"."""
 
     def __post_init__(self) -> None:
         page = self.logging_page_bytes
@@ -45,7 +47,7 @@ def build(options: DeviceOptions) -> VirtioBlk:
     """The device that `options` describe. Raises `DeviceError`."""
     disk = Disk(options.image_path, read_only=options.read_only)
     try:
-        return VirtioBlk(
+        device = VirtioBlk(
             disk,
             serial=options.serial,
             n_queues=options.queues,
@@ -54,6 +56,8 @@ def build(options: DeviceOptions) -> VirtioBlk:
             logging_page_bytes=options.logging_page_bytes,
             express=options.express,
         )
+        device.mute = options.mute
+        return device
     except DeviceError:
         disk.close()
         raise

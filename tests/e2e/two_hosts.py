@@ -90,6 +90,7 @@ def migrate(bed: Testbed, source: Host, target: Host, method: Method, *send: str
     assert f"Migration {report['session']}" in drawn and "limit 300 ms" in drawn
     arrived = receiver.wait_event("success")
     assert arrived["session"] == report["session"]
+    assert told["devices"] == arrived["devices"] == "works"
     assert arrived["pages"] >= report["rounds"][-1]["sent_pages"]
     return sender.wait_event("report")
 

@@ -175,8 +175,10 @@ class TwoHosts:
         on_phase: Callable[[str, Command, Command], None] = lambda *_: None,
         *,
         check: bool = False,
+        watch_device: int = 0,
     ) -> tuple[Command, Command]:
-        """`send` and `receive` to their ends. `on_phase` is called when either enters a phase."""
+        """`send` and `receive` to their ends. `on_phase` is called when either enters a phase. The
+        devices never interrupt, so that nobody looks whether they do is the rule."""
         target = self.other(source)
         self._n_migrations += 1
         url = f"ipc://{self._folder}/{self._n_migrations}.sock"
@@ -191,7 +193,9 @@ class TwoHosts:
             connect_timeout=CONNECT_TIMEOUT_S,
             check=check,
         )
-        to_receive = receive_options.Options(**target.flags, **common, listen=url, wait=DEADLINE_S)
+        to_receive = receive_options.Options(
+            **target.flags, **common, listen=url, wait=DEADLINE_S, watch_device=watch_device
+        )
 
         def entered(phase: str) -> None:
             if sender.phases and sender.phases[-1] == phase:

@@ -126,6 +126,8 @@ class VirtioDevice(PciDevice[Virtqueue]):
     ) -> None:
         self._config_bytes = config_bytes
         self._isr = Isr(0)
+        self.mute = ""
+        """What it does not do: "interrupts", or "requests"."""
         self._line_lock = threading.Lock()
         n_vectors = n_queues + 1
         self.common = CommonConfiguration(
@@ -304,6 +306,8 @@ class VirtioDevice(PciDevice[Virtqueue]):
         return take_over
 
     def _notify(self, index: int) -> None:
+        if self.mute == "requests":
+            return
         if index < len(self.common.queues) and self.common.queues[index].enabled:
             self.common.queues[index].notified = True
             self.memory.settle()
@@ -322,6 +326,8 @@ class VirtioDevice(PciDevice[Virtqueue]):
             self._interrupt(self.common.config_vector, Isr.CONFIGURATION)
 
     def _interrupt(self, vector: int, cause: Isr) -> None:
+        if self.mute == "interrupts":
+            return
         if self._uses_msix():
             if vector != NO_VECTOR:
                 self.interrupts.signal(vector)

@@ -67,6 +67,18 @@ class Recovery:
 
 
 @dataclass(frozen=True, slots=True)
+class Activity:
+    """What a guest that came has asked of the device here, and what the device did, until it first
+    interrupted or some time had passed. Zeros where none came."""
+
+    writes: int = 0
+    """Of registers beside configuration space, as doorbells are."""
+    refused: int = 0
+    """Accesses that the device has answered with an error."""
+    interrupts: int = 0
+
+
+@dataclass(frozen=True, slots=True)
 class GatewayInfo:
     """A gateway's status. The device's part is that of its last connection."""
 
@@ -96,4 +108,5 @@ class GatewayInfo:
     'standby' or 'released'."""
     journal_records: int
     journal_overflow: bool
+    activity: Activity
     last_recovery: Recovery | None

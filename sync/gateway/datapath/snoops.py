@@ -181,6 +181,8 @@ class Snoops:
         # Followed as it goes by: should the device refuse it, a spurious interrupt is all it costs.
         self._interrupts.apply(request, copies)
         passed, descriptors[:] = list(descriptors), []
+        if self._interrupts.tapping:
+            passed = self._interrupts.tap(passed)
         self._relay.relay_command(message_id, flags, message, passed)
 
 

@@ -289,6 +289,49 @@ def reads(relay: Relay, deferred: DeferredReads, *, at_rest: bool) -> dict[int, 
     return {Command.REGION_READ: read}
 
 
+class Watch:
+    """Commands of a guest that has just come: relayed, and counted, so that one can tell whether
+    anything was asked of the device."""
+
+    def __init__(self, relay: Relay) -> None:
+        self._relay = relay
+        self.writes = 0
+        """Of registers beside configuration space."""
+        self.refused = 0
+        """Accesses that the device has answered with an error."""
+        self.commands: dict[int, VmmCommand] = {
+            Command.REGION_READ: self._relay_access,
+            Command.REGION_WRITE: self._write,
+            Command.REGION_WRITE_MULTI: self._write_multi,
+        }
+
+    def _write(
+        self, message_id: int, flags: int, message: memoryview, descriptors: list[int]
+    ) -> None:
+        self.writes += RegionAccess.unpack(message[HEADER_BYTES:]).region != PciRegion.CONFIG
+        self._relay_access(message_id, flags, message, descriptors)
+
+    def _write_multi(
+        self, message_id: int, flags: int, message: memoryview, descriptors: list[int]
+    ) -> None:
+        writes = WriteMulti.unpack(message[HEADER_BYTES:]).writes
+        self.writes += sum(write.region != PciRegion.CONFIG for write in writes)
+        self._relay_access(message_id, flags, message, descriptors)
+
+    def _relay_access(
+        self, message_id: int, flags: int, message: memoryview, descriptors: list[int]
+    ) -> None:
+        if flags & FLAG_NO_REPLY:
+            self._relay.to_device(message, descriptors)
+            return
+
+        def answered(error: int, reply: memoryview, more: list[int]) -> None:
+            self.refused += bool(error)
+            self._relay.pass_back(message_id, reply, more)
+
+        self._relay.forward(message_id, message, descriptors, answered)
+
+
 def refusals(relay: Relay) -> dict[int, VmmCommand]:
     """Commands for the device's migration state, which is ours while a migration is under way."""
 

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from typing import Any, Protocol, TypeVar
 
 from sync.errors import SyncError
-from sync.gateway.control.info import GatewayInfo, Recovery, VmmConnection
+from sync.gateway.control.info import Activity, GatewayInfo, Recovery, VmmConnection
 from sync.gateway.datapath.journal import DEFAULT_RECORDS
 from sync.gateway.datapath.relay import Send, VmmCommand
 from sync.gateway.engine import device_steps as steps
@@ -28,6 +28,8 @@ from sync.vfio_user.protocol import Command, Version
 
 T = TypeVar("T")
 
+WATCH_S = 30.0
+"""For how long it is counted, at most, what a guest that has come asks and its device does."""
 MAX_SESSIONS_TOLD = 16
 """So many are in a status, the latest; any other is told of when it is asked for."""
 
@@ -261,9 +263,25 @@ class Core:
         self.link.runner.start(job, finished, held=held)
 
     def expire(self, now: float) -> None:
-        """Ends what the device has taken too long for."""
-        if self.link is not None:
-            self.link.runner.expire(now)
+        """Ends what the device has taken too long for, and the watch over one that is known to
+        work, or has been watched for long enough."""
+        link = self.link
+        if link is None:
+            return
+        link.runner.expire(now)
+        known = link.interrupts.arrived or now > link.watched_since + WATCH_S
+        if link.interrupts.tapping and self.custody.state is not CustodyState.STANDBY and known:
+            link.interrupts.tapping = False
+            self.when_idle(lambda: self._end_watch(link))
+
+    def _end_watch(self, link: DeviceLink) -> None:
+        if link is not self.link or self.custody.state is CustodyState.STANDBY:
+            return
+
+        def failed(error: SyncError) -> None:
+            self.log_state("interrupts-not-direct", reason=str(error))
+
+        self.run(jobs.end_watch(link, self.custody), lambda _: None, failed, held=False)
 
     def forgive(self, seconds: float) -> None:
         """The gateway itself stood still for so long: nobody else is blamed for it."""
@@ -389,5 +407,8 @@ class Core:
             dropped_writes=link.gate.dropped if link else 0,
             journal_records=link.journal.n_records if link else 0,
             journal_overflow=link.journal.overflow if link else False,
+            activity=Activity(link.watch.writes, link.watch.refused, link.interrupts.arrived)
+            if link
+            else Activity(),
             last_recovery=self.last_recovery,
         )

@@ -4,6 +4,7 @@ Owned here: how the parts are put together, and which commands of the VMM are tr
 state. It lives as long as the connection, and so does the VMM's: when one goes, both go.
 """
 
+import math
 import os
 from collections.abc import Callable
 
@@ -15,7 +16,7 @@ from sync.gateway.datapath.interrupts import Interrupts
 from sync.gateway.datapath.journal import Journal
 from sync.gateway.datapath.relay import Relay, Send
 from sync.gateway.datapath.snoops import Snoops
-from sync.gateway.datapath.traps import Capture, Gate, reads, refusals
+from sync.gateway.datapath.traps import Capture, Gate, Watch, reads, refusals
 from sync.gateway.engine.custody import CustodyState
 from sync.gateway.engine.device_handshake import MAX_DATA_BYTES, DeviceFacts
 from sync.gateway.engine.job_runner import JobRunner
@@ -34,6 +35,7 @@ class DeviceLink:
         journal_records: int,
         generation: int,
     ) -> None:
+        self.clock = clock
         self.facts = DeviceFacts()
         self.memory = DmaMemory(generation)
         self.interrupts = Interrupts()
@@ -44,6 +46,9 @@ class DeviceLink:
         self.relay.device_command = self.service.handle
         self.snoops = Snoops(self.relay, self.memory, self.interrupts)
         self.gate = Gate(self.relay)
+        self.watch = Watch(self.relay)
+        self.watched_since = -math.inf
+        """When the guest that was awaited here was let at its device (seconds of the clock)."""
         self.deferred = DeferredReads()
         self._capture = Capture(self.relay, self.journal, self.deferred, MAX_DATA_BYTES)
         self.capturing = False
@@ -84,6 +89,8 @@ class DeviceLink:
         """From here on the VMM's commands are treated as `state` says; `shut`: it is not to reach
         the device, and is told so, but for the resets of a VMM that starts."""
         commands = dict(self.snoops.commands)
+        if state is CustodyState.PASSTHROUGH and self.interrupts.tapping:
+            commands |= self.watch.commands
         self.stopped = state is CustodyState.STOPPED
         self.snoops.keep_intx_masked = self.stopped
         if self.deferred or self.stopped:

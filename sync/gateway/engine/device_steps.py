@@ -4,6 +4,8 @@ Sans-IO: each step is a generator that yields commands and is sent the answers (
 Source: vfio-user, VFIO_USER_DMA_MAP, _DMA_UNMAP, _REGION_READ/WRITE and _DEVICE_FEATURE.
 """
 
+import os
+
 from sync.errors import SyncError
 from sync.gateway.datapath.bitmap import DirtyBitmap
 from sync.gateway.datapath.dma import AtDevice, DmaRegion, FlatRegion
@@ -121,6 +123,23 @@ def share_and_run(link: DeviceLink, *, run_device: bool) -> Job[SyncError | None
     if problem is not None:
         problem = yield from share(link, AtDevice.DIRECT)
     return problem or trouble
+
+
+def assign_interrupts(link: DeviceLink, *, tapped: bool) -> Job[bool]:
+    """Has the device interrupt through us, where it is counted, or the VMM directly. Returns
+    whether it took all of that; a vector that it does not give up interrupts as before."""
+    link.interrupts.tapping = tapped
+    requests = link.interrupts.reassign()
+    calls = [
+        Call(Command.DEVICE_SET_IRQS, request.pack(), descriptor)
+        for request, descriptor in requests
+    ]
+    try:
+        answers = yield calls
+    finally:
+        for _, descriptor in requests:
+            os.close(descriptor)
+    return not any(answer.error for answer in answers)
 
 
 def set_migration_state(state: MigrationState) -> Job[None]:

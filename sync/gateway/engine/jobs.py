@@ -153,6 +153,7 @@ def standby(link: DeviceLink, custody: Custody, session: str, terms: Terms = NO_
         yield from steps.unmap_all(link)
         if link.facts.supports.reset:
             yield from reset_device()
+        yield from steps.assign_interrupts(link, tapped=True)
         custody.standby(session, terms)
     except ProtocolError:
         raise
@@ -172,6 +173,8 @@ def start(link: DeviceLink, custody: Custody, records: bytes) -> Job[None]:
     custody.check_start()
     steps.parse_records(link, records)
     custody.about_to_run()
+    link.watch.writes = link.watch.refused = link.interrupts.arrived = 0
+    link.watched_since = link.clock()
     problem = yield from steps.share_and_run(link, run_device=link.facts.supports.v2)
     if problem is not None:
         raise problem
@@ -179,6 +182,15 @@ def start(link: DeviceLink, custody: Custody, records: bytes) -> Job[None]:
     custody.start()
     link.enter(custody.state, shut=custody.shut)
     link.interrupts.fire_all()
+
+
+def end_watch(link: DeviceLink, custody: Custody) -> Job[None]:
+    """Has the device interrupt the VMM directly again, as without a migration."""
+    if (yield from steps.assign_interrupts(link, tapped=False)):
+        link.interrupts.close_taps()
+        link.interrupts.fire_all()
+    if custody.state is CustodyState.PASSTHROUGH:
+        link.enter(custody.state, shut=custody.shut)
 
 
 def abandon(link: DeviceLink, custody: Custody) -> Job[None]:

@@ -300,7 +300,8 @@ class Gateway:
     def _use_device(self, peer: "Peer | HostEndpoint", patience_s: float = 0.0) -> None:
         self._device = peer
         self._watch(peer.fileno(), self._on_device)
-        self._link = self.core.device_came(peer.send, self._device_ready, patience_s)
+        link = self._link = self.core.device_came(peer.send, self._device_ready, patience_s)
+        self._watch(link.interrupts.fileno(), lambda _events: link.interrupts.pass_on())
         peer.handler = self._link.relay.from_device
 
     def _device_ready(self, error: SyncError | None) -> None:
@@ -452,6 +453,8 @@ class Gateway:
             if peer is not None:
                 self._forget(peer.fileno())
                 peer.close()
+        if self._link is not None:
+            self._forget(self._link.interrupts.fileno())
         self._device = self._twin = self._link = None
         self._device_fault = ""
 

@@ -27,6 +27,7 @@ ORACLE = {
         "LOADED": ("finalizing", "aborting aborted broken", 1),
         "READY": ("awaiting-ready", "aborting aborted broken", 1),
         "COMMITTED": ("committing", "in-doubt", 1),
+        "WATCHED": ("committed", "in-doubt", 1),
         "START_FAILED": ("committing", "in-doubt", 1),
         "ABORT": (
             "preparing mediating precopy pausing stopping finalizing verifying awaiting-ready "
@@ -63,7 +64,7 @@ def outcome(conversation: Conversation, kind: int, state: HandoverState) -> str:
     return "acts"
 
 
-@pytest.mark.parametrize("kind", [*MessageKind, 0, 12, 200])
+@pytest.mark.parametrize("kind", [*MessageKind, 0, 13, 200])
 @pytest.mark.parametrize(
     ("role", "state"), [(role, state) for role in Role for state in STATES[role]]
 )

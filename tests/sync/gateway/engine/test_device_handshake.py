@@ -138,6 +138,7 @@ def test_a_twin_socket_that_is_not_wanted_is_closed(
     ours, theirs = socket.socketpair()
     link = _shake(bench.device, twin=os.dup(theirs.fileno()))
     assert link.facts.twin == -1
+    link.close()
     bench.device.capabilities = Capabilities(twin_socket=TwinSocket(True, 0))
     link = _shake(bench.device, twin=os.dup(theirs.fileno()))
     assert link.facts.twin >= 0

@@ -170,6 +170,7 @@ def test_i4_what_was_held_is_executed_once_and_only_after_the_commit(
     )
     assert os.eventfd_read(event) == 1
     assert bench.custody.state is CustodyState.PASSTHROUGH
+    bench.job(jobs.end_watch(bench.link, bench.custody))
     assert bench.link.relay.vmm_commands == bench.link.snoops.commands
     for number in (fd, event):
         os.close(number)
