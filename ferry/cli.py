@@ -40,7 +40,7 @@ COMMANDS = {
     "set": Command("ferry.commands.set", "change the limits of a running send"),
     "receive": Command("ferry.commands.receive", "take over a guest's devices on this host"),
     "secret": Command(
-        "ferry.commands.secret", "make the secret by which two hosts know each other"
+        "ferry.commands.secret", "make the secret, or the keys, by which hosts know each other"
     ),
     "resolve": Command("ferry.commands.resolve", "settle who owns a guest after a failed commit"),
     "report": Command("ferry.commands.report", "make a page of HTML from a migration's events"),

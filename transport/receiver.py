@@ -24,7 +24,7 @@ from transport.session.gatekeeper import Gatekeeper
 from transport.session.link import LinkThread, SessionEnd, Shared, check_memory
 from transport.session.message_memory import keep_message_memory
 from transport.session.router import Router
-from transport.session.secret import check_secret
+from transport.session.secret import Secret, check_secret
 from transport.session.sockets import check_url, listening_url, new_context
 from transport.wire.records import (
     MAX_RECORD_BYTES,
@@ -52,8 +52,9 @@ class ReceiverOptions:
     """How long `aclose` waits for records that are on their way."""
     window_frames: int = 4
     """Frames that a lane may have under way; bounds memory: lanes * window * frame_bytes."""
-    secret: bytes | None = field(default=None, repr=False)
-    """32 bytes that a sender has to have as well; None: any may come, and nothing is encrypted."""
+    secret: Secret | None = field(default=None, repr=False)
+    """32 bytes that a sender has to have as well, or keys; None: any may come, and nothing is
+    encrypted."""
 
     def __post_init__(self) -> None:
         if not 1 <= self.window_frames <= MAX_WINDOW_FRAMES:

@@ -26,7 +26,7 @@ from transport.session.connector import Connector
 from transport.session.link import LinkThread, SessionEnd, Shared, check_memory
 from transport.session.message_memory import keep_message_memory
 from transport.session.pacing import SharedBucket
-from transport.session.secret import check_secret
+from transport.session.secret import Secret, check_secret
 from transport.session.sockets import check_url, new_context
 from transport.wire.codec import Codec
 from transport.wire.errors import LayoutMismatch
@@ -72,8 +72,8 @@ class SenderOptions:
     """Limit over data lanes and tunnel together; None: none."""
     codec: Codec | None = None
     """How pages are compressed; None: each lane finds out with what most get through."""
-    secret: bytes | None = field(default=None, repr=False)
-    """The receiver's 32 bytes; None: it has none, and nothing is encrypted."""
+    secret: Secret | None = field(default=None, repr=False)
+    """The receiver's 32 bytes, or keys; None: it has none, and nothing is encrypted."""
 
     def __post_init__(self) -> None:
         if not 1 <= self.lanes <= MAX_DATA_LANES:

@@ -1,34 +1,15 @@
-"""The address between the hosts: whether it is safe to use, and why nobody answers there."""
+"""The address between the hosts: what it is, and why nobody answers there."""
 
 import socket
 from urllib.parse import urlsplit
 
 import trio
 
-from ferry.errors import ConfigError, Unreachable
+from ferry.errors import Unreachable
 from ferry.exit_codes import describe
 
 PROBE_S = 2.0
 """How long a connection may take that is tried to find out why there is none."""
-
-
-def is_of_this_host(url: str) -> bool:
-    """Whether nobody on another host can be at the other end."""
-    host = urlsplit(url).hostname
-    return host is None or host in ("localhost", "::1") or host.startswith("127.")
-
-
-def require_secret(flag: str, url: str, *, secret: str | None, insecure: bool) -> None:
-    """Raises `ConfigError` if the guest's memory would cross a network as it is, or both a secret
-    and none were asked for."""
-    if secret is not None and insecure:
-        raise ConfigError("--secret and --insecure exclude each other")
-    if secret is None and not insecure and not is_of_this_host(url):
-        raise ConfigError(
-            f"{flag} {url} is an address of a network, and the guest's memory would cross it as "
-            "it is: make a secret with `vfio-ferry secret --output FILE`, give it to both sides "
-            "with --secret FILE, or say --insecure on both"
-        )
 
 
 async def resolved(url: str) -> str:

@@ -7,9 +7,8 @@ from ferry.errors import (
     ConfigError,
 )
 from ferry.metrics import HELP as METRICS
-from ferry.migration.endpoints import require_secret
 from ferry.migration.phases import BREAK_AT_CHOICES
-from ferry.secret_file import HELP, INSECURE, read_secret
+from ferry.secret_file import AUTHORIZED_HELP, HELP, IDENTITY_HELP, INSECURE, Trust
 from transport.receiver import ReceiverOptions
 
 _LINK = ReceiverOptions()
@@ -33,6 +32,8 @@ class Options:
         "a device profile, or a folder of them, beside the built-in ones", (), repeat=True
     )
     secret: str | None = option(HELP, None)
+    identity: str | None = option(IDENTITY_HELP, None)
+    authorized: str | None = option(AUTHORIZED_HELP, None)
     insecure: bool = option(INSECURE, False)
     vouch_one_vm: bool = option(
         "you vouch that --gateway and --qmp are of one VM, where nothing on this host can prove it",
@@ -61,9 +62,9 @@ class Options:
 
 def receiver_options(options: Options) -> ReceiverOptions:
     """The link's options as the user wants them. Raises `ConfigError` for what cannot be, and what
-    `read_secret` does."""
-    require_secret("--listen", options.listen, secret=options.secret, insecure=options.insecure)
-    secret = read_secret(options.secret)
+    `Trust` does."""
+    trust = Trust(options.secret, options.identity, options.authorized, options.insecure)
+    secret = trust.of_receiver(options.listen)
     try:
         return ReceiverOptions(peer_timeout_s=options.peer_timeout, secret=secret)
     except ValueError as error:

@@ -16,9 +16,8 @@ from ferry.config import (
 )
 from ferry.errors import ConfigError
 from ferry.metrics import HELP as METRICS
-from ferry.migration.endpoints import require_secret
 from ferry.migration.phases import BREAK_AT_CHOICES
-from ferry.secret_file import HELP, INSECURE, read_secret
+from ferry.secret_file import AUTHORIZED_HELP, HELP, IDENTITY_HELP, INSECURE, Trust
 from sync.convergence import Limits
 from sync.memory import PAGE_BYTES
 from transport.sender import SenderOptions
@@ -100,6 +99,8 @@ class Options:
         parse=rate,
     )
     secret: str | None = option(HELP, None)
+    identity: str | None = option(IDENTITY_HELP, None)
+    authorized: str | None = option(AUTHORIZED_HELP, None)
     insecure: bool = option(INSECURE, False)
     vouch_one_vm: bool = option(
         "you vouch that --gateway and --qmp are of one VM, where nothing on this host can prove it",
@@ -132,9 +133,9 @@ class Options:
 
 def sender_options(options: Options) -> SenderOptions:
     """The link's options as the user wants them. Raises `ConfigError` for what cannot be, and what
-    `read_secret` does."""
-    require_secret("--to", options.to, secret=options.secret, insecure=options.insecure)
-    secret = read_secret(options.secret)
+    `Trust` does."""
+    trust = Trust(options.secret, options.identity, options.authorized, options.insecure)
+    secret = trust.of_sender(options.to)
     try:
         return SenderOptions(
             lanes=options.lanes,

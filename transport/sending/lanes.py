@@ -24,6 +24,7 @@ from transport.session.channels import LISTENING_S
 from transport.session.link import LinkThread, Shared
 from transport.session.pacing import SharedBucket
 from transport.session.polling import wait
+from transport.session.secret import Secret
 from transport.session.sockets import Wakeup, connect, open_dealer, receive
 from transport.session.watch import WATCH_S, ConnectionEvent, Watch
 from transport.wire.errors import PeerLost, RecordError
@@ -137,7 +138,7 @@ class SendLane(LinkThread):
         frame_bytes: int,
         progress_timeout_s: float,
         performed: Wakeup,
-        secret: bytes | None,
+        secret: Secret | None,
     ) -> None:
         """`prepare` is called by the lane's thread before its first task: loads what takes long;
         `idle` when it has had nothing to do for a while: has to be short. `performed` is set when

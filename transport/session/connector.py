@@ -17,6 +17,7 @@ from transport.session.control_thread import ControlThread, is_lane_word, only_p
 from transport.session.greeting import SENDER, Action, Event, Greeting, State
 from transport.session.link import Shared
 from transport.session.pacing import SharedBucket
+from transport.session.secret import Secret
 from transport.session.sockets import connect, open_dealer
 from transport.session.watch import ConnectionEvent, Watch
 from transport.wire.errors import PeerLost, PeerRefused, PeerUnreachable
@@ -54,7 +55,7 @@ class Connector(ControlThread):
         *,
         connect_timeout_s: float,
         greeting_timeout_s: float,
-        secret: bytes | None,
+        secret: Secret | None,
     ) -> None:
         self._control = open_dealer(context, routing_id(CONTROL_LANE, hello.session), secret)
         self._tunnel = open_dealer(context, routing_id(TUNNEL_LANE, hello.session), secret)
@@ -109,7 +110,8 @@ class Connector(ControlThread):
             case Action.END_UNSUITED:
                 raise PeerUnreachable(
                     f"something listens at {self._url}, but no connection comes about: it is no "
-                    "receiver, or the two sides have not got the same secret"
+                    "receiver, or the two sides have not got the same secret, or do not know each "
+                    "other's keys"
                 )
             case Action.END_MUTE:
                 raise PeerUnreachable(

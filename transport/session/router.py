@@ -21,6 +21,7 @@ from transport.session.control_thread import ControlThread, is_lane_word, only_p
 from transport.session.greeting import RECEIVER, Action, Event, Greeting, State
 from transport.session.link import Shared
 from transport.session.polling import BLOCKED_S
+from transport.session.secret import Secret
 from transport.session.sockets import bind, open_router
 from transport.session.watch import ConnectionEvent, Watch
 from transport.wire.errors import FrameError, RecordError, VersionMismatch
@@ -59,7 +60,7 @@ class Router(ControlThread):
         *,
         peer_timeout_s: float,
         window_frames: int,
-        secret: bytes | None,
+        secret: Secret | None,
     ) -> None:
         """Binds. With a `secret`, there has to be a `Gatekeeper`. Raises EndpointError."""
         self._socket = open_router(context, secret)

@@ -16,7 +16,7 @@ from urllib.parse import urlsplit
 
 import zmq
 
-from transport.session.secret import CURVE_PART_BYTES, admit_by, prove_by
+from transport.session.secret import CURVE_PART_BYTES, Secret, admit_by, prove_by
 from transport.wire.errors import EndpointError
 from transport.wire.records import MAX_DATA_LANES, MAX_MESSAGE_BYTES
 
@@ -126,7 +126,7 @@ def new_context() -> zmq.Context[zmq.Socket[bytes]]:
 
 
 def open_dealer(
-    context: zmq.Context[zmq.Socket[bytes]], routing_id: bytes, secret: bytes | None
+    context: zmq.Context[zmq.Socket[bytes]], routing_id: bytes, secret: Secret | None
 ) -> zmq.Socket[bytes]:
     """A DEALER, not connected yet. Without a `secret` nothing is encrypted."""
     dealer = context.socket(zmq.DEALER)
@@ -148,7 +148,9 @@ def connect(dealer: zmq.Socket[bytes], url: str) -> None:
         raise EndpointError(f"cannot connect to {url}: {error}") from None
 
 
-def open_router(context: zmq.Context[zmq.Socket[bytes]], secret: bytes | None) -> zmq.Socket[bytes]:
+def open_router(
+    context: zmq.Context[zmq.Socket[bytes]], secret: Secret | None
+) -> zmq.Socket[bytes]:
     """A ROUTER, not bound yet, that says so when it cannot send; `secret` as of `open_dealer`."""
     router = context.socket(zmq.ROUTER)
     _set_options(router, encrypted=secret is not None)

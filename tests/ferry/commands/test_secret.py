@@ -1,6 +1,7 @@
 """The file of the secret: made for its owner alone, and refused if it is not."""
 
 import os
+import socket
 import stat
 from pathlib import Path
 
@@ -8,8 +9,8 @@ import pytest
 
 from ferry.cli import main
 from ferry.errors import ConfigError, Exit, LocalError
-from ferry.migration.endpoints import is_of_this_host
-from ferry.secret_file import read_secret
+from ferry.secret_file import Trust, is_of_this_host, read_authorized, read_identity, read_secret
+from transport.session.secret import Keys, public_key
 
 
 def test_the_command_makes_a_secret_that_can_be_read(
@@ -146,3 +147,105 @@ def test_what_belongs_to_another_user_is_refused(
         monkeypatch.setattr(os, "geteuid", lambda: 12345)
     with pytest.raises(LocalError, match="belongs to another user"):
         read_secret(str(path))
+
+
+# --- keys of one's own ---
+
+
+def _identity(folder: Path, host: str) -> str:
+    """Makes one; its public key is in `PATH.pub`."""
+    path = str(folder / host)
+    assert main(["secret", "--identity", path, "--host", host]) == Exit.OK
+    return path
+
+
+def _authorized(folder: Path, *identities: str) -> str:
+    path = folder / "authorized"
+    path.write_text(
+        "# who may come\n\n" + "".join(Path(f"{i}.pub").read_text() for i in identities)
+    )
+    path.chmod(0o644)
+    return str(path)
+
+
+def test_the_command_makes_a_pair_of_which_one_half_may_be_told(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = tmp_path / "id"
+    assert main(["secret", "--identity", str(path)]) == Exit.OK
+    said = capsys.readouterr()
+    public = Path(f"{path}.pub").read_text()
+    assert public in said.out and path.read_text().split()[1] not in said.out + said.err
+    assert stat.S_IMODE(path.stat().st_mode) == 0o600
+    ((key, host),) = read_authorized(f"{path}.pub")
+    assert host == socket.gethostname()
+    assert key == public_key(read_identity(str(path)))
+    assert main(["secret", "--identity", str(path)]) == Exit.LOCAL
+    assert Path(f"{path}.pub").read_text() == public
+    for words in ([], ["--identity", str(path), "--output", "x"]):
+        assert main(["secret", *words]) == Exit.USAGE
+
+
+def test_each_side_gets_its_own_key_and_those_of_the_list(tmp_path: Path) -> None:
+    a, b, c = (_identity(tmp_path, name) for name in ("a", "b.example", "c"))
+    both = Trust(identity=a, authorized=_authorized(tmp_path, b, c))
+    public = {name: public_key(read_identity(name)) for name in (b, c)}
+    assert both.of_receiver("tcp://0.0.0.0:1") == Keys(read_identity(a), (public[b], public[c]))
+    assert both.of_sender("tcp://B.Example:1") == Keys(read_identity(a), (public[b],))
+    with pytest.raises(ConfigError, match=r"has no key for d: .*as it stands in --to"):
+        both.of_sender("tcp://d:1")
+    alone = Trust(identity=a, authorized=f"{b}.pub")
+    assert alone.of_sender("tcp://d:1") == alone.of_sender("ipc:///run/x")
+    doubled = Path(_authorized(tmp_path, b, c))
+    doubled.write_text("".join(f"{public[key].hex()} d\n" for key in (b, c)))
+    with pytest.raises(ConfigError, match="has several keys for d"):
+        both.of_sender("tcp://d:1")
+
+
+@pytest.mark.parametrize(
+    ("content", "why"),
+    [
+        ("", "authorizes nobody"),
+        ("# nobody\n", "authorizes nobody"),
+        ("\n" + "a" * 64, "line 2: not a public key"),
+        ("a" * 63 + " host", "line 1: not a public key"),
+        ("a" * 64 + " host more", "line 1: not a public key"),
+    ],
+)
+def test_a_list_that_is_none_is_refused(tmp_path: Path, content: str, why: str) -> None:
+    path = tmp_path / "list"
+    path.write_text(content)
+    path.chmod(0o644)
+    with pytest.raises(ConfigError, match=why):
+        read_authorized(str(path))
+    path.chmod(0o666)
+    with pytest.raises(LocalError, match="others may write"):
+        read_authorized(str(path))
+
+
+def test_an_identity_is_its_owners_alone_and_no_secret(tmp_path: Path) -> None:
+    path = _identity(tmp_path, "a")
+    with pytest.raises(ConfigError, match="holds no secret"):
+        read_secret(path)
+    shared = tmp_path / "secret"
+    assert main(["secret", "--output", str(shared)]) == Exit.OK
+    with pytest.raises(ConfigError, match="holds no identity"):
+        read_identity(str(shared))
+    Path(path).chmod(0o640)
+    with pytest.raises(LocalError, match="chmod 600"):
+        read_identity(path)
+
+
+@pytest.mark.parametrize(
+    ("trust", "why"),
+    [
+        (Trust(identity="i"), "belong together"),
+        (Trust(authorized="l"), "belong together"),
+        (Trust(secret="s", identity="i", authorized="l"), "exclude each other"),
+        (Trust(insecure=True, identity="i", authorized="l"), "exclude each other"),
+    ],
+)
+def test_words_that_do_not_go_together_are_refused(trust: Trust, why: str) -> None:
+    for side in (trust.of_sender, trust.of_receiver):
+        with pytest.raises(ConfigError, match=why):
+            side("tcp://127.0.0.1:1")

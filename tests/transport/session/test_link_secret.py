@@ -21,7 +21,15 @@ from transport.session import sockets
 from transport.session import watch as watching
 from transport.session.gatekeeper import Gatekeeper
 from transport.session.link import Closing, Shared
-from transport.session.secret import SECRET_BYTES, check_secret, prove_by
+from transport.session.secret import (
+    SECRET_BYTES,
+    Keys,
+    Secret,
+    check_secret,
+    new_key,
+    prove_by,
+    public_key,
+)
 from transport.wire.errors import PeerUnreachable
 from transport.wire.records import CONTROL_LANE, MAX_MESSAGE_BYTES, SessionHello, routing_id
 
@@ -138,6 +146,32 @@ def test_who_has_not_the_same_secret_is_turned_away(
                     pass
             # And is in nobody's way.
             await exchange(receiver, receiver.url, SenderOptions(secret=theirs))
+
+    run_trio(scenario)
+
+
+def test_hosts_with_keys_of_their_own_admit_those_that_they_were_told() -> None:
+    """Also where a stranger knows the receiver's public key, and where somebody else sits at the
+    receiver's address."""
+    a, b, c, stranger = (new_key() for _ in range(4))
+    receiving = Keys(a, (public_key(b), public_key(c)))
+    wrong: list[Secret] = [
+        Keys(stranger, (public_key(a),)),
+        Keys(b, (public_key(stranger),)),
+        SECRET,
+    ]
+
+    async def scenario() -> None:
+        options = ReceiverOptions(secret=receiving)
+        async with open_receiver("tcp://127.0.0.1:*", options) as receiver:
+            for secret in wrong:
+                impatient = SenderOptions(secret=secret, connect_timeout_s=IMPATIENT_S)
+                with pytest.raises(PeerUnreachable, match="do not know each other's keys"):
+                    async with open_sender(receiver.url, os.urandom(16), b"", impatient):
+                        pass
+            with relay(receiver.url) as (url, seen):
+                await exchange(receiver, url, SenderOptions(secret=Keys(c, (public_key(a),))))
+                assert MARK not in seen
 
     run_trio(scenario)
 
