@@ -309,9 +309,9 @@ def test_i9_no_bytes_of_a_vmm_leak_a_descriptor_or_break_the_relay(
     n_fds: int,
     posted: bool,
 ) -> None:
-    bench = make_bench()
     fd = os.memfd_create("ram")
     before = descriptors()
+    bench = make_bench()
     try:
         bench.vmm(command, body, posted=posted, fds=(fd,) * n_fds)
         bench.settle()
