@@ -82,9 +82,7 @@ async def send(
     if state is HandoverState.CHECKED:
         reporter.event("message", text="It would work; nothing was touched.")
     if state is HandoverState.COMMITTED:
-        return succeed(
-            options, reporter, source.report, source.watched, vmm_ended=source.vmm_ended
-        )
+        return succeed(options, reporter, source.report, source.watched, vmm_ended=source.vmm_ended)
     advice = {state: text.format(session=source.session) for state, text in ADVICE.items()}
     return conclude(reporter, state, source.runner, advice)
 

@@ -48,7 +48,9 @@ def test_a_device_that_does_not_work_is_worse_than_a_long_downtime() -> None:
     options = Options(to="tcp://192.0.2.7:7100", qmp="q", strict_downtime=True)
     report = Report("5", downtime_limit_ms=300, downtime_total_ms=400)
     watched = Verdict(DeviceState.SILENT, "device 1 is gone")
-    code = succeed(options, Reporter("send", as_json=True, stream=stream), report, watched, vmm_ended=True)
+    code = succeed(
+        options, Reporter("send", as_json=True, stream=stream), report, watched, vmm_ended=True
+    )
     event = json.loads(stream.getvalue())
     assert code == event["exit_code"] == Exit.DEVICE_SILENT
     assert event["devices"] == "silent" and "400 ms" in event["text"]
