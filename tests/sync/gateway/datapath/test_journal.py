@@ -1,5 +1,6 @@
 """The journal against a plain list: order, completeness, bound."""
 
+import tracemalloc
 from random import Random
 from typing import Any
 
@@ -74,6 +75,71 @@ def test_a_posted_write_behind_an_open_read_waits_for_it() -> None:
     assert journal.take(10) == b""
     journal.finish(read, data=b"abcd")
     assert [access.op for access in unpack_accesses(journal.take(10))] == [Op.READ, Op.WRITE]
+
+
+@given(
+    st.lists(ACCESS, max_size=40),
+    st.lists(st.integers(0, 40), max_size=40),
+    st.integers(1, 20),
+    st.integers(1, 8),
+)
+@settings(max_examples=200, deadline=None)
+def test_i9_the_bound_counts_what_waits_behind_an_open_access(
+    accesses: list[tuple[Any, ...]], finished: list[int], max_records: int, batch: int
+) -> None:
+    """Whatever is answered and taken when: no more than the bound is kept, and what is taken is the
+    beginning of what happened, up to the first access that found no room."""
+    journal = Journal(max_records)
+    entries: list[tuple[Entry, tuple[Any, ...]]] = []
+    happened: list[Access] = []
+    taken = bytearray()
+    answers = iter(finished)
+    for access in accesses:
+        entry = _begin(journal, *access[:4])
+        assert journal.n_records <= max_records
+        if not journal.overflow:
+            happened.append(_expected(*access))
+        if entry is not None:
+            entries.append((entry, access))
+        answer = next(answers, 40)
+        if entries and answer < len(entries):
+            _finish(journal, *entries.pop(answer))
+            taken += journal.take(batch)
+    for entry, access in entries:
+        _finish(journal, entry, access)
+    while part := journal.take(batch):
+        taken += part
+    assert list(unpack_accesses(bytes(taken))) == happened
+    assert journal.n_records == 0
+
+
+def _finish(journal: Journal, entry: Entry, access: tuple[Any, ...]) -> None:
+    kind, _, _, data, failed = access
+    journal.finish(entry, data=data if kind == "read" and not failed else None, failed=failed)
+
+
+def test_i9_posted_writes_behind_an_unanswered_read_take_no_more_memory_than_the_bound() -> None:
+    journal = Journal(max_records=1 << 13)
+    tracemalloc.start()
+    try:
+        journal.begin(Op.READ, 0, 0, 4)
+        for _ in range(1 << 15):
+            journal.posted(0, 0, bytes(4))
+        kept, _ = tracemalloc.get_traced_memory()
+    finally:
+        tracemalloc.stop()
+    assert journal.overflow
+    assert kept < 2 * RECORD_BYTES << 13
+
+
+def test_an_answer_to_what_an_earlier_capture_has_seen_changes_nothing() -> None:
+    journal = Journal()
+    earlier = journal.begin(Op.WRITE, 0, 0, 4, b"old.")
+    journal.restart()
+    journal.posted(0, 8, b"new.")
+    journal.finish(earlier, failed=True)
+    (record,) = unpack_accesses(journal.take(9))
+    assert record == Access(Op.WRITE, 0, 8, 4, b"new.")
 
 
 def test_i10_a_full_journal_drops_and_says_so_instead_of_waiting() -> None:
