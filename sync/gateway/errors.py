@@ -192,6 +192,21 @@ class LayoutChanged(GatewayError):
     code = "layout-changed"
 
 
+class Defect(GatewayError):
+    """The gateway met what it is not made for; this one request failed: please report it."""
+
+    code = "defect"
+
+
+def told(error: Exception) -> SyncError:
+    """Any exception as one that a controller can be told of."""
+    if isinstance(error, SyncError):
+        return error
+    if isinstance(error, OSError):
+        return GatewayError(f"the gateway lacks something: {error.strerror}")
+    return Defect(f"the gateway met what it is not made for: {type(error).__name__}: {error}")
+
+
 _CLASSES: list[type[GatewayError]] = [GatewayError, *GatewayError.__subclasses__()]
 BY_CODE = {cls.code: cls for cls in _CLASSES}
 

@@ -124,6 +124,7 @@ class HostEndpoint:
     ) -> None:
         self.handler: Handler = _nobody
         self.backlog_bytes = 0
+        self.short = self.wants_write = False
         self.reason = ""
         """Why the command is refused whose reply is being handed over: the wire has no words."""
         self._device = device
@@ -247,7 +248,7 @@ class HostEndpoint:
             close_all(asked.fds)
         with contextlib.suppress(VfioError):
             self._executor.drop_scratch()
-            self._memory.unmap_all()
+            self._memory.close()
         self._irqs.close()
         self._device.close()
         self._readable.close()
@@ -261,7 +262,7 @@ class HostEndpoint:
             if handler is None:
                 raise VfioUserError(errno.ENOTSUP)
             answer = handler(asked.body, asked.fds)
-        except (SyncError, OSError) as error:
+        except Exception as error:
             self._refuse(asked, error)
         else:
             if isinstance(answer, Generator):
@@ -287,7 +288,7 @@ class HostEndpoint:
             self._end()
             if asked is not None:
                 self._reply(asked, end.value)
-        except (SyncError, OSError) as error:
+        except Exception as error:
             self._end()
             if asked is None:
                 raise Disconnected(f"the device cannot be made ready: {error}") from error
@@ -314,7 +315,7 @@ class HostEndpoint:
         if asked.wants_reply:
             self._replies.append((asked, 0, "", body))
 
-    def _refuse(self, asked: _Asked, error: SyncError | OSError) -> None:
+    def _refuse(self, asked: _Asked, error: Exception) -> None:
         number = errno.EIO
         if isinstance(error, VfioUserError):
             number = error.errno or errno.EIO

@@ -10,6 +10,7 @@ import errno
 import mmap
 import os
 
+from sync.bounce import Bounce
 from sync.queues.errors import MemoryUnreadable
 from sync.vfio.device import VfioDevice
 from sync.vfio.errors import MemoryNotPinned
@@ -22,6 +23,7 @@ class PinnedMemory:
 
     def __init__(self, device: VfioDevice | UserDevice) -> None:
         self._device = device
+        self._bounce = Bounce()
         self._starts: list[int] = []
         self._regions: dict[int, tuple[int, mmap.mmap | None]] = {}
         self._had_descriptor: set[tuple[int, int]] = set()
@@ -74,14 +76,24 @@ class PinnedMemory:
         for address in list(self._starts):
             self.unmap(address, self._regions[address][0])
 
+    def close(self) -> None:
+        """Take all away; of no further use."""
+        try:
+            self.unmap_all()
+        finally:
+            self._bounce.close()
+
     def read(self, iova: int, length: int) -> bytes:
         """A copy. Raises `MemoryUnreadable`."""
         parts = []
         while length:
             memory, at, size = self._find(iova)
-            part = memory[at : min(at + length, size)]
-            parts.append(part)
-            iova, length = iova + len(part), length - len(part)
+            count = min(length, size - at)
+            try:
+                parts.append(self._bounce.read(memory, at, count))
+            except OSError as error:
+                raise _unreadable(iova, error) from error
+            iova, length = iova + count, length - count
         return b"".join(parts)
 
     def write(self, iova: int, data: bytes) -> None:
@@ -89,7 +101,10 @@ class PinnedMemory:
         while data:
             memory, at, size = self._find(iova)
             count = min(len(data), size - at)
-            memory[at : at + count] = data[:count]
+            try:
+                self._bounce.write(memory, at, data[:count])
+            except OSError as error:
+                raise _unreadable(iova, error) from error
             iova, data = iova + count, data[count:]
 
     def _find(self, iova: int) -> tuple[mmap.mmap, int, int]:
@@ -104,6 +119,10 @@ class PinnedMemory:
     def _add(self, request: DmaMap, memory: mmap.mmap | None) -> None:
         self._regions[request.address] = request.size, memory
         bisect.insort(self._starts, request.address)
+
+
+def _unreadable(iova: int, error: OSError) -> MemoryUnreadable:
+    return MemoryUnreadable(f"guest memory at {iova:#x} is not there: {error.strerror}")
 
 
 def close_all(fds: list[int]) -> None:

@@ -18,6 +18,7 @@ from sync.registers.profile.locate import DeviceView
 from sync.vfio.device import Region
 from sync.vfio.errors import MemoryNotPinned, NoFunction, VfioError
 from sync.vfio.uapi import IrqIndex, RegionFlags
+from sync.vfio_user.errors import errno_text
 from sync.vfio_user.framing import Framer, Message, close_fds, recv_into_framer, send_message
 from sync.vfio_user.protocol import (
     FLAG_REPLY,
@@ -187,7 +188,7 @@ class UserDevice:
         if header.command != command or header.flags & FLAG_TYPE_MASK != FLAG_REPLY:
             raise VfioError(f"{self.name} answers {command.name} with something else")
         if header.error:
-            raise VfioError(f"{self.name} refuses {command.name}: {os.strerror(header.error)}")
+            raise VfioError(f"{self.name} refuses {command.name}: {errno_text(header.error)}")
         return message.body
 
     def _next(self) -> Message:

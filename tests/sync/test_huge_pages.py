@@ -105,7 +105,7 @@ def test_gateway_and_controllers_number_the_pages_alike(file: int) -> None:
         page = mapped.page_of(4 * GIB + PAGE)
         assert os.pread(bitmap.descriptor, 1, page >> 3)[0] == 1 << (page & 7)
     bitmap.close()
-    memory.clear()
+    memory.close()
 
 
 def test_a_device_reaches_it_by_message_and_by_a_mapping_of_its_own(file: int) -> None:
@@ -123,7 +123,7 @@ def test_a_device_reaches_it_by_message_and_by_a_mapping_of_its_own(file: int) -
             assert device.read(iova + at, 4) == number
     before = Path("/proc/self/maps").read_text().count("memfd:ram")
     assert before >= 2 * len(REGIONS)
-    gateway.clear()
+    gateway.close()
     device.unmap_all()
     assert Path("/proc/self/maps").read_text().count("memfd:ram") == 0
 

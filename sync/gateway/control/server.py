@@ -33,6 +33,7 @@ from sync.gateway.errors import (
     VmmOutOfReach,
     WrongSession,
     WrongState,
+    told,
 )
 from sync.vfio_user.framing import close_fds
 from sync.vmm import recover
@@ -116,13 +117,10 @@ class ControlServer:
             return
         try:
             reply = answer()
-        except GatewayError as error:
-            _fail(client, error)
-        except OSError as error:
-            _fail(client, GatewayError(f"the gateway lacks something: {error.strerror}"))
-        else:
             if reply is not None:
                 client.reply(*pack(reply, ok=True))
+        except Exception as error:
+            _fail(client, told(error))
 
     def _check(self, client: Client, request: Request[Any]) -> None:
         """Raises unless this client may ask for this now."""

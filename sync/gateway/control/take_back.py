@@ -1,24 +1,17 @@
 """Has another gateway of the same VM put its device back, before the VMM is resumed.
 
-Blocking, with nothing but the standard library behind it: a gateway calls it from a thread. The
-deciding gateway has kept the guest, which `proof` says; the other may have let go of it by then.
+Blocking: a gateway calls it from a thread. The deciding gateway has kept the guest, which `proof`
+says; the other may have let go of it by then.
 """
 
-import socket
 import time
-from typing import TypeVar
 
 from sync.gateway.control import requests
-from sync.gateway.control.requests import Request
-from sync.gateway.control.shapes import pack, unpack
-from sync.gateway.control.wire import MAX_DESCRIPTORS, ControlDecoder, encode
+from sync.gateway.control.blocking import BlockingClient
 from sync.gateway.engine.custody import ClientRole, CustodyState
-from sync.gateway.errors import GatewayLost, LeaseHeld, error_for
+from sync.gateway.errors import GatewayLost, LeaseHeld
 
 RETRY_S = 0.02
-READ_BYTES = 1 << 16
-
-R = TypeVar("R")
 
 
 def take_back(path: str, session: str, proof: str, deadline_s: float) -> None:
@@ -29,11 +22,13 @@ def take_back(path: str, session: str, proof: str, deadline_s: float) -> None:
     """
     deadline = time.monotonic() + deadline_s
     while time.monotonic() < deadline:
+        left_s = max(RETRY_S, deadline - time.monotonic())
         try:
-            with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as sock:
-                sock.settimeout(max(RETRY_S, deadline - time.monotonic()))
-                sock.connect(path)
-                _take_back(sock, session, proof)
+            with BlockingClient(path, left_s, ClientRole.SOURCE, session) as gateway:
+                if gateway.info.state is CustodyState.RELEASED:
+                    gateway.call(requests.Reclaim(session, proof))
+                if gateway.info.state is not CustodyState.PASSTHROUGH:
+                    gateway.call(requests.Passthrough())
         except LeaseHeld:
             # It has not seen yet that the `send` that held both has ended.
             time.sleep(RETRY_S)
@@ -41,26 +36,3 @@ def take_back(path: str, session: str, proof: str, deadline_s: float) -> None:
         except (OSError, GatewayLost):
             pass
         return
-
-
-def _take_back(sock: socket.socket, session: str, proof: str) -> None:
-    decoder = ControlDecoder(MAX_DESCRIPTORS)
-    hello = requests.ControlHello(requests.VERSION, ClientRole.SOURCE, session)
-    info = _call(sock, decoder, hello)
-    if info.state is CustodyState.RELEASED:
-        _call(sock, decoder, requests.Reclaim(session, proof))
-    if info.state is not CustodyState.PASSTHROUGH:
-        _call(sock, decoder, requests.Passthrough())
-
-
-def _call(sock: socket.socket, decoder: ControlDecoder, request: Request[R]) -> R:
-    message = pack(request, op=request.op)
-    sock.sendall(encode(message.fields, message.blob))
-    while (reply := decoder.next_message()) is None:
-        data = sock.recv(READ_BYTES)
-        if not data:
-            raise GatewayLost("the gateway closed the control connection")
-        decoder.feed(data, [])
-    if reply.fields.get("ok") is not True:
-        raise error_for(str(reply.fields.get("error")), str(reply.fields.get("message")))
-    return unpack(request.reply(), reply, "ok")

@@ -14,6 +14,7 @@ import stat
 from enum import Enum
 from typing import NamedTuple
 
+from sync.bounce import Bounce, cannot_shrink
 from sync.gateway.errors import LayoutUnaligned
 from sync.memory import MAX_PAGES, PAGE_BYTES, Slots, page_bytes_of
 from sync.vfio_user.errors import errno_text
@@ -60,6 +61,7 @@ class DmaRegion:
     __slots__ = (
         "_map",
         "_skip",
+        "_sound",
         "address",
         "at_device",
         "descriptor",
@@ -80,11 +82,13 @@ class DmaRegion:
         self.at_device = AtDevice.NOT
         self._map: mmap.mmap | None = None
         self._skip = 0
+        self._sound = descriptor is not None and cannot_shrink(descriptor)
 
     def mapping(self) -> tuple[mmap.mmap, int]:
         """Our mapping and the place of the region's first byte in it, made when first needed.
 
-        Raises `DmaFault` if the file cannot be mapped or is too short (touching that is a SIGBUS).
+        Raises `DmaFault` if the file cannot be mapped or is too short. Who else has the file may
+        cut it short at any time: the mapping is touched by `read` and `write` only.
         """
         if self._map is None:
             if self.descriptor is None:
@@ -104,6 +108,29 @@ class DmaRegion:
             except (OSError, ValueError, OverflowError) as error:
                 raise DmaFault(errno.EFAULT) from error
         return self._map, self._skip
+
+    def read(self, offset: int, size: int, bounce: Bounce) -> bytes:
+        """`size` bytes at `offset` of the region. Raises `DmaFault`."""
+        memory, skip = self.mapping()
+        start = skip + offset
+        if self._sound:
+            return memory[start : start + size]
+        try:
+            return bounce.read(memory, start, size)
+        except OSError as error:
+            raise DmaFault(errno.EFAULT) from error
+
+    def write(self, offset: int, data: bytes | memoryview, bounce: Bounce) -> None:
+        """Writes `data` at `offset` of the region. Raises `DmaFault`."""
+        memory, skip = self.mapping()
+        start = skip + offset
+        if self._sound:
+            memory[start : start + len(data)] = data
+            return
+        try:
+            bounce.write(memory, start, data)
+        except OSError as error:
+            raise DmaFault(errno.EFAULT) from error
 
     def _mapped_bytes(self, size: int) -> int:
         """Part of a huge page can be mapped, but not unmapped."""
@@ -125,6 +152,7 @@ class DmaMemory:
     that have a descriptor: the others have no pages that anybody tracks."""
 
     def __init__(self, generation: int = 0) -> None:
+        self._bounce = Bounce()
         self._starts: list[int] = []
         self._regions: list[DmaRegion] = []
         self.generation = generation
@@ -182,9 +210,11 @@ class DmaMemory:
         self.generation += region.descriptor is not None
         region.close()
 
-    def clear(self) -> None:
+    def close(self) -> None:
+        """Forgets every region, and is of no further use."""
         for region in self.regions:
             self.remove(region)
+        self._bounce.close()
 
     def find(self, address: int) -> DmaRegion:
         """The region that the device knows and that holds `address`. Raises `DmaFault` (EFAULT)."""
@@ -215,18 +245,18 @@ class DmaMemory:
         """`count` bytes of guest memory. Raises `DmaFault`."""
         parts = []
         for region, offset, size in self.spans(address, count, _READ):
-            memory, skip = region.mapping()
-            parts.append(memory[skip + offset : skip + offset + size])
+            parts.append(region.read(offset, size, self._bounce))
         return parts[0] if len(parts) == 1 else b"".join(parts)
 
     def write(self, address: int, data: bytes | memoryview) -> None:
-        """Writes guest memory, all of `data` or nothing. Raises `DmaFault`."""
+        """Writes guest memory: all of `data` or nothing, unless a file was cut short. Raises
+        `DmaFault`."""
         spans = self.spans(address, len(data), _WRITE)
-        places = [(*region.mapping(), offset, size) for region, offset, size in spans]
+        for region, _, _ in spans:
+            region.mapping()
         position = 0
-        for memory, skip, offset, size in places:
-            start = skip + offset
-            memory[start : start + size] = data[position : position + size]
+        for region, offset, size in spans:
+            region.write(offset, data[position : position + size], self._bounce)
             position += size
 
     def flat(self) -> list[FlatRegion]:

@@ -3,8 +3,11 @@
 Owned here: the socket, what could not be sent yet, and the descriptors on their way out. A chunk
 that holds nothing but whole messages is handed on in place, without a copy: the latency of a
 register access hangs on it. Everything else goes through the framer.
+
+A connection ends when the kernel says that it has ended, not for want of memory or descriptors.
 """
 
+import errno
 import os
 import socket
 from array import array
@@ -12,17 +15,24 @@ from collections import deque
 from collections.abc import Callable, Sequence
 
 from sync.vfio_user.errors import Disconnected, ProtocolError
-from sync.vfio_user.framing import MESSAGE_FDS_LIMIT, Framer
+from sync.vfio_user.framing import MESSAGE_FDS_LIMIT, Framer, close_fds
 from sync.vfio_user.protocol import FLAG_ERROR, FLAG_TYPE_MASK, HEADER, HEADER_BYTES
 
+SHORT_OF = frozenset(
+    {errno.ENOMEM, errno.ENOBUFS, errno.EMFILE, errno.ENFILE, errno.ETOOMANYREFS, errno.EINTR}
+)
+"""Errnos that say nothing about the connection: later the same call may go well."""
 MAX_BACKLOG_BYTES = 64 << 20
 """A peer that has this much unread is cut off: it does not read what it asked for."""
 
+_LOST = -1
+"""In place of the descriptors that did not arrive."""
 _RIGHTS_BYTES = socket.CMSG_SPACE(4 * MESSAGE_FDS_LIMIT)
 
 Handler = Callable[[int, int, int, int, memoryview, list[int]], None]
 """(message id, command, flags, errno or 0, the whole message, descriptors).
 
+The errno is that of an error reply, or EMFILE: the message had descriptors that we could not take.
 The message may be changed in place and sent on; it is void after the next `receive`. The handler
 owns the descriptors.
 """
@@ -42,6 +52,8 @@ class Peer:
         self._out: list[tuple[bytes | bytearray | memoryview, Sequence[int]]] = []
         self._backlog: deque[tuple[memoryview, Sequence[int]]] = deque()
         self.backlog_bytes = 0
+        self.short = False
+        """Whether the system was short of something for the backlog. Set to False, it is tried."""
 
     def fileno(self) -> int:
         return self._sock.fileno()
@@ -56,10 +68,10 @@ class Peer:
             received, ancillary, flags, _ = self._sock.recvmsg_into(
                 self._buffers, _RIGHTS_BYTES, socket.MSG_CMSG_CLOEXEC
             )
-        except BlockingIOError:
-            return
         except OSError as error:
-            raise Disconnected(f"the connection broke: {error.strerror}") from error
+            if not self._wants_again(error):
+                raise Disconnected(f"the connection broke: {error.strerror}") from error
+            return
         if received == 0:
             raise Disconnected("the connection was closed")
         if ancillary or flags & socket.MSG_CTRUNC or self._framer.mid_message:
@@ -98,16 +110,21 @@ class Peer:
             if level == socket.SOL_SOCKET and kind == socket.SCM_RIGHTS:
                 descriptors.frombytes(data[: len(data) - len(data) % descriptors.itemsize])
         framer = self._framer
-        framer.feed(self._buffer[:received], descriptors)
         if cut:
-            framer.fail(ProtocolError("a message with too many descriptors"))
+            # We have no room for as many: the kernel passes fewer than the buffer takes.
+            descriptors.append(_LOST)
+        framer.feed(self._buffer[:received], descriptors)
         while (message := framer.next_message()) is not None:
             header = message.header
+            number = _errno(header.flags, header.error)
+            if _LOST in message.fds:
+                close_fds(message.fds)
+                number = number or errno.EMFILE
             self.handler(
                 header.message_id,
                 header.command,
                 header.flags,
-                _errno(header.flags, header.error),
+                number,
                 memoryview(bytearray(header.pack() + message.body)),
                 message.fds,
             )
@@ -129,10 +146,10 @@ class Peer:
                 out.clear()
                 try:
                     sent = self._sock.send(message)
-                except BlockingIOError:
-                    sent = 0
                 except OSError as error:
-                    raise Disconnected(f"the connection broke: {error.strerror}") from error
+                    if not self._wants_again(error):
+                        raise Disconnected(f"the connection broke: {error.strerror}") from error
+                    sent = 0
                 if sent < len(message):
                     self._keep(message[sent:], ())
                 return
@@ -162,15 +179,24 @@ class Peer:
                     _close_all(descriptors)
                 else:
                     sent = self._sock.send(message)
-            except BlockingIOError:
-                return
             except OSError as error:
-                raise Disconnected(f"the connection broke: {error.strerror}") from error
+                if not self._wants_again(error):
+                    raise Disconnected(f"the connection broke: {error.strerror}") from error
+                return
             self.backlog_bytes -= sent
             if sent == len(message):
                 backlog.popleft()
             else:
                 backlog[0] = (message[sent:], ())
+
+    @property
+    def wants_write(self) -> bool:
+        """Whether `drain` is to be called when the socket takes more."""
+        return self.backlog_bytes > 0 and not self.short
+
+    def _wants_again(self, error: OSError) -> bool:
+        self.short = error.errno in SHORT_OF
+        return self.short or isinstance(error, BlockingIOError)
 
     def close(self) -> None:
         """Closes the socket and every descriptor that is on its way."""

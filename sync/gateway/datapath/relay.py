@@ -7,8 +7,12 @@ commands are more than relayed (`snoops`, `traps` put themselves into `vmm_comma
 access to guest memory (`dma_service`), and sockets.
 
 Ids: the VMM's command gets an id of ours on its way to the device and its own again on the way
-back; so our commands can go between. A posted command (NO_REPLY) needs none and is relayed as it
-is. The device's commands get an id of ours on their way to the VMM likewise.
+back; so our commands can go between. All posted commands (NO_REPLY) get one that no other has: a
+reply to such a one, which should not be, is dropped. The device's commands get an id of ours on
+their way to the VMM likewise.
+
+An exception of a handler costs the one message: it is told to `on_defect`, and the VMM's command is
+answered with an error.
 
     VMM  -- 7: REGION_READ -->  gateway  -- 41: REGION_READ -->  device
                                          -- 42: FEATURE ------>              (ours)
@@ -52,6 +56,8 @@ MAX_HELD_BYTES = 1 << 20
 MAX_DMA_OUTSTANDING = 256
 """Commands of the device under way to the VMM; more are refused (EBUSY)."""
 
+POSTED_ID = 0xFFFF
+
 _put_id = struct.Struct("<H").pack_into
 _put_flags = struct.Struct("<I").pack_into
 _FLAGS_OFFSET = 8
@@ -76,6 +82,7 @@ class Relay:
         self._held_bytes = 0
         self.on_quiet: Callable[[], None] | None = None
         """Called once when the last hold has been let go, before what was held goes on."""
+        self.on_defect: Callable[[Exception], None] = lambda error: None
         self.vmm_error: ProtocolError | None = None
         """What was wrong with a command that had been held: the VMM is to be disconnected."""
 
@@ -93,21 +100,29 @@ class Relay:
         """Takes a message of the VMM. Raises `ProtocolError`: its connection is to be closed."""
         if flags & FLAG_TYPE_MASK == FLAG_REPLY:
             close_fds(descriptors)
-            self._vmm_reply(message_id, message)
+            if message_id != POSTED_ID:
+                self._vmm_reply(message_id, message)
             return
         if self._holds:
             self._held.append((message_id, command, flags, error, bytearray(message), descriptors))
             self._held_bytes += len(message)
             return
         handler = self.vmm_commands.get(command)
-        if handler is not None:
+        if error:
+            # Its descriptors were lost on the way here: nothing else has an errno.
+            self.answer(message_id, flags, command, error=error)
+        elif handler is not None:
             try:
                 handler(message_id, flags, message, descriptors)
             except ProtocolError:
                 close_fds(descriptors)
                 raise
+            except Exception as problem:
+                close_fds(descriptors)
+                self.on_defect(problem)
+                self.answer(message_id, flags, command, error=errno.EIO)
         elif flags & FLAG_NO_REPLY:
-            self.to_device(message, descriptors)
+            self.post(message, descriptors)
         else:
             self.forward(message_id, message, descriptors, message_id)
 
@@ -116,9 +131,14 @@ class Relay:
     ) -> None:
         """Sends a command of the VMM on as it is."""
         if flags & FLAG_NO_REPLY:
-            self.to_device(message, descriptors)
+            self.post(message, descriptors)
         else:
             self.forward(message_id, message, descriptors, message_id)
+
+    def post(self, message: memoryview, descriptors: Sequence[int]) -> None:
+        """Sends a command on that is not answered."""
+        _put_id(message, 0, POSTED_ID)
+        self.to_device(message, descriptors)
 
     def forward(
         self,
@@ -130,9 +150,9 @@ class Relay:
         """Sends a command on under an id of ours. `origin` is the VMM's id for a reply that is
         only relayed, or takes the reply."""
         pending = self._pending
-        ours = (self._last_id + 1) & 0xFFFF
+        ours = (self._last_id + 1) % POSTED_ID
         while ours in pending:
-            ours = (ours + 1) & 0xFFFF
+            ours = (ours + 1) % POSTED_ID
         self._last_id = ours
         pending[ours] = origin
         _put_id(message, 0, ours)
@@ -238,9 +258,15 @@ class Relay:
             self.pass_back(origin, message, descriptors)
         elif origin is None:
             close_fds(descriptors)
-            raise ProtocolError(f"a reply with id {message_id}, which nobody is waiting for")
+            if message_id != POSTED_ID:
+                raise ProtocolError(f"a reply with id {message_id}, which nobody is waiting for")
         else:
-            origin(error, message, descriptors)
+            try:
+                origin(error, message, descriptors)
+            except ProtocolError:
+                raise
+            except Exception as problem:
+                self.on_defect(problem)
 
     def from_twin(
         self, message_id: int, command: int, flags: int, message: memoryview, back: Send
@@ -248,18 +274,26 @@ class Relay:
         """Takes a command of the device; the reply goes `back`."""
         if self.device_command is None or flags & FLAG_TYPE_MASK == FLAG_REPLY:
             raise ProtocolError("a message that the device may not send here")
-        self.device_command(message_id, command, flags, message, back)
+        try:
+            self.device_command(message_id, command, flags, message, back)
+        except ProtocolError:
+            raise
+        except Exception as problem:
+            self.on_defect(problem)
+            if not flags & FLAG_NO_REPLY:
+                back(error_reply(message_id, command, errno.EIO), ())
 
     def forward_to_vmm(self, message_id: int, flags: int, message: memoryview, back: Send) -> bool:
         """Sends a command of the device to the VMM, the reply `back`; False if that cannot be."""
         if self.to_vmm is None or len(self._vmm_pending) >= MAX_DMA_OUTSTANDING:
             return False
         if flags & FLAG_NO_REPLY:
+            _put_id(message, 0, POSTED_ID)
             self.to_vmm(message, ())
             return True
-        ours = (self._last_vmm_id + 1) & 0xFFFF
+        ours = (self._last_vmm_id + 1) % POSTED_ID
         while ours in self._vmm_pending:
-            ours = (ours + 1) & 0xFFFF
+            ours = (ours + 1) % POSTED_ID
         self._last_vmm_id = ours
         self._vmm_pending[ours] = (message_id, back)
         _put_id(message, 0, ours)

@@ -136,6 +136,7 @@ class Core:
             generation=self._generation + 1,
         )
         link.runner.on_late_end = self._proceed
+        link.relay.on_defect = self._defect
         self.link = link
 
         def done(result: object, error: SyncError | None) -> None:
@@ -239,7 +240,15 @@ class Core:
 
     def _proceed(self) -> None:
         while self._waiting and not self.busy:
-            self._waiting.popleft()()
+            call = self._waiting.popleft()
+            try:
+                call()
+            except Exception as error:
+                self._defect(error)
+
+    def _defect(self, error: Exception) -> None:
+        """What was met while one message or one request was worked on, which is all it costs."""
+        self._log("defect", reason=f"{type(error).__name__}: {error}")
 
     def run(
         self,

@@ -127,5 +127,5 @@ class DeviceLink:
         if self.facts.twin >= 0:
             os.close(self.facts.twin)
             self.facts.twin = -1
-        self.memory.clear()
+        self.memory.close()
         self.interrupts.close()

@@ -2,7 +2,8 @@
 
 Sans-IO. Owned here: the order, the bound on what is under way, and the deadline. A job that holds
 the guest's accesses back has one deadline from its start to its end, any other has it anew for each
-list of commands. What does not meet it is the job's failure, and nothing more.
+list of commands. What does not meet it, and whatever else is wrong with an answer, is the job's
+failure, and nothing more.
 
 A list of commands is sent back to back, up to `WINDOW` at a time; the device executes commands in
 the order in which they come ("Command Concurrency" in the vfio-user specification).
@@ -16,8 +17,8 @@ from typing import NamedTuple, TypeVar
 
 from sync.errors import SyncError
 from sync.gateway.datapath.relay import Relay
-from sync.gateway.errors import DeviceRefused, DeviceTimeout
-from sync.vfio_user.errors import ProtocolError, errno_text
+from sync.gateway.errors import DeviceRefused, DeviceTimeout, told
+from sync.vfio_user.errors import errno_text
 from sync.vfio_user.framing import close_fds
 from sync.vfio_user.protocol import HEADER_BYTES
 
@@ -155,11 +156,8 @@ class JobRunner:
         except StopIteration as stop:
             self._finish(stop.value, None)
             return
-        except ProtocolError:
-            # The device broke the protocol: its connection goes, and this job with it.
-            raise
-        except SyncError as error:
-            self._finish(None, error)
+        except Exception as error:
+            self._finish(None, told(error))
             return
         finally:
             for answer in answers or ():
@@ -226,6 +224,8 @@ class JobRunner:
         self._sent = 0
         holding, self._held, self._holding = self._holding, False, False
         job.close()
-        done(result, error)
-        if holding:
-            self._relay.let_go()
+        try:
+            done(result, error)
+        finally:
+            if holding:
+                self._relay.let_go()

@@ -7,7 +7,6 @@ when a step fails. Not owned: who may ask (`requests`), how a job is run (`job_r
 accesses held back. So the guest sees each of them as happening between two of its accesses.
 """
 
-from sync.errors import SyncError
 from sync.gateway.control.requests import DirtyHalf, Mediate, Mediation
 from sync.gateway.datapath.bitmap import DirtyBitmap
 from sync.gateway.datapath.dma import AtDevice
@@ -58,9 +57,7 @@ def mediate(
             if problem is not None:
                 raise problem
         values = yield from steps.execute(link, request.snapshot)
-    except ProtocolError:
-        raise
-    except SyncError:
+    except Exception:
         yield from steps.stop_logging(link)
         link.snoops.sharing = AtDevice.DIRECT
         yield from steps.share(link, AtDevice.DIRECT)
@@ -155,9 +152,7 @@ def standby(link: DeviceLink, custody: Custody, session: str, terms: Terms = NO_
             yield from reset_device()
         yield from steps.assign_interrupts(link, tapped=True)
         custody.standby(session, terms)
-    except ProtocolError:
-        raise
-    except SyncError:
+    except Exception:
         if not shut:
             link.snoops.sharing = AtDevice.DIRECT
             yield from steps.share(link, AtDevice.DIRECT)

@@ -36,10 +36,10 @@ class Listener:
         return self._sock.fileno()
 
     def accept(self) -> socket.socket | None:
-        """The next connection, or None."""
+        """The next connection, or None. Raises OSError for want of descriptors or memory."""
         try:
             return self._sock.accept()[0]
-        except OSError:
+        except (BlockingIOError, ConnectionError):
             return None
 
     def close(self) -> None:

@@ -6,6 +6,9 @@ when the event has been handled.
 
 A VMM counts as connected when it has sent a valid VERSION, so that somebody who only tries whether
 the socket is alive disturbs nothing. It waits for its answer until the device is there.
+
+The loop outlives whatever is raised in it: an exception costs a client its connection, a message
+its answer, or one look of a `_tick`; what the system is short of is asked for again later.
 """
 
 import os
@@ -33,7 +36,7 @@ from sync.gateway.engine.device_link import DeviceLink
 from sync.gateway.engine.listener import Listener
 from sync.gateway.engine.records import Records
 from sync.gateway.engine.records_file import RecordsFile
-from sync.gateway.errors import ControlProtocolError, GatewayError
+from sync.gateway.errors import told
 from sync.peer_process import PeerProcess, peer_pid, pid_namespace
 from sync.vfio_user.errors import Disconnected, ProtocolError
 from sync.vfio_user.framing import close_fds
@@ -68,6 +71,8 @@ REOPEN_S = 5.0
 GREETING_S = 5.0
 """A VMM that has connected has to say VERSION within this time."""
 MAX_CONTROL_CLIENTS = 32
+DEFECT_PAUSE_S = 0.01
+"""After an exception that nothing else was made for, should it come again at once."""
 FULL_BACKLOG_BYTES = 1 << 20
 """With this much not yet taken by one side, what would add to it is no longer read."""
 
@@ -130,6 +135,11 @@ class Gateway:
         self._hung: PeerProcess | None = None
         """A controller that was cut off for its silence, until the VMM is brought back."""
         self._recoveries: deque[Recovery] = deque()
+        self._to_recover: Callable[[], None] | None = None
+        """Starts a recovery for which there was no thread."""
+        self._recover_at = 0.0
+        self._deaf: set[int] = set()
+        """Listeners that are not asked again before the next tick."""
         self._listeners: list[Listener] = []
         self._wake = os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC)
         self._watch(self._wake, self._woken)
@@ -147,6 +157,17 @@ class Gateway:
         self.core = Core(options.limits, self._clock, log, self._recover, records)
         self.core.vmm = _listening_at(options.vmm_path)
         self._server = ControlServer(self.core)
+        self._looks: tuple[Callable[[float], object], ...] = (
+            options.heartbeat,
+            lambda now: options.observe(now, self.core.info),
+            self._look_for_device,
+            self.core.expire,
+            self._look_after_vmm,
+            self._look_after_clients,
+            self._look_after_recovery,
+            self._try_again,
+            lambda now: self._flush(),
+        )
 
     # --- the loop ---
 
@@ -166,10 +187,15 @@ class Gateway:
         try:
             while not self._stopping:
                 link = self._link
-                for number, events in wait(wait_s, link is not None and link.relay.awaiting_device):
-                    handler = handlers.get(number)
-                    if handler is not None:
-                        handler(events)
+                try:
+                    for number, events in wait(
+                        wait_s, link is not None and link.relay.awaiting_device
+                    ):
+                        handler = handlers.get(number)
+                        if handler is not None:
+                            handler(events)
+                except Exception as error:
+                    self._defect(error)
                 now = clock()
                 stood_still_s = now - turn_at - wait_s
                 if stood_still_s > STANDSTILL_S:
@@ -217,23 +243,47 @@ class Gateway:
 
     def _tick(self, now: float) -> float:
         """Looks after everything that has a deadline; returns how long to sleep at most."""
+        for look in self._looks:
+            try:
+                look(now)
+            except Exception as error:
+                self._defect(error)
         core = self.core
-        self._options.heartbeat(now)
-        self._options.observe(now, core.info)
+        deadlines = self._vmm_deadline is not None or core.busy or core.lease is not None
+        return TICK_S if self._device is None or deadlines else TICK_S * IDLE_TICKS
+
+    def _look_for_device(self, now: float) -> None:
         if self._device is None and now >= self._retry_at:
             self._connect_device(now)
-        core.expire(now)
+
+    def _look_after_vmm(self, now: float) -> None:
         if self._vmm_deadline is not None and now > self._vmm_deadline:
             self._vmm_gone("it did not say VERSION, or the device was not there in time")
+
+    def _look_after_clients(self, now: float) -> None:
         self._answered.extend(client for client in self._clients if client.wants_write)
-        holder = core.silent_holder(now)
+        holder = self.core.silent_holder(now)
         if isinstance(holder, ControlPeer):
             self._forget_hung()
             self._hung = holder.take_process()
             self._client_gone(holder, "it kept the guest's device and said nothing")
-        self._flush()
-        deadlines = self._vmm_deadline is not None or core.busy or core.lease is not None
-        return TICK_S if self._device is None or deadlines else TICK_S * IDLE_TICKS
+
+    def _look_after_recovery(self, now: float) -> None:
+        if self._to_recover is not None and now >= self._recover_at:
+            self._to_recover()
+
+    def _try_again(self, now: float) -> None:
+        """What the system was short of something for."""
+        for number in self._deaf:
+            self._mask(number, _IN)
+        self._deaf.clear()
+        for peer in (self._device, self._twin, self._vmm):
+            if peer is not None:
+                peer.short = False
+
+    def _defect(self, error: Exception) -> None:
+        self._log("defect", reason=f"{type(error).__name__}: {error}")
+        time.sleep(DEFECT_PAUSE_S)
 
     def _watch(self, number: int, handler: Callable[[int], None], mask: int = _IN) -> None:
         self._epoll.register(number, mask)
@@ -248,21 +298,33 @@ class Gateway:
     def _forget(self, number: int) -> None:
         if self._handlers.pop(number, None) is not None:
             del self._masks[number]
-            self._epoll.unregister(number)
+            with suppress(OSError):  # its end closes it
+                self._epoll.unregister(number)
 
     def _listen(self, path: Path, comes: Callable[[socket.socket], None]) -> None:
         listener = Listener(path, self._options.passed.get(path.absolute()))
         self._listeners.append(listener)
 
         def readable(events: int) -> None:
-            sock = listener.accept()
-            if sock is not None:
+            try:
+                sock = listener.accept()
+            except OSError as error:
+                self._log("cannot-accept", path=str(path), reason=error.strerror)
+                self._mask(listener.fileno(), 0)
+                self._deaf.add(listener.fileno())
+                return
+            if sock is None:
+                return
+            try:
                 comes(sock)
+            except Exception:
+                sock.close()
+                raise
 
         self._watch(listener.fileno(), readable)
 
     def _woken(self, events: int) -> None:
-        with suppress(BlockingIOError):
+        with suppress(OSError):
             os.eventfd_read(self._wake)
         while self._recoveries:
             self.core.recovered(self._recoveries.popleft())
@@ -274,14 +336,16 @@ class Gateway:
         if self._options.device_path is None:
             self._open_function(now)
             return
-        sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
-        sock.setblocking(False)
         try:
+            sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+        except OSError:
+            return
+        try:
+            sock.setblocking(False)
             sock.connect(os.fspath(self._options.device_path))
+            self._use_device(Peer(sock, _MESSAGE_BYTES, _nobody))
         except OSError:
             sock.close()
-            return
-        self._use_device(Peer(sock, _MESSAGE_BYTES, _nobody))
 
     def _open_function(self, now: float) -> None:
         # Only here: a gateway of a device process stays as small as it is.
@@ -293,16 +357,27 @@ class Gateway:
             self._log("device-unusable", reason=str(error))
             self._retry_at = now + REOPEN_S
             return
-        self._use_device(endpoint, endpoint.patience_s)
-        if self._link is not None:
-            self._link.runner.explain = lambda: endpoint.reason
+        try:
+            self._use_device(endpoint, endpoint.patience_s)
+        except OSError:
+            endpoint.close()
+        else:
+            if self._link is not None:
+                self._link.runner.explain = lambda: endpoint.reason
 
     def _use_device(self, peer: "Peer | HostEndpoint", patience_s: float = 0.0) -> None:
-        self._device = peer
+        """Takes a device; raises OSError if it cannot."""
         self._watch(peer.fileno(), self._on_device)
-        link = self._link = self.core.device_came(peer.send, self._device_ready, patience_s)
-        self._watch(link.interrupts.fileno(), lambda _events: link.interrupts.pass_on())
-        peer.handler = self._link.relay.from_device
+        try:
+            link = self.core.device_came(peer.send, self._device_ready, patience_s)
+            self._watch(link.interrupts.fileno(), lambda _events: link.interrupts.pass_on())
+        except Exception as error:
+            self._forget(peer.fileno())
+            self.core.device_lost(str(error))
+            raise
+        self._device = peer
+        self._link = link
+        peer.handler = link.relay.from_device
 
     def _device_ready(self, error: SyncError | None) -> None:
         link = self._link
@@ -312,7 +387,7 @@ class Gateway:
             self._device_fault = f"it does not answer as it has to: {error}"
             return
         if link.facts.twin >= 0 and not self._adopt_twin(link):
-            self._device_fault = "its twin socket is no socket"
+            self._device_fault = "its twin socket cannot be used"
             return
         identity = link.facts.identity
         self._log("device-connected", vendor=identity.vendor, device=identity.device)
@@ -324,6 +399,11 @@ class Gateway:
             sock = socket.socket(fileno=number)
         except OSError:
             os.close(number)
+            return False
+        try:
+            self._watch(number, self._on_twin)
+        except OSError:
+            sock.close()
             return False
         relay = link.relay
 
@@ -340,7 +420,6 @@ class Gateway:
 
         twin = Peer(sock, _MESSAGE_BYTES, from_twin)
         self._twin = twin
-        self._watch(twin.fileno(), self._on_twin)
         return True
 
     def _on_device(self, events: int) -> None:
@@ -376,10 +455,10 @@ class Gateway:
             sock.close()
             return
         peer = Peer(sock, _MESSAGE_BYTES, self._greeted)
+        self._watch(peer.fileno(), self._on_vmm)
         self._vmm = peer
         self.core.vmm = replace(self.core.vmm, pid=peer_pid(sock))
         self._vmm_deadline = self._clock() + GREETING_S
-        self._watch(peer.fileno(), self._on_vmm)
 
     def _greeted(
         self,
@@ -496,17 +575,17 @@ class Gateway:
         device, vmm, twin, link = self._device, self._vmm, self._twin, self._link
         vmm_full = vmm is not None and vmm.backlog_bytes > FULL_BACKLOG_BYTES
         if device is not None:
-            self._mask(device.fileno(), _IN | _OUT if device.backlog_bytes else _IN)
+            self._mask(device.fileno(), _IN | _OUT if device.wants_write else _IN)
         if vmm is not None:
             blocked = vmm_full or (
                 device is not None
                 and link is not None
                 and (device.backlog_bytes > FULL_BACKLOG_BYTES or link.relay.vmm_blocked)
             )
-            self._mask(vmm.fileno(), (0 if blocked else _IN) | (_OUT if vmm.backlog_bytes else 0))
+            self._mask(vmm.fileno(), (0 if blocked else _IN) | (_OUT if vmm.wants_write else 0))
         if twin is not None:
             blocked = vmm_full or twin.backlog_bytes > FULL_BACKLOG_BYTES
-            self._mask(twin.fileno(), (0 if blocked else _IN) | (_OUT if twin.backlog_bytes else 0))
+            self._mask(twin.fileno(), (0 if blocked else _IN) | (_OUT if twin.wants_write else 0))
 
     # --- control clients ---
 
@@ -515,15 +594,19 @@ class Gateway:
             sock.close()
             return
         client = ControlPeer(sock, self._answered.append)
+        try:
+            self._watch(client.fileno(), lambda events: self._on_client(client, events))
+        except OSError:
+            client.close()
+            raise
         self._clients.append(client)
-        self._watch(client.fileno(), lambda events: self._on_client(client, events))
 
     def _on_client(self, client: ControlPeer, events: int) -> None:
         try:
             if events & ~_OUT and not client.receive():
                 self._client_gone(client, "it closed the connection")
-        except ControlProtocolError as error:
-            self._client_gone(client, str(error))
+        except Exception as error:
+            self._client_gone(client, str(told(error)))
         self._answered.append(client)
         self._flush()
 
@@ -533,12 +616,16 @@ class Gateway:
             client = self._answered.pop()
             if client.closed:
                 continue
-            if client.wants_write and not client.flush(self._clock()):
-                self._client_gone(client, "it does not read its replies")
-                continue
-            request = client.next_request()
-            if request is not None:
-                self._server.handle(client, request)
+            try:
+                if client.wants_write and not client.flush(self._clock()):
+                    self._client_gone(client, "it does not read its replies")
+                    continue
+                request = client.next_request()
+                if request is not None:
+                    self._server.handle(client, request)
+            except Exception as error:
+                if not client.closed:
+                    self._client_gone(client, str(told(error)))
             if not client.closed:
                 mask = (_IN if client.wants_read else 0) | (_OUT if client.wants_write else 0)
                 self._mask(client.fileno(), mask)
@@ -562,6 +649,7 @@ class Gateway:
             self._forget_hung()
         hung, self._hung = self._hung, None
         begun = self.core.custody.migrations
+        until = self._clock() + RECOVERY_S
 
         def wanted() -> bool:
             """Whether the guest is still as that migration has left it."""
@@ -569,12 +657,22 @@ class Gateway:
             untouched = self.core.custody.migrations == begun
             return untouched and (same or armed.qmp_made is None) and not self._stopping
 
-        threading.Thread(
-            target=self._recover_now,
-            args=(armed, session, proof, hung, wanted),
-            name="recovery",
-            daemon=True,
-        ).start()
+        def start() -> None:
+            self._to_recover = None
+            try:
+                threading.Thread(
+                    target=self._recover_now,
+                    args=(armed, session, proof, hung, wanted),
+                    name="recovery",
+                    daemon=True,
+                ).start()
+            except RuntimeError as error:
+                self.core.recovered(Recovery("lease-lost", False, str(error)))
+                if wanted() and self._clock() < until:
+                    self._to_recover = start
+                    self._recover_at = self._clock() + RECOVERY_PAUSE_S
+
+        start()
 
     def _recover_now(
         self,
@@ -587,7 +685,7 @@ class Gateway:
         """Tries again until it succeeds or is not wanted; for `RECOVERY_S` at most."""
         for path in armed.companions:
             # One that refuses lets no access through: the guest goes on without that device.
-            with suppress(GatewayError):
+            with suppress(Exception):
                 take_back(path, session, proof, armed.deadline_s)
         until = self._clock() + RECOVERY_S
         told = ""

@@ -1,5 +1,6 @@
 """Controllers, VMMs and devices that break the protocol are cut off, and nobody else notices."""
 
+import errno
 import os
 import random
 import socket
@@ -8,6 +9,7 @@ from collections.abc import Callable
 from dataclasses import fields
 from typing import Any, cast
 
+import pytest
 import trio
 
 from sync.gateway.control.client import GatewayClient
@@ -156,6 +158,63 @@ def test_i9_a_hostile_device_is_cut_off_and_tried_again(
     house.device_path.unlink()
     house.serve(make_device())
     assert house.vmm().region_read(0, 0, 4) == bytes(4)
+
+
+def test_i9_a_gateway_without_descriptors_waits_and_goes_on(
+    make_house: Callable[..., House],
+    make_device: type[ServedDevice],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """It asks a listener once a tick, as long as nothing can be accepted; and its VMM goes on."""
+    house = make_house()
+    house.serve(make_device())
+    vmm = house.vmm()
+    accept, tries, ticks = socket.socket.accept, list[int](), list[float]()
+    house.gateway._looks += (ticks.append,)
+    none_left = True
+
+    def accept_nothing(sock: socket.socket) -> tuple[socket.socket, Any]:
+        if none_left and sock.getsockname() == str(house.control_path):
+            tries.append(len(ticks))
+            raise OSError(errno.EMFILE, "Too many open files")
+        return accept(sock)
+
+    monkeypatch.setattr(socket.socket, "accept", accept_nothing)
+    with connect_raw(house.control_path) as sock:
+        sock.sendall(encode({"op": "hello", "version": VERSION, "role": "observer"}))
+        house.wait_event("cannot-accept", 3)
+        assert vmm.region_read(0, 0, 4) == bytes(4)
+        none_left = False
+        assert sock.recv(1)
+    assert len(set(tries)) == len(tries)
+
+
+def test_i9_malformed_answers_to_a_job_cost_the_job(
+    make_house: Callable[..., House], make_device: type[ServedDevice]
+) -> None:
+    house, device = make_house(), make_device(logging=True)
+    house.serve(device)
+    vmm = house.vmm()
+    ram = new_ram(4)
+    vmm.dma_map(DmaMap(3, 0, 0x10000, 4 * PAGE), ram)
+    os.close(ram)
+
+    async def main() -> None:
+        async with await GatewayClient.connect(
+            house.control_path, role=ClientRole.SOURCE
+        ) as gateway:
+            feature = device.feature
+            device.feature = lambda request: b"?"  # type: ignore[method-assign]
+            with pytest.raises(GatewayError):
+                await gateway.mediate(tracker="logging", capture=True)
+            assert vmm.region_read(0, 0, 4) == bytes(4)
+            device.feature = feature  # type: ignore[method-assign]
+            mediation = await gateway.mediate(tracker="logging", capture=True)
+            os.close(mediation.dirty_fd or 0)
+            await gateway.passthrough()
+
+    trio.run(main)
+    assert vmm.region_read(0, 0, 4) == bytes(4)
 
 
 def test_no_descriptor_is_left_behind(

@@ -91,6 +91,44 @@ def test_i8_a_lost_source_is_put_back_to_passthrough_and_its_vmm_resumed(
     os.close(ram)
 
 
+def test_i8_a_recovery_for_which_there_is_no_thread_is_tried_again(
+    make_house: Callable[..., House],
+    make_device: type[ServedDevice],
+    recoveries: list[tuple[str, float]],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    house = make_house()
+    house.serve(make_device())
+    vmm = house.vmm()
+    ram = new_ram(2)
+    vmm.dma_map(DmaMap(3, 0, 0x10000, 2 * PAGE), ram)
+    os.close(ram)
+    start, refused = threading.Thread.start, list[str]()
+
+    def no_thread(thread: threading.Thread) -> None:
+        if thread.name == "recovery" and not refused:
+            refused.append(thread.name)
+            raise RuntimeError("can't start new thread")
+        start(thread)
+
+    async def main() -> None:
+        async with await GatewayClient.connect(
+            house.control_path, role=ClientRole.SOURCE
+        ) as gateway:
+            await gateway.arm_recovery("/run/vmm.qmp", 3.5)
+            await to_state(gateway, "stopped")
+        await trio.to_thread.run_sync(house.wait_event, "recovered", 2)
+        info = await status_of(house)
+        assert (info.state, info.owner) == ("passthrough", "owned")
+        assert info.last_recovery is not None and info.last_recovery.ok
+
+    monkeypatch.setattr(threading.Thread, "start", no_thread)
+    trio.run(main)
+    assert refused and recoveries == [("/run/vmm.qmp", 3.5)]
+    assert [fields["ok"] for fields in house.seen("recovered")] == [False, True]
+    assert vmm.region_read(0, 0, 4) == bytes(4)
+
+
 def test_i8_a_controller_that_falls_silent_over_a_stopped_guest_is_cut_off(
     make_house: Callable[..., House],
     make_device: type[ServedDevice],

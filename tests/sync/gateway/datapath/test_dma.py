@@ -55,7 +55,7 @@ def memory() -> Iterator[DmaMemory]:
         region = memory.add(DmaMap(flags, offset or 0, address, size), fd)
         region.at_device = AtDevice.MESSAGE
     yield memory
-    memory.clear()
+    memory.close()
 
 
 def _errno(action: Callable[[], object]) -> int:

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from hypothesis.strategies._internal.random import ArtificialRandom
 
 from sync.gateway.datapath.dma import MAX_REGIONS
-from sync.gateway.datapath.relay import MAX_OUTSTANDING, Relay, Send
+from sync.gateway.datapath.relay import MAX_OUTSTANDING, POSTED_ID, Relay, Send
 from sync.vfio_user.errors import ProtocolError
 from sync.vfio_user.protocol import (
     FLAG_NO_REPLY,
@@ -99,10 +99,51 @@ def test_every_reply_finds_its_way_with_any_ids_and_in_any_order(
     assert mine == [number for number in order if steps[number][0]]
 
 
-def test_a_posted_command_is_relayed_as_it_is() -> None:
+def test_posted_commands_have_an_id_that_no_other_has() -> None:
     ends = Ends()
     ends.from_vmm(7, Command.REGION_WRITE, b"x" * 20, posted=True)
-    assert ends.device == [encode_message(7, Command.REGION_WRITE, b"x" * 20, no_reply=True)]
+    posted = encode_message(POSTED_ID, Command.REGION_WRITE, b"x" * 20, no_reply=True)
+    assert ends.device == [posted]
+    ends.relay._last_id = POSTED_ID - 2
+    for number in range(3):
+        ends.from_vmm(number, Command.REGION_READ, bytes(16))
+    ids = [int.from_bytes(sent[:2], "little") for sent in ends.device[1:]]
+    assert ids == [POSTED_ID - 1, 0, 1]
+
+
+@pytest.mark.parametrize("side", ["device", "vmm"])
+def test_i9_a_reply_to_a_posted_command_is_dropped_and_is_nobody_elses(side: str) -> None:
+    ends = Ends()
+    ends.from_vmm(7, Command.REGION_READ, bytes(16))
+    ends.from_vmm(7, Command.REGION_WRITE, b"x" * 20, posted=True)
+    number = int.from_bytes(ends.device[1][:2], "little")
+    take = ends.relay.from_device if side == "device" else ends.relay.from_vmm
+    take(number, Command.REGION_WRITE, 1, 0, _message(number, Command.REGION_WRITE, reply=True), [])
+    assert ends.vmm == []
+    ends.device_replies(ends.device[0])
+    assert [message[:2] for message in ends.vmm] == [(7).to_bytes(2, "little")]
+
+
+def test_i9_what_a_handler_was_not_made_for_costs_one_message() -> None:
+    ends = Ends()
+    relay = ends.relay
+    met: list[Exception] = []
+    relay.on_defect = met.append
+
+    def broken(*_: object) -> None:
+        raise ZeroDivisionError
+
+    relay.vmm_commands = {Command.REGION_READ: broken}
+    relay.device_command = broken
+    ends.from_vmm(7, Command.REGION_READ, bytes(16))
+    assert ends.vmm == [encode_message(7, Command.REGION_READ, reply=True, error=errno.EIO)]
+    relay.ask(Command.DEVICE_RESET, b"", (), broken)
+    ends.device_replies(ends.device[0])
+    back: list[bytes] = []
+    message = _message(5, Command.DMA_READ)
+    relay.from_twin(5, Command.DMA_READ, 0, message, lambda data, _: back.append(bytes(data)))
+    assert back == [encode_message(5, Command.DMA_READ, reply=True, error=errno.EIO)]
+    assert [type(error) for error in met] == [ZeroDivisionError] * 3
 
 
 def test_an_unknown_command_is_relayed_undecoded() -> None:

@@ -8,7 +8,7 @@ import pytest
 
 from sync.gateway.datapath.relay import Relay
 from sync.gateway.engine.job_runner import WINDOW, Call, Job, JobRunner
-from sync.gateway.errors import DeviceLost, DeviceRefused, DeviceTimeout
+from sync.gateway.errors import Defect, DeviceLost, DeviceRefused, DeviceTimeout, GatewayError
 from sync.vfio_user.errors import ProtocolError
 from sync.vfio_user.protocol import HEADER, encode_message
 
@@ -200,13 +200,22 @@ def test_a_job_aborted_before_it_began_does_nothing(table: Table) -> None:
     assert isinstance(table.outcome[0][1], DeviceLost)
 
 
-def test_a_device_that_breaks_the_protocol_is_not_the_jobs_to_hide(table: Table) -> None:
+@pytest.mark.parametrize(
+    ("error", "told"),
+    [
+        (ProtocolError("nonsense"), ProtocolError),
+        (OSError(24, "none left"), GatewayError),
+        (ZeroDivisionError(), Defect),
+    ],
+)
+def test_i9_whatever_is_wrong_in_a_job_costs_the_job_and_lets_the_guest_go_on(
+    table: Table, error: Exception, told: type[Exception]
+) -> None:
     def job() -> Job[None]:
         yield [Call(1)]
-        raise ProtocolError("nonsense")
+        raise error
 
-    table.start(job())
-    with pytest.raises(ProtocolError):
-        table.answer(1)
-    table.runner.abort(DeviceLost("gone"))
-    assert isinstance(table.outcome[0][1], DeviceLost)
+    table.start(job(), held=True)
+    table.answer(1)
+    assert isinstance(table.outcome[0][1], told)
+    assert not table.relay.holding and not table.runner.busy
