@@ -55,9 +55,9 @@ def killer_of(
         return sender.kill
     if victim == "receive":
         return receiver.kill
-    what, name = victim.split()
+    what, name, *number = victim.split()
     host = hosts.a if name == "a" else hosts.b
-    return lambda: host.kill(what)
+    return lambda: host.kill(" ".join([what, *number]))
 
 
 async def settle(hosts: TwoHosts, sender: Command, receiver: Command) -> Host:

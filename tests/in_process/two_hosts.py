@@ -101,7 +101,10 @@ class Host:
         self._house = House(folder, Limits())
         self._server = self._house.serve(self.device)
         self._killed: set[str] = set()
-        self.vmm = Vmm(folder, self._house.vmm_path, on_run, incoming=incoming)
+        self.vmm = self._new_vmm(incoming=incoming)
+
+    def _new_vmm(self, *, incoming: bool) -> Vmm:
+        return Vmm(self._folder, self._house.vmm_path, self._on_run, incoming=incoming)
 
     @property
     def flags(self) -> dict[str, Any]:
@@ -136,7 +139,7 @@ class Host:
     def renew_vmm(self) -> None:
         """A new VMM, which waits for a guest, in place of one that is dead."""
         self.revive()
-        self.vmm = Vmm(self._folder, self._house.vmm_path, self._on_run, incoming=True)
+        self.vmm = self._new_vmm(incoming=True)
 
     def close(self) -> None:
         self.vmm.die()
@@ -150,6 +153,8 @@ class TwoHosts:
     is always something that has not been moved.
     """
 
+    host: type[Host] = Host
+
     def __init__(self, folder: Path, method: Method, nursery: trio.Nursery) -> None:
         self._folder = folder
         self._method = method
@@ -160,8 +165,8 @@ class TwoHosts:
         self._writes = 0
         self.ran_twice = False
         """Whether the guest has run on both hosts at any moment."""
-        self.a = Host(folder / "a", method, self._look, incoming=False)
-        self.b = Host(folder / "b", method, self._look, incoming=True)
+        self.a = self.host(folder / "a", method, self._look, incoming=False)
+        self.b = self.host(folder / "b", method, self._look, incoming=True)
 
     def _look(self) -> None:
         self.ran_twice |= self.a.vmm.runs and self.b.vmm.runs
@@ -243,9 +248,11 @@ class TwoHosts:
 
 
 @asynccontextmanager
-async def two_hosts(folder: Path, method: Method) -> AsyncIterator[TwoHosts]:
+async def two_hosts(
+    folder: Path, method: Method, kind: type[TwoHosts] = TwoHosts
+) -> AsyncIterator[TwoHosts]:
     async with trio.open_nursery() as nursery:
-        hosts = TwoHosts(folder, method, nursery)
+        hosts = kind(folder, method, nursery)
         try:
             await nursery.start(hosts.a.vmm.serve_qmp)
             await nursery.start(hosts.b.vmm.serve_qmp)

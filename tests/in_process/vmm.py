@@ -80,18 +80,23 @@ class Vmm(FakeQemu):
         return self.alive and self.run_state == "running"
 
     def connect(self) -> None:
-        """To the gateway, as after the start: all of the guest's memory is shared. A gateway turns
-        away who comes before it has seen the end of the last connection."""
+        """To the gateway, as after the start."""
+        self.device = self.connected(self._gateway)
+
+    def connected(self, gateway: Path) -> Client:
+        """A connection over which all of the guest's memory is shared. A gateway turns away who
+        comes before it has seen the end of the last one."""
         deadline = time.monotonic() + CONNECT_S
         while True:
             try:
-                self.device = Client(self._gateway, timeout_s=CONNECT_S)
+                device = Client(gateway, timeout_s=CONNECT_S)
                 break
             except (Disconnected, OSError):
                 if time.monotonic() > deadline:
                     raise
                 time.sleep(RETRY_S)
-        self.device.dma_map(DmaMap(3, 0, RAM_AT, RAM_BYTES), self._descriptor)
+        device.dma_map(DmaMap(3, 0, RAM_AT, RAM_BYTES), self._descriptor)
+        return device
 
     def die(self) -> None:
         """As if killed: at once, from any state."""
