@@ -111,6 +111,7 @@ _RENDER: dict[str, Callable[[dict[str, Any]], str]] = {
     "configuration": lambda v: str(v["text"]),
     "report": lambda v: str(v["text"]),
     "finding": _finding,
+    "forecast": lambda _: "",
     "diagnosis": lambda v: str(v["text"]),
     "checked": lambda v: f"{v['role']}: a check by the sender: {v['outcome']}",
     "status": lambda v: str(v["text"]),

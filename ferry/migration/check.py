@@ -48,13 +48,9 @@ def scratch(fill: bytes = b"") -> NDArray[np.uint8]:
     return np.frombuffer(pages, np.uint8)
 
 
-async def findings_of(link: Sender, vmm: VmmIdentity, n_pages: int) -> list[Finding]:
-    """What the source reports of a check that went well; `n_pages` is the size of guest memory.
-
-    Raises `TransportError`.
-    """
+def findings_of(link: Sender, vmm: VmmIdentity, n_pages: int, sample: Sample) -> list[Finding]:
+    """What the source reports of a check that went well; `n_pages` is the size of guest memory."""
     peer = Notice.unpack(link.hello_reply).text("vmm")
-    sample = await measure(link)
     memory_bytes = n_pages * PAGE_BYTES
     return [
         ok("memory", f"{bytes_text(memory_bytes)} that devices can reach, laid out alike"),

@@ -46,6 +46,17 @@ ROLL_PAGES = 1 << 14
 """So many pages are compared at once while the guest runs."""
 
 
+def limits_of(options: Options) -> Limits:
+    """What the user allows the rounds."""
+    return Limits(
+        downtime_ms=options.downtime_limit,
+        threshold_pages=options.threshold,
+        max_rounds=options.max_rounds,
+        timeout_s=options.timeout,
+        on_stall=options.on_stall,
+    )
+
+
 class Precopy:
     """The rounds of one migration, from the first one to the one when the guest stands still."""
 
@@ -111,15 +122,7 @@ class Precopy:
 
     async def _rounds_until_small(self) -> None:
         options = self._options
-        convergence = Convergence(
-            Limits(
-                downtime_ms=options.downtime_limit,
-                threshold_pages=options.threshold,
-                max_rounds=options.max_rounds,
-                timeout_s=options.timeout,
-                on_stall=options.on_stall,
-            )
-        )
+        convergence = Convergence(limits_of(options))
         await self._collect()
         progress, asked_at = await self._vmm.check_migration(), trio.current_time()
         while True:

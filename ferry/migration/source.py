@@ -21,10 +21,11 @@ import trio
 from ferry.errors import Mismatch
 from ferry.findings import methods_text, ok
 from ferry.migration.belonging import prove_one_vm
-from ferry.migration.check import findings_of, stream_finding
+from ferry.migration.check import findings_of, measure, stream_finding
 from ferry.migration.device_watch import Verdict
 from ferry.migration.devices import offer_of
 from ferry.migration.downtime import Downtime, standstill_budget_s
+from ferry.migration.forecast import forecast, look_at
 from ferry.migration.handover_runner import HandoverRunner
 from ferry.migration.messages import MessageKind, MigrationHello, Notice
 from ferry.migration.pacing import MAX_BYTES_PER_S, Pace, keep_pace
@@ -204,8 +205,14 @@ class Source:
             for device, methods in zip(devices, self.report.methods, strict=True):
                 self._reporter.finding(ok(f"device at {device.path}", methods_text(**methods)))
             self._reporter.finding(stream_finding(why_closed))
-            for finding in await findings_of(link.sender, identity, memory.n_pages):
+            look = await look_at(memory)
+            sample = await measure(link.sender)
+            for finding in findings_of(link.sender, identity, memory.n_pages, sample):
                 self._reporter.finding(finding)
+            scans = any(device.tracking == "scan" for device in devices)
+            expected = forecast(look, sample.bytes_per_s, options, scans=scans)
+            self._reporter.finding(expected.finding())
+            self._reporter.event("forecast", **expected.values(), devices=self.report.methods)
             return Event.CHECKED
         ranges = tuple(layout.file_ranges())
         prepared = Prepared(devices, memory, vmm, platform, link, ranges, settings, why_closed)
