@@ -20,7 +20,7 @@ from ferry.doctor.vmm import vmm_findings
 from ferry.errors import Exit
 from ferry.findings import Finding, Level
 from ferry.progress import Reporter
-from sync.registers.choose import load_profiles
+from sync.registers.find import load_profiles
 
 
 @dataclass(frozen=True, kw_only=True)

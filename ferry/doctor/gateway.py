@@ -22,8 +22,9 @@ from sync.gateway.control.info import GatewayInfo
 from sync.gateway.engine.custody import ClientRole
 from sync.gateway.engine.records import Fate
 from sync.gateway.errors import GatewayError
-from sync.registers.choose import Origin, RequestedMethod, find_profile, source_for
+from sync.registers.choose import RequestedMethod, source_for
 from sync.registers.errors import FeatureNotCarried, RegisterError
+from sync.registers.find import Origin, find_profile
 from sync.vfio_user.protocol import RegionFlags
 
 ANSWER_S = 5.0

@@ -30,7 +30,8 @@ from sync.gateway.engine.custody import ClientRole
 from sync.gateway.engine.records import Fate
 from sync.gateway.errors import DeviceLost, GatewayError, GatewayLost
 from sync.memory import GuestMemory
-from sync.registers.choose import load_profiles, source_for
+from sync.registers.choose import source_for
+from sync.registers.find import load_profiles
 from sync.registers.interface import SourceRegisters
 from transport.kernels.digests import scan_changed
 

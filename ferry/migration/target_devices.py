@@ -20,8 +20,9 @@ from sync.gateway.control.info import GatewayInfo
 from sync.gateway.engine.custody import ClientRole
 from sync.gateway.errors import DeviceLost, GatewayLost, VmmLost, WrongState
 from sync.memory import GuestMemory
-from sync.registers.choose import load_profiles, target_for
+from sync.registers.choose import target_for
 from sync.registers.errors import IdentityMismatch, MethodMismatch, NoMethod, ProfileMismatch
+from sync.registers.find import load_profiles
 from sync.registers.interface import TargetRegisters
 
 

@@ -21,7 +21,7 @@ from perf.benchmark import Context, Measurement, cpu_seconds
 from perf.errors import BenchmarkFailed
 from sync.gateway.datapath.journal import Journal
 from sync.registers.capture import CaptureSource
-from sync.registers.choose import find_profile, load_profiles
+from sync.registers.find import find_profile, load_profiles
 from sync.registers.interface import GatewayPort
 from sync.registers.payload import Assembler
 from sync.registers.profile.layout import Layout

@@ -18,7 +18,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from sync.registers.errors import PayloadError, RefusedAccess, RegisterError, SequenceError
-from sync.registers.profile.layout import STRADDLES, UNLISTED, Layout, Place
+from sync.registers.profile.classifier import STRADDLES, UNLISTED, Classifier
+from sync.registers.profile.layout import Layout, Place
 from sync.registers.profile.model import RegisterClass, Unlisted
 from sync.registers.record import (
     NUMPY_FIELDS,
@@ -101,6 +102,7 @@ class Replayer:
 
     def __init__(self, layout: Layout, next_seq: int) -> None:
         self._layout = layout
+        self._classifier = Classifier(layout)
         self._careful = _Careful(layout)
         self._held: dict[tuple[int, int], tuple[int, Access]] = {}
         self.next_seq = next_seq
@@ -119,7 +121,7 @@ class Replayer:
         replayer is of no further use then.
         """
         batch = self._checked(records)
-        places = self._layout.classify(batch)
+        places = self._classifier.classify(batch)
         write = batch["op"] == _WRITE
         fates = np.where(write, self._write_fates[places], self._read_fates[places])
         fates[(places == STRADDLES) | (batch["op"] == _RESET)] = _Fate.CAREFUL
@@ -212,7 +214,7 @@ class Replayer:
         size = batch["size"]
         sound = np.where(reset, size == 0, (size >= 1) & (size <= VALUE_BYTES))
         sound &= batch["op"] <= _RESET
-        sound &= reset | self._layout.inside(batch)
+        sound &= reset | self._classifier.inside(batch)
         sound &= ~more | (~reset & (size == VALUE_BYTES))
         width = np.minimum(size, VALUE_BYTES - 1).astype(np.uint64) * 8
         sound &= (size >= VALUE_BYTES) | (batch["value"] >> width == 0)

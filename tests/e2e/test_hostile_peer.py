@@ -30,7 +30,8 @@ from ferry.nurseries import alongside
 from ferry.progress import Reporter
 from lab.testbed import Host
 from sync.gateway.control.client import GatewayClient
-from sync.registers.choose import load_profiles, source_for
+from sync.registers.choose import source_for
+from sync.registers.find import load_profiles
 from sync.vmm.driver import Vmm
 from sync.vmm.identity import identify
 from tests.e2e.two_hosts import Method, assert_sound, new_bed, small_setup, start_both

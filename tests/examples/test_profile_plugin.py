@@ -14,8 +14,8 @@ from typing import Any
 import pytest
 import trio
 
-from sync.registers.choose import ENTRY_POINT_GROUP, find_profile, load_profiles
 from sync.registers.errors import RefusedAccess
+from sync.registers.find import ENTRY_POINT_GROUP, find_profile, load_profiles
 from sync.registers.profile.locate import DeviceView
 from sync.registers.profile.toml import parse_profile
 from sync.registers.record import Access, Op

@@ -13,8 +13,8 @@ from ferry.findings import Level
 from sync.gateway.control.info import RegionDescription
 from sync.gateway.engine.custody import ClientRole
 from sync.pci import Identity
-from sync.registers.choose import load_profiles
 from sync.registers.errors import FeatureNotCarried, SnapshotFailed
+from sync.registers.find import load_profiles
 from sync.registers.profile.locate import DeviceView
 
 VIEW = DeviceView(0x1AF4, 0x1042, 0x1AF4, 2, 0x018000, bytes(256), {})

@@ -8,7 +8,8 @@ from typing import Any, cast
 import pytest
 from trio.testing import trio_test
 
-from sync.registers.choose import load_profiles, source_for, target_for
+from sync.registers.choose import source_for, target_for
+from sync.registers.find import load_profiles
 from sync.registers.interface import GatewayPort
 from sync.registers.record import Access, Op, pack_access, unpack_accesses
 from tests.lab.devices.e1000_driver import (

@@ -9,9 +9,9 @@ from typing import Any
 import pytest
 from trio.testing import trio_test
 
-from sync.registers import choose
+from sync.registers import find
 from sync.registers.capture import CaptureSource, CaptureTarget
-from sync.registers.choose import find_profile, load_profiles, source_for, target_for
+from sync.registers.choose import source_for, target_for
 from sync.registers.errors import (
     IdentityMismatch,
     MethodMismatch,
@@ -19,6 +19,7 @@ from sync.registers.errors import (
     PayloadError,
     ProfileError,
 )
+from sync.registers.find import find_profile, load_profiles
 from sync.registers.payload import PayloadKind, decode_json, encode_json
 from sync.registers.profile.toml import parse_profile
 from sync.registers.v2 import StreamSource, StreamTarget
@@ -225,7 +226,7 @@ def test_the_order_of_preference(
         assert group == "vfio_ferry.profiles"
         return [Point(name) for name in plugins]
 
-    monkeypatch.setattr(choose, "entry_points", entry_points)
+    monkeypatch.setattr(find, "entry_points", entry_points)
     found = load_profiles([tmp_path])
     assert [[profile.name for profile in origin] for origin in found] == [
         ["narrow", "other", "wide"],
@@ -253,7 +254,7 @@ def test_the_order_of_preference(
 
 def test_plug_ins_are_looked_up_where_they_are_documented() -> None:
     assert isinstance(
-        EntryPoint("x", "json:dumps", choose.ENTRY_POINT_GROUP).load(), type(json.dumps)
+        EntryPoint("x", "json:dumps", find.ENTRY_POINT_GROUP).load(), type(json.dumps)
     )
 
 

@@ -11,13 +11,14 @@ from trio.testing import trio_test
 
 from lab.devices.disk import Disk
 from lab.devices.virtio.blk import VirtioBlk
-from sync.registers.choose import load_profiles, source_for, target_for
+from sync.registers.choose import source_for, target_for
 from sync.registers.errors import (
     FeatureNotCarried,
     IdentityMismatch,
     RefusedAccess,
     RegisterMismatch,
 )
+from sync.registers.find import load_profiles
 from sync.registers.profile.locate import DeviceView
 from sync.registers.record import Access, Op
 
