@@ -39,6 +39,9 @@ COMMANDS = {
     "cancel": Command("ferry.commands.cancel", "have a running send give up, as Ctrl-C does"),
     "set": Command("ferry.commands.set", "change the limits of a running send"),
     "receive": Command("ferry.commands.receive", "take over a guest's devices on this host"),
+    "replace": Command(
+        "ferry.commands.replace", "change a running guest's device to another process of it"
+    ),
     "secret": Command(
         "ferry.commands.secret", "make the secret, or the keys, by which hosts know each other"
     ),

@@ -115,6 +115,7 @@ _RENDER: dict[str, Callable[[dict[str, Any]], str]] = {
     "diagnosis": lambda v: str(v["text"]),
     "checked": lambda v: f"{v['role']}: a check by the sender: {v['outcome']}",
     "status": lambda v: str(v["text"]),
+    "replaced": lambda v: str(v["text"]),
     "success": lambda v: f"{v['role']}: {v['text']}",
     "refused": lambda v: f"{v['role']}: refused a sender, and goes on listening: {v['reason']}",
     "error": lambda v: f"error: {v['message']}",

@@ -13,6 +13,7 @@ from sync.gateway.engine.busy_poll import WINDOW_S
 from sync.gateway.engine.core import Limits
 from sync.gateway.main import GatewayOptions
 from sync.gateway.main import run as run_gateway
+from sync.registers.find import load_profiles
 from sync.registers.record import RECORD_BYTES
 
 MAX_BUSY_POLL_US = 1000
@@ -50,6 +51,12 @@ class Options:
         " fails and the guest goes on",
         DEFAULT_RECORDS * RECORD_BYTES,
         parse=size,
+    )
+    profile: tuple[str, ...] = option(
+        "a device profile, or a folder of them, beside the built-in ones: by it the device comes"
+        " back when its process has died",
+        (),
+        repeat=True,
     )
     metrics_file: str | None = option(METRICS, None)
     records: str | None = option(
@@ -90,6 +97,7 @@ def _serve(options: Options, host_function: str) -> None:
         records_path=Path(options.records) if options.records else None,
         json=options.json,
         busy_poll_s=options.busy_poll / 1e6,
+        origins=() if host_function else load_profiles([Path(each) for each in options.profile]),
         limits=Limits(journal_records=options.journal_size // RECORD_BYTES),
     )
     if options.metrics_file:

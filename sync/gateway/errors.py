@@ -154,6 +154,22 @@ class DeviceLost(GatewayError):
     code = "device-lost"
 
 
+class NewDeviceUnreachable(GatewayError):
+    """Nothing answers where the new device should be: start it, or check the path."""
+
+    exit_name = "unreachable"
+
+    code = "no-new-device"
+
+
+class AnotherDevice(GatewayError):
+    """The device that came in the place of one that had died is another one."""
+
+    exit_name = "refused"
+
+    code = "another-device"
+
+
 class VmmLost(GatewayError):
     """The VMM went away; the device's DMA and interrupts are gone with it."""
 

@@ -270,6 +270,17 @@ class GatewayClient:
         """What is on record of `session`, or of the one in doubt. Raises `UnknownSession`."""
         return await self._call(requests.AskVerdict(session))
 
+    async def prepare_device(self, path: str) -> requests.NewDevice:
+        """Has the device that listens at `path` ready to take the place of the guest's, which works
+        on. It is dropped with this connection. Raises `AnotherDevice`, `NewDeviceUnreachable`,
+        `NoVmm`, `Unsupported`."""
+        return await self._call(requests.PrepareDevice(path))
+
+    async def switch_device(self) -> requests.Switched:
+        """The prepared device takes the place of the guest's, between two of its accesses. If that
+        fails the guest's device goes on."""
+        return await self._call(requests.SwitchDevice())
+
     async def standby(self, session: str, terms: Terms = NO_TERMS) -> None:
         """passthrough -> standby: the device is reset and has no memory; nothing is owned."""
         await self._call(requests.Standby(session, terms))

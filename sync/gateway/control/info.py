@@ -89,6 +89,10 @@ class GatewayInfo:
     sessions: dict[str, Fate]
     """The latest sessions and what became of them here, the latest last."""
     device_connected: bool
+    device_absence: str
+    """Why the guest's device is not there; '' if it is, or if no guest waits for it."""
+    comebacks: int
+    """How often another process of the device has taken its place for the VMM that is connected."""
     vmm_connected: bool
     vmm: VmmConnection
     lease: ClientRole | None

@@ -176,6 +176,23 @@ class Verdict:
 
 
 @dataclass(frozen=True, slots=True)
+class NewDevice:
+    """A device that is ready to take the place of the guest's."""
+
+    native: bool
+    """Whether the state goes by the devices' own streams, else by their profile."""
+
+
+@dataclass(frozen=True, slots=True)
+class Switched:
+    """The guest has another device."""
+
+    native: bool
+    held_ms: float
+    """How long its accesses waited."""
+
+
+@dataclass(frozen=True, slots=True)
 class ControlHello(Request[GatewayInfo]):
     """The first request, once: who asks, and with a role other than `observer` for the lease."""
 
@@ -373,6 +390,23 @@ class AskVerdict(Request[Verdict]):
 
 
 @dataclass(frozen=True, slots=True)
+class PrepareDevice(Request[NewDevice]):
+    """Another device process is to take the place of the guest's; it is had ready."""
+
+    op = "prepare_device"
+    roles = SOURCE
+    states = frozenset({CustodyState.PASSTHROUGH})
+    path: Annotated[str, Text(_PATH_CHARACTERS)]
+
+
+@dataclass(frozen=True, slots=True)
+class SwitchDevice(Request[Switched]):
+    op = "switch_device"
+    roles = SOURCE
+    states = frozenset({CustodyState.PASSTHROUGH})
+
+
+@dataclass(frozen=True, slots=True)
 class Standby(Request[Done]):
     op = "standby"
     roles = TARGET
@@ -445,6 +479,8 @@ REQUESTS: dict[str, type[Request[Any]]] = {
         Vouch,
         Moved,
         AskVerdict,
+        PrepareDevice,
+        SwitchDevice,
         Standby,
         Own,
         Start,

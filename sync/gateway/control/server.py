@@ -22,6 +22,7 @@ from sync.gateway.engine.core import Armed, Core, Lease
 from sync.gateway.engine.custody import ClientRole, CustodyState
 from sync.gateway.engine.device_link import DeviceLink
 from sync.gateway.engine.job_runner import Job
+from sync.gateway.engine.replacement import Replacement
 from sync.gateway.errors import (
     BadRequest,
     ControlVersionMismatch,
@@ -77,6 +78,8 @@ class ControlServer:
             requests.Own: self._own,
             requests.Running: self._running,
             requests.Fence: self._fence,
+            requests.PrepareDevice: self._prepare_device,
+            requests.SwitchDevice: self._switch_device,
             requests.Mediate: self._mediate,
             requests.CollectDirty: self._collect_dirty,
             requests.Batch: self._batch,
@@ -274,6 +277,27 @@ class ControlServer:
         job = jobs.mediate(self._link(), self._core.custody, request, client.session)
         self._run(client, job, reply, held=True, event="mediated")
 
+    def _prepare_device(self, client: Client, request: requests.PrepareDevice) -> None:
+        core = self._core
+
+        def done(error: SyncError | None) -> None:
+            native = core.replacement is not None and core.replacement.native
+            self._tell(client, requests.NewDevice(native), error)
+
+        core.prepare_replacement(request.path, done)
+
+    def _switch_device(self, client: Client, request: requests.SwitchDevice) -> None:
+        def done(end: Replacement, error: SyncError | None) -> None:
+            self._tell(client, requests.Switched(end.native, round(end.held_s * 1000, 3)), error)
+
+        self._core.switch_device(done)
+
+    def _tell(self, client: Client, reply: object, error: SyncError | None) -> None:
+        if error is None:
+            self._answer(client, lambda: reply)
+        elif not client.closed:
+            _fail(client, error)
+
     def _collect_dirty(self, client: Client, request: requests.CollectDirty) -> None:
         self._run(client, jobs.dirty(self._link()), lambda half: half, held=False)
 
@@ -303,8 +327,7 @@ class ControlServer:
         self._run(client, job, _done, held=False)
 
     def _reset_device(self, client: Client, request: requests.ResetDevice) -> None:
-        self._link()
-        self._run(client, jobs.reset_device(), _done, held=False)
+        self._run(client, jobs.reset_device(self._link()), _done, held=False)
 
     def _passthrough(self, client: Client, request: requests.Passthrough) -> Done | None:
         core = self._core

@@ -31,6 +31,8 @@ class Interrupts:
         """Whether what the VMM assigns now is tapped."""
         self.arrived = 0
         """How often a tap was found fired."""
+        self.revision = 0
+        """Goes up with each change."""
 
     @property
     def n_vectors(self) -> int:
@@ -39,6 +41,7 @@ class Interrupts:
     def apply(self, request: SetIrqs, descriptors: list[int]) -> None:
         """Follows a request that the device has accepted; takes `descriptors` over."""
         vectors = self._vectors.setdefault(request.index, {})
+        self.revision += 1
         if request.is_disable and request.flags & IrqSet.ACTION_TRIGGER:
             _close(vectors, list(vectors))
         elif request.flags == _ASSIGN:

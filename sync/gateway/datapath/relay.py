@@ -24,8 +24,10 @@ A relay lives as long as one connection to the device. Source: vfio-user, "Comma
 
 import errno
 import struct
+import time
 from collections import deque
 from collections.abc import Callable, Sequence
+from typing import NamedTuple
 
 from sync.vfio_user.errors import ProtocolError
 from sync.vfio_user.framing import close_fds
@@ -63,11 +65,25 @@ _put_flags = struct.Struct("<I").pack_into
 _FLAGS_OFFSET = 8
 
 
+class UnderWay(NamedTuple):
+    """A command that the device did not answer: `origin` as `Relay.forward` takes it, when it came,
+    the message with its id."""
+
+    origin: int | Answered
+    since: float
+    message: bytes
+
+
 class Relay:
     """`to_vmm` is set while a VMM is attached."""
 
-    def __init__(self, to_device: Send) -> None:
+    def __init__(self, to_device: Send, clock: Callable[[], float] = time.monotonic) -> None:
         self.to_device = to_device
+        self._clock = clock
+        self.keeps = False
+        """Whether what is under way to the device is kept, to be done again by another one."""
+        self._kept: dict[int, tuple[float, bytes]] = {}
+        self._settled: set[int] = set()
         self.to_vmm: Send | None = None
         self.vmm_commands: dict[int, VmmCommand] = {}
         """Commands that are not simply relayed; all others are."""
@@ -155,6 +171,8 @@ class Relay:
             ours = (ours + 1) % POSTED_ID
         self._last_id = ours
         pending[ours] = origin
+        if self.keeps:
+            self._kept[ours] = (self._clock(), bytes(message))
         _put_id(message, 0, ours)
         self.to_device(message, descriptors)
 
@@ -229,13 +247,40 @@ class Relay:
     # --- our own commands ---
 
     def ask(
-        self, command: int, body: bytes, descriptors: Sequence[int], answered: Answered
+        self,
+        command: int,
+        body: bytes,
+        descriptors: Sequence[int],
+        answered: Answered,
+        *,
+        settled_by_loss: bool = False,
     ) -> None:
-        """Sends the device a command of ours; `answered` takes the reply."""
+        """Sends the device a command of ours; `answered` takes the reply. `settled_by_loss`: it
+        counts as done when the device goes, for the next one is told what it was about."""
         message = bytearray(HEADER_BYTES + len(body))
         HEADER.pack_into(message, 0, 0, command, len(message), 0, 0)
         message[HEADER_BYTES:] = body
         self.forward(0, memoryview(message), descriptors, answered)
+        self._kept.pop(self._last_id, None)
+        if settled_by_loss:
+            self._settled.add(self._last_id)
+
+    def lose_device(self) -> list[UnderWay]:
+        """The device is gone: what was under way to it, in order, without our own commands."""
+        self.to_device = _nowhere
+        pending, self._pending = self._pending, {}
+        kept, self._kept = self._kept, {}
+        settled, self._settled = self._settled, set()
+        self._vmm_pending = {
+            ours: (theirs, _nowhere) for ours, (theirs, _) in self._vmm_pending.items()
+        }
+        for number in settled & pending.keys():
+            answered = pending[number]
+            if not isinstance(answered, int):
+                answered(0, memoryview(bytearray(HEADER_BYTES)), [])
+        return [
+            UnderWay(origin, *kept[number]) for number, origin in pending.items() if number in kept
+        ]
 
     # --- from the device ---
 
@@ -254,6 +299,8 @@ class Relay:
             self.from_twin(message_id, command, flags, message, self.to_device)
             return
         origin = self._pending.pop(message_id, None)
+        if self.keeps:
+            self._kept.pop(message_id, None)
         if isinstance(origin, int):
             self.pass_back(origin, message, descriptors)
         elif origin is None:
@@ -261,6 +308,7 @@ class Relay:
             if message_id != POSTED_ID:
                 raise ProtocolError(f"a reply with id {message_id}, which nobody is waiting for")
         else:
+            self._settled.discard(message_id)
             try:
                 origin(error, message, descriptors)
             except ProtocolError:
@@ -314,8 +362,14 @@ class Relay:
             close_fds(descriptors)
         self._held.clear()
         self._pending.clear()
+        self._kept.clear()
+        self._settled.clear()
         self._vmm_pending.clear()
         self.to_vmm = None
+
+
+def _nowhere(message: Buffer, descriptors: Sequence[int]) -> None:
+    close_fds(list(descriptors))
 
 
 def error_reply(message_id: int, command: int, number: int) -> bytes:

@@ -43,6 +43,10 @@ class Snoops:
         self._memory = memory
         self._interrupts = interrupts
         self.sharing = AtDevice.DIRECT
+        self.away = False
+        """Whether the device is gone and waited for: what the VMM sets up is for the next one."""
+        self.gone: list[tuple[int, int]] = []
+        """Address and size of what was unmapped meanwhile, for one that knows it already."""
         self.keep_intx_masked = False
         """A VMM that takes note of INTx unmasks it; a device that is stopped would assert it again,
         and the VMM would carry an asserted line to the target, where nobody deasserts it."""
@@ -97,7 +101,11 @@ class Snoops:
 
         self._relay.hold()
         self._relay.ask(
-            Command.DMA_MAP, for_device(request, region.at_device).pack(), passed, answered
+            Command.DMA_MAP,
+            for_device(request, region.at_device).pack(),
+            passed,
+            answered,
+            settled_by_loss=True,
         )
 
     def _dma_unmap(
@@ -114,7 +122,9 @@ class Snoops:
                 self._relay.answer(message_id, flags, Command.DMA_UNMAP, error=fault.errno)
                 return
         known = [region for region in regions if region.at_device is not AtDevice.NOT]
-        if not known:
+        if self.away:
+            self.gone += [(region.address, region.request.size) for region in known]
+        if not known or self.away:
             for region in regions:
                 self._memory.remove(region)
             self._relay.answer(message_id, flags, Command.DMA_UNMAP, request.pack())
@@ -131,7 +141,7 @@ class Snoops:
 
         # Until the device has let go it may still ask for the region, so it stays in the map.
         self._relay.hold()
-        self._relay.ask(Command.DMA_UNMAP, request.pack(), (), answered)
+        self._relay.ask(Command.DMA_UNMAP, request.pack(), (), answered, settled_by_loss=True)
 
     def _region_info(
         self, message_id: int, flags: int, message: memoryview, descriptors: list[int]
@@ -180,6 +190,10 @@ class Snoops:
             return
         # Followed as it goes by: should the device refuse it, a spurious interrupt is all it costs.
         self._interrupts.apply(request, copies)
+        if self.away:
+            close_fds(descriptors)
+            self._relay.answer(message_id, flags, Command.DEVICE_SET_IRQS)
+            return
         passed, descriptors[:] = list(descriptors), []
         if self._interrupts.tapping:
             passed = self._interrupts.tap(passed)

@@ -14,6 +14,7 @@ from collections.abc import Callable
 
 from sync.gateway.datapath.deferred_reads import DeferredReads
 from sync.gateway.datapath.journal import Entry, Journal
+from sync.gateway.datapath.notes import Note
 from sync.gateway.datapath.relay import Relay, VmmCommand
 from sync.registers.record import Op
 from sync.vfio_user.errors import ProtocolError
@@ -69,7 +70,8 @@ class _Read:
 
 
 class Capture:
-    """Commands that write the journal. `max_bytes` is the largest access."""
+    """Commands that write the journal. `max_bytes` is the largest access. `note`, if there is one,
+    hears of each write as it does in passthrough."""
 
     def __init__(
         self, relay: Relay, journal: Journal, deferred: DeferredReads, max_bytes: int
@@ -78,6 +80,7 @@ class Capture:
         self._journal = journal
         self._deferred = deferred
         self._max_bytes = max_bytes
+        self.note: Note | None = None
         self.commands: dict[int, VmmCommand] = {
             Command.REGION_READ: self._read,
             Command.REGION_WRITE: self._write,
@@ -120,6 +123,8 @@ class Capture:
             close_fds(descriptors)
             return
         data = bytes(message[_BODY:])
+        if self.note is not None:
+            self.note.write(region, offset, data)
         if flags & FLAG_NO_REPLY:
             self._journal.posted(region, offset, data)
             relay.post(message, descriptors)
@@ -140,6 +145,9 @@ class Capture:
             close_fds(descriptors)
             return
         journal = self._journal
+        if self.note is not None:
+            for write in writes:
+                self.note.write(write.region, write.offset, bytes(write.data))
         if flags & FLAG_NO_REPLY:
             for write in writes:
                 journal.posted(write.region, write.offset, write.data)
@@ -164,6 +172,8 @@ class Capture:
         self, message_id: int, flags: int, message: memoryview, descriptors: list[int]
     ) -> None:
         finish = self._finish(self._journal.begin(_RESET, 0, 0, 0))
+        if self.note is not None:
+            self.note.reset()
         if flags & FLAG_NO_REPLY:
 
             def answered(error: int, reply: memoryview, more: list[int]) -> None:
@@ -201,6 +211,7 @@ class Gate:
 
     def __init__(self, relay: Relay) -> None:
         self._relay = relay
+        self.note: Note | None = None
         self.dropped = 0
         self.acknowledge = True
         """Whether what is dropped is answered as if it were done."""
@@ -218,6 +229,8 @@ class Gate:
     ) -> None:
         access = RegionAccess.unpack(message[HEADER_BYTES:])
         if access.region == PciRegion.CONFIG:
+            if self.note is not None:
+                self.note.write(access.region, access.offset, bytes(access.data))
             self._relay.relay_command(message_id, flags, message, descriptors)
             return
         close_fds(descriptors)
@@ -235,6 +248,8 @@ class Gate:
             self._relay.answer(message_id, flags, Command.REGION_WRITE_MULTI, error=errno.EINVAL)
             return
         for write in executed:
+            if self.note is not None:
+                self.note.write(write.region, write.offset, bytes(write.data))
             self._relay.ask(Command.REGION_WRITE, write.pack(), (), _ignore)
         self.dropped += len(writes) - len(executed)
         body = WriteMultiReply(len(writes)).pack()

@@ -7,23 +7,38 @@ by itself when a device, a VMM or a lease is lost. Not owned: what a request mea
 
 import math
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol, TypeVar
 
 from sync.errors import SyncError
 from sync.gateway.control.info import Activity, GatewayInfo, Recovery, VmmConnection
+from sync.gateway.datapath.dma import AtDevice
 from sync.gateway.datapath.journal import DEFAULT_RECORDS
+from sync.gateway.datapath.peer import Handler
 from sync.gateway.datapath.relay import Send, VmmCommand
+from sync.gateway.engine import comeback, jobs
 from sync.gateway.engine import device_steps as steps
-from sync.gateway.engine import jobs
+from sync.gateway.engine.comeback import Successor
 from sync.gateway.engine.custody import ClientRole, Custody, CustodyState, LeaseLoss
 from sync.gateway.engine.device_handshake import DeviceFacts, handshake
 from sync.gateway.engine.device_link import DeviceLink
 from sync.gateway.engine.job_runner import Job
 from sync.gateway.engine.records import Records
-from sync.gateway.errors import DeviceLost, GatewayError, VmmLost
+from sync.gateway.engine.replacement import Replacement
+from sync.gateway.errors import (
+    DeviceLost,
+    GatewayError,
+    GatewayLost,
+    NewDeviceUnreachable,
+    NoDevice,
+    NoVmm,
+    VmmLost,
+    WrongState,
+)
 from sync.memory import PAGE_BYTES
+from sync.registers.errors import RegisterError
+from sync.registers.find import Origin
 from sync.vfio_user.protocol import Command, Version
 
 T = TypeVar("T")
@@ -44,7 +59,33 @@ class Limits:
     """With the guest stopped, a controller that asks for nothing as long as this has failed."""
     device_wait_s: float = 10.0
     """How long a VMM that has connected waits for the device."""
+    away_hold_s: float = 4.0
+    """How long an access waits for a device that has gone: a VMM gives it up after 5 s."""
+    away_patience_s: float = 60.0
+    """A device that is gone for longer is not waited for any more: an access is answered at once,
+    with an error. The device may come back all the same."""
+    comeback_step_s: float = 2.0
+    """A device that comes back has to do each step within this time."""
     journal_records: int = DEFAULT_RECORDS
+
+
+class Sockets(Protocol):
+    """What the core has done with the sockets of devices."""
+
+    def open_next(self, path: str) -> Send:
+        """Connects to a new device. Raises OSError, `SyncError`."""
+
+    def hear_next(self, handler: Handler) -> None:
+        """What the new device says goes to `handler`."""
+
+    def adopt_next(self, path: str) -> None:
+        """The new device is the guest's from here on, and found at `path`."""
+
+    def drop_next(self) -> None:
+        """Nothing comes of the new device."""
+
+    def device_gone(self, reason: str) -> None:
+        """The guest's device is lost."""
 
 
 class Holder(Protocol):
@@ -100,7 +141,18 @@ class Core:
         log: Callable[..., None],
         recover: Callable[[Armed, str, str], None],
         records: Records | None = None,
+        origins: Sequence[Origin] = (),
     ) -> None:
+        self._origins = origins
+        self.successor: Successor | None = None
+        """A device that is to take the place of the one that is gone."""
+        self.replacement: Replacement | None = None
+        """The planned change to another device that is under way."""
+        self.sockets: Sockets
+        """Set by whoever has them."""
+        self.absence = ""
+        """Why the device is not there, if it is waited for."""
+        self._away_since = 0.0
         self.limits = limits
         self.clock = clock
         self.custody = Custody(records)
@@ -147,12 +199,163 @@ class Core:
             on_ready(error)
             self._proceed()
 
-        job = handshake(link.facts, orphaned=self._orphaned, patience_s=patience_s)
-        link.runner.start(job, done, held=False)
+        link.runner.start(self._meet(link, patience_s), done, held=False)
         return link
+
+    def _meet(self, link: DeviceLink, patience_s: float) -> Job[None]:
+        yield from handshake(link.facts, orphaned=self._orphaned, patience_s=patience_s)
+        if link.facts.running:
+            try:
+                keeper = yield from comeback.see(link, self._origins)
+            except RegisterError as error:
+                self.log_state("device-not-kept", reason=str(error))
+            else:
+                if keeper is not None:
+                    link.keep(keeper)
 
     def device_lost(self, reason: str) -> None:
         self._lost(DeviceLost(f"the device is gone: {reason}"))
+
+    def device_gone(self, reason: str) -> bool:
+        """The device's connection has ended. True: the VMM's goes on, and the device is waited for;
+        `successor_came` is told when it is there again. False: nothing is done (`device_lost`)."""
+        if self.replacement is not None:
+            if self.replacement.moving:
+                self.replacement.device_gone(reason)
+                return True
+            self.replacement.abandon(DeviceLost(f"the guest's device is gone: {reason}"))
+        link = self.link
+        if link is None or link.keeper is None or not self.ready or not self.custody.keeps_guest:
+            return False
+        error = DeviceLost(f"the device is gone: {reason}")
+        self.ready = False
+        self.absence = reason
+        self._away_since = self.clock()
+        if self.lease is not None:
+            self.lease.broken = error
+        self.custody.device_away()
+        link.lose_device(self.limits.away_hold_s, self.limits.away_patience_s)
+        link.runner.abort(error)
+        self.log_state("device-away", reason=reason)
+        self._proceed()
+        return True
+
+    def successor_came(
+        self, to_device: Send, on_end: Callable[[SyncError | None], None]
+    ) -> Successor:
+        """A device was connected in the place of the one that is gone; `on_end` is called when it
+        has taken that place, or why it cannot."""
+        link = self.link
+        assert link is not None and self.successor is None
+        successor = Successor(link, to_device, self.clock, self.limits.comeback_step_s)
+        self.successor = successor
+
+        def done(known: object, error: SyncError | None) -> None:
+            self.successor = None
+            if error is None:
+                self._regained(link, successor, to_device, known is True)
+            else:
+                successor.close()
+                for region in link.memory.regions:
+                    region.at_device = AtDevice.NOT
+                if str(error) != self.absence:
+                    self.absence = str(error)
+                    self.log_state("device-not-back", reason=self.absence)
+            on_end(error)
+            self._proceed()
+
+        successor.runner.start(comeback.come_back(link, successor.facts), done, held=False)
+        return successor
+
+    def _regained(
+        self, link: DeviceLink, successor: Successor, to_device: Send, known: bool
+    ) -> None:
+        assert link.keeper is not None
+        link.keeper.comebacks += 1
+        self.facts = successor.facts
+        self.ready = True
+        self.absence = ""
+        refused = link.away.refused if link.away else 0
+        link.regain_device(to_device, successor.facts)
+        link.interrupts.fire_all()
+        self.log_state(
+            "device-back",
+            away_ms=round((self.clock() - self._away_since) * 1000),
+            refused=refused,
+            work_known=known,
+        )
+
+    # --- a planned change to another device ---
+
+    def prepare_replacement(self, path: str, done: Callable[[SyncError | None], None]) -> None:
+        """Connects to the device at `path` and has it ready; the guest's works on.
+
+        Raises `NoDevice`, `NoVmm`, `Unsupported`, `WrongState`, `NewDeviceUnreachable`.
+        """
+        link = self.link
+        if link is None or not self.ready:
+            raise NoDevice
+        if not self.custody.vmm_connected:
+            raise NoVmm("no VMM is connected: end the device and start the new one in its place")
+        if self.replacement is not None:
+            raise WrongState("the device is being replaced")
+        comeback.check_replaceable(link)
+        try:
+            to_device = self.sockets.open_next(path)
+        except (OSError, SyncError) as error:
+            reason = (error.strerror if isinstance(error, OSError) else None) or str(error)
+            raise NewDeviceUnreachable(f"no new device at {path}: {reason}") from error
+        successor = Successor(link, to_device, self.clock, self.limits.comeback_step_s)
+        self.sockets.hear_next(successor.relay.from_device)
+        self.replacement = Replacement(
+            link,
+            successor,
+            path,
+            self.clock,
+            self.limits.away_hold_s,
+            swap=lambda: self._swap(link, successor, to_device, path),
+            drop=self._drop_replacement,
+        )
+        self.log_state("replacing", path=path)
+        self.replacement.prepare(done)
+
+    def switch_device(self, done: Callable[[Replacement, SyncError | None], None]) -> None:
+        """Has the prepared device take the place of the guest's, with its accesses held back."""
+        replacement = self.replacement
+        if replacement is None:
+            raise WrongState("no new device is ready: it has gone, or was not prepared")
+
+        def ended(error: SyncError | None) -> None:
+            self.replacement = None
+            if error is not None:
+                self.log_state("device-not-replaced", reason=str(error))
+            done(replacement, error)
+            if error is not None and replacement.old_gone:
+                self.sockets.device_gone(replacement.old_gone)
+            self._proceed()
+
+        replacement.switch(ended)
+
+    def _swap(self, link: DeviceLink, successor: Successor, to_device: Send, path: str) -> None:
+        link.relay.lose_device()
+        link.relay.to_device = to_device
+        link.facts = self.facts = successor.facts
+        self.sockets.adopt_next(path)
+        link.enter(self.custody.state, shut=self.custody.shut)
+        link.interrupts.fire_all()
+        self.log_state("device-replaced", path=path)
+
+    def _drop_replacement(self) -> None:
+        self.replacement = None
+        self.sockets.drop_next()
+
+    def look(self) -> bool:
+        """Follows what is under way in the device; whether it is to be done again soon."""
+        keeper = self.link.keeper if self.link is not None else None
+        if keeper is None or not keeper.armed or not self.ready:
+            return False
+        keeper.look()
+        return keeper.armed
 
     def vmm_came(self, to_vmm: Send, offer: Version) -> Version:
         """A VMM has made its offer (the device is ready); returns the answer to it."""
@@ -176,7 +379,7 @@ class Core:
             def first_access(
                 message_id: int, flags: int, message: memoryview, descriptors: list[int]
             ) -> None:
-                link.relay.vmm_commands = link.snoops.commands
+                link.relay.vmm_commands = link.commands
                 self.when_idle(lambda: self._wake(link))
                 link.relay.from_vmm(message_id, command, flags, 0, message, descriptors)
 
@@ -189,7 +392,7 @@ class Core:
             Command.DEVICE_RESET,
         )
         link.relay.vmm_commands = {
-            **link.snoops.commands,
+            **link.commands,
             **{command: trap(command) for command in accesses},
         }
 
@@ -214,7 +417,14 @@ class Core:
 
     def _lost(self, error: GatewayError) -> None:
         """Either side has gone: the other goes with it, and so does the session."""
+        if self.successor is not None:
+            self.successor.runner.abort(error)
+        replacement = self.replacement
+        if replacement is not None:
+            replacement.abandon(error)
+            replacement.successor_gone(error.message)
         link, self.link = self.link, None
+        self.absence = ""
         was_ready, self.ready = self.ready, False
         if self.lease is not None:
             self.lease.broken = error
@@ -231,6 +441,8 @@ class Core:
 
     @property
     def busy(self) -> bool:
+        if self.replacement is not None and self.replacement.moving:
+            return True
         return self.link is not None and self.link.runner.busy
 
     def when_idle(self, call: Callable[[], None]) -> None:
@@ -274,10 +486,17 @@ class Core:
     def expire(self, now: float) -> None:
         """Ends what the device has taken too long for, and the watch over one that is known to
         work, or has been watched for long enough."""
+        if self.successor is not None:
+            self.successor.runner.expire(now)
+        if self.replacement is not None:
+            self.replacement.expire(now)
         link = self.link
         if link is None:
             return
         link.runner.expire(now)
+        if link.away is not None:
+            link.away.expire(now)
+            return
         known = link.interrupts.arrived or now > link.watched_since + WATCH_S
         if link.interrupts.tapping and self.custody.state is not CustodyState.STANDBY and known:
             link.interrupts.tapping = False
@@ -306,6 +525,8 @@ class Core:
         lease = self.lease
         if lease is None or lease.holder is not holder:
             return
+        if self.replacement is not None:
+            self.replacement.abandon(GatewayLost("nobody waits for the new device any more"))
         if self.custody.on_lease_loss(lease.role) is LeaseLoss.ABANDON:
             # At once, whatever the device is doing: this session must not come to own the guest.
             self.custody.fence(self.custody.session)
@@ -399,6 +620,8 @@ class Core:
                 record.session: record.fate for record in custody.records.latest(MAX_SESSIONS_TOLD)
             },
             device_connected=self.ready,
+            device_absence=self.absence,
+            comebacks=link.keeper.comebacks if link and link.keeper else 0,
             vmm_connected=custody.vmm_connected,
             vmm=self.vmm,
             lease=self.lease.role if self.lease else None,

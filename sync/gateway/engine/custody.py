@@ -194,6 +194,22 @@ class Custody:
             self.records.end(self.session)
         self._rest()
 
+    @property
+    def keeps_guest(self) -> bool:
+        """Whether the guest is here, and stays when its device goes: it has not been let go of."""
+        return (
+            self.owned
+            and self.vmm_connected
+            and self.state
+            in (CustodyState.PASSTHROUGH, CustodyState.MEDIATED, CustodyState.STOPPED)
+        )
+
+    def device_away(self) -> None:
+        """The device has gone and is waited for: the guest stays, and does not leave now."""
+        if self.session:
+            self.records.end(self.session)
+        self.state = CustodyState.PASSTHROUGH
+
     def check_mediate(self) -> None:
         """Raises what `mediate` would, before anything is done to the device."""
         self._next(Event.MEDIATE)

@@ -8,18 +8,21 @@ import math
 import os
 from collections.abc import Callable
 
+from sync.gateway.datapath.away import Away
 from sync.gateway.datapath.bitmap import DirtyBitmap
 from sync.gateway.datapath.deferred_reads import DeferredReads
 from sync.gateway.datapath.dma import MAX_REGIONS, AtDevice, DmaMemory
 from sync.gateway.datapath.dma_service import DmaService
 from sync.gateway.datapath.interrupts import Interrupts
 from sync.gateway.datapath.journal import Journal
-from sync.gateway.datapath.relay import Relay, Send
+from sync.gateway.datapath.notes import notes
+from sync.gateway.datapath.relay import Relay, Send, VmmCommand
 from sync.gateway.datapath.snoops import Snoops
 from sync.gateway.datapath.traps import Capture, Gate, Watch, reads, refusals
 from sync.gateway.engine.custody import CustodyState
 from sync.gateway.engine.device_handshake import MAX_DATA_BYTES, DeviceFacts
 from sync.gateway.engine.job_runner import JobRunner
+from sync.gateway.engine.keeper import Keeper
 from sync.vfio_user.protocol import Capabilities, Version
 
 
@@ -40,7 +43,7 @@ class DeviceLink:
         self.memory = DmaMemory(generation)
         self.interrupts = Interrupts()
         self.journal = Journal(journal_records)
-        self.relay = Relay(to_device)
+        self.relay = Relay(to_device, clock)
         self.runner = JobRunner(self.relay, clock, deadline_s)
         self.service = DmaService(self.relay, self.memory, MAX_DATA_BYTES)
         self.relay.device_command = self.service.handle
@@ -58,10 +61,18 @@ class DeviceLink:
         """Granularity of the device's DMA logging, 0 when it is off."""
         self.migration_touched = False
         """Whether the device's migration state may be another than RUNNING."""
+        self.state_came = False
+        """Whether the device was given its state as a stream: nobody has seen its registers."""
         self.resume_records = b""
         """What to execute when the device is started again here."""
         self.start_records = b""
         """What to execute when the device is started here for the guest that came."""
+        self.keeper: Keeper | None = None
+        """What has to be known to go on with another process of the device, if that is possible."""
+        self.away: Away | None = None
+        """While the device is gone and waited for."""
+        self._clock = clock
+        self._notes: dict[int, VmmCommand] = {}
         self.relay.vmm_commands = self.snoops.commands
 
     def attach_vmm(self, to_vmm: Send, offer: Version) -> Version:
@@ -85,10 +96,47 @@ class DeviceLink:
             ),
         )
 
+    def keep(self, keeper: Keeper) -> None:
+        """From here on what the driver writes is noted in `keeper`."""
+        self.keeper = self._capture.note = self.gate.note = keeper
+        self._notes = notes(self.relay, keeper)
+        self.relay.keeps = True
+        self.relay.vmm_commands = self.commands
+
+    @property
+    def commands(self) -> dict[int, VmmCommand]:
+        """Those of the VMM that are more than relayed in passthrough."""
+        return {**self.snoops.commands, **self._notes}
+
+    def lose_device(self, hold_s: float, patience_s: float) -> None:
+        """The device is gone: from here on the VMM's commands wait for the next one."""
+        self.away = away = Away(self.relay, self._clock, hold_s, patience_s)
+        self.snoops.away = True
+        self.snoops.sharing = AtDevice.NOT
+        self.snoops.keep_intx_masked = self.snoops.unmask_pending = False
+        self.relay.vmm_commands = {**self.snoops.commands, **away.commands}
+        away.under_way(self.relay.lose_device())
+        for region in self.memory.regions:
+            region.at_device = AtDevice.NOT
+        self.untrack()
+        self.capturing = self.stopped = self.migration_touched = False
+        self.logging_page_bytes = 0
+        self.resume_records = self.start_records = b""
+
+    def regain_device(self, to_device: Send, facts: DeviceFacts) -> None:
+        """The next device stands where the last one stood: the VMM's commands go there."""
+        assert self.away is not None
+        away, self.away = self.away, None
+        self.snoops.away = False
+        self.facts = facts
+        self.relay.to_device = to_device
+        self.enter(CustodyState.PASSTHROUGH)
+        away.go_on()
+
     def enter(self, state: CustodyState, *, shut: bool = False, vmm_starts: bool = False) -> None:
         """From here on the VMM's commands are treated as `state` says; `shut`: it is not to reach
         the device, and is told so, but for the resets of a VMM that starts."""
-        commands = dict(self.snoops.commands)
+        commands = self.commands
         if state is CustodyState.PASSTHROUGH and self.interrupts.tapping:
             commands |= self.watch.commands
         self.stopped = state is CustodyState.STOPPED
@@ -123,6 +171,8 @@ class DeviceLink:
 
     def close(self) -> None:
         self.relay.close()
+        if self.away is not None:
+            self.away.close()
         self.untrack()
         if self.facts.twin >= 0:
             os.close(self.facts.twin)

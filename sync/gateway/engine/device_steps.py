@@ -13,6 +13,7 @@ from sync.gateway.datapath.snoops import for_device
 from sync.gateway.engine.device_handshake import get_migration_state
 from sync.gateway.engine.device_link import DeviceLink
 from sync.gateway.engine.job_runner import Answer, Call, Job
+from sync.gateway.engine.keeper import Keeper
 from sync.gateway.errors import BadRequest, DeviceRefused
 from sync.memory import PAGE_BYTES
 from sync.registers.record import (
@@ -236,9 +237,10 @@ def parse_records(link: DeviceLink, records: bytes) -> list[Access]:
     return accesses
 
 
-def execute(link: DeviceLink, records: bytes) -> Job[bytes]:
+def execute(link: DeviceLink, records: bytes, *, note: bool = True) -> Job[bytes]:
     """Executes records in order; returns them with what was read (or written back) filled in, and
-    `FAILED` where the device refused.
+    `FAILED` where the device refused. `note`: they count as the driver's, for the device is the one
+    that the guest has.
 
     A write back waits for the read that it depends on. What a read marked `DEFERRED` returns, the
     guest gets with its next read of that register; so it does what such a write, which is not
@@ -264,6 +266,8 @@ def execute(link: DeviceLink, records: bytes) -> Job[bytes]:
                 access = access._replace(data=first_read.get(register, access.data))
             elif access.op is Op.READ and register not in first_read:
                 awaited.add(register)
+            if note and link.keeper is not None:
+                _note(link.keeper, access)
             run.append(access)
         answers = (yield [_access_call(access) for access in run]) if run else []
         for access, answer in zip(run, answers, strict=True):
@@ -274,6 +278,13 @@ def execute(link: DeviceLink, records: bytes) -> Job[bytes]:
                 data = link.deferred.add(access.region, access.offset, data, count=access.counts)
             outcomes.append(access._replace(data=data, failed=bool(answer.error)))
     return _filled_in(records, outcomes)
+
+
+def _note(keeper: Keeper, access: Access) -> None:
+    if access.op is Op.WRITE:
+        keeper.write(access.region, access.offset, access.data)
+    elif access.op is Op.RESET:
+        keeper.reset()
 
 
 def _filled_in(records: bytes, outcomes: list[Access]) -> bytes:

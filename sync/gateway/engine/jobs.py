@@ -10,6 +10,7 @@ accesses held back. So the guest sees each of them as happening between two of i
 from sync.gateway.control.requests import DirtyHalf, Mediate, Mediation
 from sync.gateway.datapath.bitmap import DirtyBitmap
 from sync.gateway.datapath.dma import AtDevice
+from sync.gateway.engine import comeback
 from sync.gateway.engine import device_handshake as device
 from sync.gateway.engine import device_steps as steps
 from sync.gateway.engine.custody import Custody, CustodyState
@@ -149,9 +150,10 @@ def standby(link: DeviceLink, custody: Custody, session: str, terms: Terms = NO_
     try:
         yield from steps.unmap_all(link)
         if link.facts.supports.reset:
-            yield from reset_device()
+            yield from reset_device(link)
         yield from steps.assign_interrupts(link, tapped=True)
         custody.standby(session, terms)
+        link.state_came = False
     except Exception:
         if not shut:
             link.snoops.sharing = AtDevice.DIRECT
@@ -174,6 +176,7 @@ def start(link: DeviceLink, custody: Custody, records: bytes) -> Job[None]:
     if problem is not None:
         raise problem
     yield from steps.execute(link, link.start_records + records)
+    yield from comeback.see_again(link)
     custody.start()
     link.enter(custody.state, shut=custody.shut)
     link.interrupts.fire_all()
@@ -195,13 +198,17 @@ def abandon(link: DeviceLink, custody: Custody) -> Job[None]:
     if custody.state is CustodyState.STANDBY and link.facts.supports.reset:
         (answer,) = yield [Call(Command.DEVICE_RESET)]
         link.migration_touched = link.migration_touched and bool(answer.error)
+        if link.keeper is not None:
+            link.keeper.reset()
     custody.abandon()
     link.enter(custody.state, shut=custody.shut)
 
 
-def reset_device() -> Job[None]:
+def reset_device(link: DeviceLink) -> Job[None]:
     (answer,) = yield [Call(Command.DEVICE_RESET)]
     answer.expect("a reset")
+    if link.keeper is not None:
+        link.keeper.reset()
 
 
 def set_migration_state(link: DeviceLink, state: MigrationState) -> Job[None]:
@@ -235,6 +242,7 @@ def read_migration_data(link: DeviceLink, max_bytes: int) -> Job[bytes]:
 
 def write_migration_data(link: DeviceLink, data: bytes) -> Job[None]:
     _require_v2(link)
+    link.state_came = True
     size = _transfer_bytes(link)
     for start in range(0, len(data), size):
         part = data[start : start + size]

@@ -28,16 +28,19 @@ from sync.gateway.control.info import GatewayInfo, Recovery, VmmConnection
 from sync.gateway.control.peer import ControlPeer
 from sync.gateway.control.server import ControlServer
 from sync.gateway.control.take_back import take_back
-from sync.gateway.datapath.peer import Peer
+from sync.gateway.datapath.peer import Handler, Peer
+from sync.gateway.datapath.relay import Send
 from sync.gateway.engine.busy_poll import WINDOW_S, BusyPoll, usable_window_s
 from sync.gateway.engine.core import Armed, Core, Limits
 from sync.gateway.engine.device_handshake import MAX_DATA_BYTES
 from sync.gateway.engine.device_link import DeviceLink
+from sync.gateway.engine.keeper import LOOK_S
 from sync.gateway.engine.listener import Listener
 from sync.gateway.engine.records import Records
 from sync.gateway.engine.records_file import RecordsFile
-from sync.gateway.errors import told
+from sync.gateway.errors import AnotherDevice, DeviceLost, Unsupported, told
 from sync.peer_process import PeerProcess, peer_pid, pid_namespace
+from sync.registers.find import Origin
 from sync.vfio_user.errors import Disconnected, ProtocolError
 from sync.vfio_user.framing import close_fds
 from sync.vfio_user.protocol import (
@@ -98,6 +101,8 @@ class GatewayOptions:
     """Where its records are kept; None: beside the control socket, with `.records` behind its
     name."""
     limits: Limits = field(default_factory=Limits)
+    origins: tuple[Origin, ...] = ()
+    """Profiles of devices; one that none of them knows does not come back when its process dies."""
     passed: Mapping[Path, socket.socket] = field(default_factory=dict)
     """Sockets that a service manager has made, by path: they are used where they fit."""
     heartbeat: Callable[[float], None] = lambda _now: None
@@ -126,6 +131,12 @@ class Gateway:
         self._vmm_deadline: float | None = None
         self._greeting: tuple[int, Version] | None = None
         self._link: DeviceLink | None = None
+        self._next: Peer | HostEndpoint | None = None
+        """A device that is to take the place of the one that is gone."""
+        self._device_path = options.device_path
+        self._function = options.host_function
+        """What `device_path` and `host_function` were at first; a device that is replaced has
+        another."""
         self._retry_at = 0.0
         self._device_fault = ""
         """Why the device cannot be used; found while its own message was being handled."""
@@ -154,8 +165,9 @@ class Gateway:
             self._close_listeners()
             raise
         records = Records(time.time, self._records.append, self._records.records)
-        self.core = Core(options.limits, self._clock, log, self._recover, records)
+        self.core = Core(options.limits, self._clock, log, self._recover, records, options.origins)
         self.core.vmm = _listening_at(options.vmm_path)
+        self.core.sockets = self
         self._server = ControlServer(self.core)
         self._looks: tuple[Callable[[float], object], ...] = (
             options.heartbeat,
@@ -183,13 +195,15 @@ class Gateway:
         clock = self._clock
         next_tick = 0.0
         wait_s = TICK_S
-        turn_at = clock()
+        turn_at = look_at = clock()
         try:
             while not self._stopping:
                 link = self._link
+                armed = link is not None and link.keeper is not None and link.keeper.armed
                 try:
                     for number, events in wait(
-                        wait_s, link is not None and link.relay.awaiting_device
+                        min(wait_s, LOOK_S) if armed else wait_s,
+                        link is not None and link.relay.awaiting_device,
                     ):
                         handler = handlers.get(number)
                         if handler is not None:
@@ -197,6 +211,9 @@ class Gateway:
                 except Exception as error:
                     self._defect(error)
                 now = clock()
+                if armed and now >= look_at:
+                    self.core.look()
+                    look_at = now + LOOK_S
                 stood_still_s = now - turn_at - wait_s
                 if stood_still_s > STANDSTILL_S:
                     self._forgive(stood_still_s)
@@ -253,7 +270,7 @@ class Gateway:
         return TICK_S if self._device is None or deadlines else TICK_S * IDLE_TICKS
 
     def _look_for_device(self, now: float) -> None:
-        if self._device is None and now >= self._retry_at:
+        if self._device is None and self._next is None and now >= self._retry_at:
             self._connect_device(now)
 
     def _look_after_vmm(self, now: float) -> None:
@@ -333,26 +350,22 @@ class Gateway:
 
     def _connect_device(self, now: float) -> None:
         self._retry_at = now + RETRY_S
-        if self._options.device_path is None:
+        if self._device_path is None:
             self._open_function(now)
             return
-        try:
-            sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
-        except OSError:
-            return
-        try:
-            sock.setblocking(False)
-            sock.connect(os.fspath(self._options.device_path))
-            self._use_device(Peer(sock, _MESSAGE_BYTES, _nobody))
-        except OSError:
-            sock.close()
+        with suppress(OSError):
+            peer = _connected(self._device_path)
+            try:
+                self._use_device(peer)
+            except OSError:
+                peer.close()
 
     def _open_function(self, now: float) -> None:
         # Only here: a gateway of a device process stays as small as it is.
         from sync.vfio.endpoint import open_endpoint
 
         try:
-            endpoint = open_endpoint(self._options.host_function, self._log)
+            endpoint = open_endpoint(self._function, self._log)
         except SyncError as error:
             self._log("device-unusable", reason=str(error))
             self._retry_at = now + REOPEN_S
@@ -367,6 +380,9 @@ class Gateway:
 
     def _use_device(self, peer: "Peer | HostEndpoint", patience_s: float = 0.0) -> None:
         """Takes a device; raises OSError if it cannot."""
+        if self._link is not None:
+            self._use_successor(peer)
+            return
         self._watch(peer.fileno(), self._on_device)
         try:
             link = self.core.device_came(peer.send, self._device_ready, patience_s)
@@ -392,6 +408,93 @@ class Gateway:
         identity = link.facts.identity
         self._log("device-connected", vendor=identity.vendor, device=identity.device)
         self._answer_greeting()
+
+    # --- a device that takes the place of one that is gone ---
+
+    def _use_successor(self, peer: "Peer | HostEndpoint") -> None:
+        self._set_next(peer)
+        successor = self.core.successor_came(peer.send, self._successor_ended)
+        peer.handler = successor.relay.from_device
+
+    def _set_next(self, peer: "Peer | HostEndpoint") -> None:
+        self._next = peer
+        self._watch(peer.fileno(), self._on_next)
+
+    def open_next(self, path: str) -> Send:
+        if not self._options.host_function:
+            peer: Peer | HostEndpoint = _connected(Path(path))
+        elif self._options.host_function.startswith("/"):
+            from sync.vfio.endpoint import open_endpoint
+
+            peer = open_endpoint(path, self._log)
+        else:
+            raise Unsupported("a function of the host has no other process that could replace it")
+        self._set_next(peer)
+        return peer.send
+
+    def hear_next(self, handler: Handler) -> None:
+        assert self._next is not None
+        self._next.handler = handler
+
+    def adopt_next(self, path: str) -> None:
+        if self._device_path is not None:
+            self._device_path = Path(path)
+        else:
+            self._function = path
+        self._drop_device()
+        self._take_next()
+
+    def drop_next(self) -> None:
+        peer, self._next = self._next, None
+        if peer is not None:
+            self._forget(peer.fileno())
+            peer.close()
+
+    def device_gone(self, reason: str) -> None:
+        self._device_gone(reason)
+
+    def _on_next(self, events: int) -> None:
+        peer = self._next
+        if peer is None:
+            return
+        try:
+            if events & _OUT:
+                peer.drain()
+            if events & ~_OUT:
+                peer.receive()
+        except (Disconnected, ProtocolError) as error:
+            self._next_gone(error)
+        self._flush()
+
+    def _next_gone(self, error: SyncError) -> None:
+        """What is left of its job says why, and has its connection dropped."""
+        if self.core.replacement is not None:
+            self.core.replacement.successor_gone(str(error))
+        elif self.core.successor is not None:
+            gone = DeviceLost(f"the device is gone again: {error}")
+            self.core.successor.runner.abort(gone)
+        else:
+            self.drop_next()
+
+    def _successor_ended(self, error: SyncError | None) -> None:
+        if error is None:
+            self._take_next()
+            return
+        pause_s = REOPEN_S if isinstance(error, AnotherDevice) else 10 * RETRY_S
+        self._retry_at = self._clock() + pause_s
+        self.drop_next()
+
+    def _take_next(self) -> None:
+        """The guest's device is the one that has come."""
+        peer, self._next = self._next, None
+        link = self._link
+        assert peer is not None and link is not None
+        self._forget(peer.fileno())
+        self._device = peer
+        self._watch(peer.fileno(), self._on_device)
+        peer.handler = link.relay.from_device
+        if link.facts.twin >= 0 and not self._adopt_twin(link):
+            self._device_fault = "its twin socket is no socket"
 
     def _adopt_twin(self, link: DeviceLink) -> bool:
         number, link.facts.twin = link.facts.twin, -1
@@ -442,6 +545,10 @@ class Gateway:
 
     def _device_gone(self, reason: str) -> None:
         was_ready = self.core.ready
+        if self.core.device_gone(reason):
+            self._drop_device()
+            self._retry_at = self._clock() + RETRY_S
+            return
         self._drop_session()
         self.core.device_lost(reason)
         if not was_ready:
@@ -528,13 +635,17 @@ class Gateway:
         """Closes the device's sockets, and the VMM's unless it is only waiting for a device."""
         if self.core.custody.vmm_connected or self._stopping:
             self._drop_vmm()
+        self._drop_device()
+        if self._link is not None:
+            self._forget(self._link.interrupts.fileno())
+        self._link = None
+
+    def _drop_device(self) -> None:
         for peer in (self._device, self._twin):
             if peer is not None:
                 self._forget(peer.fileno())
                 peer.close()
-        if self._link is not None:
-            self._forget(self._link.interrupts.fileno())
-        self._device = self._twin = self._link = None
+        self._device = self._twin = None
         self._device_fault = ""
 
     # --- what has to be sent, and what may be read ---
@@ -561,6 +672,13 @@ class Gateway:
         except (Disconnected, ProtocolError) as error:
             self._device_gone(str(error))
             return False
+        successor = self._next
+        if successor is not None:
+            try:
+                successor.flush()
+            except (Disconnected, ProtocolError) as error:
+                self._next_gone(error)
+                return False
         try:
             if vmm is not None:
                 vmm.flush()
@@ -573,6 +691,9 @@ class Gateway:
 
     def _choose_what_to_read(self) -> None:
         device, vmm, twin, link = self._device, self._vmm, self._twin, self._link
+        successor = self._next
+        if successor is not None:
+            self._mask(successor.fileno(), _IN | _OUT if successor.backlog_bytes else _IN)
         vmm_full = vmm is not None and vmm.backlog_bytes > FULL_BACKLOG_BYTES
         if device is not None:
             self._mask(device.fileno(), _IN | _OUT if device.wants_write else _IN)
@@ -724,6 +845,18 @@ def _listening_at(path: Path) -> VmmConnection:
         inode=status.st_ino,
         pid_namespace=pid_namespace(),
     )
+
+
+def _connected(path: Path) -> Peer:
+    """Raises OSError."""
+    sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+    sock.setblocking(False)
+    try:
+        sock.connect(os.fspath(path))
+    except BaseException:
+        sock.close()
+        raise
+    return Peer(sock, _MESSAGE_BYTES, _nobody)
 
 
 def _nobody(*_: object) -> None:

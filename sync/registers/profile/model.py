@@ -204,6 +204,41 @@ class Carried:
 
 
 @dataclass(frozen=True, slots=True)
+class Ring:
+    """Split virtqueues in guest memory (virtio 1.2, section 2.7), which tell what is under way.
+
+    There is one for each index of `bank` whose registers hold the values in `when`. The others name
+    registers of the bank: the number of descriptors, and the addresses of the rings.
+    """
+
+    bank: str
+    size: str
+    available: str
+    used: str
+    when: tuple[tuple[str, int], ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class Comeback:
+    """How a device goes on in another process when its own has died.
+
+    Without `left_off` what is under way has to be known: by `Profile.rings`.
+    """
+
+    same: tuple[str, ...] = ()
+    """Registers that have to read as they did, beside the constants: it is another device else."""
+    left_off: tuple[str, ...] = ()
+    """Registers whose held back bits are not written: the device does not start, its driver finds
+    that nothing happens, and resets it. For a device of which nobody knows what was under way."""
+    owed: tuple[tuple[str, int], ...] = ()
+    """Registers that a read clears, and bits that the guest gets with its next read of them, for it
+    may not have read them. In the profile's file: `owed = { isr_status = 0x01 }`."""
+    error: tuple[tuple[str, int], ...] = ()
+    """Registers and bits by which a device tells its driver that it has to be reset: the driver
+    reads them next if what was under way is not known."""
+
+
+@dataclass(frozen=True, slots=True)
 class Profile:
     """See `rules` for the rules that one keeps."""
 
@@ -216,6 +251,9 @@ class Profile:
     kicks: tuple[Kick, ...] = ()
     reset: Reset | None = None
     carried: tuple[Carried, ...] = ()
+    rings: tuple[Ring, ...] = ()
+    comeback: Comeback | None = None
+    """None: a device that has lost its process is gone for good."""
     unlisted: Unlisted = Unlisted.REPLAY
 
     def digest(self) -> str:

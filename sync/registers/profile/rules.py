@@ -15,6 +15,7 @@ from sync.registers.profile.model import (
     Profile,
     Register,
     RegisterClass,
+    Ring,
 )
 
 COPIED = (RegisterClass.SNAPSHOT,)
@@ -47,6 +48,9 @@ class _Rules:
             self._check_kick(kick)
         for carried in self._profile.carried:
             self._check_carried(carried)
+        for ring in self._profile.rings:
+            self._check_ring(ring)
+        self._check_comeback()
         reset = self._profile.reset
         if reset is not None:
             self._small("[reset]", "register", self._refer("[reset]", reset.register, WRITTEN))
@@ -198,6 +202,37 @@ class _Rules:
         self._small(where, "offset", offset)
         for name, _ in kick.when:
             self._small(where, "when", self._refer(where, name, KNOWN, kick.bank))
+
+    def _check_ring(self, ring: Ring) -> None:
+        where = "[[ring]]"
+        if ring.bank not in self._banks:
+            raise ProfileError(f"{where}: there is no bank '{ring.bank}'")
+        for name in (ring.size, ring.available, ring.used):
+            self._refer(where, name, COPIED, ring.bank)
+        for name, _ in ring.when:
+            self._small(where, "when", self._refer(where, name, KNOWN, ring.bank))
+
+    def _check_comeback(self) -> None:
+        comeback = self._profile.comeback
+        if comeback is None:
+            return
+        where = "[comeback]"
+        if not self._profile.rings and not comeback.left_off:
+            raise ProfileError(
+                f"{where}: what is under way has to be known, by a [[ring]], or the device is left "
+                "off for its driver to reset it ('left_off')"
+            )
+        for name in comeback.same:
+            register = self._registers.get(name)
+            if register is None or not register.compare or register.bank is not None:
+                raise ProfileError(f"{where}: '{name}' in 'same' is no register that is compared")
+        for name in comeback.left_off:
+            if not self._refer(where, name, COPIED).hold_bits:
+                raise ProfileError(f"{where}: '{name}' in 'left_off' has no 'hold_bits'")
+        for name, _ in comeback.owed:
+            self._small(where, "owed", self._refer(where, name, (RegisterClass.READ_TO_CLEAR,)))
+        for name, _ in comeback.error:
+            self._small(where, "error", self._refer(where, name, KNOWN))
 
 
 def _by_name(what: str, parts: Iterable[_Named]) -> dict[str, _Named]:

@@ -70,6 +70,19 @@ parts in `rules`, what a base is in `locate`.
     base = "virtio:notify"
     offset = "queue_notify_off"      # constant register of the bank, times the base's multiplier
     size = 2
+
+    [[ring]]                         # split virtqueues, which tell what is under way
+    bank = "queues"
+    when = { queue_enable = 1 }
+    size = "queue_size"              # registers of the bank: how many descriptors, and where the
+    available = "queue_driver"       #   rings are
+    used = "queue_device"
+
+    [comeback]                       # its process died, another takes its place
+    same = ["device_config"]         # what has to read as before, beside the constants
+    owed = { isr_status = 0x01 }     # bits that the guest may not have read yet
+    error = { device_status = 0x40 } # how the device says that it needs a reset
+    # left_off = ["rctl", "tctl"]    # held back bits that are not written: its driver resets it
 """
 
 import re
@@ -86,6 +99,7 @@ from sync.registers.profile.model import (
     MAX_REGISTERS,
     Bank,
     Carried,
+    Comeback,
     Deferral,
     Kick,
     Match,
@@ -93,6 +107,7 @@ from sync.registers.profile.model import (
     Register,
     RegisterClass,
     Reset,
+    Ring,
     Step,
     Unlisted,
 )
@@ -133,6 +148,8 @@ def parse_profile(text: str) -> Profile:
         kicks=tuple(_kick(table) for table in top.tables("kick")),
         carried=tuple(_carried(table) for table in top.tables("carries")),
         reset=_reset(top),
+        rings=tuple(_ring(table) for table in top.tables("ring")),
+        comeback=_comeback(top),
     )
     top.finish()
     check_rules(profile)
@@ -237,6 +254,14 @@ class _Table:
         ):
             raise self._fail(key, f"a list of bit numbers below {MAX_FEATURE_BITS}")
         return tuple(sorted(set(value)))
+
+    def names(self, key: str) -> tuple[str, ...]:
+        value = self._get(key)
+        if value is None:
+            return ()
+        if type(value) is not list or any(type(name) is not str for name in value):
+            raise self._fail(key, "a list of register names")
+        return tuple(value)
 
     def conditions(self, key: str) -> tuple[tuple[str, int], ...]:
         value = self._get(key)
@@ -393,3 +418,29 @@ def _reset(top: _Table) -> Reset | None:
     reset = Reset(table.name("register"), table.integer("value", 0, _U64))
     table.finish()
     return reset
+
+
+def _ring(table: _Table) -> Ring:
+    ring = Ring(
+        bank=table.name("bank"),
+        size=table.name("size"),
+        available=table.name("available"),
+        used=table.name("used"),
+        when=table.conditions("when"),
+    )
+    table.finish()
+    return ring
+
+
+def _comeback(top: _Table) -> Comeback | None:
+    table = top.table("comeback")
+    if table is None:
+        return None
+    comeback = Comeback(
+        table.names("same"),
+        table.names("left_off"),
+        table.conditions("owed"),
+        table.conditions("error"),
+    )
+    table.finish()
+    return comeback

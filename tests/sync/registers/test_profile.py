@@ -49,6 +49,10 @@ def test_the_format_as_documented_is_read() -> None:
     text += register("driver_feature", 12)
     text += register("queue_enable", 8, size=2, more='bank = "queues"')
     text += register("queue_notify_off", 10, "constant", 2, more='bank = "queues"')
+    for place, name in enumerate(("queue_size", "queue_driver", "queue_device")):
+        text += register(name, 24 + 8 * place, size=8, more='bank = "queues"')
+    text += register("isr_status", 64, "read-to-clear", 1)
+    text += register("device_config", 72, "replay", 4, more="compare = true")
     profile = parse_profile(text)
     assert profile.name == "virtio-pci"
     assert profile.unlisted is Unlisted.REPLAY

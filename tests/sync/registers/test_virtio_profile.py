@@ -256,7 +256,7 @@ async def test_a_feature_that_the_profile_does_not_know_ends_the_migration_by_na
         await gateway.batch(await near.snapshot())
     common.driver_features |= 1 << NOT_CARRIED[name]
     before = source.everything()
-    with pytest.raises(FeatureNotCarried, match=rf"uses {name}\b.*profile virtio-pci 3"):
+    with pytest.raises(FeatureNotCarried, match=rf"uses {name}\b.*profile virtio-pci 4"):
         await (near.offer() if when == "before" else near.quiesce())
     assert source.everything() == before
 
