@@ -65,10 +65,12 @@ class SplitRing:
         for head in self._entries(self._available, self._next_offered, n_offered, _U16.size):
             self._heads[head] = self._heads.pop(head, 0) + 1
         for head in self._entries(self._used, self._next_used, n_used, _USED_BYTES):
-            times = self._heads.pop(head, 0)
+            times = self._heads.get(head, 0)
             if times > 1:
                 self._heads[head] = times - 1
-            elif not times:
+            elif times:
+                del self._heads[head]
+            else:
                 self._unknown -= 1
         self._next_offered, self._next_used = offered_end, used_end
         if self._unknown < 0:

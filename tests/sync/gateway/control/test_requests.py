@@ -48,6 +48,8 @@ RULES = {
     "vouch": (SOURCE, "released"),
     "moved": (SOURCE, ANYWHERE),
     "verdict": ("observer source target", ANYWHERE),
+    "prepare_device": (SOURCE, "passthrough"),
+    "switch_device": (SOURCE, "passthrough"),
     "standby": (TARGET, "passthrough released"),
     "own": (TARGET, "standby"),
     "start": (TARGET, "standby"),
@@ -105,6 +107,10 @@ FIELDS: dict[tuple[str, str], tuple[st.SearchStrategy[Any], list[Any]]] = {
     ("arm_recovery", "companions"): (
         st.lists(st.text(max_size=9), max_size=3).map(tuple),
         [None, "a", 1, [1], ["a"] * 65],
+    ),
+    ("prepare_device", "path"): (
+        st.text(st.characters(exclude_characters="\0"), max_size=4096),
+        [*NO_TEXTS, "x" * 4097],
     ),
     ("mediate", "terms"): (TERMS, NO_TERMS),
     ("mediate", "tracker"): (
@@ -281,6 +287,7 @@ def good(op: str, field: str) -> Any:
         "role": "source",
         "generation": None,
         "qmp_path": "/q",
+        "path": "/d",
         "put_back": "",
         "silence_s": 1,
         "may_end_holder": False,
