@@ -9,7 +9,7 @@ import errno
 import os
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from typing import Literal
 
@@ -95,8 +95,9 @@ class DeviceLink:
             raise DeviceLost(f"no device at {self._path}: {error}") from error
 
     def probe(self) -> None:
-        """Raises `DeviceLost` if the connection is gone, which shows only when it is used."""
-        with self._connection() as client:
+        """Raises `DeviceLost` if the connection is gone, which shows only when it is used: also an
+        error is an answer."""
+        with self._connection() as client, suppress(VfioUserError):
             client.device_info()
 
     def probe_if_silent(self, seconds: float) -> None:

@@ -292,12 +292,13 @@ def _share(link: DeviceLink, told: int) -> Job[int]:
 def _same_device(keeper: Keeper, link: DeviceLink, facts: DeviceFacts) -> Job[Values]:
     """What the registers of the device hold after a reset, which it gets. Raises `AnotherDevice`
     before that if it is of another kind."""
+    # What it says of itself, before anything is done to it.
+    described = description(facts)
+    _compare(keeper, described, {*described})
     try:
         layout = Layout(keeper.layout.profile, view_of(facts))
     except RegisterError as error:
         raise AnotherDevice(str(error)) from error
-    # What it says of itself, before anything is done to it.
-    _compare(keeper, identity(layout, facts, {}), {*identity(keeper.layout, facts, {})})
     yield from _reset(facts)
     fresh = yield from _read(link, layout)
     here = identity(layout, facts, fresh)

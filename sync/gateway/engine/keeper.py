@@ -177,6 +177,6 @@ def differences(before: Mapping[str, str], after: Mapping[str, str]) -> list[Dif
     """What makes a device another one than it was."""
     return [
         Difference(name, before.get(name, "nothing"), after.get(name, "nothing"))
-        for name in sorted(before.keys() | after.keys())
+        for name in {**before, **after}
         if before.get(name) != after.get(name)
     ]
