@@ -18,7 +18,14 @@ from ferry.migration.messages import DeviceOffer, MigrationHello
 from sync.gateway.control.client import GatewayClient
 from sync.gateway.control.info import GatewayInfo
 from sync.gateway.engine.custody import ClientRole
-from sync.gateway.errors import DeviceLost, GatewayLost, VmmLost, WrongState
+from sync.gateway.errors import (
+    DeviceLost,
+    DeviceRefused,
+    DeviceTimeout,
+    GatewayLost,
+    VmmLost,
+    WrongState,
+)
 from sync.memory import GuestMemory
 from sync.registers.choose import target_for
 from sync.registers.errors import IdentityMismatch, MethodMismatch, NoMethod, ProfileMismatch
@@ -138,8 +145,8 @@ async def fence(leases: Sequence[Lease], *, start_asked: bool) -> tuple[bool, Ex
                 raise
             # A gateway that is started anew fences what had not begun to run.
             lost = error
-        except DeviceLost as error:
-            # What is gone holds no standby.
+        except (DeviceLost, DeviceTimeout, DeviceRefused) as error:
+            # It is on record that no guest comes; with the lease the gateway abandons the rest.
             lost = error
         except VmmLost:
             continue

@@ -444,7 +444,7 @@ class Running(Request[Done]):
 class Fence(Request[Done]):
     op = "fence"
     roles = TARGET
-    after_loss = True
+    at_once = True
     session: SessionName
 
 

@@ -26,6 +26,7 @@ from sync.gateway.engine.replacement import Replacement
 from sync.gateway.errors import (
     BadRequest,
     ControlVersionMismatch,
+    DeviceTimeout,
     GatewayError,
     LayoutChanged,
     LeaseHeld,
@@ -103,10 +104,14 @@ class ControlServer:
         except GatewayError as error:
             _fail(client, error)
             return
-        if request.at_once:
+        hello_to_stuck = self._core.stuck and isinstance(request, requests.ControlHello)
+        if request.at_once or hello_to_stuck:
             self._dispatch(client, request)
         else:
-            self._core.when_idle(lambda: self._dispatch(client, request))
+            self._core.when_idle(
+                lambda: self._dispatch(client, request),
+                lambda: _fail(client, DeviceTimeout("the device is still at something else")),
+            )
 
     def _dispatch(self, client: Client, request: Request[Any]) -> None:
         def answer() -> object | None:

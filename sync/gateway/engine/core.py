@@ -130,6 +130,15 @@ class Lease:
     """How its VMM is resumed should it end before the release; only one gateway of a VM has it."""
 
 
+@dataclass(slots=True)
+class _Waiting:
+    """What waits for the device to be free; `due`: when `late` is called, if it is stuck."""
+
+    call: Callable[[], None]
+    late: Callable[[], None] | None
+    due: float
+
+
 class Core:
     """`log` takes an event and its fields; `recover` starts bringing a VMM back, with the session
     and the proof that its guest is kept here."""
@@ -168,7 +177,7 @@ class Core:
         self._recover = recover
         self._generation = 0
         self._orphaned = False
-        self._waiting: deque[Callable[[], None]] = deque()
+        self._waiting: deque[_Waiting] = deque()
 
     # --- device and VMM ---
 
@@ -445,16 +454,22 @@ class Core:
             return True
         return self.link is not None and self.link.runner.busy
 
-    def when_idle(self, call: Callable[[], None]) -> None:
-        """Calls now, or as soon as the device is free, in the order of asking."""
-        self._waiting.append(call)
+    @property
+    def stuck(self) -> bool:
+        """Whether the device is at something that nobody waits for any more."""
+        return self.link is not None and self.link.runner.overdue
+
+    def when_idle(self, call: Callable[[], None], late: Callable[[], None] | None = None) -> None:
+        """Calls now, or as soon as the device is free, in the order of asking; `late` instead, if
+        the device is stuck and still is when it has been waited for long enough."""
+        self._waiting.append(_Waiting(call, late, self.clock() + self.limits.device_deadline_s))
         self._proceed()
 
     def _proceed(self) -> None:
         while self._waiting and not self.busy:
-            call = self._waiting.popleft()
+            waiting = self._waiting.popleft()
             try:
-                call()
+                waiting.call()
             except Exception as error:
                 self._defect(error)
 
@@ -490,6 +505,11 @@ class Core:
             self.successor.runner.expire(now)
         if self.replacement is not None:
             self.replacement.expire(now)
+        if self.stuck:
+            for waiting in [each for each in self._waiting if now > each.due]:
+                if waiting.late is not None:
+                    self._waiting.remove(waiting)
+                    waiting.late()
         link = self.link
         if link is None:
             return
@@ -517,6 +537,8 @@ class Core:
             self.link.runner.forgive(seconds)
         if self.lease is not None:
             self.lease.since += seconds
+        for waiting in self._waiting:
+            waiting.due += seconds
 
     # --- the lease ---
 
@@ -530,7 +552,7 @@ class Core:
         if self.custody.on_lease_loss(lease.role) is LeaseLoss.ABANDON:
             # At once, whatever the device is doing: this session must not come to own the guest.
             self.custody.fence(self.custody.session)
-        if self.link is not None and self.link.runner.overdue:
+        if self.stuck:
             # The guest does not wait for a device that may never answer.
             self._bring_back(lease)
         self.when_idle(lambda: self._clean_up(lease))
@@ -540,7 +562,7 @@ class Core:
         lease = self.lease
         if lease is None or lease.role is not ClientRole.SOURCE:
             return None
-        if self.link is not None and self.busy and not self.link.runner.overdue:
+        if self.busy and not self.stuck:
             return None
         stopped = self.custody.on_lease_loss(lease.role) is LeaseLoss.RESTORE
         limit_s = self.limits.lease_silence_s

@@ -4,6 +4,7 @@ import os
 import struct
 import threading
 from collections.abc import Callable
+from functools import partial
 
 import pytest
 import trio
@@ -186,6 +187,35 @@ def test_i8_a_device_that_stalls_in_a_job_costs_the_job_and_not_the_guest_its_de
         assert vmm.region_read(0, 0, 4) == bytes(4)
 
     trio.run(main)
+
+
+def test_i8_nobody_waits_for_a_device_that_does_not_answer_any_more(
+    make_house: Callable[..., House], make_device: type[ServedDevice], pause: Pause
+) -> None:
+    """The way back is tried, and whoever looks hears what is the matter; it is taken when the
+    device answers. A target is fenced whatever its device does."""
+    house, device = make_house(device_deadline_s=0.2), make_device()
+    house.serve(device)
+    vmm = house.vmm()
+    vmm.dma_map(DmaMap(3, 0, 0x10000, 2 * PAGE), (ram := new_ram(2)))
+
+    async def main() -> None:
+        async with await GatewayClient.connect(
+            house.control_path, role=ClientRole.SOURCE
+        ) as gateway:
+            await gateway.mediate(tracker="none", capture=True)
+            device.on_unmap = lambda: pause(0)
+            for call in (partial(gateway.stop, fence=True), gateway.passthrough):
+                with pytest.raises(DeviceTimeout):
+                    await call()
+            assert (await status_of(house)).lease == "source"
+        device.on_unmap = None
+        pause.release()
+        await trio.to_thread.run_sync(house.wait_event, "restored")
+        assert vmm.region_read(0, 0, 4) == bytes(4)
+
+    trio.run(main)
+    os.close(ram)
 
 
 def test_a_gateway_that_was_started_anew_finds_the_device_as_it_was(

@@ -58,10 +58,10 @@ RULES = {
     "abandon": (TARGET, "passthrough standby"),
 }
 """Roles, states."""
-AT_ONCE = {"status", "memory", "verdict"}
+AT_ONCE = {"status", "memory", "verdict", "fence"}
 AFTER_LOSS = {
     *("passthrough", "arm_recovery", "disarm_recovery"),
-    *("fence", "moved", "running"),
+    *("moved", "running"),
 }
 TAKES = {"dirty", "journal", "mig_read"}
 
