@@ -6,6 +6,7 @@ and controllers before it, all over sockets.
 """
 
 import errno
+import gc
 import os
 import random
 import threading
@@ -402,7 +403,12 @@ def make_device() -> type[ServedDevice]:
 @pytest.fixture
 def descriptors() -> Callable[[], int]:
     """A function that counts the descriptors this process has open."""
-    return lambda: len(list(Path("/proc/self/fd").iterdir()))
+
+    def count() -> int:
+        gc.collect()  # what earlier tests have left is closed now, and not in between
+        return len(list(Path("/proc/self/fd").iterdir()))
+
+    return count
 
 
 @pytest.fixture
