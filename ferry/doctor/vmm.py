@@ -18,6 +18,7 @@ from sync.vmm.identity import identify
 from sync.vmm.pci import DRIVER, find_devices, way_to
 from sync.vmm.qtest import obstacle
 from sync.vmm.states import UNDER_WAY, migration_status_of
+from sync.vmm.uncarried import what_is_not_carried
 
 CONNECT_S = 2.0
 PART = {"running": "the source", "inmigrate": "the target"}
@@ -78,6 +79,9 @@ async def _findings(vmm: Vmm, path: str, n_gateways: int) -> AsyncIterator[Findi
     yield await _stream(vmm)
     if version is not None:
         yield await _memory(vmm)
+        for thing in await what_is_not_carried(vmm):
+            advice = "this cannot be migrated: start the guest without"
+            yield problem("machine", f"the VMM has {thing}", advice)
         async for finding in _devices(vmm, path, n_gateways):
             yield finding
 

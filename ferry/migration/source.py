@@ -59,6 +59,7 @@ from sync.vmm.pci import PciPlatform
 from sync.vmm.settings import MigrationSettings
 from sync.vmm.states import RUNNING, in_words
 from sync.vmm.stream.mapping import FileRange
+from sync.vmm.uncarried import check_carried
 from transport.kernels.bitmap import bitmap_to_indices
 
 PAUSING_S = 30.0
@@ -181,6 +182,7 @@ class Source:
             vouched=options.vouch_one_vm,
         )
         identity = await identify(vmm)
+        await check_carried(vmm)
         settings, why_closed = await self._look_at_settings(vmm, identity)
         platform = await self._attach_platform(vmm, devices)
         files, rows = layout.rows()

@@ -50,6 +50,7 @@ from sync.vmm.identity import VmmIdentity, identify
 from sync.vmm.pci import PciPlatform
 from sync.vmm.settings import MigrationSettings
 from sync.vmm.states import RUNNING, in_words
+from sync.vmm.uncarried import check_carried
 from transport.receiver import Receiver, ReceiverStatistics
 from transport.wire.errors import TransportError
 
@@ -168,6 +169,7 @@ class Target:
         layout = MemoryLayout.from_rows(hello.files, hello.layout)
         await check_late_files(self._vmm, devices[0].gateway, layout)
         identity = await identify(self._vmm)
+        await check_carried(self._vmm)
         _compare_vmms(identity, Notice(hello.vmm))
         platform = await self._check_platform(bytes.fromhex(hello.platform))
         checked = Checked(hello, devices, platform, settings)
@@ -343,6 +345,7 @@ class Target:
             await self._link.send_record(MessageKind.COMMITTED, notice, flush=True)
         with trio.move_on_after(PUT_BACK_S), contextlib.suppress(VmmError):
             await self._vmm.put_back(settings)
+            await self._vmm.announce()
 
     async def watch_devices(self) -> None:
         """Looks whether the devices work for the guest that runs here, and tells the source."""

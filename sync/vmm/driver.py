@@ -16,6 +16,7 @@ asked of it (`query-status`, `query-migrate`); an event only says when to ask ag
     cancel_and_resume    back to running, from each of these states
 """
 
+import contextlib
 import math
 import time
 from collections.abc import Awaitable, Callable, Mapping
@@ -57,6 +58,8 @@ POLL_S = 0.05
 """How often a VMM is asked when it sends no event: the end of loading comes without one."""
 RECONNECT_S = 2.0
 PAUSE_CAPABILITY = "pause-before-switchover"
+ANNOUNCEMENT = {"initial": 50, "max": 550, "rounds": 5, "step": 100}
+"""When, in milliseconds, and how often: QEMU's own values after a migration."""
 MAX_DOWNTIME_MS = 2_000_000
 """QEMU's own limit for downtime-limit."""
 
@@ -176,6 +179,12 @@ class Vmm(AsyncResource):
         """Sets everything as it was. Raises `VmmRefused` while a migration is under way."""
         for command, arguments in settings.commands():
             await self.execute(command, arguments)
+
+    async def announce(self) -> None:
+        """Has the VMM tell the network where its guest's emulated cards are from now on. QEMU does
+        so by itself when it has loaded a guest, which is before that one is here for good."""
+        with contextlib.suppress(VmmRefused):  # another VMM has no such command
+            await self.execute("announce-self", ANNOUNCEMENT)
 
     async def why_closed(self) -> str:
         """Why this VMM's stream cannot be opened, as far as its settings tell; else empty."""

@@ -39,6 +39,8 @@ def test_i8_whatever_failed_before_the_next_migration_works(
                     error.add_note(f"{victim} killed in {state.value}")
                     raise
             assert await move(hosts, hosts.a) is hosts.b
+            said = hosts.b.vmm.commands
+            assert said.index("cont") < said.index("announce-self"), "not before it is here"
             assert await move(hosts, hosts.b) is hosts.a
 
     trio.run(main)

@@ -25,6 +25,8 @@ ANSWERS: dict[str, Any] = {
     "/machine type": "pc-q35-11.1-machine",
     "/machine/peripheral": [{"name": "device4", "type": f"child<{DRIVER}>"}],
     "/machine/peripheral-anon": [],
+    "/machine/unattached": [{"name": "device[0]", "type": "child<kvmvapic>"}],
+    "/machine confidential-guest-support": "",
     "/objects": [],
     "/machine/q35 type": "q35-pcihost",
     f"{DEVICE} addr": 0x20,
@@ -67,6 +69,22 @@ def test_a_qemu_as_it_should_be() -> None:
     assert said["RAM"] == "shared: ram of 256 MiB"
     assert said["device"] == "device4: at 04.0 of the root bus"
     assert "QEMU aborts" in "".join(finding.advice for finding in findings)
+
+
+def test_what_cannot_be_carried_is_a_problem_by_name() -> None:
+    answers: dict[str, Any] = {
+        "/machine/unattached": [{"name": "device[7]", "type": "child<arm-smmuv3>"}],
+        "/machine/peripheral_anon": [{"name": "device[0]", "type": "child<intel-iommu>"}],
+        "/machine confidential_guest_support": "/objects/sev0",
+        "/objects/sev0 type": "sev-snp-guest",
+    }
+    told = [each for each in found(**answers) if each.check == "machine"]
+    assert {each.level for each in told} == {Level.PROBLEM}
+    assert [each.text.partition(" has ")[2] for each in told] == [
+        "a vIOMMU (intel-iommu)",
+        "a vIOMMU (arm-smmuv3)",
+        "confidential memory (sev-snp-guest), which nobody but the guest can read",
+    ]
 
 
 def test_a_file_that_is_used_from_its_beginning_is_as_it_should_be() -> None:
