@@ -115,7 +115,7 @@ def answer(request: bytes, steering: Steering) -> dict[str, Any]:
         if not isinstance(values, dict) or not values:
             raise ConfigError("nothing to set")
         return {"ok": True, **steering.change(values)}
-    except (ValueError, ConfigError) as error:
+    except (ValueError, RecursionError, ConfigError) as error:
         return {"ok": False, "message": describe(error)}
 
 

@@ -112,7 +112,14 @@ class Inventory:
             }
             controller = {str(name): str(text) for name, text in document["controller"].items()}
             return cls(int(document["cap"]), int(document["version"]), controller, namespaces)
-        except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        except (
+            LookupError,
+            ValueError,
+            ArithmeticError,
+            TypeError,
+            AttributeError,
+            RecursionError,
+        ) as error:
             raise StateError(f"the inventory of a controller is malformed: {error!r}") from error
 
     def properties(self) -> Iterator[tuple[str, str]]:

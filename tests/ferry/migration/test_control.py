@@ -60,7 +60,12 @@ def test_what_makes_no_sense_is_refused(wanted: dict[str, Any], says: str) -> No
 
 
 @pytest.mark.parametrize(
-    "line", [b"", b"x", b"[]", b"{}", b'{"do": "end"}', b'{"do": "set"}', b"\xff", b'{"do": []}']
+    "line",
+    [
+        *(b"", b"x", b"[]", b"{}", b'{"do": "end"}', b'{"do": "set"}', b"\xff", b'{"do": []}'),
+        b"[" * 60_000,
+    ],
+    ids=lambda line: repr(line[:20]),
 )
 def test_a_request_that_makes_no_sense_changes_nothing(line: bytes) -> None:
     said: list[Any] = []

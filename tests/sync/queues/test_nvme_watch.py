@@ -8,8 +8,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from sync.queues.choose import find_class, load_classes
-from sync.queues.errors import CannotMove
+from sync.queues.errors import CannotMove, StateError
 from sync.queues.interface import run
+from sync.queues.nvme.inventory import Inventory
 from sync.registers.profile.locate import DeviceView
 from tests.sync.queues.controller import PAGE, Controller
 from tests.sync.queues.world import GUEST_IOVA, NVME, World
@@ -292,3 +293,14 @@ def test_every_page_that_differs_was_named(seed: int, depth: int, rounds: int) -
                 assert page(GUEST_IOVA + at) in named
         copy = bytes(world.memory.bytes)
         mine.clear()
+
+
+@pytest.mark.parametrize(
+    "text",
+    ["[" * 9000, '{"namespaces": {}, "controller": {}, "cap": 1e999, "version": 1}', "{}", "[]"],
+    ids=lambda text: text[:20],
+)
+def test_i9_an_inventory_that_makes_no_sense_is_refused(text: str) -> None:
+    """The peer sends it."""
+    with pytest.raises(StateError):
+        Inventory.unpack(text.encode())
