@@ -804,10 +804,14 @@ class Gateway:
         wanted: Callable[[], bool],
     ) -> None:
         """Tries again until it succeeds or is not wanted; for `RECOVERY_S` at most."""
+        end_holder = hung.kill if hung is not None else None
+        shut = ""
         for path in armed.companions:
-            # One that refuses lets no access through: the guest goes on without that device.
-            with suppress(Exception):
-                take_back(path, session, proof, armed.deadline_s)
+            try:
+                take_back(path, session, proof, armed.deadline_s, end_holder)
+            except Exception as error:
+                # It lets no access through: the guest goes on without that device.
+                shut += f"; its device behind {path} is not back: {error}"
         until = self._clock() + RECOVERY_S
         told = ""
         while True:
@@ -817,10 +821,10 @@ class Gateway:
                     armed.deadline_s,
                     armed.put_back,
                     ran=armed.ran,
-                    end_holder=hung.kill if hung is not None else None,
+                    end_holder=end_holder,
                     wanted=wanted,
                 )
-                outcome = Recovery("lease-lost", True, done)
+                outcome = Recovery("lease-lost", True, done + shut)
             except Exception as error:
                 outcome = Recovery("lease-lost", False, f"{type(error).__name__}: {error}")
             if outcome.message != told:
