@@ -76,6 +76,13 @@ def natural(text: str) -> int:
     return int(text)
 
 
+def port(text: str) -> int:
+    """A TCP port of one's own choice."""
+    if not text.isdecimal() or not 1 <= int(text) <= 65535:
+        raise ValueError("a port from 1 to 65535")
+    return int(text)
+
+
 def seconds(text: str) -> float:
     """A time of more than 0 seconds."""
     try:

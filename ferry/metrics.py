@@ -1,7 +1,9 @@
-"""Metrics of a migration, or of a gateway, for Prometheus: a file that node_exporter reads.
+"""Metrics of a migration, or of a gateway, for Prometheus: a file that node_exporter reads, or a
+port of this host.
 
 Owns the names, which follow Prometheus' conventions, and what events they are made from. The file
-is written anew, in one piece, with each event that changes it; of a gateway every ten seconds.
+is written anew, in one piece, with each event that changes it; of a gateway every ten seconds. The
+port is served by the client library's own server.
 """
 
 import contextlib
@@ -18,26 +20,52 @@ if TYPE_CHECKING:
 
 FORMS = ("zero", "same", "delta", "copy", "lz4", "raw")
 HELP = "write metrics for Prometheus to this file (of node_exporter's textfile collector)"
+PORT_HELP = "serve metrics for Prometheus at this port of 127.0.0.1, as /metrics"
 
 
 GATEWAY_INTERVAL_S = 10.0
 
 
+class _Outlet:
+    """Where the metrics of one process are told: in a file, at a port, or both.
+
+    Raises `LocalError` if the client library of Prometheus is not there, OSError if the file cannot
+    be written or the port is taken.
+    """
+
+    def __init__(self, path: str | None, port: int | None) -> None:
+        try:
+            import prometheus_client
+        except ImportError:
+            raise LocalError(
+                "metrics need prometheus_client: install it, or vfio-ferry[metrics]"
+            ) from None
+        self.client: Any = prometheus_client
+        self.registry = prometheus_client.CollectorRegistry()
+        self._path = path
+        self.write()
+        if port is not None:
+            prometheus_client.start_http_server(port, "127.0.0.1", self.registry)
+
+    def write(self) -> None:
+        """Writes the file, if there is one."""
+        if self._path is not None:
+            self.client.write_to_textfile(self._path, self.registry)
+
+
 class GatewayMetrics:
     """Takes the status of a gateway every `GATEWAY_INTERVAL_S`, and writes it from a thread of its
-    own: the guest does not wait for a disk (I10). Raises as `MigrationMetrics` does."""
+    own: the guest does not wait for a disk (I10). Raises as `_Outlet` does."""
 
-    def __init__(self, path: str) -> None:
-        client = _client()
-        self._registry = client.CollectorRegistry()
-        self._path = path
-        self._write = client.write_to_textfile
+    def __init__(self, path: str | None, port: int | None = None) -> None:
+        self._outlet = _Outlet(path, port)
+        client, registry = self._outlet.client, self._outlet.registry
         self._found: SimpleQueue[GatewayInfo] = SimpleQueue()
         self._due = 0.0
 
         def gauge(name: str, text: str, *labels: str) -> Any:
             name = f"vfio_ferry_gateway_{name}"
-            return client.Gauge(name, text, labels, registry=self._registry)
+            return client.Gauge(name, text, labels, registry=registry)
 
         self._state = gauge("state", "1 for the state that the device is in", "state", "owner")
         self._device = gauge("device_connected", "Whether the device is there")
@@ -47,7 +75,7 @@ class GatewayMetrics:
         self._dropped = gauge("dropped_writes", "Register writes of the VMM not executed")
         self._memory = gauge("memory_bytes", "Guest memory that the device can reach")
         self._written = gauge("write_timestamp_seconds", "When this was written")
-        self._write(self._path, self._registry)
+        self._outlet.write()
         threading.Thread(target=self._serve, daemon=True, name="metrics").start()
 
     def take(self, now: float, status: Callable[[], "GatewayInfo"]) -> None:
@@ -72,38 +100,21 @@ class GatewayMetrics:
         self._memory.set(info.memory_pages * PAGE_BYTES)
         self._written.set_to_current_time()
         with contextlib.suppress(OSError):
-            self._write(self._path, self._registry)
-
-
-def _client() -> Any:
-    try:
-        import prometheus_client
-    except ImportError:
-        raise LocalError(
-            "--metrics-file needs prometheus_client: install it, or vfio-ferry[metrics]"
-        ) from None
-    return prometheus_client
+            self._outlet.write()
 
 
 class MigrationMetrics:
-    """Takes the events of one `send` or `receive` (`Reporter.observe`).
+    """Takes the events of one `send` or `receive` (`Reporter.observe`); raises as `_Outlet`."""
 
-    Raises `LocalError` if the client library of Prometheus is not there, OSError if the file cannot
-    be written.
-    """
-
-    def __init__(self, role: str, path: str) -> None:
-        client = _client()
-        self._registry = client.CollectorRegistry()
-        self._path = path
-        self._write = client.write_to_textfile
+    def __init__(self, role: str, path: str | None, port: int | None = None) -> None:
+        self._outlet = _Outlet(path, port)
+        client, registry = self._outlet.client, self._outlet.registry
 
         def gauge(name: str, text: str, *labels: str) -> Any:
-            return client.Gauge(f"vfio_ferry_{role}_{name}", text, labels, registry=self._registry)
+            return client.Gauge(f"vfio_ferry_{role}_{name}", text, labels, registry=registry)
 
         def counter(name: str, text: str, *labels: str) -> Any:
-            name = f"vfio_ferry_{role}_{name}"
-            return client.Counter(name, text, labels, registry=self._registry)
+            return client.Counter(f"vfio_ferry_{role}_{name}", text, labels, registry=registry)
 
         self._phase = gauge("phase", "1 for the phase that the migration is in", "phase")
         self._rounds = counter("rounds", "Rounds of pages sent")
@@ -149,7 +160,7 @@ class MigrationMetrics:
         if name in ("success", "error") and "exit_code" in values:
             self._exit.set(values["exit_code"])
             self._ended.set_to_current_time()
-        self._write(self._path, self._registry)
+        self._outlet.write()
 
     def _take_end(self, values: dict[str, Any]) -> None:
         for what, count in values.get("wire_bytes", {}).items():

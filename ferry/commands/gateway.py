@@ -3,9 +3,10 @@
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from ferry.config import natural, option, size
+from ferry.config import natural, option, port, size
 from ferry.errors import ConfigError, Exit
 from ferry.metrics import HELP as METRICS
+from ferry.metrics import PORT_HELP as METRICS_PORT
 from ferry.metrics import GatewayMetrics
 from ferry.private import check_folders
 from sync.gateway.datapath.journal import DEFAULT_RECORDS
@@ -59,6 +60,7 @@ class Options:
         repeat=True,
     )
     metrics_file: str | None = option(METRICS, None)
+    metrics_port: int | None = option(METRICS_PORT, None, parse=port)
     records: str | None = option(
         "file that says what became of each migration; it has to outlive the gateway and, for a"
         " guest that was moved away, the host's power (default: CONTROL.records)",
@@ -100,6 +102,7 @@ def _serve(options: Options, host_function: str) -> None:
         origins=() if host_function else load_profiles([Path(each) for each in options.profile]),
         limits=Limits(journal_records=options.journal_size // RECORD_BYTES),
     )
-    if options.metrics_file:
-        gateway = replace(gateway, observe=GatewayMetrics(options.metrics_file).take)
+    if options.metrics_file or options.metrics_port:
+        metrics = GatewayMetrics(options.metrics_file, options.metrics_port)
+        gateway = replace(gateway, observe=metrics.take)
     run_gateway(gateway)

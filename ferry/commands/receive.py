@@ -68,8 +68,9 @@ def _advice(target: Target) -> dict[HandoverState, str]:
 def run(options: Options) -> int:
     """Waits for one migration to this host; returns the exit code."""
     reporter = Reporter("receive", as_json=options.json)
-    if options.metrics_file:
-        reporter.observe(MigrationMetrics("receive", options.metrics_file).take)
+    if options.metrics_file or options.metrics_port:
+        metrics = MigrationMetrics("receive", options.metrics_file, options.metrics_port)
+        reporter.observe(metrics.take)
     return trio.run(stopped_by_signals, partial(receive, options, reporter))
 
 

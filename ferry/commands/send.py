@@ -43,8 +43,9 @@ ADVICE = {
 def run(options: Options) -> int:
     """Runs one migration from this host; returns the exit code."""
     reporter = Reporter("send", as_json=options.json)
-    if options.metrics_file:
-        reporter.observe(MigrationMetrics("send", options.metrics_file).take)
+    if options.metrics_file or options.metrics_port:
+        metrics = MigrationMetrics("send", options.metrics_file, options.metrics_port)
+        reporter.observe(metrics.take)
     return trio.run(stopped_by_signals, partial(send, options, reporter, own_process=True))
 
 

@@ -2,11 +2,12 @@
 
 from dataclasses import dataclass
 
-from ferry.config import endpoint, natural, option, seconds, socket_path
+from ferry.config import endpoint, natural, option, port, seconds, socket_path
 from ferry.errors import (
     ConfigError,
 )
 from ferry.metrics import HELP as METRICS
+from ferry.metrics import PORT_HELP as METRICS_PORT
 from ferry.migration.phases import BREAK_AT_CHOICES
 from ferry.secret_file import AUTHORIZED_HELP, HELP, IDENTITY_HELP, INSECURE, Trust
 from transport.receiver import ReceiverOptions
@@ -52,6 +53,7 @@ class Options:
         "stay for the next guest: wait for the next VMM at --qmp, and listen again", False
     )
     metrics_file: str | None = option(METRICS, None)
+    metrics_port: int | None = option(METRICS_PORT, None, parse=port)
     json: bool = option("print events as JSON lines", False)
     break_at: str = option(
         "failure drill: stop this process (SIGSTOP) on entering this phase",

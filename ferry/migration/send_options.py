@@ -8,6 +8,7 @@ from ferry.config import (
     log_page,
     natural,
     option,
+    port,
     positive,
     rate,
     seconds,
@@ -16,6 +17,7 @@ from ferry.config import (
 )
 from ferry.errors import ConfigError
 from ferry.metrics import HELP as METRICS
+from ferry.metrics import PORT_HELP as METRICS_PORT
 from ferry.migration.phases import BREAK_AT_CHOICES
 from ferry.secret_file import AUTHORIZED_HELP, HELP, IDENTITY_HELP, INSECURE, Trust
 from sync.convergence import Limits
@@ -123,6 +125,7 @@ class Options:
         "only find out whether it would work, from a receiver that listens; nothing is moved", False
     )
     metrics_file: str | None = option(METRICS, None)
+    metrics_port: int | None = option(METRICS_PORT, None, parse=port)
     json: bool = option("print events as JSON lines", False)
     break_at: str = option(
         "failure drill: stop this process (SIGSTOP) on entering this phase",

@@ -1,7 +1,9 @@
 """Metrics: named as Prometheus has it, written in one piece, and telling what events told."""
 
+import socket
 import threading
 import time
+import urllib.request
 from io import StringIO
 from pathlib import Path
 
@@ -45,6 +47,31 @@ def test_a_migration_as_a_textfile(tmp_path: Path) -> None:
         ("vfio_ferry_send_phase", "pausing")
     ]
     assert not [each for each in tmp_path.iterdir() if each != path]
+
+
+def free_port() -> int:
+    with socket.create_server(("127.0.0.1", 0)) as probe:
+        return int(probe.getsockname()[1])
+
+
+def scrape(port: int) -> str:
+    with urllib.request.urlopen(f"http://127.0.0.1:{port}/metrics", timeout=10) as answer:
+        return str(answer.read().decode())
+
+
+def test_a_migration_at_a_port_of_this_host(tmp_path: Path) -> None:
+    port = free_port()
+    reporter = Reporter("receive", as_json=True, stream=StringIO())
+    reporter.observe(MigrationMetrics("receive", None, port).take)
+    reporter.event("phase", phase="listening")
+    assert 'vfio_ferry_receive_phase{phase="listening"} 1.0' in scrape(port)
+    reporter.event("phase", phase="receiving")
+    found = scrape(port)
+    assert 'phase="receiving"' in found and "listening" not in found
+    with pytest.raises(OSError, match="in use"):
+        MigrationMetrics("receive", None, port)
+    listening = Path("/proc/net/tcp").read_text()
+    assert f" 0100007F:{port:04X} " in listening and f" 00000000:{port:04X} " not in listening
 
 
 def test_a_file_that_cannot_be_written_is_told_at_once(tmp_path: Path) -> None:
