@@ -11,7 +11,7 @@ BEGAN := $(shell date +%s)
 WORKERS := $(shell echo $$((($$(nproc) * 3 + 1) / 2)))
 PYTEST := $(BIN)/python -m pytest --numprocesses $(WORKERS) --dist worksteal --durations=15
 
-.PHONY: demo demo-qemu test test-full test-lowest prepare lint install-units clean
+.PHONY: demo demo-qemu test test-full test-lowest prepare prepare-browser lint install-units clean
 
 demo: $(VENV)/ready
 	$(BIN)/vfio-ferry demo $(DEMO_ARGS)
@@ -24,7 +24,7 @@ test test-full: prepare lint
 	@$(PYTEST) $(SELECTED) $(TEST_ARGS); code=$$?; took=$$(($$(date +%s) - $(BEGAN))); \
 	echo "make $@ took $$((took / 60)) min $$((took % 60)) s"; exit $$code
 
-test-full: test-lowest
+test-full: test-lowest prepare-browser
 
 test-lowest: $(LOWEST)/ready
 	@# The unit tests with the lowest versions that pyproject.toml allows.
@@ -41,6 +41,9 @@ prepare: $(VENV)/ready
 	@# Once, and outside of any test's time. Should it fail, the tests that need it say why.
 	-$(BIN)/python -m lab.qemu prepare
 	-$(BIN)/python -c 'from transport.kernels.load import warm_up; warm_up()'
+
+prepare-browser: $(VENV)/ready
+	-$(BIN)/python -m lab.browser
 
 lint: $(VENV)/ready
 	$(BIN)/ruff check .

@@ -18,12 +18,23 @@ from ferry.progress import bytes_text, seconds_text
 Event = dict[str, Any]
 
 WIDTH, HEIGHT, MARGIN = 900, 180, 56
-COLORS = ("#3465a4", "#73a946", "#c4622d", "#8a5aa8", "#b8952b", "#2f8f8f", "#a8405c", "#6b7280")
+TOP = 16
+"""Above a drawing: room for the names of phases."""
+CHARACTER = 7
+"""More than the mean width of one, in the units of a drawing."""
+COLORS = (
+    *("#3465a4", "#73a946", "#c4622d", "#8a5aa8", "#b8952b", "#2f8f8f", "#a8405c", "#6b7280"),
+    *("#7fb2e5", "#2f6b2f", "#e5a57f", "#c79be0", "#5c4a12"),
+)
 STYLE = """
 body { font: 15px/1.5 system-ui, sans-serif; max-width: 960px; margin: 2em auto; padding: 0 1em }
 table { border-collapse: collapse; margin: 1em 0; font-variant-numeric: tabular-nums }
 th, td { padding: .2em .8em; text-align: right; border-bottom: 1px solid #ddd }
-th:first-child, td:first-child { text-align: left }
+th:first-child, td:first-child, .words th, .words td { text-align: left }
+td i { display: inline-block; width: .8em; height: .8em; margin-right: .6em; border-radius: 2px }
+dl { display: flex; flex-wrap: wrap; gap: 1em 2.5em; margin: 1.2em 0 }
+dt { color: #666; font-size: 13px }
+dd { margin: 0; font-size: 22px; font-variant-numeric: tabular-nums }
 svg { width: 100%; height: auto; margin: .5em 0; font: 11px system-ui, sans-serif }
 .wrong { color: #a40000; font-weight: 600 }
 """
@@ -57,8 +68,10 @@ def page(events: Sequence[Event]) -> str:
     began = float(events[0]["time"])
     title = f"Migration {report['session']}" if report else "A migration that did not succeed"
     parts = [f"<h1>{escape(title)}</h1>", _outcome(of, began)]
+    marks = [(float(each["time"]) - began, str(each["phase"])) for each in of["phase"]]
+    if report:
+        parts.append(_figures(report))
     if rounds:
-        marks = [(float(each["time"]) - began, str(each["phase"])) for each in of["phase"]]
         times = [float(each["time"]) - began for each in rounds]
         pages = [
             ("dirty at its beginning", [each["dirty_pages"] for each in rounds]),
@@ -73,10 +86,10 @@ def page(events: Sequence[Event]) -> str:
     if progress := of.get("progress", []):
         times = [float(each["time"]) - began for each in progress]
         left = [
-            ("left", [each["remaining_bytes"] / (1 << 20) for each in progress]),
+            ("left of it", [each["remaining_bytes"] / (1 << 20) for each in progress]),
             ("moved a second", [each["throughput_bytes_per_s"] / (1 << 20) for each in progress]),
         ]
-        parts += ["<h2>All of the guest: MiB</h2>", chart(times, left, [])]
+        parts += ["<h2>All of the guest: MiB</h2>", chart(times, left, marks)]
     if report:
         parts += ["<h2>Downtime</h2>", _downtime(report)]
         parts += ["<h2>Devices</h2>", _devices(report)]
@@ -102,11 +115,26 @@ def _outcome(of: dict[str, list[Event]], began: float) -> str:
     when = time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(began))
     lines = [f"<p>Begun {when}.</p>"]
     for each in of.get("success", []):
-        wrong = ' class="wrong"' if each.get("downtime_over_limit") else ""
+        bad = each.get("downtime_over_limit") or each.get("devices") == "silent"
+        wrong = ' class="wrong"' if bad else ""
         lines.append(f"<p{wrong}>{escape(str(each['text']))}</p>")
     for each in of.get("error", []):
         lines.append(f'<p class="wrong">{escape(str(each["message"]))}</p>')
     return "\n".join(lines)
+
+
+def _figures(report: Event) -> str:
+    """What is asked for first."""
+    limit = report.get("downtime_limit_ms")
+    allowed = f" of {limit:.0f}" if limit else ""
+    figures = {
+        "took": seconds_text(report["duration_s"]),
+        "downtime": f"{report['downtime_total_ms']:.0f}{allowed} ms",
+        "on the wire": bytes_text(sum(report["wire_bytes"].values())),
+        "devices": str(len(report["methods"])),
+    }
+    told = "".join(f"<div><dt>{name}</dt><dd>{escape(v)}</dd></div>" for name, v in figures.items())
+    return f"<dl>{told}</dl>"
 
 
 def chart(
@@ -123,19 +151,27 @@ def chart(
 
     def at(moment: float, value: float) -> str:
         x = MARGIN + moment / last * inner_width
-        return f"{x:.1f},{10 + inner_height * (1 - value / top):.1f}"
+        return f"{x:.1f},{TOP + inner_height * (1 - value / top):.1f}"
 
-    base = 10 + inner_height
+    base = TOP + inner_height
     drawn = [
-        f'<line x1="{MARGIN}" y1="{base}" x2="{WIDTH - MARGIN}" y2="{base}" stroke="#888"/>',
-        f'<text x="{MARGIN - 6}" y="18" text-anchor="end">{top:.4g}</text>',
-        f'<text x="{MARGIN - 6}" y="{base}" text-anchor="end">0</text>',
+        f'<text x="{MARGIN}" y="{base + 14}">0</text>',
         f'<text x="{WIDTH - MARGIN}" y="{base + 14}" text-anchor="end">{last:.1f} s</text>',
     ]
-    for moment, phase in marks:
+    for part in (0, 0.5, 1):
+        y = TOP + inner_height * (1 - part)
+        drawn += [
+            f'<line x1="{MARGIN}" y1="{y}" x2="{WIDTH - MARGIN}" y2="{y}" '
+            f'stroke="{"#e4e4e4" if part else "#888"}"/>',
+            f'<text x="{MARGIN - 6}" y="{y + 4}" text-anchor="end">{top * part:.4g}</text>',
+        ]
+    ends = [*(moment for moment, _ in marks[1:]), last]
+    for (moment, phase), end in zip(marks, ends, strict=False):
         x = MARGIN + moment / last * inner_width
+        if (end - moment) / last * inner_width > CHARACTER * len(phase):
+            drawn.append(f'<text x="{x + 3:.1f}" y="{TOP - 4}" fill="#777">{escape(phase)}</text>')
         drawn.append(
-            f'<line x1="{x:.1f}" y1="10" x2="{x:.1f}" y2="{base}" stroke="#ccc">'
+            f'<line x1="{x:.1f}" y1="{TOP}" x2="{x:.1f}" y2="{base}" stroke="#ccc">'
             f"<title>{escape(phase)}: {moment:.2f} s</title></line>"
         )
     for number, (name, values) in enumerate(series):
@@ -181,7 +217,8 @@ def _downtime(report: Event) -> str:
         )
     told = f"<p>{total:.1f} ms, of which the VMM's {report['downtime_vmm_ms']:.1f} ms.</p>"
     rows = [(phase.replace("_", " "), f"{ms:.1f}") for phase, ms in phases.items()]
-    return told + _svg(72, drawn) + _table(("phase", "ms"), rows)
+    colors = [COLORS[number % len(COLORS)] for number in range(len(rows))]
+    return told + _svg(72, drawn) + _table(("phase", "ms"), rows, colors)
 
 
 def _devices(report: Event) -> str:
@@ -195,17 +232,26 @@ def _devices(report: Event) -> str:
         )
         how = methods_text(method.get("registers", "?"), method.get("dirty", "?"))
         rows.append((str(number), how, told))
-    return _table(("device", "moved", "registers"), rows)
+    return _table(("device", "moved", "registers"), rows, kind="words")
 
 
 def _wire(report: Event) -> list[tuple[str, str]]:
-    rows = [(what.replace("_", " "), bytes_text(n)) for what, n in report["wire_bytes"].items()]
-    return [*rows, ("took", seconds_text(report["duration_s"]))]
+    return [(what.replace("_", " "), bytes_text(n)) for what, n in report["wire_bytes"].items()]
 
 
-def _table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
-    def row(cells: Sequence[str], tag: str) -> str:
-        return "<tr>" + "".join(f"<{tag}>{escape(cell)}</{tag}>" for cell in cells) + "</tr>"
+def _table(
+    head: Sequence[str],
+    rows: Sequence[Sequence[str]],
+    colors: Sequence[str] = (),
+    kind: str = "numbers",
+) -> str:
+    """A table of `numbers` or `words`; `colors` are those of its rows in a drawing."""
 
-    lines = "\n".join(row(cells, "td") for cells in rows)
-    return f"<table>\n{row(head, 'th')}\n{lines}\n</table>"
+    def row(cells: Sequence[str], tag: str, color: str = "") -> str:
+        swatch = f'<i style="background: {color}"></i>' if color else ""
+        inner = "".join(f"<{tag}>{escape(cell)}</{tag}>" for cell in cells)
+        return f"<tr>{inner.replace(f'<{tag}>', f'<{tag}>{swatch}', 1)}</tr>"
+
+    shades = [*colors, *[""] * (len(rows) - len(colors))]
+    lines = "\n".join(row(cells, "td", color) for cells, color in zip(rows, shades, strict=True))
+    return f'<table class="{kind}">\n{row(head, "th")}\n{lines}\n</table>'
