@@ -19,6 +19,7 @@ import pytest
 import trio
 
 from ferry.errors import Exit
+from ferry.migration.phases import BREAK_AT_CHOICES
 from lab.qemu.environment import Environment
 from lab.qemu.errors import MachineError
 from lab.qemu.machine import CONTROL, Machine
@@ -80,6 +81,9 @@ class Fault:
     """What `send` tells, or `receive` if `send` was killed: a regular expression."""
     settle: Step | None = None
     """What an operator does or sees then."""
+
+    def __post_init__(self) -> None:
+        assert self.phase in BREAK_AT_CHOICES
 
     def __str__(self) -> str:
         return f"{self.strike.__name__} in {self.phase}"
@@ -184,7 +188,7 @@ CHAINS = {
             Fault("precopy", target_gateway_killed, Exit.PEER_ABORTED, Exit.DEVICE, "gateway"),
             Fault("finalizing", target_device_killed, Exit.PEER_ABORTED, Exit.DEVICE, "device"),
             Fault("finalizing", target_qemu_killed, Exit.PEER_ABORTED, Exit.VMM, "target.* VMM"),
-            Fault("asking", receiver_killed, Exit.PEER_LOST, None, "receiver"),
+            Fault("awaiting-ready", receiver_killed, Exit.PEER_LOST, None, "receiver"),
             Fault("committing", target_qemu_killed, Exit.PEER_ABORTED, Exit.VMM, "target.* VMM"),
             Fault("committing", receiver_killed, Exit.IN_DOUBT, None, "resolve", resolve_both),
         ),
