@@ -36,10 +36,10 @@ class Options:
     registers: Literal["auto", "v2", "replay"] = option(
         "predict for this option of `send`", "auto", choices=("auto", "v2", "replay")
     )
-    dirty: Literal["auto", "logging", "message", "scan"] = option(
+    dirty: Literal["auto", "logging", "queues", "message", "scan"] = option(
         "predict for this option of `send`",
         "auto",
-        choices=("auto", "logging", "message", "scan"),
+        choices=("auto", "logging", "queues", "message", "scan"),
     )
     profile: tuple[str, ...] = option(
         "a device profile, or a folder of them, beside the built-in ones", (), repeat=True

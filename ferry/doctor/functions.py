@@ -19,12 +19,12 @@ def function_findings(sysfs: Path = SYSFS) -> Iterator[Finding]:
             # It was taken out meanwhile.
             continue
         if found is not None:
-            yield _judge(function, found.name)
+            yield _judge(function, found.name, "queues" if found.tracks_writes else "scan")
 
 
-def _judge(function: PciFunction, name: str) -> Finding:
+def _judge(function: PciFunction, name: str, dirty: str) -> Finding:
     check = f"function {function.address}"
-    text = f"{name}; would move with {methods_text('v2', 'logging')}, both made of its queues"
+    text = f"{name}; would move with {methods_text('v2', dirty)}, made of its queues"
     try:
         function.require_viable()
     except VfioError as error:

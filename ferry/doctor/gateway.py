@@ -32,6 +32,7 @@ OFFERS = {
     "v2": "VFIO migration v2",
     "precopy": "pre-copy of its state",
     "logging": "DMA logging",
+    "queues": "queues that can be followed",
     "reset": "reset",
 }
 
@@ -137,7 +138,7 @@ def _device(info: GatewayInfo, wish: Wish, gateway: GatewayClient) -> list[Findi
     found = [ok(name, text)]
     try:
         registers = source_for(view, gateway, wish.profiles, wish.registers).method
-        dirty = choose_method(wish.dirty, logging=info.supports.logging)
+        dirty = choose_method(wish.dirty, info.supports)
     except (RegisterError, NoTracker) as error:
         return [*found, problem(name, str(error))]
     return [*found, ok(name, f"would move with {methods_text(registers, dirty)}")]

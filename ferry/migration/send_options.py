@@ -77,8 +77,10 @@ class Options:
     registers: Literal["auto", "v2", "replay"] = option(
         "how register state moves", "auto", choices=("auto", "v2", "replay")
     )
-    dirty: Literal["auto", "logging", "message", "scan"] = option(
-        "how dirty pages are found", "auto", choices=("auto", "logging", "message", "scan")
+    dirty: Literal["auto", "logging", "queues", "message", "scan"] = option(
+        "how dirty pages are found",
+        "auto",
+        choices=("auto", "logging", "queues", "message", "scan"),
     )
     log_page_size: int = option("page size asked of a device that logs", PAGE_BYTES, parse=log_page)
     profile: tuple[str, ...] = option(

@@ -22,7 +22,7 @@ from ferry.migration.memory_layout import MemoryLayout
 from ferry.migration.send_options import Options
 from ferry.migration.undo import Undo, UndoStage
 from sync.dirty.scan import ScanTracker
-from sync.dirty.shared import LoggingTracker, MessageTracker
+from sync.dirty.shared import LoggingTracker, MessageTracker, QueueTracker, SharedBitmapTracker
 from sync.dirty.tracker import Bitmap, Method, Tracker, choose_method
 from sync.gateway.control.client import GatewayClient
 from sync.gateway.control.info import GatewayInfo
@@ -36,6 +36,9 @@ from sync.registers.interface import SourceRegisters
 from transport.kernels.digests import scan_changed
 
 ALIVE_S = 1.0
+_SHARED: dict[Method, type[SharedBitmapTracker]] = {
+    each.method: each for each in (LoggingTracker, QueueTracker, MessageTracker)
+}
 
 
 @dataclass(frozen=True)
@@ -57,8 +60,7 @@ class SourceDevice:
                 return scan_changed(pages, seen, seed)
 
             return ScanTracker(memory.array, scan)
-        kind = LoggingTracker if self.tracking == "logging" else MessageTracker
-        return kind(self.gateway, memory.n_pages)
+        return _SHARED[self.tracking](self.gateway, memory.n_pages)
 
     async def restore(self, session: str) -> None:
         """Puts the device back to passthrough, from whatever state its gateway is in.
@@ -107,7 +109,7 @@ async def attach_devices(
                 "target first"
             )
         registers = source_for(view_of(info), gateway, profiles, options.registers)
-        tracking = choose_method(options.dirty, logging=info.supports.logging)
+        tracking = choose_method(options.dirty, info.supports)
         device = SourceDevice(number, path, gateway, info, registers, tracking)
         undo.add(UndoStage.DEVICES, partial(device.restore, session))
         undo.add(UndoStage.RECOVERY, device.disarm_recovery)

@@ -74,7 +74,7 @@ def run(options: Options) -> int:
     environment = prepare(say, cache=cache, mirror=options.mirror)
     initramfs = cached_initramfs(environment, cache)
     if options.device == "nvme":
-        case = Case("v2", "logging", options.irq, options.root_port, loads=("nvme",))
+        case = Case("v2", "queues", options.irq, options.root_port, loads=("nvme",))
         setup = Setup(gateway=("--queues",), image_bytes=options.disk)
     else:
         case = Case(options.registers, options.dirty, options.irq, options.root_port)

@@ -1,4 +1,4 @@
-"""The trackers whose bits the gateway writes: the device's log, and DMA by message.
+"""The trackers whose bits the gateway writes: the device's log, its queues, and DMA by message.
 
 Owns this side of the bitmap that both processes map: two halves, one of which the gateway writes
 at any time. Not owned: how the gateway comes by the bits.
@@ -85,6 +85,13 @@ class LoggingTracker(SharedBitmapTracker):
 
     method = "logging"
     asks_gateway_for = "logging"
+
+
+class QueueTracker(SharedBitmapTracker):
+    """The gateway follows the device's queues: what is written is named by commands."""
+
+    method = "queues"
+    asks_gateway_for = "queues"
 
 
 class MessageTracker(SharedBitmapTracker):

@@ -5,6 +5,7 @@ Owns what every tracker offers, and the choice between them. A bitmap has one bi
 
     tracker    finds writes by                                          misses
     logging    the device's own log (VFIO DMA logging)                  nothing
+    queues     the commands that the guest gives the device             nothing
     message    the device's DMA going through the gateway as messages   nothing
     scan       comparing digests of all pages with the last time's      nothing, but costs the most
 
@@ -22,9 +23,14 @@ from sync.errors import SyncError
 from sync.memory import PAGE_BYTES
 
 Bitmap = NDArray[np.uint64]
-Method = Literal["logging", "message", "scan"]
-RequestedTracker = Literal["auto", "logging", "message", "scan"]
-GatewayTracking = Literal["logging", "message", "none"]
+Method = Literal["logging", "queues", "message", "scan"]
+RequestedTracker = Literal["auto", "logging", "queues", "message", "scan"]
+GatewayTracking = Literal["logging", "queues", "message", "none"]
+_LACKS = {
+    "logging": "the device does not offer DMA logging",
+    "queues": "which pages the device writes does not follow from what its guest tells it",
+    "message": "the DMA of a device of the host cannot be had to pass the gateway",
+}
 
 
 class DirtyError(SyncError):
@@ -52,6 +58,19 @@ class Mediation(Protocol):
 
     @property
     def layout_generation(self) -> int: ...
+
+
+class Offers(Protocol):
+    """Which trackers can have a device (`gateway.control.info.Supports`)."""
+
+    @property
+    def logging(self) -> bool: ...
+
+    @property
+    def queues(self) -> bool: ...
+
+    @property
+    def message(self) -> bool: ...
 
 
 class DirtyPort(Protocol):
@@ -105,15 +124,16 @@ def n_words(n_pages: int) -> int:
     return -(-n_pages // 64)
 
 
-def choose_method(method: RequestedTracker, *, logging: bool) -> Method:
-    """What to use for a device; `logging` says whether it offers DMA logging.
-
-    `auto` prefers the log: the device goes on at full speed. Raises `NoTracker`.
-    """
+def choose_method(method: RequestedTracker, offers: Offers) -> Method:
+    """What to use for a device. `auto` prefers what leaves it at full speed. Raises `NoTracker`."""
+    able: dict[Method, bool] = {
+        "logging": offers.logging,
+        "queues": offers.queues,
+        "message": offers.message,
+        "scan": True,
+    }
     if method == "auto":
-        return "logging" if logging else "message"
-    if method == "logging" and not logging:
-        raise NoTracker(
-            "the device does not offer DMA logging: use the tracker 'message', 'scan' or 'auto'"
-        )
+        return next(each for each, is_able in able.items() if is_able)
+    if not able[method]:
+        raise NoTracker(f"{_LACKS[method]}: use the tracker 'auto', or 'scan'")
     return method

@@ -188,6 +188,14 @@ class Watch(ABC):
     def state(self) -> bytes:
         """For the walk at the target. Raises `CannotMove`."""
 
+
+class WriteWatch(Watch):
+    """A watch that knows all that its device writes.
+
+    Only where a driver cannot give its device a buffer without a doorbell. Where kicks may be
+    suppressed, buffers come and go unseen however often one looks: then there is a `Watch` alone.
+    """
+
     @abstractmethod
     def dirty(self) -> set[int]:
         """Numbers of the pages that the device may have written since the last call, or may still
@@ -225,6 +233,8 @@ class DeviceClass(ABC):
     name: ClassVar[str]
     version: ClassVar[str]
     """Both sides need the same: it is that of the form of inventories and states."""
+    tracks_writes: ClassVar[bool]
+    """Whether its watch is a `WriteWatch`."""
 
     @abstractmethod
     def precision(self, view: DeviceView) -> int | None:

@@ -52,13 +52,10 @@ from sync.vfio_user.protocol import (
     DmaMap,
     DmaUnmap,
     Feature,
-    FeatureFlags,
     FeatureIndex,
     IrqFlags,
     IrqInfo,
     IrqInfoRequest,
-    LoggingControl,
-    LoggingReport,
     MigData,
     MigrationFlags,
     MigrationState,
@@ -82,7 +79,6 @@ from sync.vfio_user.protocol import (
 
 OFFER = Capabilities(max_msg_fds=16, write_multiple=True)
 """QEMU refuses a device that takes more descriptors in a message."""
-_LOGGING_PAGE_BYTES = 4096
 _ACCESSES = (Command.REGION_READ, Command.REGION_WRITE, Command.REGION_WRITE_MULTI)
 _STEPS = (Command.DEVICE_FEATURE, Command.MIG_DATA_READ, Command.MIG_DATA_WRITE)
 """Of a migration: each begins when what came before it is done."""
@@ -90,12 +86,6 @@ _TOLD = {
     IrqIndex.ERR: "it reported an error (PCI Express AER): the host's kernel log says which",
     IrqIndex.REQ: "the host wants it back (an unbind or a removal waits for its release)",
 }
-_LOGGING = {
-    FeatureIndex.DMA_LOGGING_START: FeatureFlags.SET,
-    FeatureIndex.DMA_LOGGING_STOP: FeatureFlags.SET,
-    FeatureIndex.DMA_LOGGING_REPORT: FeatureFlags.GET,
-}
-
 Handler = Callable[[int, int, int, int, memoryview, list[int]], None]
 Answer = bytes | Work[bytes]
 
@@ -196,6 +186,11 @@ class HostEndpoint:
 
     # What the gateway's loop asks of a connection.
 
+    @property
+    def local(self) -> "HostEndpoint":
+        """It is in this process."""
+        return self
+
     def fileno(self) -> int:
         """Readable when there is something to be done, or a device process is gone."""
         return self._readable.fileno()
@@ -210,6 +205,20 @@ class HostEndpoint:
             elif fd != self._turn:
                 raise Disconnected("the device is gone")
         self._take_turn()
+
+    @property
+    def tracks_writes(self) -> bool:
+        """Whether what the device writes follows from its queues."""
+        return self._migration is not None and self._migration.tracks_writes
+
+    def start_tracking(self) -> None:
+        self._require_migration().start_tracking()
+
+    def take_written(self) -> list[int]:
+        return self._require_migration().take_written()
+
+    def stop_tracking(self) -> None:
+        self._require_migration().stop_tracking()
 
     def drain(self) -> None:
         """There is nothing that waits."""
@@ -419,7 +428,6 @@ class HostEndpoint:
         if migration is None or index not in {
             FeatureIndex.MIGRATION,
             FeatureIndex.MIG_DEVICE_STATE,
-            *_LOGGING,
         }:
             raise VfioUserError(errno.ENOTSUP)
         if request.is_probe:
@@ -427,19 +435,10 @@ class HostEndpoint:
         data = request.data
         if index == FeatureIndex.MIGRATION:
             data = MigrationFlags(MigrationSupport.STOP_COPY | MigrationSupport.PRE_COPY).pack()
-        elif index == FeatureIndex.MIG_DEVICE_STATE:
-            if request.is_set:
-                return self._set_state(migration, request)
-            data = MigState(migration.state).pack()
-        elif index == FeatureIndex.DMA_LOGGING_START:
-            migration.start_logging()
-            data = LoggingControl(_LOGGING_PAGE_BYTES, LoggingControl.unpack(data).ranges).pack()
-        elif index == FeatureIndex.DMA_LOGGING_STOP:
-            migration.stop_logging()
+        elif request.is_set:
+            return self._set_state(migration, request)
         else:
-            report = LoggingReport.unpack(data)
-            bitmap = migration.report(report)
-            data = LoggingReport(report.iova, report.length, report.page_size, bitmap).pack()
+            data = MigState(migration.state).pack()
         return Feature(request.flags, data).pack()
 
     def _set_state(self, migration: QueueMigration, request: Feature) -> Work[bytes]:

@@ -1,6 +1,6 @@
-"""VFIO migration v2 and DMA logging for a function that offers neither, made of its queues.
+"""VFIO migration v2 and a log of writes for a function that offers neither, made of its queues.
 
-Owns the migration state, the stream, and which pages were dirty but not reported yet. What the
+Owns the migration state, the stream, and which pages were written but not told of yet. What the
 queues are is the business of `sync.queues`. The stream is a series of states, each complete:
 
      0        4         6            8      9      10      12      16
@@ -24,14 +24,14 @@ from collections.abc import Callable
 
 from sync.pci import CACHE_LINE, COMMAND, INTERRUPT_LINE
 from sync.queues.errors import CannotMove, WalkTimeout
-from sync.queues.interface import PAGE_BYTES, DeviceClass, Rest, number
+from sync.queues.interface import DeviceClass, Rest, WriteWatch, number
 from sync.queues.nvme.state import MAX_STATE_BYTES
 from sync.registers.errors import IdentityMismatch
 from sync.vfio.device import VfioDevice
 from sync.vfio.executor import PAUSE_S, Executor, Work
 from sync.vfio.guest_memory import PinnedMemory
 from sync.vfio.user_device import UserDevice
-from sync.vfio_user.protocol import LoggingReport, MigrationState, PciRegion, VfioUserError
+from sync.vfio_user.protocol import MigrationState, PciRegion, VfioUserError
 
 REST_DEADLINE_S = 2.0
 """With the guest paused: a storage device that takes longer for a command is in trouble."""
@@ -67,8 +67,7 @@ class QueueMigration:
         self._memory = memory
         self._inventory = inventory
         self.watch = device_class.watch(memory, inventory)
-        self._unreported: set[int] = set()
-        self.logging = False
+        self._written: set[int] = set()
         self.reset()
 
     def reset(self) -> None:
@@ -146,27 +145,23 @@ class QueueMigration:
 
     # Dirty pages.
 
-    def start_logging(self) -> None:
-        self._unreported = self.watch.dirty()
-        self.logging = True
+    @property
+    def tracks_writes(self) -> bool:
+        return self._class.tracks_writes
 
-    def stop_logging(self) -> None:
-        self.watch.forget_dirty()
-        self._unreported = set()
-        self.logging = False
+    def start_tracking(self) -> None:
+        self._written = self._look_for_writes()
 
-    def report(self, request: LoggingReport) -> bytes:
-        """The dirty pages of a range, which are clean afterwards. Raises `VfioUserError`."""
-        if not self.logging or request.page_size < PAGE_BYTES:
-            raise VfioUserError(errno.EINVAL)
-        self._unreported |= self.watch.dirty()
-        pages = range(request.iova // PAGE_BYTES, (request.iova + request.length) // PAGE_BYTES)
-        bitmap = bytearray(request.bitmap_bytes)
-        for page in [page for page in self._unreported if page in pages]:
-            bit = (page * PAGE_BYTES - request.iova) // request.page_size
-            bitmap[bit >> 3] |= 1 << (bit & 7)
-            self._unreported.discard(page)
-        return bytes(bitmap)
+    def take_written(self) -> list[int]:
+        written, self._written = self._written | self._look_for_writes(), set()
+        return sorted(written)
+
+    def stop_tracking(self) -> None:
+        if isinstance(self.watch, WriteWatch):
+            self.watch.forget_dirty()
+
+    def _look_for_writes(self) -> set[int]:
+        return self.watch.dirty() if isinstance(self.watch, WriteWatch) else set()
 
     # States.
 

@@ -35,6 +35,10 @@ class Supports:
     precopy: bool = False
     logging: bool = False
     """DMA logging: start, stop and report."""
+    queues: bool = False
+    """What it writes follows from what its guest tells it."""
+    message: bool = True
+    """Its DMA can be had to pass the gateway."""
     reset: bool = False
 
 

@@ -30,7 +30,7 @@ MAX_PAGE_BYTES = 1 << 30
 _PATH_CHARACTERS = 4096
 _SETTINGS_CHARACTERS = 4096
 
-Tracker = Literal["logging", "message", "none"]
+Tracker = Literal["logging", "queues", "message", "none"]
 Blob = Annotated[bytes, Part.BLOB]
 Descriptors = Annotated[tuple[int, ...], Part.DESCRIPTORS]
 Number = Annotated[int, Range(0, 1 << 32)]

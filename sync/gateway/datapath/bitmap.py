@@ -13,6 +13,7 @@ import bisect
 import fcntl
 import mmap
 import os
+from collections.abc import Iterable
 
 from sync.gateway.datapath.dma import FlatRegion
 from sync.memory import PAGE_BYTES
@@ -60,6 +61,18 @@ class DirtyBitmap:
                 first = region.first_page + low // PAGE_BYTES
                 last = region.first_page + (high - 1) // PAGE_BYTES
                 self._set(first, last - first + 1)
+
+    def mark_pages(self, numbers: Iterable[int]) -> None:
+        """Sets the bits of the pages of these numbers (IOVA / 4096), which are in order."""
+        pages = list(numbers)
+        bits, base = self._bits, self._active * self.half_bytes
+        for region in self.layout:
+            start = region.iova // PAGE_BYTES
+            low = bisect.bisect_left(pages, start)
+            high = bisect.bisect_left(pages, start + region.length // PAGE_BYTES)
+            for number in pages[low:high]:
+                page = region.first_page + number - start
+                bits[base + (page >> 3)] |= 1 << (page & 7)
 
     def merge(self, region: FlatRegion, offset: int, bitmap: bytes, page_bytes: int) -> None:
         """Sets the bits that a device reported for `region` from byte `offset` on.

@@ -41,6 +41,9 @@ owns the descriptors.
 class Peer:
     """`handler` takes every message that `receive` finds, in order."""
 
+    local = None
+    """It is another process's."""
+
     def __init__(self, sock: socket.socket, max_message_bytes: int, handler: Handler) -> None:
         sock.setblocking(False)
         self._sock = sock

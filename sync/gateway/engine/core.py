@@ -22,7 +22,7 @@ from sync.gateway.engine import device_steps as steps
 from sync.gateway.engine.comeback import Successor
 from sync.gateway.engine.custody import ClientRole, Custody, CustodyState, LeaseLoss
 from sync.gateway.engine.device_handshake import DeviceFacts, handshake
-from sync.gateway.engine.device_link import DeviceLink
+from sync.gateway.engine.device_link import DeviceLink, LocalDevice
 from sync.gateway.engine.job_runner import Job
 from sync.gateway.engine.records import Records
 from sync.gateway.engine.replacement import Replacement
@@ -185,16 +185,17 @@ class Core:
         self,
         to_device: Send,
         on_ready: Callable[[SyncError | None], None],
-        patience_s: float = 0.0,
+        local: LocalDevice | None = None,
     ) -> DeviceLink:
-        """A device was connected; `on_ready` is called when it has been asked everything, for which
-        it has `patience_s` longer than others."""
+        """A device was connected, or is `local`; `on_ready` is called when it has been asked
+        everything."""
         link = DeviceLink(
             to_device,
             self.clock,
             deadline_s=self.limits.device_deadline_s,
             journal_records=self.limits.journal_records,
             generation=self._generation + 1,
+            local=local,
         )
         link.runner.on_late_end = self._proceed
         link.relay.on_defect = self._defect
@@ -202,16 +203,18 @@ class Core:
 
         def done(result: object, error: SyncError | None) -> None:
             if error is None:
+                link.adopt(local)
                 self.facts = link.facts
                 self.ready = True
                 self._orphaned = False
             on_ready(error)
             self._proceed()
 
-        link.runner.start(self._meet(link, patience_s), done, held=False)
+        link.runner.start(self._meet(link), done, held=False)
         return link
 
-    def _meet(self, link: DeviceLink, patience_s: float) -> Job[None]:
+    def _meet(self, link: DeviceLink) -> Job[None]:
+        patience_s = 0.0 if link.local is None else link.local.patience_s
         yield from handshake(link.facts, orphaned=self._orphaned, patience_s=patience_s)
         if link.facts.running:
             try:

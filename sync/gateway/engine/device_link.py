@@ -6,7 +6,9 @@ state. It lives as long as the connection, and so does the VMM's: when one goes,
 
 import math
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
+from dataclasses import replace
+from typing import Protocol
 
 from sync.gateway.datapath.away import Away
 from sync.gateway.datapath.bitmap import DirtyBitmap
@@ -26,6 +28,27 @@ from sync.gateway.engine.keeper import Keeper
 from sync.vfio_user.protocol import Capabilities, Version
 
 
+class LocalDevice(Protocol):
+    """A device in the gateway's own process, as far as it is more than messages."""
+
+    patience_s: float
+    """How much longer than others it may take for its first answer."""
+    reason: str
+    """Why the command is refused whose reply is being taken."""
+
+    @property
+    def tracks_writes(self) -> bool:
+        """Whether it can tell which pages it writes."""
+
+    def start_tracking(self) -> None: ...
+
+    def take_written(self) -> Iterable[int]:
+        """Numbers of the pages (IOVA / 4096) written since the last call or the start, in order;
+        each once more, for as long as it may still be written."""
+
+    def stop_tracking(self) -> None: ...
+
+
 class DeviceLink:
     """`generation` numbers the first memory map; it goes on from there with each change."""
 
@@ -37,14 +60,17 @@ class DeviceLink:
         deadline_s: float,
         journal_records: int,
         generation: int,
+        local: LocalDevice | None = None,
     ) -> None:
         self.clock = clock
+        self.local = local
         self.facts = DeviceFacts()
         self.memory = DmaMemory(generation)
         self.interrupts = Interrupts()
         self.journal = Journal(journal_records)
         self.relay = Relay(to_device, clock)
         self.runner = JobRunner(self.relay, clock, deadline_s)
+        self.runner.explain = lambda: self.local.reason if self.local is not None else ""
         self.service = DmaService(self.relay, self.memory, MAX_DATA_BYTES)
         self.relay.device_command = self.service.handle
         self.snoops = Snoops(self.relay, self.memory, self.interrupts)
@@ -57,6 +83,7 @@ class DeviceLink:
         self.capturing = False
         self.stopped = False
         """Whether the guest is paused and its device at rest: nobody waits for an access."""
+        self.tracking_queues = False
         self.logging_page_bytes = 0
         """Granularity of the device's DMA logging, 0 when it is off."""
         self.migration_touched = False
@@ -108,6 +135,14 @@ class DeviceLink:
         """Those of the VMM that are more than relayed in passthrough."""
         return {**self.snoops.commands, **self._notes}
 
+    def adopt(self, local: LocalDevice | None) -> None:
+        """The device is `local`, and has been asked everything; None: it is only messages."""
+        self.local = local
+        if local is not None:
+            self.facts.supports = replace(
+                self.facts.supports, queues=local.tracks_writes, message=False
+            )
+
     def lose_device(self, hold_s: float, patience_s: float) -> None:
         """The device is gone: from here on the VMM's commands wait for the next one."""
         self.away = away = Away(self.relay, self._clock, hold_s, patience_s)
@@ -121,6 +156,7 @@ class DeviceLink:
         self.untrack()
         self.capturing = self.stopped = self.migration_touched = False
         self.logging_page_bytes = 0
+        self.tracking_queues = False
         self.resume_records = self.start_records = b""
 
     def regain_device(self, to_device: Send, facts: DeviceFacts) -> None:

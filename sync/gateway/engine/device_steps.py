@@ -165,8 +165,18 @@ def start_logging(link: DeviceLink, layout: list[FlatRegion], page_bytes: int) -
     link.logging_page_bytes = LoggingControl.unpack(data).page_size if data else page_bytes
 
 
+def start_following(link: DeviceLink) -> None:
+    """Has a device in our own process tell which pages its queues name."""
+    if link.local is not None:
+        link.local.start_tracking()
+        link.tracking_queues = True
+
+
 def stop_logging(link: DeviceLink) -> Job[None]:
     """Ends the logging; a device that refuses has none under way."""
+    if link.tracking_queues and link.local is not None:
+        link.local.stop_tracking()
+        link.tracking_queues = False
     if link.logging_page_bytes:
         yield [_stop_logging()]
         link.logging_page_bytes = 0

@@ -47,11 +47,17 @@ def mediate(
     bitmap = _new_bitmap(link) if tracker != "none" else None
     if tracker == "logging" and not link.facts.supports.logging:
         raise Unsupported("the device does not log its DMA writes: use another tracker")
+    if tracker == "queues" and not link.facts.supports.queues:
+        raise Unsupported("what the device writes does not follow from its queues: use another")
+    if tracker == "message" and not link.facts.supports.message:
+        raise Unsupported("the device's DMA cannot pass the gateway: use another tracker")
     if bitmap is not None:
         link.track(bitmap)
     try:
         if tracker == "logging" and bitmap is not None:
             yield from steps.start_logging(link, bitmap.layout, request.page_size)
+        elif tracker == "queues":
+            steps.start_following(link)
         elif tracker == "message":
             link.snoops.sharing = AtDevice.MESSAGE
             problem = yield from steps.share(link, AtDevice.MESSAGE)
@@ -90,11 +96,13 @@ def _new_bitmap(link: DeviceLink) -> DirtyBitmap:
 
 
 def dirty(link: DeviceLink) -> Job[DirtyHalf]:
-    """Reads and clears the tracker: the device's own log first, then the halves are swapped."""
+    """Reads and clears the tracker: what the device tells first, then the halves are swapped."""
     bitmap = link.service.bitmap
     if bitmap is None:
         raise WrongState("no tracker was asked for in 'mediate'")
     complete = True
+    if link.tracking_queues and link.local is not None:
+        bitmap.mark_pages(link.local.take_written())
     if link.logging_page_bytes:
         complete = yield from steps.collect_log(link)
     return DirtyHalf(bitmap.swap(), link.memory.generation, complete)

@@ -371,21 +371,18 @@ class Gateway:
             self._retry_at = now + REOPEN_S
             return
         try:
-            self._use_device(endpoint, endpoint.patience_s)
+            self._use_device(endpoint)
         except OSError:
             endpoint.close()
-        else:
-            if self._link is not None:
-                self._link.runner.explain = lambda: endpoint.reason
 
-    def _use_device(self, peer: "Peer | HostEndpoint", patience_s: float = 0.0) -> None:
+    def _use_device(self, peer: "Peer | HostEndpoint") -> None:
         """Takes a device; raises OSError if it cannot."""
         if self._link is not None:
             self._use_successor(peer)
             return
         self._watch(peer.fileno(), self._on_device)
         try:
-            link = self.core.device_came(peer.send, self._device_ready, patience_s)
+            link = self.core.device_came(peer.send, self._device_ready, peer.local)
             self._watch(link.interrupts.fileno(), lambda _events: link.interrupts.pass_on())
         except Exception as error:
             self._forget(peer.fileno())
@@ -493,6 +490,7 @@ class Gateway:
         self._device = peer
         self._watch(peer.fileno(), self._on_device)
         peer.handler = link.relay.from_device
+        link.adopt(peer.local)
         if link.facts.twin >= 0 and not self._adopt_twin(link):
             self._device_fault = "its twin socket is no socket"
 

@@ -17,6 +17,7 @@ class Nvme(DeviceClass):
 
     name = "nvme"
     version = "1"
+    tracks_writes = True
 
     def precision(self, view: DeviceView) -> int | None:
         return 0 if view.class_code == CLASS_CODE else None

@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 from sync.queues.errors import CannotMove, MemoryUnreadable
-from sync.queues.interface import PAGE_BYTES, Memory, Rest, Watch, number
+from sync.queues.interface import PAGE_BYTES, Memory, Rest, WriteWatch, number
 from sync.queues.nvme.data import DirtyPages, TransferTooLarge, admin_bytes, io_bytes, pages_written
 from sync.queues.nvme.inventory import Inventory
 from sync.queues.nvme.refusals import FOR_GOOD, Refusal, refusal_of
@@ -70,7 +70,7 @@ class _Pending:
         return self.command.opcode == Admin.EVENT_REQUEST
 
 
-class NvmeWatch(Watch):
+class NvmeWatch(WriteWatch):
     """One controller's watch. Without a `state` it knows the controller from its next reset on."""
 
     def __init__(

@@ -14,8 +14,9 @@ from trio.testing import trio_test
 
 from sync.dirty.merge import MergedTrackers
 from sync.dirty.scan import ScanTracker
-from sync.dirty.shared import LoggingTracker, MessageTracker
-from sync.dirty.tracker import DirtyError, NoTracker, Tracker, choose_method
+from sync.dirty.shared import LoggingTracker, MessageTracker, QueueTracker
+from sync.dirty.tracker import DirtyError, Method, NoTracker, Tracker, choose_method
+from sync.gateway.control.info import Supports
 from sync.memory import PAGE_BYTES
 
 N_PAGES = 150
@@ -95,7 +96,7 @@ def scan(memory: Any, digests: Any) -> Any:
     return bitmap
 
 
-@pytest.mark.parametrize("kind", [LoggingTracker, MessageTracker])
+@pytest.mark.parametrize("kind", [LoggingTracker, QueueTracker, MessageTracker])
 @given(rounds=st.lists(st.sets(st.integers(0, N_PAGES - 1), max_size=8), max_size=6))
 def test_each_write_is_reported_once_and_remembered(
     kind: type[LoggingTracker], rounds: list[set[int]]
@@ -379,12 +380,23 @@ async def test_several_devices_are_one_bitmap() -> None:
 
 
 def test_the_choice_of_a_tracker() -> None:
-    assert choose_method("auto", logging=True) == "logging"
-    assert choose_method("auto", logging=False) == "message"
-    assert choose_method("scan", logging=True) == "scan"
-    assert choose_method("message", logging=True) == "message"
-    with pytest.raises(NoTracker, match="logging"):
-        choose_method("logging", logging=False)
+    logging, queues = Supports(logging=True), Supports(queues=True)
+    hardware = Supports(message=False)
+    assert choose_method("auto", logging) == "logging"
+    assert choose_method("auto", Supports()) == "message"
+    assert choose_method("auto", Supports(logging=True, queues=True)) == "logging"
+    assert choose_method("auto", queues) == "queues"
+    assert choose_method("auto", hardware) == "scan"
+    wanted: Method
+    for wanted in ("scan", "message", "queues"):
+        assert choose_method(wanted, Supports(logging=True, queues=True)) == wanted
+    with pytest.raises(NoTracker, match="DMA logging"):
+        choose_method("logging", queues)
+    with pytest.raises(NoTracker, match="does not follow"):
+        choose_method("queues", logging)
+    with pytest.raises(NoTracker, match="of the host"):
+        choose_method("message", hardware)
     asked = {each.method: each.asks_gateway_for for each in (LoggingTracker, ScanTracker)}
     assert asked == {"logging": "logging", "scan": "none"}
     assert MessageTracker.asks_gateway_for == "message"
+    assert QueueTracker.asks_gateway_for == "queues"

@@ -149,14 +149,14 @@ async def _move(
     async with a, b:
         info = await a.status()
         assert info.supports.v2
-        assert info.supports.logging
+        assert info.supports.queues and not info.supports.message
         registers = source_for(view_of(info), a, ())
         there = view_of(await b.status())
         replica = target_for(await registers.offer(), there, b, ())
         try:
             await b.standby(session)
             reach("standby")
-            mediation = await a.mediate(tracker="logging", page_size=4096, capture=False)
+            mediation = await a.mediate(tracker="queues", page_size=4096, capture=False)
             for descriptor in mediation.dirty:
                 os.close(descriptor)
             assert mediation.n_pages == RAM_BYTES // 4096

@@ -14,6 +14,7 @@ from lab.devices.disk import Disk
 from lab.devices.nvme.controller import NvmeController
 from lab.vfio_user.client import Client as Vmm
 from lab.vfio_user.server import Server
+from sync.dirty.shared import QueueTracker
 from sync.errors import DeviceRefusal
 from sync.gateway.control.client import GatewayClient
 from sync.gateway.engine.core import Limits
@@ -25,10 +26,12 @@ from sync.vfio.errors import NoFunction
 from sync.vfio.sysfs import PciFunction
 from sync.vfio_user.errors import Disconnected
 from sync.vfio_user.protocol import MigrationState
+from tests.sync.dirty.test_trackers import pages_in
+from tests.sync.queues.world import GUEST_IOVA
 from tests.sync.vfio.fake_kernel import FakeSysfs
 from tests.sync.vfio.model_kernel import ModelKernel
 from tests.sync.vfio.moving import Guest, abort_everywhere, move
-from tests.sync.vfio.test_endpoint import ADDRESS
+from tests.sync.vfio.test_endpoint import ADDRESS, RAM_BYTES
 
 
 class Host:
@@ -176,6 +179,47 @@ def test_a_gateway_is_alive_while_a_device_takes_its_time_to_get_ready(
     gateway.stop()
     thread.join(20)
     assert not kernel.opened
+
+
+def test_i1_a_scan_finds_no_page_that_the_queues_did_not_name(hosts: tuple[Host, Host]) -> None:
+    source, _ = hosts
+    guest = Guest(source)
+    guest.start()
+    ram, write = guest.ram, guest.ram.write
+    by_processors: set[int] = set()
+
+    def noted(iova: int, data: bytes) -> None:
+        first = (iova - GUEST_IOVA) // 4096
+        by_processors.update(range(first, (iova - GUEST_IOVA + len(data) - 1) // 4096 + 1))
+        write(iova, data)
+
+    ram.write = noted  # type: ignore[method-assign]
+
+    async def track() -> None:
+        client = await GatewayClient.connect(
+            source.folder / "control", role=ClientRole.SOURCE, session="s"
+        )
+        async with client:
+            tracker = QueueTracker(client, RAM_BYTES // 4096)
+            await tracker.start(
+                await client.mediate(tracker="queues", page_size=4096, capture=False)
+            )
+            await tracker.collect()
+            for _ in range(4):
+                before = ram.bytes[:]
+                await trio.to_thread.run_sync(guest.work, 9)
+                named = pages_in(await tracker.collect())
+                scanned = {
+                    at // 4096
+                    for at in range(0, RAM_BYTES, 4096)
+                    if ram.bytes[at : at + 4096] != before[at : at + 4096]
+                }
+                assert scanned - by_processors <= named
+                assert named and len(named) < 20
+            await tracker.stop()
+            await client.passthrough()
+
+    trio.run(track)
 
 
 def test_why_a_device_cannot_move_is_told_to_who_asks(hosts: tuple[Host, Host]) -> None:

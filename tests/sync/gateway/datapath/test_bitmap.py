@@ -55,6 +55,17 @@ def ranges(draw: st.DrawFn) -> tuple[int, int]:
     return address, draw(st.integers(1, 20 * PAGE))
 
 
+@given(st.sets(st.integers(0, 0x100000 + 140) | st.integers(0x10, 0x70), max_size=60))
+def test_pages_by_their_numbers(numbers: set[int]) -> None:
+    bitmap = DirtyBitmap(_flat())
+    try:
+        bitmap.mark_pages(sorted(numbers))
+        found = {_page_of(number * PAGE) for number in numbers} - {None}
+        assert _pages(bitmap, bitmap.swap()) == found
+    finally:
+        bitmap.close()
+
+
 @given(st.lists(ranges(), max_size=12))
 @settings(deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 def test_i1_every_page_written_is_marked_and_no_other(
