@@ -1,4 +1,4 @@
-"""Which class of devices with queues knows a device: NVMe, and what plug-ins add.
+"""Which class of devices with queues knows a device: NVMe, virtio, and what plug-ins add.
 
 A plug-in is an entry point of the group `vfio_ferry.queues`: a `DeviceClass`, or a callable without
 parameters that returns one. Plug-ins are preferred to what comes with the product.
@@ -9,6 +9,7 @@ from importlib.metadata import EntryPoint, entry_points
 from sync.queues.errors import PluginError
 from sync.queues.interface import DeviceClass
 from sync.queues.nvme.device_class import Nvme
+from sync.queues.virtio.device_class import Virtio
 from sync.registers.profile.locate import DeviceView
 
 ENTRY_POINT_GROUP = "vfio_ferry.queues"
@@ -16,7 +17,11 @@ ENTRY_POINT_GROUP = "vfio_ferry.queues"
 
 def load_classes() -> tuple[DeviceClass, ...]:
     """All classes, the preferred ones first. Raises `PluginError`."""
-    return (*(_from_plugin(point) for point in entry_points(group=ENTRY_POINT_GROUP)), Nvme())
+    return (
+        *(_from_plugin(point) for point in entry_points(group=ENTRY_POINT_GROUP)),
+        Nvme(),
+        Virtio(),
+    )
 
 
 def find_class(view: DeviceView, classes: tuple[DeviceClass, ...]) -> DeviceClass | None:

@@ -30,6 +30,8 @@ from sync.registers.profile.locate import DeviceView
 
 PAGE_BYTES = 4096
 """What scratch memory and dirty pages are counted in."""
+MAX_STATE_BYTES = 16 << 20
+"""Of a state, and of an inventory."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,18 +41,21 @@ class ResetFunction:
 
 @dataclass(frozen=True, slots=True)
 class ReadRegister:
-    """Read `length` bytes at `offset` of BAR 0; the answer is the bytes."""
+    """Read `length` bytes at `offset` of a region; the answer is the bytes."""
 
     offset: int
     length: int
+    region: int = 0
+    """A BAR, or `PciRegion.CONFIG`."""
 
 
 @dataclass(frozen=True, slots=True)
 class WriteRegister:
-    """Write `data` at `offset` of BAR 0."""
+    """Write `data` at `offset` of a region."""
 
     offset: int
     data: bytes
+    region: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,6 +66,7 @@ class AwaitRegister:
     length: int
     mask: int
     value: int
+    region: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -161,11 +167,11 @@ class Watch(ABC):
     """Follows one device from what the guest does to it."""
 
     @abstractmethod
-    def read(self, bar: int, offset: int, data: bytes) -> None:
+    def read(self, region: int, offset: int, data: bytes) -> None:
         """The guest has read `data` from a register."""
 
     @abstractmethod
-    def write(self, bar: int, offset: int, data: bytes) -> None:
+    def write(self, region: int, offset: int, data: bytes) -> None:
         """The guest is about to write a register: called before the device sees it."""
 
     @abstractmethod

@@ -45,7 +45,6 @@ TURN_S = 0.001
 """How long work goes on before others are served."""
 PAUSE_S = 0.0005
 """Between two looks at what does not come at once."""
-_BAR = 0
 
 T = TypeVar("T")
 Work = Generator[float, None, T]
@@ -111,8 +110,8 @@ class Executor:
                 device.reset()
                 device.set_bus_master(True)
                 self.quiet_interrupts()
-            case WriteRegister(offset, data):
-                device.write(_BAR, offset, data)
+            case WriteRegister(offset, data, region):
+                device.write(region, offset, data)
             case MapScratch(iova, length):
                 self._map(iova, length)
             case UnmapScratch(iova, length):
@@ -122,8 +121,10 @@ class Executor:
                 self._write(iova, data)
             case Signal(vector):
                 self._signal(vector)
-            case ReadRegister(offset, length) | AwaitRegister(offset, length):
-                return device.read(_BAR, offset, length)
+            case ReadRegister(offset, length, region) | AwaitRegister(
+                offset, length, region=region
+            ):
+                return device.read(region, offset, length)
             case ReadMemory(iova, length) | AwaitMemory(iova, length):
                 return self._read(iova, length)
         return b""

@@ -24,8 +24,7 @@ from collections.abc import Callable
 
 from sync.pci import CACHE_LINE, COMMAND, INTERRUPT_LINE
 from sync.queues.errors import CannotMove, WalkTimeout
-from sync.queues.interface import DeviceClass, Rest, WriteWatch, number
-from sync.queues.nvme.state import MAX_STATE_BYTES
+from sync.queues.interface import MAX_STATE_BYTES, DeviceClass, Rest, WriteWatch, number
 from sync.registers.errors import IdentityMismatch
 from sync.vfio.device import VfioDevice
 from sync.vfio.executor import PAUSE_S, Executor, Work

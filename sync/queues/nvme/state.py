@@ -10,13 +10,13 @@ from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 
 from sync.queues.errors import StateError
+from sync.queues.interface import MAX_STATE_BYTES
 from sync.queues.nvme.specification import CQE_BYTES, MAX_QUEUE_SIZE, SQE_BYTES
 
 MAX_FEATURES = 1024
 MAX_EVENTS = 256
 """A controller takes up to AERL + 1, of one byte."""
 MAX_FEATURE_BYTES = 4096
-MAX_STATE_BYTES = 16 << 20
 
 
 @dataclass(slots=True)

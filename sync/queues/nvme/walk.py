@@ -15,18 +15,15 @@ Commands of a walk succeed, so that they leave nothing in the error log: Identif
 block, or a flush where blocks do not fit.
 """
 
-from collections.abc import Sequence
 from dataclasses import replace
 
 from sync.queues.errors import CannotMove, WalkFailed
 from sync.queues.interface import (
     PAGE_BYTES,
     AwaitRegister,
-    MapScratch,
     Plan,
     ResetFunction,
     Signal,
-    UnmapScratch,
     Walk,
     WriteMemory,
     WriteRegister,
@@ -49,11 +46,11 @@ from sync.queues.nvme.specification import (
     doorbell_stride,
 )
 from sync.queues.nvme.state import CompletionQueue, ControllerState, SubmissionQueue
+from sync.queues.scratch import Scratch
 
 _TEMPORARY_ENTRIES = 64
 _SAVE = 1 << 31
 """Of Set Features: write the value to the medium. It is there already."""
-_LOWEST_IOVA = 0x10_0000
 _INTERRUPTS_ENABLED = 2
 """CDW11.IEN of a created completion queue."""
 
@@ -65,7 +62,7 @@ class NvmeWalk(Walk):
         self._inventory = inventory
         self._rings = Rings(doorbell_stride(inventory.cap))
         self._configuration: object = None
-        self._scratch: list[tuple[int, int]] = []
+        self._scratch = Scratch()
         self._data = 0
         """IOVA of the page for data; the page behind it is for a temporary ring."""
         self._page_bytes = PAGE_BYTES
@@ -78,7 +75,7 @@ class NvmeWalk(Walk):
     def finish(self, state: bytes) -> Plan[None]:
         wanted = ControllerState.unpack(state)
         yield from self._to(wanted)
-        yield from self._unmap()
+        yield from self._scratch.hide()
         self._configuration = None
         if wanted.interrupt_mask:
             yield WriteRegister(Reg.INTMS, le(wanted.interrupt_mask, 4))
@@ -112,7 +109,7 @@ class NvmeWalk(Walk):
     # From a reset to queues that stand at 0.
 
     def _build(self, wanted: ControllerState) -> Plan[None]:
-        yield from self._unmap()
+        yield from self._scratch.hide()
         yield ResetFunction()
         self._configuration = None
         self._sqs, self._cqs = {}, {}
@@ -122,7 +119,8 @@ class NvmeWalk(Walk):
             yield WriteRegister(register + 4, le(base >> 32, 4))
         yield WriteRegister(Reg.CC, le(wanted.cc & ~CC_ENABLE, 4))
         if wanted.enabled:
-            yield from self._map(wanted)
+            self._page_bytes = PAGE_BYTES << (wanted.cc >> 7 & 0xF)
+            self._data = yield from self._scratch.show(wanted.rings(), 2 * self._page_bytes)
             yield WriteRegister(Reg.CC, le(wanted.cc, 4))
             yield AwaitRegister(Reg.CSTS, 4, CSTS_READY, CSTS_READY)
             self._sqs[0] = replace(wanted.sqs[0], tail=0)
@@ -133,28 +131,6 @@ class NvmeWalk(Walk):
                     yield from self._admin(Sqe.unpack(cq.create))
                     self._cqs[cq.id] = replace(cq, position=0, head=0)
         self._configuration = wanted.configuration()
-
-    def _map(self, wanted: ControllerState) -> Plan[None]:
-        self._page_bytes = PAGE_BYTES << (wanted.cc >> 7 & 0xF)
-        pages = {
-            page
-            for base, length in wanted.rings()
-            for page in range(base // PAGE_BYTES, -(-(base + length) // PAGE_BYTES))
-        }
-        needed = 2 * self._page_bytes
-        self._data = _LOWEST_IOVA
-        while not pages.isdisjoint(
-            range(self._data // PAGE_BYTES, (self._data + needed) // PAGE_BYTES)
-        ):
-            self._data += self._page_bytes
-        for iova, length in (*_runs(pages), (self._data, needed)):
-            yield MapScratch(iova, length)
-            self._scratch.append((iova, length))
-
-    def _unmap(self) -> Plan[None]:
-        while self._scratch:
-            yield UnmapScratch(*self._scratch[-1])
-            self._scratch.pop()
 
     def _set_features(self, wanted: ControllerState) -> Plan[None]:
         for feature in wanted.features:
@@ -282,15 +258,3 @@ def _interrupts(cq: CompletionQueue) -> bool:
 def _check_length(count: int, queue_id: int) -> None:
     if count > MAX_COMMANDS:
         raise CannotMove([f"queue {queue_id} would need {count} commands to be walked"])
-
-
-def _runs(pages: set[int]) -> Sequence[tuple[int, int]]:
-    """IOVA and length of each run of adjoining pages."""
-    runs: list[tuple[int, int]] = []
-    for page in sorted(pages):
-        iova, length = runs[-1] if runs else (0, 0)
-        if runs and iova + length == page * PAGE_BYTES:
-            runs[-1] = iova, length + PAGE_BYTES
-        else:
-            runs.append((page * PAGE_BYTES, PAGE_BYTES))
-    return runs

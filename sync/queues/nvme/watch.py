@@ -92,17 +92,17 @@ class NvmeWatch(WriteWatch):
         if state is not None:
             self._take_over(state)
 
-    def read(self, bar: int, offset: int, data: bytes) -> None:
+    def read(self, region: int, offset: int, data: bytes) -> None:
         at = Reg.CSTS - offset
-        if bar or not 0 <= at < len(data):
+        if region or not 0 <= at < len(data):
             return
         status = data[at]
         self._set_refusal(Refusal.FATAL, bool(status & CSTS_FATAL))
         if not status & CSTS_READY and not self._enabled:
             self._dirty.end(_RESET)
 
-    def write(self, bar: int, offset: int, data: bytes) -> None:
-        if bar:
+    def write(self, region: int, offset: int, data: bytes) -> None:
+        if region:
             return
         if offset >= DOORBELLS:
             index, rest = divmod(offset - DOORBELLS, self._doorbell_bytes)

@@ -44,12 +44,12 @@ class Executor:
         match command:
             case ResetFunction():
                 self.controller.function_reset()
-            case ReadRegister(offset, length):
-                return self.controller.read(offset, length)
-            case WriteRegister(offset, data):
-                self.controller.write(offset, data)
-            case AwaitRegister(offset, length, mask, value):
-                return self._await(lambda: self.controller.read(offset, length), mask, value)
+            case ReadRegister(offset, length, region):
+                return self.read(region, offset, length)
+            case WriteRegister(offset, data, region):
+                self.write(region, offset, data)
+            case AwaitRegister(offset, length, mask, value, region):
+                return self._await(lambda: self.read(region, offset, length), mask, value)
             case MapScratch(iova, length):
                 space.show(iova, memoryview(bytearray(length)))
             case UnmapScratch(iova, length):
@@ -63,6 +63,14 @@ class Executor:
             case Signal(vector):
                 self.signals.append(vector)
         return b""
+
+    def read(self, region: int, offset: int, length: int) -> bytes:
+        assert region == 0
+        return self.controller.read(offset, length)
+
+    def write(self, region: int, offset: int, data: bytes) -> None:
+        assert region == 0
+        self.controller.write(offset, data)
 
     def _await(self, look: Callable[[], bytes], mask: int, value: int) -> bytes:
         while int.from_bytes(look(), "little") & mask != value:

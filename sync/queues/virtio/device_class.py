@@ -1,0 +1,36 @@
+"""virtio as a class of devices with queues: what the interface asks for, put together."""
+
+from collections.abc import Sequence
+
+from sync.queues.interface import DeviceClass, Memory, Plan
+from sync.queues.virtio.inventory import Inventory, differences, take_inventory
+from sync.queues.virtio.specification import VENDOR, kind_of
+from sync.queues.virtio.state import DeviceState
+from sync.queues.virtio.walk import VirtioWalk
+from sync.queues.virtio.watch import VirtioWatch
+from sync.registers.errors import Difference
+from sync.registers.profile.locate import DeviceView
+
+
+class Virtio(DeviceClass):
+    """Block and entropy devices over PCI. The state of other types is more than their rings."""
+
+    name = "virtio"
+    version = "1"
+    tracks_writes = False
+
+    def precision(self, view: DeviceView) -> int | None:
+        return 0 if view.vendor == VENDOR and kind_of(view.device) is not None else None
+
+    def inventory(self) -> Plan[bytes]:
+        return (yield from take_inventory()).pack()
+
+    def differences(self, source: bytes, target: bytes) -> Sequence[Difference]:
+        return differences(Inventory.unpack(source), Inventory.unpack(target))
+
+    def watch(self, memory: Memory, inventory: bytes, state: bytes | None = None) -> VirtioWatch:
+        known = None if state is None else DeviceState.unpack(state)
+        return VirtioWatch(memory, Inventory.unpack(inventory), known)
+
+    def walk(self, inventory: bytes) -> VirtioWalk:
+        return VirtioWalk(Inventory.unpack(inventory))
