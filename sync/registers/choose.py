@@ -153,14 +153,19 @@ class _Elsewhere(NamedTuple):
     what: str
 
     def is_kind_of(self, view: DeviceView) -> bool:
+        device = view.device
+        if view.vendor == _VIRTIO:
+            device = _TRANSITIONAL.get(device, device)
         mine = (self.vendor, self.device, self.class_code)
         return all(
             wanted in (None, found)
-            for wanted, found in zip(mine, (view.vendor, view.device, view.class_code), strict=True)
+            for wanted, found in zip(mine, (view.vendor, device, view.class_code), strict=True)
         )
 
 
 _VIRTIO = 0x1AF4
+_TRANSITIONAL = {0x1000: 0x1041, 0x1002: 0x1045, 0x1003: 0x1043, 0x1004: 0x1048, 0x1009: 0x1049}
+"""Device ids of virtio devices that drivers of old know, too, and their kind's other id."""
 STATE_ELSEWHERE = (
     _Elsewhere(None, None, 0x010802, "NVMe: its queues are made by commands"),
     _Elsewhere(
