@@ -37,6 +37,7 @@ def view_of(info: GatewayInfo) -> DeviceView:
         region_sizes={index: region.size for index, region in info.regions.items()},
         v2=info.supports.v2,
         precopy=info.supports.precopy,
+        holds=info.holds,
     )
 
 

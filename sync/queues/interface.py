@@ -7,7 +7,7 @@ register accesses and reads of guest memory; a *plan* is a generator that yields
 sent their answers. Who executes them owns deadlines, scratch memory and the IOMMU.
 
     source                                          target
-    inventory() before the guest has the device     inventory() in prepare; differences()
+    inventory() before the guest has the device     the same; properties() compared in prepare
     watch: every access, from the first reset on
     watch.state() ------------------------------->  walk.ahead(state)      guest memory out of reach
     [VMM paused] watch.look() until AT_REST
@@ -20,7 +20,7 @@ enabled if the guest enabled it, since a device may refuse a queue with a vector
 """
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Generator, Sequence
+from collections.abc import Callable, Generator, Mapping, Sequence
 from dataclasses import dataclass
 from enum import Enum
 from typing import ClassVar, Protocol, TypeVar
@@ -251,8 +251,17 @@ class DeviceClass(ABC):
         """What the device is and holds, told by itself. Resets it, before and afterwards."""
 
     @abstractmethod
+    def properties(self, inventory: bytes) -> Mapping[str, str]:
+        """What of it has to be the same on both sides, by name. Raises `StateError`."""
+
     def differences(self, source: bytes, target: bytes) -> Sequence[Difference]:
         """What of two inventories keeps a guest from going on. Raises `StateError`."""
+        theirs, ours = self.properties(source), self.properties(target)
+        return [
+            Difference(name, theirs.get(name, "nothing"), ours.get(name, "nothing"))
+            for name in (*theirs, *(name for name in ours if name not in theirs))
+            if theirs.get(name) != ours.get(name)
+        ]
 
     @abstractmethod
     def watch(self, memory: Memory, inventory: bytes, state: bytes | None = None) -> Watch:

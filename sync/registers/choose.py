@@ -70,6 +70,7 @@ def target_for(
         )
     here = _describe(view, method)
     _compare(document, here, "device")
+    _compare({"holds": {}} | document, here, "holds")
     if method == "v2":
         _compare(document, here, "structure")
         if not view.v2:
@@ -101,6 +102,7 @@ def _describe(view: DeviceView, method: str, layout: Layout | None = None) -> di
             "class": f"{view.class_code:#08x}",
         },
         "structure": structure,
+        "holds": dict(view.holds),
     }
     if layout is not None:
         structure |= layout.structure()

@@ -13,11 +13,12 @@ Source: vfio-user specification.
 
 import contextlib
 import errno
+import hashlib
 import os
 import select
 import time
 from collections import deque
-from collections.abc import Callable, Generator, Sequence
+from collections.abc import Callable, Generator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -79,6 +80,7 @@ from sync.vfio_user.protocol import (
 
 OFFER = Capabilities(max_msg_fds=16, write_multiple=True)
 """QEMU refuses a device that takes more descriptors in a message."""
+MAX_TOLD_CHARACTERS = 32768
 _ACCESSES = (Command.REGION_READ, Command.REGION_WRITE, Command.REGION_WRITE_MULTI)
 _STEPS = (Command.DEVICE_FEATURE, Command.MIG_DATA_READ, Command.MIG_DATA_WRITE)
 """Of a migration: each begins when what came before it is done."""
@@ -205,6 +207,15 @@ class HostEndpoint:
             elif fd != self._turn:
                 raise Disconnected("the device is gone")
         self._take_turn()
+
+    @property
+    def holds(self) -> Mapping[str, str]:
+        """What the device told of itself, as far as it can be told in a status."""
+        told = self._migration.holds if self._migration is not None else {}
+        if sum(len(name) + len(text) for name, text in told.items()) <= MAX_TOLD_CHARACTERS:
+            return told
+        digest = hashlib.sha256(repr(sorted(told.items())).encode()).hexdigest()
+        return {f"{len(told)} properties": digest}
 
     @property
     def tracks_writes(self) -> bool:

@@ -65,6 +65,10 @@ class QueueMigration:
         self._restore_interrupts = restore_interrupts
         self._memory = memory
         self._inventory = inventory
+        self.holds = {
+            "queues": f"{device_class.name} {device_class.version}",
+            **device_class.properties(inventory),
+        }
         self.watch = device_class.watch(memory, inventory)
         self._written: set[int] = set()
         self.reset()

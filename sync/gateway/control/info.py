@@ -107,6 +107,8 @@ class GatewayInfo:
     """As read when the device was connected: 256 bytes, 4096 of PCI Express, or nothing."""
     identity: Identity
     supports: Supports
+    holds: dict[str, str]
+    """What a device with queues told of what it is and holds, by name: the same on both sides."""
     layout_generation: int
     """Goes up with each change of the memory map."""
     memory_pages: int

@@ -655,6 +655,7 @@ class Core:
             config_space=facts.config_space,
             identity=facts.identity,
             supports=facts.supports,
+            holds=facts.holds,
             layout_generation=link.memory.generation if link else self._generation,
             memory_pages=sum(
                 region.request.size // PAGE_BYTES

@@ -67,6 +67,8 @@ class DeviceFacts:
     irqs: dict[int, IrqDescription] = field(default_factory=dict)
     supports: Supports = field(default_factory=Supports)
     config_space: bytes = b""
+    holds: dict[str, str] = field(default_factory=dict)
+    """What it told of what it is and holds, by name."""
     running: bool = True
     """False for a device that a migration has left stopped: it has to be set to RUNNING."""
 

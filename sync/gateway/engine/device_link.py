@@ -6,7 +6,7 @@ state. It lives as long as the connection, and so does the VMM's: when one goes,
 
 import math
 import os
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import replace
 from typing import Protocol
 
@@ -35,6 +35,10 @@ class LocalDevice(Protocol):
     """How much longer than others it may take for its first answer."""
     reason: str
     """Why the command is refused whose reply is being taken."""
+
+    @property
+    def holds(self) -> Mapping[str, str]:
+        """What it is and holds, by name: what has to be the same on both sides."""
 
     @property
     def tracks_writes(self) -> bool:
@@ -142,6 +146,7 @@ class DeviceLink:
             self.facts.supports = replace(
                 self.facts.supports, queues=local.tracks_writes, message=False
             )
+            self.facts.holds = dict(local.holds)
 
     def lose_device(self, hold_s: float, patience_s: float) -> None:
         """The device is gone: from here on the VMM's commands wait for the next one."""

@@ -1,14 +1,11 @@
 """NVMe as a class of devices with queues: what the interface asks for, put together."""
 
-from collections.abc import Sequence
-
 from sync.queues.interface import DeviceClass, Memory, Plan
-from sync.queues.nvme.inventory import Inventory, differences, take_inventory
+from sync.queues.nvme.inventory import Inventory, take_inventory
 from sync.queues.nvme.specification import CLASS_CODE
 from sync.queues.nvme.state import ControllerState
 from sync.queues.nvme.walk import NvmeWalk
 from sync.queues.nvme.watch import NvmeWatch
-from sync.registers.errors import Difference
 from sync.registers.profile.locate import DeviceView
 
 
@@ -25,8 +22,8 @@ class Nvme(DeviceClass):
     def inventory(self) -> Plan[bytes]:
         return (yield from take_inventory()).pack()
 
-    def differences(self, source: bytes, target: bytes) -> Sequence[Difference]:
-        return differences(Inventory.unpack(source), Inventory.unpack(target))
+    def properties(self, inventory: bytes) -> dict[str, str]:
+        return dict(Inventory.unpack(inventory).properties())
 
     def watch(self, memory: Memory, inventory: bytes, state: bytes | None = None) -> NvmeWatch:
         known = None if state is None else ControllerState.unpack(state)

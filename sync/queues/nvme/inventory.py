@@ -38,7 +38,6 @@ from sync.queues.nvme.specification import (
     doorbell_stride,
 )
 from sync.queues.nvme.state import CompletionQueue, SubmissionQueue
-from sync.registers.errors import Difference
 
 MAX_NAMESPACES = 1024
 MAX_INVENTORY_BYTES = 4 << 20
@@ -130,16 +129,6 @@ class Inventory:
         for nsid, namespace in self.namespaces.items():
             for name, value in asdict(namespace).items():
                 yield f"namespace {nsid} {name.replace('_', ' ')}", str(value)
-
-
-def differences(source: Inventory, target: Inventory) -> list[Difference]:
-    """What keeps a guest of `source` from going on at `target`."""
-    theirs, ours = dict(source.properties()), dict(target.properties())
-    return [
-        Difference(name, theirs.get(name, "nothing"), ours.get(name, "nothing"))
-        for name in (*theirs, *(name for name in ours if name not in theirs))
-        if theirs.get(name) != ours.get(name)
-    ]
 
 
 def take_inventory() -> Plan[Inventory]:

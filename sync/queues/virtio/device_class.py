@@ -1,14 +1,11 @@
 """virtio as a class of devices with queues: what the interface asks for, put together."""
 
-from collections.abc import Sequence
-
 from sync.queues.interface import DeviceClass, Memory, Plan
-from sync.queues.virtio.inventory import Inventory, differences, take_inventory
+from sync.queues.virtio.inventory import Inventory, take_inventory
 from sync.queues.virtio.specification import VENDOR, kind_of
 from sync.queues.virtio.state import DeviceState
 from sync.queues.virtio.walk import VirtioWalk
 from sync.queues.virtio.watch import VirtioWatch
-from sync.registers.errors import Difference
 from sync.registers.profile.locate import DeviceView
 
 
@@ -25,8 +22,8 @@ class Virtio(DeviceClass):
     def inventory(self) -> Plan[bytes]:
         return (yield from take_inventory()).pack()
 
-    def differences(self, source: bytes, target: bytes) -> Sequence[Difference]:
-        return differences(Inventory.unpack(source), Inventory.unpack(target))
+    def properties(self, inventory: bytes) -> dict[str, str]:
+        return dict(Inventory.unpack(inventory).properties())
 
     def watch(self, memory: Memory, inventory: bytes, state: bytes | None = None) -> VirtioWatch:
         known = None if state is None else DeviceState.unpack(state)

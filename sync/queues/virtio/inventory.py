@@ -20,7 +20,6 @@ from sync.queues.interface import (
     number,
 )
 from sync.queues.virtio.specification import TRANSITIONAL_BELOW, Common, Kind, kind_of
-from sync.registers.errors import Difference
 from sync.registers.profile.locate import DeviceView, Window
 from sync.vfio_user.protocol import PciRegion
 
@@ -110,16 +109,6 @@ class Inventory:
         for name in ("common", "notify", "device"):
             window: Window | None = getattr(self, name)
             yield f"structure {name}", "none" if window is None else window.describe()
-
-
-def differences(source: Inventory, target: Inventory) -> list[Difference]:
-    """What keeps a guest of `source` from going on at `target`."""
-    theirs, ours = dict(source.properties()), dict(target.properties())
-    return [
-        Difference(name, theirs.get(name, "nothing"), ours.get(name, "nothing"))
-        for name in (*theirs, *(name for name in ours if name not in theirs))
-        if theirs.get(name) != ours.get(name)
-    ]
 
 
 def take_inventory() -> Plan[Inventory]:

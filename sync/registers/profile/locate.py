@@ -20,7 +20,7 @@ Specification 3.0, section 7.9; virtio 1.2, section 4.1.4.
 
 import re
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import NamedTuple
 
 from sync.pci import (
@@ -79,6 +79,8 @@ class DeviceView:
     """It offers VFIO migration v2."""
     precopy: bool = False
     """It offers the state PRE_COPY of v2."""
+    holds: Mapping[str, str] = field(default_factory=dict)
+    """What it told of what it is and holds, by name: the same on both sides."""
 
     @property
     def ids(self) -> str:

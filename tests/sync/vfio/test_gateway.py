@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 import trio
 
+from ferry.migration.devices import view_of
 from lab.devices.disk import Disk
 from lab.devices.nvme.controller import NvmeController
 from lab.devices.virtio.blk import VirtioBlk
@@ -21,6 +22,8 @@ from sync.gateway.control.client import GatewayClient
 from sync.gateway.engine.core import Limits
 from sync.gateway.engine.custody import ClientRole
 from sync.gateway.engine.loop import Gateway, GatewayOptions
+from sync.registers.choose import source_for, target_for
+from sync.registers.errors import IdentityMismatch
 from sync.vfio.device import VfioDevice
 from sync.vfio.endpoint import HostEndpoint
 from sync.vfio.errors import NoFunction
@@ -225,6 +228,34 @@ def test_i1_a_scan_finds_no_page_that_the_queues_did_not_name(hosts: tuple[Host,
             await client.passthrough()
 
     trio.run(track)
+
+
+def test_a_check_tells_what_the_target_holds_instead(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    functions: dict[str, Host] = {}
+    monkeypatch.setattr("sync.vfio.endpoint.open_endpoint", lambda at, log: functions[at].open(log))
+    kernels = ModelKernel({}), ModelKernel({})
+    kernels[1].controller.n_blocks = 8192
+    with (
+        _closing(Host(tmp_path / "a", kernels[0], functions)) as source,
+        _closing(Host(tmp_path / "b", kernels[1], functions)) as target,
+    ):
+
+        async def compare() -> None:
+            clients = [
+                await GatewayClient.connect(host.folder / "control", role=role, session="s")
+                for host, role in ((source, ClientRole.SOURCE), (target, ClientRole.TARGET))
+            ]
+            async with clients[0] as a, clients[1] as b:
+                offer = await source_for(view_of(await a.status()), a, ()).offer()
+                target_for(offer, view_of(await a.status()), b, ())
+                with pytest.raises(IdentityMismatch) as caught:
+                    target_for(offer, view_of(await b.status()), b, ())
+            told = [str(each) for each in caught.value.differences]
+            assert "namespace 1 blocks: 4096 on the source, 8192 on the target" in told
+
+        trio.run(compare)
 
 
 def test_why_a_device_cannot_move_is_told_to_who_asks(hosts: tuple[Host, Host]) -> None:
