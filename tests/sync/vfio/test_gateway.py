@@ -334,16 +334,38 @@ class ServedHost:
         self.device.close()
 
 
+@contextmanager
+def nvme_processes(folder: Path) -> Iterator[tuple[ServedHost, ServedHost]]:
+    image = folder / "image"
+    image.write_bytes(bytes(1 << 20))
+    devices = [NvmeController([Disk(image)], controller_id=number) for number in range(2)]
+    with (
+        closing(ServedHost(folder / "a", devices[0])) as source,
+        closing(ServedHost(folder / "b", devices[1])) as target,
+    ):
+        yield source, target
+
+
 def test_a_guest_moves_between_device_processes_by_their_queues(tmp_path: Path) -> None:
+    with nvme_processes(tmp_path) as (source, target):
+        move(source, target)
+
+
+def test_i4_a_device_process_is_left_as_it_was_by_a_move_that_ends_in_any_phase(
+    tmp_path: Path,
+) -> None:
+    with nvme_processes(tmp_path) as (source, target):
+        abort_everywhere(source, target)
+
+
+def test_a_guest_moves_between_virtio_devices_by_their_queues(tmp_path: Path) -> None:
     image = tmp_path / "image"
     image.write_bytes(bytes(1 << 20))
     with (
-        closing(ServedHost(tmp_path / "a", NvmeController([Disk(image)]))) as source,
-        closing(
-            ServedHost(tmp_path / "b", NvmeController([Disk(image)], controller_id=1))
-        ) as target,
+        closing(ServedHost(tmp_path / "a", VirtioBlk(Disk(image)))) as source,
+        closing(ServedHost(tmp_path / "b", VirtioBlk(Disk(image)))) as target,
     ):
-        move(source, target)
+        move_machine(source, target, VirtioGuest(source))
 
 
 def test_a_gateway_whose_device_process_went_waits_for_another(tmp_path: Path) -> None:
