@@ -36,8 +36,10 @@ from tests.sync.vfio.fake_kernel import FakeSysfs
 from tests.sync.vfio.model_kernel import ModelKernel
 from tests.sync.vfio.moving import (
     Guest,
+    VirtioGuest,
     abort_everywhere,
     move,
+    move_machine,
 )
 from tests.sync.vfio.test_endpoint import ADDRESS, RAM_BYTES
 
