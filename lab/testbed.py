@@ -43,7 +43,12 @@ class Process:
     """A command of vfio-ferry, started for real. Its JSON events are collected as they come."""
 
     def __init__(
-        self, name: str, arguments: Sequence[str], log: Path, on_event: Callable[..., None] | None
+        self,
+        name: str,
+        arguments: Sequence[str],
+        log: Path,
+        on_event: Callable[..., None] | None,
+        inside: Sequence[str] = (),
     ) -> None:
         self.name = name
         self.log = log
@@ -53,6 +58,7 @@ class Process:
         with log.open("ab") as stderr:
             self._popen = start_child(
                 [sys.executable, "-m", "ferry.cli", *arguments],
+                prefix=inside,
                 stdout=subprocess.PIPE,
                 stderr=stderr,
                 stdin=subprocess.DEVNULL,
@@ -246,6 +252,8 @@ class Testbed:
         self.setup = setup
         self.image = folder / "disk.img"
         self.processes: list[Process] = []
+        self.inside: dict[str, Sequence[str]] = {}
+        """By the last word of a process's name, as a host's is: a command that it is started by."""
         self.hosts = {name: Host(name, folder / name) for name in ("a", "b")}
         for host in self.hosts.values():
             host.folder.mkdir(mode=0o700, parents=True)
@@ -274,7 +282,8 @@ class Testbed:
     ) -> Process:
         """Starts a command; its log is `NAME.log` in the testbed's folder."""
         log = self.folder / f"{name.replace(' ', '-')}.log"
-        process = Process(name, [str(word) for word in arguments], log, on_event)
+        words = [str(word) for word in arguments]
+        process = Process(name, words, log, on_event, self.inside.get(name.split()[-1], ()))
         self.processes.append(process)
         return process
 
