@@ -121,6 +121,12 @@ def succeed(
             f" It stood still for {report.downtime_total_ms:.0f} ms, which is more than "
             f"--downtime-limit allows ({report.downtime_limit_ms:.0f} ms)."
         )
+    if report.repairs_unexpected:
+        text += (
+            f" {report.verification['repaired_pages']} pages had to be repaired after the VMM "
+            "there had loaded its copy, where none are expected: all are equal, but something "
+            "beside this migration writes to guest memory, or pages were missed; please report it."
+        )
     text += watched.sentence("there")
     code = Exit.SLOW if over and options.strict_downtime else Exit.OK
     if watched.state is DeviceState.SILENT:

@@ -1,12 +1,13 @@
 """The address between the hosts: what it is, and why nobody answers there."""
 
-import socket
 from urllib.parse import urlsplit
 
 import trio
 
 from ferry.errors import Unreachable
 from ferry.exit_codes import describe
+from transport.session.sockets import addresses_of, at_address
+from transport.wire.errors import EndpointError
 
 PROBE_S = 2.0
 """How long a connection may take that is tried to find out why there is none."""
@@ -20,7 +21,12 @@ async def resolved(url: str) -> str:
     parts = urlsplit(url)
     if parts.scheme != "tcp" or not parts.hostname or parts.port is None:
         return url
-    addresses = await _addresses(parts.hostname, parts.port)
+    try:
+        addresses = await trio.to_thread.run_sync(
+            addresses_of, parts.hostname, abandon_on_cancel=True
+        )
+    except EndpointError as error:
+        raise Unreachable(f"{error}: look at --to and at the name service") from error
     found = addresses[0]
     if len(addresses) > 1:
         with trio.move_on_after(PROBE_S):
@@ -31,18 +37,7 @@ async def resolved(url: str) -> str:
             else:
                 async with stream:
                     found = stream.socket.getpeername()[0]
-    return f"tcp://[{found}]:{parts.port}" if ":" in found else f"tcp://{found}:{parts.port}"
-
-
-async def _addresses(host: str, port: int) -> list[str]:
-    try:
-        found = await trio.socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)
-    except (OSError, UnicodeError) as error:
-        why = getattr(error, "strerror", None) or "not a name"
-        raise Unreachable(
-            f"there is no host {host!r} ({why.lower()}): look at --to and at the name service"
-        ) from error
-    return [str(address[0]) for *_, address in found]
+    return at_address(url, found)
 
 
 async def why_nobody_answers(url: str) -> str:

@@ -10,6 +10,9 @@ from ferry.migration.downtime import VMM_PHASES
 from ferry.progress import bytes_text
 from transport.sender import RoundStatistics
 
+MANY_REPAIRS = 100
+"""So many pages that differ at the end are no accident."""
+
 
 def finite(value: float | None) -> float | None:
     """`value`, or None where it is infinite: JSON has no infinity."""
@@ -98,6 +101,13 @@ class Report:
     def downtime_over_limit(self) -> bool:
         """Whether the guest stood still for longer than the user allows."""
         return self.downtime_total_ms > self.downtime_limit_ms
+
+    @property
+    def repairs_unexpected(self) -> bool:
+        """Whether many pages differed at the end although the lanes have carried all of them: a
+        VMM that carries pages itself brings old copies, which are repaired."""
+        repaired: int = self.verification.get("repaired_pages", 0)
+        return self.vmm_stream.get("form") == "open" and repaired >= MANY_REPAIRS
 
     def text(self) -> str:
         """The report as lines for a terminal."""

@@ -64,8 +64,29 @@ def file(huge_pages: int) -> Iterator[int]:
     os.close(fd)
 
 
-def _huge_file(size: int = SIZE) -> int:
-    fd = os.memfd_create("ram", os.MFD_CLOEXEC | os.MFD_HUGETLB | os.MFD_HUGE_2MB)
+@pytest.fixture
+def gigantic_file() -> Iterator[int]:
+    """RAM in one page of 1 GiB."""
+    pool = Path("/sys/kernel/mm/hugepages/hugepages-1048576kB/nr_hugepages")
+    with Path(tempfile.gettempdir(), "vfio-ferry-huge-pages.lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        try:
+            before = int(pool.read_text())
+            pool.write_text(str(before + 1))
+        except OSError as error:
+            pytest.skip(f"no page of 1 GiB can be reserved here: {error}")
+        try:
+            if int(pool.read_text()) == before:
+                pytest.skip("no page of 1 GiB can be had here")
+            fd = _huge_file(GIB, os.MFD_HUGE_1GB)
+            yield fd
+            os.close(fd)
+        finally:
+            pool.write_text(str(before))
+
+
+def _huge_file(size: int = SIZE, page: int = os.MFD_HUGE_2MB) -> int:
+    fd = os.memfd_create("ram", os.MFD_CLOEXEC | os.MFD_HUGETLB | page)
     os.ftruncate(fd, size)
     return fd
 
@@ -88,6 +109,30 @@ def test_each_page_is_where_its_region_says(file: int) -> None:
         assert not memory.files, "such a file has neither holes of 4 KiB nor write(2)"
         total = int(memory.array.view(np.uint64).sum())  # nothing in between is a SIGBUS
         assert total
+
+
+@pytest.mark.full
+def test_a_page_of_a_gibibyte_is_cut_as_qemu_cuts_it(gigantic_file: int) -> None:
+    """A guest of 1 GiB: below 640 KiB, and from 1 MiB on."""
+    cut = [(0, 640 * KIB, 0), (1 << 20, GIB - (1 << 20), 1 << 20)]
+    assert page_bytes_of(gigantic_file) == GIB
+    regions = [MemoryRegion(iova, size, at, True, gigantic_file) for iova, size, at in cut]
+    with GuestMemory.map(regions, writable=True) as memory:
+        assert memory.n_pages >= sum(size for _, size, _ in cut) // PAGE
+        for iova in (0, 640 * KIB - PAGE, 1 << 20, GIB - PAGE):
+            at = memory.page_of(iova) * PAGE
+            memory.array[at : at + 8].view(np.uint64)[0] = iova + 1
+        for iova in (0, 640 * KIB - PAGE, 1 << 20, GIB - PAGE):
+            assert int.from_bytes(os.pread(gigantic_file, 8, iova), "little") == iova + 1
+    gateway, device = DmaMemory(), DeviceMemory()
+    request = DmaMap(3, 1 << 20, 1 << 20, GIB - (1 << 20))
+    gateway.add(request, os.dup(gigantic_file)).at_device = AtDevice.MESSAGE
+    device.map(request, os.dup(gigantic_file))
+    device.attach(object())  # type: ignore[arg-type]
+    device.write(GIB - PAGE, b"device")
+    assert gateway.read(GIB - PAGE, 6) == b"device"
+    gateway.close()
+    device.unmap_all()
 
 
 def test_gateway_and_controllers_number_the_pages_alike(file: int) -> None:

@@ -92,8 +92,7 @@ def check_url(url: str, *, bind: bool) -> None:
 def listening_url(url: str) -> str:
     """`url` with an address in place of a host's name, of which ZeroMQ knows IPv4 addresses only.
 
-    Blocks: names may be asked of a server. An IPv4 address is preferred. Raises `EndpointError` for
-    a name that nobody knows.
+    Blocks, and raises, as `addresses_of` does.
     """
     parts = urlsplit(url)
     host = parts.hostname
@@ -101,14 +100,24 @@ def listening_url(url: str) -> str:
         return url
     if host in (name for _, name in socket.if_nameindex()):
         return url  # to bind there, which libzmq can
+    return at_address(url, addresses_of(host)[0])
+
+
+def addresses_of(host: str) -> list[str]:
+    """The addresses of a host, those of IPv4 first. Blocks: names may be asked of a server. Raises
+    `EndpointError` for a name that nobody knows."""
     try:
         found = socket.getaddrinfo(host, None, type=socket.SOCK_STREAM)
     except (OSError, UnicodeError) as error:
         reason = error.strerror if isinstance(error, OSError) else "it is no host name"
-        raise EndpointError(f"{url}: the host {host!r} is not known ({reason})") from None
-    address = min(found, key=lambda row: row[0] != socket.AF_INET)[4][0]
-    port = parts.netloc.rpartition(":")[2]
-    return f"tcp://[{address}]:{port}" if ":" in str(address) else f"tcp://{address}:{port}"
+        raise EndpointError(f"there is no host {host!r} ({reason})") from None
+    return [str(row[4][0]) for row in sorted(found, key=lambda row: row[0] != socket.AF_INET)]
+
+
+def at_address(url: str, address: str) -> str:
+    """A `tcp` URL with `address` in place of its host."""
+    port = urlsplit(url).netloc.rpartition(":")[2]
+    return f"tcp://[{address}]:{port}" if ":" in address else f"tcp://{address}:{port}"
 
 
 def _is_address(host: str) -> bool:

@@ -55,3 +55,13 @@ def test_a_device_that_does_not_work_is_worse_than_a_long_downtime() -> None:
     assert code == event["exit_code"] == Exit.DEVICE_SILENT
     assert event["devices"] == "silent" and "400 ms" in event["text"]
     assert "BUT A DEVICE DOES NOT WORK there: device 1 is gone. The guest has" in event["text"]
+
+
+@pytest.mark.parametrize(("form", "repaired"), [("open", 100), ("open", 99), ("closed", 5000)])
+def test_many_repairs_where_none_are_expected_are_told(form: str, repaired: int) -> None:
+    stream = StringIO()
+    options = Options(to="tcp://192.0.2.7:7100", qmp="q")
+    report = Report("5", vmm_stream={"form": form}, verification={"repaired_pages": repaired})
+    told = Reporter("send", as_json=False, stream=stream)
+    assert succeed(options, told, report, Verdict(), vmm_ended=False) is Exit.OK
+    assert ("100 pages had to be repaired" in stream.getvalue()) == (repaired == 100)

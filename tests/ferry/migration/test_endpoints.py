@@ -54,27 +54,20 @@ def test_names_become_addresses() -> None:
     assert trio.run(resolved, "ipc:///run/x") == "ipc:///run/x"
 
 
-class TwoAddresses(trio.abc.HostnameResolver):
-    """A name service where each name has an address where nobody listens, and one more."""
+def test_of_several_addresses_the_one_that_answers_is_taken(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """The name has an address where nobody listens, and one more."""
 
-    async def getaddrinfo(self, host: Any, port: Any, *_: Any, **__: Any) -> Any:
-        return [
-            (socket.AF_INET, socket.SOCK_STREAM, 6, "", (address, int(port)))
-            for address in ("127.0.0.9", "127.0.0.1")
-        ]
-
-    async def getnameinfo(self, *_: Any) -> Any:
-        raise NotImplementedError
-
-
-def test_of_several_addresses_the_one_that_answers_is_taken() -> None:
-    async def main() -> str:
-        trio.socket.set_custom_hostname_resolver(TwoAddresses())
-        return await resolved(f"tcp://two:{port}")
+    def two(_host: object, port: Any, *_: object, **__: object) -> Any:
+        addresses = ("127.0.0.9", "127.0.0.1")
+        kind = (socket.AF_INET, socket.SOCK_STREAM, 6, "")
+        return [(*kind, (address, int(port or 0))) for address in addresses]
 
     with socket.create_server(("127.0.0.1", 0)) as listener:
         port = listener.getsockname()[1]
-        assert trio.run(main) == f"tcp://127.0.0.1:{port}"
+        monkeypatch.setattr(socket, "getaddrinfo", two)
+        assert trio.run(resolved, f"tcp://two:{port}") == f"tcp://127.0.0.1:{port}"
 
 
 def test_a_port_that_refuses() -> None:
