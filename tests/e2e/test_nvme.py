@@ -7,7 +7,7 @@ import pytest
 from lab.testbed import Setup
 from tests.e2e.two_hosts import GUEST, Method, assert_sound, migrate, new_bed, start_both
 
-BY_QUEUES = Method("v2", "logging")
+BY_QUEUES = Method("v2", "queues")
 
 
 @pytest.mark.parametrize(
