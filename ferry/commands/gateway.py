@@ -18,7 +18,7 @@ from sync.registers.find import load_profiles
 from sync.registers.record import RECORD_BYTES
 
 MAX_BUSY_POLL_US = 1000
-HOST_FUNCTION = "vfio:"
+HOST_FUNCTION, BY_IOMMUFD = "vfio:", "iommufd:"
 """What the address of a PCI function follows."""
 
 
@@ -35,7 +35,7 @@ class Options:
     listen: str = option("where the VMM's vfio-user device connects")
     device: str = option(
         "where the device listens, which need not be there yet; or vfio:ADDRESS, a PCI function of"
-        " this host that vfio-pci has"
+        " this host that vfio-pci has; or iommufd:ADDRESS, the same by its character device"
     )
     control: str = option("where send and receive connect")
     queues: bool = option(
@@ -71,19 +71,21 @@ class Options:
 
 def run(options: Options) -> int:
     check_folders((options.listen, options.control))
-    if not options.device.startswith(HOST_FUNCTION):
+    if not options.device.startswith((HOST_FUNCTION, BY_IOMMUFD)):
         if options.bind:
             raise ConfigError(f"--bind goes with --device {HOST_FUNCTION}ADDRESS")
         _serve(options, str(Path(options.device).absolute()) if options.queues else "")
         return Exit.OK
     from sync.vfio.sysfs import PciFunction, parse_address
 
-    function = PciFunction(parse_address(options.device.removeprefix(HOST_FUNCTION)))
+    _, _, address = options.device.partition(":")
+    function = PciFunction(parse_address(address))
     before = function.bind() if options.bind else function.driver
     try:
         function.require_vfio()
         function.require_viable()
-        _serve(options, function.address)
+        by_iommufd = options.device.startswith(BY_IOMMUFD)
+        _serve(options, f"{BY_IOMMUFD if by_iommufd else ''}{function.address}")
     finally:
         if options.bind:
             function.restore(before)

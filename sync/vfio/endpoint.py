@@ -29,10 +29,12 @@ from sync.queues.interface import DeviceClass
 from sync.registers.errors import RegisterError
 from sync.registers.profile.locate import DeviceView
 from sync.vfio.device import VfioDevice
+from sync.vfio.dma_log import DmaLog, log_of
 from sync.vfio.errors import MemoryNotPinned, VfioError
 from sync.vfio.executor import DEADLINE_S, Executor, Work
 from sync.vfio.guest_memory import PinnedMemory, close_all
 from sync.vfio.interrupts import FunctionInterrupts
+from sync.vfio.native_migration import NativeMigration, supported
 from sync.vfio.queue_migration import QueueMigration
 from sync.vfio.sysfs import PciFunction
 from sync.vfio.uapi import IrqIndex
@@ -57,6 +59,8 @@ from sync.vfio_user.protocol import (
     IrqFlags,
     IrqInfo,
     IrqInfoRequest,
+    LoggingControl,
+    LoggingReport,
     MigData,
     MigrationFlags,
     MigrationState,
@@ -80,7 +84,13 @@ from sync.vfio_user.protocol import (
 
 OFFER = Capabilities(max_msg_fds=16, write_multiple=True)
 """QEMU refuses a device that takes more descriptors in a message."""
+BY_IOMMUFD = "iommufd:"
 MAX_TOLD_CHARACTERS = 32768
+_LOGGING = (
+    FeatureIndex.DMA_LOGGING_START,
+    FeatureIndex.DMA_LOGGING_STOP,
+    FeatureIndex.DMA_LOGGING_REPORT,
+)
 _ACCESSES = (Command.REGION_READ, Command.REGION_WRITE, Command.REGION_WRITE_MULTI)
 _STEPS = (Command.DEVICE_FEATURE, Command.MIG_DATA_READ, Command.MIG_DATA_WRITE)
 """Of a migration: each begins when what came before it is done."""
@@ -137,7 +147,10 @@ class HostEndpoint:
         if isinstance(device, UserDevice):
             self._readable.register(device.fileno(), select.EPOLLIN)
         self._executor = Executor(device, self._irqs.signal_vector)
-        self._migration: QueueMigration | None = None
+        self._migration: QueueMigration | NativeMigration | None = None
+        self._queues: QueueMigration | None = None
+        """The migration, if it is made of queues."""
+        self._dma_log = log_of(device) if isinstance(device, VfioDevice) else None
         self._handlers: dict[int, Callable[[bytes, list[int]], Answer]] = {
             Command.VERSION: self._version,
             Command.DMA_MAP: self._dma_map,
@@ -158,13 +171,17 @@ class HostEndpoint:
         self._begin(None, self._find_migration(load_classes() if classes is None else classes))
 
     def _find_migration(self, classes: tuple[DeviceClass, ...]) -> Work[bytes]:
+        device = self._device
+        native = supported(device) if isinstance(device, VfioDevice) else MigrationSupport(0)
         found = find_class(self._view(), classes)
-        if found is not None:
+        if isinstance(device, VfioDevice) and MigrationSupport.STOP_COPY in native:
+            self._migration = NativeMigration(device, native)
+        elif found is not None:
             executor = self._executor
             executor.quiet_interrupts()
             try:
                 inventory = yield from executor.work(found.inventory())
-                self._migration = QueueMigration(
+                self._migration = self._queues = QueueMigration(
                     found, inventory, executor, self._device, self._memory, self._irqs.restore
                 )
             except SyncError as error:
@@ -220,16 +237,18 @@ class HostEndpoint:
     @property
     def tracks_writes(self) -> bool:
         """Whether what the device writes follows from its queues."""
-        return self._migration is not None and self._migration.tracks_writes
+        return self._queues is not None and self._queues.tracks_writes
 
     def start_tracking(self) -> None:
-        self._require_migration().start_tracking()
+        if self._queues is not None:
+            self._queues.start_tracking()
 
     def take_written(self) -> list[int]:
-        return self._require_migration().take_written()
+        return self._queues.take_written() if self._queues is not None else []
 
     def stop_tracking(self) -> None:
-        self._require_migration().stop_tracking()
+        if self._queues is not None:
+            self._queues.stop_tracking()
 
     def drain(self) -> None:
         """There is nothing that waits."""
@@ -269,6 +288,8 @@ class HostEndpoint:
         with contextlib.suppress(VfioError):
             self._executor.drop_scratch()
             self._memory.close()
+        if isinstance(self._migration, NativeMigration):
+            self._migration.close()
         self._irqs.close()
         self._device.close()
         self._readable.close()
@@ -387,8 +408,8 @@ class HostEndpoint:
     def _region_read(self, body: bytes, _: list[int]) -> bytes:
         access = RegionAccess.unpack(body)
         data = self._device.read(access.region, access.offset, access.count)
-        if self._migration is not None:
-            self._migration.watch.read(access.region, access.offset, data)
+        if self._queues is not None:
+            self._queues.watch.read(access.region, access.offset, data)
         return body + data
 
     def _region_write(self, body: bytes, _: list[int]) -> bytes:
@@ -402,9 +423,9 @@ class HostEndpoint:
         return WriteMultiReply(len(writes)).pack()
 
     def _write(self, access: RegionAccess) -> None:
-        if self._migration is not None:
+        if self._queues is not None:
             # Before the device sees it: it may change what a doorbell tells of.
-            self._migration.watch.write(access.region, access.offset, access.data)
+            self._queues.watch.write(access.region, access.offset, access.data)
         self._device.write(access.region, access.offset, access.data)
 
     def _dma_map(self, body: bytes, fds: list[int]) -> bytes:
@@ -434,7 +455,9 @@ class HostEndpoint:
 
     def _feature(self, body: bytes, _: list[int]) -> Answer:
         request = Feature.unpack(body)
-        migration = self._migration
+        migration, log = self._migration, self._dma_log
+        if log is not None and request.index in _LOGGING:
+            return self._log_feature(log, request)
         index = request.index
         if migration is None or index not in {
             FeatureIndex.MIGRATION,
@@ -445,23 +468,42 @@ class HostEndpoint:
             return Feature(request.flags).pack()
         data = request.data
         if index == FeatureIndex.MIGRATION:
-            data = MigrationFlags(MigrationSupport.STOP_COPY | MigrationSupport.PRE_COPY).pack()
+            data = MigrationFlags(migration.support).pack()
         elif request.is_set:
             return self._set_state(migration, request)
         else:
             data = MigState(migration.state).pack()
         return Feature(request.flags, data).pack()
 
-    def _set_state(self, migration: QueueMigration, request: Feature) -> Work[bytes]:
+    def _log_feature(self, log: DmaLog, request: Feature) -> bytes:
+        if request.is_probe:
+            return Feature(request.flags).pack()
+        data = request.data
+        if request.index == FeatureIndex.DMA_LOGGING_START:
+            control = LoggingControl.unpack(data)
+            page_bytes = log.start(control.page_size, control.ranges or self._memory.extent())
+            data = LoggingControl(page_bytes, control.ranges).pack()
+        elif request.index == FeatureIndex.DMA_LOGGING_STOP:
+            log.stop()
+        else:
+            report = LoggingReport.unpack(data)
+            iova, length, page_bytes = report.iova, report.length, report.page_size
+            bitmap = log.report(iova, length, page_bytes, report.bitmap_bytes)
+            data = LoggingReport(iova, length, page_bytes, bitmap).pack()
+        return Feature(request.flags, data).pack()
+
+    def _set_state(
+        self, migration: QueueMigration | NativeMigration, request: Feature
+    ) -> Work[bytes]:
         wanted = MigState.unpack(request.data).device_state
         if wanted is not MigrationState.RUNNING:
             self._require_sound()
         yield from migration.set_state(wanted)
         return Feature(request.flags, MigState(migration.state).pack()).pack()
 
-    def _migration_read(self, body: bytes, _: list[int]) -> bytes:
+    def _migration_read(self, body: bytes, _: list[int]) -> Work[bytes]:
         self._require_sound()
-        data = self._require_migration().read(MigData.unpack(body).size)
+        data = yield from self._require_migration().read(MigData.unpack(body).size)
         return MigData(len(data), data).pack()
 
     def _migration_write(self, body: bytes, _: list[int]) -> Work[bytes]:
@@ -473,20 +515,21 @@ class HostEndpoint:
         if self._troubles:
             raise CannotMove(list(self._troubles.values()))
 
-    def _require_migration(self) -> QueueMigration:
+    def _require_migration(self) -> QueueMigration | NativeMigration:
         if self._migration is None:
             raise VfioUserError(errno.ENOTSUP)
         return self._migration
 
 
 def open_endpoint(address: str, log: Callable[..., None]) -> HostEndpoint:
-    """The function at `address`, which vfio-pci has; or the device process at this path. Raises
-    `VfioError`."""
+    """The function at `address`, which vfio-pci has, by iommufd if that stands in front; or the
+    device process at this path. Raises `VfioError`."""
     device: VfioDevice | UserDevice
     if address.startswith("/"):
         device = UserDevice(Path(address))
     else:
-        device = VfioDevice(PciFunction(address))
+        function = PciFunction(address.removeprefix(BY_IOMMUFD))
+        device = VfioDevice(function, iommufd=address.startswith(BY_IOMMUFD))
     try:
         return HostEndpoint(device, log)
     except BaseException:

@@ -83,6 +83,13 @@ class PinnedMemory:
         finally:
             self._bounce.close()
 
+    def extent(self) -> list[tuple[int, int]]:
+        """IOVA and length of one range that has all of it."""
+        if not self._starts:
+            return []
+        end = max(start + size for start, (size, _) in self._regions.items())
+        return [(self._starts[0], end - self._starts[0])]
+
     def read(self, iova: int, length: int) -> bytes:
         """A copy. Raises `MemoryUnreadable`."""
         parts = []

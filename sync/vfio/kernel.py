@@ -19,6 +19,12 @@ class Kernel(Protocol):
 
     def pwrite(self, fd: int, data: bytes, offset: int) -> int: ...
 
+    def read(self, fd: int, count: int) -> bytes:
+        """Of a stream; does not wait."""
+
+    def write(self, fd: int, data: bytes) -> int:
+        """To a stream; does not wait."""
+
 
 class HostKernel:
     """The kernel that runs this process."""
@@ -42,3 +48,11 @@ class HostKernel:
 
     def pwrite(self, fd: int, data: bytes, offset: int) -> int:
         return os.pwrite(fd, data, offset)
+
+    def read(self, fd: int, count: int) -> bytes:
+        os.set_blocking(fd, False)
+        return os.read(fd, count)
+
+    def write(self, fd: int, data: bytes) -> int:
+        os.set_blocking(fd, False)
+        return os.write(fd, data)

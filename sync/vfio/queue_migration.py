@@ -30,7 +30,7 @@ from sync.vfio.device import VfioDevice
 from sync.vfio.executor import PAUSE_S, Executor, Work
 from sync.vfio.guest_memory import PinnedMemory
 from sync.vfio.user_device import UserDevice
-from sync.vfio_user.protocol import MigrationState, PciRegion, VfioUserError
+from sync.vfio_user.protocol import MigrationState, MigrationSupport, PciRegion, VfioUserError
 
 REST_DEADLINE_S = 2.0
 """With the guest paused: a storage device that takes longer for a command is in trouble."""
@@ -49,6 +49,8 @@ class QueueMigration:
     What may take long is work (`executor`): nothing else is asked of this object until it is done,
     but for `reset`, and what the guest does to its device.
     """
+
+    support = MigrationSupport.STOP_COPY | MigrationSupport.PRE_COPY
 
     def __init__(
         self,
@@ -115,8 +117,9 @@ class QueueMigration:
                 raise VfioUserError(errno.EINVAL, f"no way to {wanted.name}")
         self.state = wanted
 
-    def read(self, size: int) -> bytes:
+    def read(self, size: int) -> Work[bytes]:
         """Up to `size` bytes of the stream."""
+        yield from ()
         data = bytes(self._outgoing[:size])
         del self._outgoing[:size]
         return data

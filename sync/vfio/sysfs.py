@@ -84,6 +84,13 @@ class PciFunction:
             )
         return link.readlink().name
 
+    @property
+    def character_device(self) -> str | None:
+        """Name of its device below /dev/vfio/devices, if the kernel has those."""
+        folder = self._folder / "vfio-dev"
+        names = sorted(each.name for each in folder.iterdir()) if folder.is_dir() else []
+        return names[0] if names else None
+
     def neighbours(self) -> list["PciFunction"]:
         """The other functions of its IOMMU group."""
         folder = self.sysfs / "kernel/iommu_groups" / self.group / "devices"

@@ -1,6 +1,6 @@
 """Numbers and forms of the kernel's VFIO interface, as far as they are used.
 
-Owns no behaviour. Source: Linux, include/uapi/linux/vfio.h (6.12).
+Owns no behaviour. Source: Linux, include/uapi/linux/vfio.h and iommufd.h (6.12).
 """
 
 import struct
@@ -32,6 +32,38 @@ class Ioctl(IntEnum):
     IOMMU_MAP_DMA = _request(13)
     IOMMU_UNMAP_DMA = _request(14)
     DEVICE_FEATURE = _request(17)
+    DEVICE_BIND_IOMMUFD = _request(18)
+    DEVICE_ATTACH_IOMMUFD_PT = _request(19)
+    MIG_GET_PRECOPY_INFO = _request(21)
+
+
+class IommuIoctl(IntEnum):
+    """Requests of iommufd."""
+
+    IOAS_ALLOC = ord(";") << 8 | 0x81
+    IOAS_IOVA_RANGES = ord(";") << 8 | 0x84
+    IOAS_MAP = ord(";") << 8 | 0x85
+    IOAS_UNMAP = ord(";") << 8 | 0x86
+    HWPT_ALLOC = ord(";") << 8 | 0x89
+    HWPT_SET_DIRTY_TRACKING = ord(";") << 8 | 0x8B
+    HWPT_GET_DIRTY_BITMAP = ord(";") << 8 | 0x8C
+
+
+class IoasMapFlags(IntFlag):
+    FIXED_IOVA = 1 << 0
+    WRITEABLE = 1 << 1
+    READABLE = 1 << 2
+
+
+class DeviceFeature(IntEnum):
+    """Of `DEVICE_FEATURE`, as far as they have to do with migration."""
+
+    MIGRATION = 1
+    MIG_DEVICE_STATE = 2
+    DMA_LOGGING_START = 6
+    DMA_LOGGING_STOP = 7
+    DMA_LOGGING_REPORT = 8
+    MIG_DATA_SIZE = 9
 
 
 class GroupFlags(IntFlag):
@@ -104,3 +136,38 @@ IOVA_RANGES = struct.Struct("=II")
 IOVA_RANGE = struct.Struct("=QQ")
 FEATURE = struct.Struct("=II")
 """argsz, flags; data behind it."""
+
+MIGRATION_FLAGS = struct.Struct("=Q")
+DEVICE_STATE = struct.Struct("=Ii")
+"""device_state, data_fd."""
+DATA_SIZE = struct.Struct("=Q")
+"""stop_copy_length."""
+PRECOPY_INFO = struct.Struct("=IIQQ")
+"""argsz, flags, initial_bytes, dirty_bytes."""
+LOGGING_START = struct.Struct("=QIIQ")
+"""page_size, num_ranges, reserved, address of the ranges."""
+LOGGING_RANGE = struct.Struct("=QQ")
+"""iova, length."""
+LOGGING_REPORT = struct.Struct("=QQQQ")
+"""iova, length, page_size, address of the bitmap."""
+
+BIND_IOMMUFD = struct.Struct("=IIiI")
+"""argsz, flags, iommufd, out_devid."""
+ATTACH_PT = struct.Struct("=III")
+"""argsz, flags, pt_id."""
+IOAS_ALLOC = struct.Struct("=III")
+"""size, flags, out_ioas_id."""
+IOAS_IOVA_RANGES = struct.Struct("=III4xQQ")
+"""size, ioas_id, num_iovas, address of the ranges, out_iova_alignment."""
+MAX_IOVA_RANGES = 1 << 12
+IOAS_MAP = struct.Struct("=III4xQQQ")
+"""size, flags, ioas_id, user_va, length, iova."""
+IOAS_UNMAP = struct.Struct("=IIQQ")
+"""size, ioas_id, iova, length."""
+HWPT_ALLOC = struct.Struct("=IIIII4xIIQ")
+"""size, flags, dev_id, pt_id, out_hwpt_id, data_type, data_len, data_uptr."""
+HWPT_ALLOC_DIRTY_TRACKING = 1 << 1
+SET_DIRTY_TRACKING = struct.Struct("=III4x")
+"""size, flags, hwpt_id."""
+GET_DIRTY_BITMAP = struct.Struct("=III4xQQQQ")
+"""size, hwpt_id, flags, iova, length, page_size, address of the bitmap."""

@@ -95,8 +95,8 @@ class GatewayOptions:
     json: bool = False
     busy_poll_s: float = WINDOW_S
     host_function: str = ""
-    """Address of a PCI function of the host, which vfio-pci has; or the absolute path of a device
-    process that moves by its queues."""
+    """Address of a PCI function of the host, which vfio-pci has, with `iommufd:` in front if it is
+    to be reached by that; or the absolute path of a device process that moves by its queues."""
     records_path: Path | None = None
     """Where its records are kept; None: beside the control socket, with `.records` behind its
     name."""

@@ -58,6 +58,12 @@ class FakeKernel:
         memory[at : at + len(data)] = data
         return len(data)
 
+    def read(self, fd: int, count: int) -> bytes:
+        raise AssertionError("no driver here has a stream")
+
+    def write(self, fd: int, data: bytes) -> int:
+        raise AssertionError("no driver here has a stream")
+
     def _memory(self, offset: int) -> tuple[bytearray, int]:
         if offset >= CONFIG_OFFSET:
             return self.config, offset - CONFIG_OFFSET

@@ -8,6 +8,7 @@ import struct
 from collections.abc import Iterator
 from mmap import mmap
 from pathlib import Path
+from typing import Generic, TypeVar
 
 import pytest
 
@@ -40,7 +41,7 @@ from sync.vfio_user.protocol import (
     encode_message,
 )
 from tests.sync.queues.world import GUEST_IOVA, Driver, DriverCq, DriverSq
-from tests.sync.vfio.fake_kernel import FakeSysfs
+from tests.sync.vfio.fake_kernel import FakeKernel, FakeSysfs
 from tests.sync.vfio.model_kernel import ModelKernel
 
 ADDRESS = "0000:01:00.0"
@@ -81,16 +82,20 @@ class Refused(Exception):
     pass
 
 
-class Client:
+K = TypeVar("K", bound=FakeKernel)
+
+
+class Client(Generic[K]):
     """Sends commands, and takes the one reply to each."""
 
-    def __init__(self, kernel: ModelKernel, folder: Path) -> None:
+    def __init__(self, kernel: K, folder: Path, *, iommufd: bool = False) -> None:
         self.folder = folder
         folder.mkdir()
-        FakeSysfs(folder).add(ADDRESS, driver="vfio-pci", group="7")
+        place = FakeSysfs(folder).add(ADDRESS, driver="vfio-pci", group="7")
+        (place / "vfio-dev/vfio3").mkdir(parents=True)
         self.kernel = kernel
         self.events: list[tuple[str, str]] = []
-        device = VfioDevice(PciFunction(ADDRESS, folder), kernel)
+        device = VfioDevice(PciFunction(ADDRESS, folder), kernel, iommufd=iommufd)
         self.endpoint = HostEndpoint(device, self._log)
         self.endpoint.handler = self._answered
         self.answers: list[tuple[int, bytes]] = []
@@ -164,8 +169,11 @@ class Client:
         return {page - first for page in self.endpoint.take_written()}
 
 
+Model = Client[ModelKernel]
+
+
 @pytest.fixture
-def source(tmp_path: Path) -> Iterator[Client]:
+def source(tmp_path: Path) -> Iterator[Model]:
     client = Client(ModelKernel({}), tmp_path / "a")
     yield client
     client.endpoint.close()
@@ -173,7 +181,7 @@ def source(tmp_path: Path) -> Iterator[Client]:
 
 
 @pytest.fixture
-def target(tmp_path: Path, source: Client) -> Iterator[Client]:
+def target(tmp_path: Path, source: Model) -> Iterator[Model]:
     client = Client(ModelKernel(source.kernel.controller.blocks, 2), tmp_path / "b")
     yield client
     if client.kernel.opened:
@@ -183,7 +191,7 @@ def target(tmp_path: Path, source: Client) -> Iterator[Client]:
 class Guest:
     """A guest whose driver has one pair of I/O queues."""
 
-    def __init__(self, here: Client) -> None:
+    def __init__(self, here: Model) -> None:
         self.ram = Ram()
         self.here = here
         self.random = random.Random(1)
@@ -202,7 +210,7 @@ class Guest:
         self.driver.cqs[1], self.driver.sqs[1] = cq, sq
         self.driver.submit(self.driver.sqs[0], 0x0C)
 
-    def use_interrupts(self, client: Client, flags: int) -> None:
+    def use_interrupts(self, client: Model, flags: int) -> None:
         body = SetIrqs(flags, MSIX, 0, len(self.lines)).pack()
         client.ask(Command.DEVICE_SET_IRQS, body, tuple(self.lines))
 
@@ -219,7 +227,7 @@ class Guest:
             assert self.driver.take(self.driver.cqs[1]) == 1
 
 
-def test_a_function_tells_what_it_is(source: Client) -> None:
+def test_a_function_tells_what_it_is(source: Model) -> None:
     info = DeviceInfo.unpack(source.ask(Command.DEVICE_GET_INFO, DeviceInfoRequest().pack()))
     assert info.flags == 3
     answer = source.ask(Command.DEVICE_GET_REGION_INFO, RegionInfoRequest(0).pack())
@@ -236,7 +244,7 @@ def test_a_function_tells_what_it_is(source: Client) -> None:
 
 
 def test_a_guest_moves_with_its_queues_from_function_to_function(
-    source: Client, target: Client
+    source: Model, target: Model
 ) -> None:
     guest = Guest(source)
     guest.work(21)
@@ -276,7 +284,7 @@ def test_a_guest_moves_with_its_queues_from_function_to_function(
 
 
 def test_a_target_that_holds_something_else_refuses_and_says_what(
-    source: Client, target: Client
+    source: Model, target: Model
 ) -> None:
     target.kernel.controller.n_blocks = 8192
     target.endpoint.close()
@@ -290,7 +298,7 @@ def test_a_target_that_holds_something_else_refuses_and_says_what(
     other.endpoint.close()
 
 
-def test_i9_a_vector_that_is_full_holds_nobody_up(source: Client, target: Client) -> None:
+def test_i9_a_vector_that_is_full_holds_nobody_up(source: Model, target: Model) -> None:
     guest = Guest(source)
     guest.driver.read_or_write(guest.driver.sqs[1], guest.random)
     source.enter(MigrationState.STOP_COPY)
@@ -308,7 +316,7 @@ def test_i9_a_vector_that_is_full_holds_nobody_up(source: Client, target: Client
     guest.work(3)
 
 
-def test_i8_a_source_that_is_told_to_go_on_does(source: Client, target: Client) -> None:
+def test_i8_a_source_that_is_told_to_go_on_does(source: Model, target: Model) -> None:
     guest = Guest(source)
     guest.work(3)
     source.enter(MigrationState.PRE_COPY)
@@ -322,7 +330,7 @@ def test_i8_a_source_that_is_told_to_go_on_does(source: Client, target: Client) 
     assert not target.kernel.mapped
 
 
-def test_a_device_that_cannot_move_says_why(source: Client) -> None:
+def test_a_device_that_cannot_move_says_why(source: Model) -> None:
     guest = Guest(source)
     guest.driver.submit(guest.driver.sqs[0], 0x7C)
     for state in (MigrationState.PRE_COPY, MigrationState.STOP_COPY, MigrationState.STOP):
@@ -334,7 +342,7 @@ def test_a_device_that_cannot_move_says_why(source: Client) -> None:
 
 
 def test_a_device_that_does_not_come_to_rest_is_left_running(
-    source: Client, monkeypatch: pytest.MonkeyPatch
+    source: Model, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("sync.vfio.queue_migration.REST_DEADLINE_S", 0.01)
     guest = Guest(source)
@@ -349,7 +357,7 @@ def test_a_device_that_does_not_come_to_rest_is_left_running(
     guest.work(20)
 
 
-def test_a_vmm_is_served_while_a_device_comes_to_rest(source: Client) -> None:
+def test_a_vmm_is_served_while_a_device_comes_to_rest(source: Model) -> None:
     guest = Guest(source)
     source.kernel.works = False
     guest.driver.read_or_write(guest.driver.sqs[1], guest.random)
@@ -371,7 +379,7 @@ def test_a_vmm_is_served_while_a_device_comes_to_rest(source: Client) -> None:
 
 
 def test_a_vmm_is_served_while_a_device_is_walked_and_a_reset_ends_it(
-    source: Client, target: Client
+    source: Model, target: Model
 ) -> None:
     guest = Guest(source)
     guest.work(3)
@@ -397,7 +405,7 @@ def stop_copy() -> bytes:
 
 
 def test_an_error_of_the_function_ends_a_migration_and_a_reset_allows_the_next(
-    source: Client,
+    source: Model,
 ) -> None:
     guest = Guest(source)
     line = os.eventfd(0, os.EFD_NONBLOCK)
@@ -425,7 +433,7 @@ def test_an_error_of_the_function_ends_a_migration_and_a_reset_allows_the_next(
     os.close(line)
 
 
-def test_i1_pages_are_reported_from_the_queues(source: Client) -> None:
+def test_i1_pages_are_reported_from_the_queues(source: Model) -> None:
     guest = Guest(source)
     assert source.endpoint.tracks_writes
     source.endpoint.start_tracking()
@@ -442,7 +450,7 @@ def test_i1_pages_are_reported_from_the_queues(source: Client) -> None:
     source.endpoint.stop_tracking()
 
 
-def test_i4_a_function_is_not_asked_to_reach_memory_by_message(source: Client) -> None:
+def test_i4_a_function_is_not_asked_to_reach_memory_by_message(source: Model) -> None:
     guest = Guest(source)
     source.ask(Command.DMA_MAP, DmaMap(3, 0, 0xF000_0000, 0x1000).pack())
     source.take_away()
@@ -453,14 +461,16 @@ def test_i4_a_function_is_not_asked_to_reach_memory_by_message(source: Client) -
     guest.work(3)
 
 
-def test_memory_that_cannot_be_pinned_is_refused_with_its_reason(source: Client) -> None:
+def test_memory_that_cannot_be_pinned_is_refused_with_its_reason(
+    source: Model,
+) -> None:
     source.kernel.map_error = errno.ENOMEM
     with pytest.raises(Refused, match="ENOMEM"):
         source.share(Ram())
     assert source.events[0][0] == "memory-not-pinned"
 
 
-def test_interrupts_are_passed_to_the_kernel(source: Client) -> None:
+def test_interrupts_are_passed_to_the_kernel(source: Model) -> None:
     guest = Guest(source)
     trigger = IrqSet.ACTION_TRIGGER
     body = SetIrqs(IrqSet.DATA_BOOL | trigger, MSIX, 0, 2, b"\0\1").pack()
@@ -477,7 +487,7 @@ def test_interrupts_are_passed_to_the_kernel(source: Client) -> None:
 
 
 @pytest.mark.parametrize("command", [Command.DMA_READ, 99])
-def test_i9_commands_that_are_not_a_devices_are_refused(source: Client, command: int) -> None:
+def test_i9_commands_that_are_not_a_devices_are_refused(source: Model, command: int) -> None:
     with pytest.raises(Refused, match="ENOTSUP"):
         source.ask(command)
 
@@ -495,14 +505,14 @@ def test_i9_commands_that_are_not_a_devices_are_refused(source: Client, command:
         Command.MIG_DATA_READ,
     ],
 )
-def test_i9_what_is_malformed_is_refused_and_nothing_is_said(source: Client, command: int) -> None:
+def test_i9_what_is_malformed_is_refused_and_nothing_is_said(source: Model, command: int) -> None:
     for body in (b"", b"\xff" * 7, b"\xff" * 64):
         with pytest.raises(Refused):
             source.ask(command, body)
     assert not source.events
 
 
-def test_i9_a_stream_that_makes_no_sense_is_refused(source: Client, target: Client) -> None:
+def test_i9_a_stream_that_makes_no_sense_is_refused(source: Model, target: Model) -> None:
     for stream in (
         struct.pack("<I", 0xFFFF_FFFF),
         struct.pack("<I", 3) + b"abc",
