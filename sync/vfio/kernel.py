@@ -4,6 +4,8 @@ import fcntl
 import os
 from typing import Protocol
 
+from sync.service_manager import open_device
+
 
 class Kernel(Protocol):
     """Each call raises `OSError`."""
@@ -30,7 +32,7 @@ class HostKernel:
     """The kernel that runs this process."""
 
     def open(self, path: str) -> int:
-        return os.open(path, os.O_RDWR | os.O_CLOEXEC)
+        return open_device(path)
 
     def close(self, fd: int) -> None:
         os.close(fd)

@@ -11,7 +11,8 @@ from pathlib import Path
 
 import pytest
 
-from sync.service_manager import heartbeat, notify, passed_sockets
+from sync import service_manager
+from sync.service_manager import heartbeat, notify, open_device, passed_sockets
 
 PATIENCE_S = 60.0
 AS_A_MANAGER = """
@@ -126,3 +127,24 @@ def test_a_gateway_takes_its_sockets_from_the_manager_and_says_that_it_lives(
             assert state == ["WATCHDOG=1"]
         assert gateway.wait(PATIENCE_S) == 0
     assert all(path.exists() for path in paths)
+
+
+def test_a_device_that_was_passed_is_used_as_it_is_open(monkeypatch: pytest.MonkeyPatch) -> None:
+    """One that may be open once only, or by root only, is not opened again."""
+    passed = os.open("/dev/zero", os.O_RDWR)
+    file = os.memfd_create("no device")
+    monkeypatch.setattr(service_manager, "FIRST_DESCRIPTOR", min(passed, file))
+    assert abs(passed - file) == 1
+    monkeypatch.setenv("LISTEN_PID", str(os.getpid()))
+    monkeypatch.setenv("LISTEN_FDS", "2")
+    monkeypatch.setattr(service_manager, "_devices", {})
+    assert passed_sockets() == {}
+    monkeypatch.setattr(os, "open", lambda *_: pytest.fail("it was opened again"))
+    found = open_device("/dev/zero")
+    assert os.path.sameopenfile(found, passed) and not os.get_inheritable(found)
+    assert os.read(found, 1) == b"\0"
+    monkeypatch.undo()
+    other = open_device("/dev/null")
+    assert not os.path.sameopenfile(other, passed)
+    for number in (passed, file, found, other):
+        os.close(number)
