@@ -21,7 +21,13 @@ import zmq
 from transport.receiving.apply import ApplyLane
 from transport.session.channels import Conversation
 from transport.session.gatekeeper import Gatekeeper
-from transport.session.link import LinkThread, SessionEnd, Shared, check_memory
+from transport.session.link import (
+    LinkThread,
+    SessionEnd,
+    Shared,
+    check_memory,
+    check_resume_window,
+)
 from transport.session.message_memory import keep_message_memory
 from transport.session.router import Router
 from transport.session.secret import Secret, check_secret
@@ -48,6 +54,9 @@ class ReceiverOptions:
 
     peer_timeout_s: float = 5.0
     """Silence after which the sender counts as lost, 0.5 s to 1 h; it pings accordingly."""
+    resume_window_s: float = 60.0
+    """How long a lost link of a session that its sender holds is waited for at most, up to an hour;
+    0: not at all."""
     linger_s: float = 2.0
     """How long `aclose` waits for records that are on their way."""
     window_frames: int = 4
@@ -63,6 +72,7 @@ class ReceiverOptions:
             )
         if not MIN_PEER_TIMEOUT_MS <= self.peer_timeout_s * 1000 <= MAX_PEER_TIMEOUT_MS:
             raise ValueError(f"a timeout of {self.peer_timeout_s} s; 0.5 s to 1 h are possible")
+        check_resume_window(self.resume_window_s)
         check_secret(self.secret)
 
 
@@ -116,6 +126,7 @@ class Receiver(SessionEnd):
             url,
             peer_timeout_s=options.peer_timeout_s,
             window_frames=options.window_frames,
+            resume_window_s=options.resume_window_s,
             secret=secret,
         )
         self._hello: SessionHello | None = None

@@ -23,7 +23,13 @@ from transport.sending.lanes import SendLane, Task
 from transport.sending.rounds import LaneSource, RoundCounters, RoundShare, Source
 from transport.session.channels import Conversation
 from transport.session.connector import Connector
-from transport.session.link import LinkThread, SessionEnd, Shared, check_memory
+from transport.session.link import (
+    LinkThread,
+    SessionEnd,
+    Shared,
+    check_memory,
+    check_resume_window,
+)
 from transport.session.message_memory import keep_message_memory
 from transport.session.pacing import SharedBucket
 from transport.session.secret import Secret, check_secret
@@ -66,6 +72,9 @@ class SenderOptions:
     """Silence after which the receiver counts as lost, at least 0.5 s; five pings fit in."""
     progress_timeout_s: float = 10.0
     """How long a live peer may take to acknowledge the next frame of a lane."""
+    resume_window_s: float = 60.0
+    """How long a lost link of a session that is held is tried to make anew, at most an hour and no
+    longer than the receiver waits; 0: not at all."""
     linger_s: float = 2.0
     """How long `aclose` waits for records that are on their way."""
     bandwidth_bytes_per_s: int | None = None
@@ -85,6 +94,7 @@ class SenderOptions:
             )
         if self.peer_timeout_s * 1000 < MIN_PEER_TIMEOUT_MS:
             raise ValueError(f"a timeout of {self.peer_timeout_s} s; at least 0.5 s are possible")
+        check_resume_window(self.resume_window_s)
         check_secret(self.secret)
 
 
@@ -142,6 +152,8 @@ class SenderStatistics:
     """Frames and comparisons on the data lanes."""
     lane_bytes: int
     """Bytes of these messages, towards the receiver."""
+    lost_messages: int
+    """Of these: under way when a link was lost, so that what was in them was sent again."""
     codecs: tuple[str, ...]
     """The codec that each lane uses at the moment."""
     records_sent: int
@@ -241,6 +253,7 @@ class Sender(SessionEnd):
             self._bucket,
             connect_timeout_s=options.connect_timeout_s,
             greeting_timeout_s=options.greeting_timeout_s,
+            resume_window_s=options.resume_window_s,
             secret=options.secret,
         )
         self._source: Source | None = None
@@ -288,6 +301,7 @@ class Sender(SessionEnd):
         assert self._connector.reply is not None
         lanes = self._options.lanes
         self._source = Source(memory, self._seed, cache_bytes, lanes, files)
+        self._connector.n_lanes = lanes
         frame_bytes = self._bucket.piece_bytes(self._options.frame_bytes)
         for number in range(lanes):
             source = LaneSource(self._source, number, frame_bytes, self._options.codec)
@@ -299,6 +313,7 @@ class Sender(SessionEnd):
                 number,
                 source.prepare,
                 source.idle,
+                source.next_sequence,
                 self._bucket,
                 window_frames=self._connector.reply.window_frames,
                 frame_bytes=frame_bytes,
@@ -309,6 +324,20 @@ class Sender(SessionEnd):
             self._lane_sources.append(source)
             self._lanes.append(lane)
             lane.start()
+
+    def hold(self) -> None:
+        """From here on a lost link is made anew, as far as both sides' windows allow: calls wait
+        meanwhile, `link` says so."""
+        self._tell_hold(True)
+
+    def release(self) -> None:
+        """From here on a link that is lost, or is so already, ends the session."""
+        self._tell_hold(False)
+
+    def _tell_hold(self, hold: bool) -> None:
+        with self._shared.lock:
+            self._shared.hold = hold
+        self._shared.wakeup.set()
 
     def limit_bandwidth(self, bytes_per_s: int | None) -> None:
         """Another limit from now on; None is none. ValueError: it is not positive."""
@@ -402,6 +431,7 @@ class Sender(SessionEnd):
         return SenderStatistics(
             lane_messages=sum(lane.counters.messages for lane in self._lanes),
             lane_bytes=sum(lane.counters.bytes for lane in self._lanes),
+            lost_messages=sum(lane.counters.lost for lane in self._lanes),
             codecs=tuple(str(source.choice.codec) for source in self._lane_sources),
             records_sent=talk.records.sent,
             records_received=talk.records.received,

@@ -52,12 +52,13 @@ class ApplyLane(LinkThread):
         lanes: int,
         window_frames: int,
         frame_bytes: int,
-        send_answer: Callable[[int, bytes], None],
+        send_answer: Callable[[int, int, bytes], None],
         files: Sequence[Extent] = (),
         filling: threading.Lock | None = None,
     ) -> None:
         """`memory` uint8[n_pages * 4096], writable; `files` and `filling` as for `Decoder`.
-        `send_answer` takes the lane's number and an answer, in the order of the messages."""
+        `send_answer` takes the lane's number, that of the link on which a message came, and the
+        answer to it, in the order of the messages."""
         super().__init__(f"ferry-apply-{lane}", shared)
         self.counters = ApplyCounters()
         self.n_pages = memory.size // PAGE_BYTES
@@ -75,21 +76,34 @@ class ApplyLane(LinkThread):
         self._submitted = 0
         self._answered = 0
         """Written by this lane's thread; the one before by who submits."""
-        self._queue: deque[zmq.Frame] = deque()
+        self._queue: deque[tuple[int, zmq.Frame]] = deque()
+        """Messages, each with the number of its link."""
+        self._begins_at = 0
+        """The number of the next frame, once the queue is empty."""
         self._wakeup = shared.new_wakeup()
         self._poll = select.poll()
         self._poll.register(self._wakeup, select.POLLIN)
         self._stopped = False
 
-    def submit(self, message: zmq.Frame) -> None:
-        """A message arrived. For one other thread. FrameError: it is longer than announced, or
-        beyond the window."""
+    @property
+    def idle(self) -> bool:
+        """Whether every message that was submitted has been answered."""
+        return self._submitted == self._answered
+
+    def begin(self, sequence: int) -> None:
+        """A new link, on which the first frame has this number. Only while the lane is `idle`; for
+        the thread that submits."""
+        self._begins_at = sequence
+
+    def submit(self, message: zmq.Frame, link: int) -> None:
+        """A message arrived on the link of this number. For one other thread. FrameError: it is
+        longer than announced, or beyond the window."""
         if len(message) > self._frame_bytes and _is_frame(message.buffer):
             raise FrameError(f"a frame of {len(message)} bytes, {self._frame_bytes} were announced")
         if self._submitted - self._answered >= self._window_frames:
             raise FrameError(f"the peer sends more than {self._window_frames} frames at once")
         self._submitted += 1
-        self._queue.append(message)
+        self._queue.append((link, message))
         self._wakeup.set()
 
     def stop(self) -> None:
@@ -114,15 +128,20 @@ class ApplyLane(LinkThread):
         )
         self.prepared = True
         self.shared.wakeup.set()
-        while (message := self._next(mapper)) is not None:
+        began = link = 0
+        while (item := self._next(mapper)) is not None:
+            link, message = item
+            if link != began:
+                decoder.skip_to(self._begins_at)
+                began = link
             answer = self._handle(message.buffer, decoder)
             # The next message is likely to get this one's memory, which the caches still have.
-            del message
+            del item, message
             # First, for the next one may be here before the answer is known to be sent.
             self._answered += 1
-            self._send_answer(self._lane, answer)
+            self._send_answer(self._lane, link, answer)
 
-    def _next(self, mapper: Mapper) -> zmq.Frame | None:
+    def _next(self, mapper: Mapper) -> tuple[int, zmq.Frame] | None:
         """The next message, None: the end; until it comes, memory is mapped by the first lane."""
         rests = False
         while not self._stopped and not self.shared.over:

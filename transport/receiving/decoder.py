@@ -84,6 +84,17 @@ class Decoder:
         """The sequence number that the next frame must have."""
         return self._next_sequence
 
+    def skip_to(self, sequence: int) -> None:
+        """The next frame has this number: those in between were lost with their link.
+
+        Raises `FrameError` if that frame was there already.
+        """
+        if sequence < self._next_sequence:
+            raise FrameError(
+                f"a lane goes on at frame {sequence} of which it has {self._next_sequence}"
+            )
+        self._next_sequence = sequence
+
     def apply(self, frame: Buffer) -> Applied:
         """Check a frame, decode its pages one by one, write each with one copy.
 

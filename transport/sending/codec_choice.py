@@ -150,6 +150,11 @@ class Choice:
                 self._learn(now)
             self._start_epoch(now)
 
+    def lost(self) -> None:
+        """The oldest frame that is under way was lost with its link: it tells nothing."""
+        if not self._fixed:
+            self._under_way.popleft()
+
     def _start_epoch(self, now: float) -> None:
         self._epoch_began = now
         self._encode_s = self._link_s = 0.0

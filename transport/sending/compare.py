@@ -80,12 +80,17 @@ class _BothDigest(Task):
         super().__init__()
         self._lane = lane
         self._not_digested: deque[_Asked] = deque()
+        self._again: deque[_Request] = deque()
+        """Requests that were lost with a link."""
         self._requests = 0
 
     def _has_more(self) -> bool:
-        return bool(self._not_digested) or self._has_requests()
+        return bool(self._again or self._not_digested) or self._has_requests()
 
     def _produce(self, buffer: Memory) -> Outgoing | None:
+        if self._again:
+            request, asked = self._again.popleft()
+            return Outgoing(request.pack(), (request, asked))
         if self._has_requests() and len(self._not_digested) < AHEAD:
             request, asked = self._next_request(self._requests)
             self._requests += 1
@@ -93,6 +98,9 @@ class _BothDigest(Task):
             return Outgoing(request.pack(), (request, asked))
         self._not_digested.popleft().digests()
         return None
+
+    def _lose(self, context: _Request) -> None:
+        self._again.append(context)
 
     @abstractmethod
     def _has_requests(self) -> bool: ...
@@ -169,14 +177,15 @@ class DigestShare(_BothDigest):
         self.digests: dict[Chunk, tuple[bytes, bytes]] = {}
         """Of each chunk, here and at the receiver; once finished."""
         self._todo = deque(chunks)
-        self._asked: deque[Chunk] = deque()
+        self._asked: dict[int, Chunk] = {}
+        """By the number of the request."""
 
     def _has_requests(self) -> bool:
         return bool(self._todo)
 
     def _next_request(self, number: int) -> _Request:
         chunk = self._todo.popleft()
-        self._asked.append(chunk)
+        self._asked[number] = chunk
         pages = _pages_from(chunk.first_page, chunk.n_pages)
         return Digest(number, chunk.first_page, chunk.n_pages), _Asked(self._lane, number, pages)
 
@@ -184,7 +193,10 @@ class DigestShare(_BothDigest):
         request, asked = context
         if not isinstance(answer, DigestReply) or answer.request != request.request:
             raise RecordError("the receiver answers a digest that it was not asked for")
-        self.digests[self._asked.popleft()] = (_chunk_digest(asked.digests()), answer.digest)
+        self.digests[self._asked.pop(request.request)] = (
+            _chunk_digest(asked.digests()),
+            answer.digest,
+        )
 
 
 def chunks_of(regions: Sequence[tuple[int, int]]) -> list[Chunk]:

@@ -5,6 +5,9 @@ business: a share of a round (`rounds`) or of a comparison (`compare`). The rece
 message of a lane, in order, so an answer is for the oldest message under way::
 
     task makes a message ──► held ── bucket allows ──► under way ── answer ──► task is told
+
+When the link is lost, whatever is under way is lost with it: its task is told, and makes its work
+again on the next link.
 """
 
 from __future__ import annotations
@@ -30,8 +33,8 @@ from transport.session.watch import WATCH_S, ConnectionEvent, Watch
 from transport.wire.errors import PeerLost, RecordError
 from transport.wire.records import (
     FIRST_DATA_LANE,
-    LANE_HELLO,
     LaneAnswer,
+    LaneHello,
     MessageType,
     message_type,
     routing_id,
@@ -92,6 +95,12 @@ class Task(ABC):
         self._on_answer(context, answer)
         self._under_way -= 1
 
+    def lose(self, context: Any) -> None:
+        """The link is lost, and with it the answer to this message; called for the oldest one
+        first. Its work is to be done again."""
+        self._lose(context)
+        self._under_way -= 1
+
     def after_answer(self, now: float) -> None:  # noqa: B027 -- most have nothing to do
         """Called after each `on_answer`, when whoever waits for it has been told."""
 
@@ -103,6 +112,9 @@ class Task(ABC):
 
     @abstractmethod
     def _on_answer(self, context: Any, answer: LaneAnswer) -> None: ...
+
+    @abstractmethod
+    def _lose(self, context: Any) -> None: ...
 
 
 @dataclass(slots=True, eq=False)
@@ -118,6 +130,8 @@ class LaneCounters:
 
     messages: int = 0
     bytes: int = 0
+    lost: int = 0
+    """Messages that were under way when their link was lost: what was in them is sent again."""
 
 
 class SendLane(LinkThread):
@@ -132,6 +146,7 @@ class SendLane(LinkThread):
         lane: int,
         prepare: Callable[[], None],
         idle: Callable[[], None],
+        next_sequence: Callable[[], int],
         bucket: SharedBucket,
         *,
         window_frames: int,
@@ -141,13 +156,19 @@ class SendLane(LinkThread):
         secret: Secret | None,
     ) -> None:
         """`prepare` is called by the lane's thread before its first task: loads what takes long;
-        `idle` when it has had nothing to do for a while: has to be short. `performed` is set when
-        tasks that are waited for together have been put away."""
+        `idle` when it has had nothing to do for a while: has to be short. `next_sequence` is the
+        number of the next frame. `performed` is set when tasks that are waited for together have
+        been put away."""
         super().__init__(f"ferry-lane-{lane}", shared)
         self.counters = LaneCounters()
         self._url = url
+        self._context = context
+        self._session = session
+        self._lane = lane
+        self._secret = secret
         self._prepare = prepare
         self._idle = idle
+        self._next_sequence = next_sequence
         self._bucket = bucket
         self._window_frames = window_frames
         self._progress_timeout_s = progress_timeout_s
@@ -161,8 +182,10 @@ class SendLane(LinkThread):
         """Whether the receiver knows that the connection is this lane's; nothing is sent before."""
         self._buffer = np.empty(frame_bytes, np.uint8)
         """What the next message is made in, or the held one is."""
-        self._socket = open_dealer(context, routing_id(FIRST_DATA_LANE + lane, session), secret)
-        self._watch = Watch(self._socket)
+        self._link: int | None = None
+        """The number of the link that the lane is connected on."""
+        self._poller = zmq.Poller()
+        self._poller.register(self._wakeup, zmq.POLLIN)
 
     def submit(self, task: Task) -> None:
         """Add a task. From any thread."""
@@ -176,32 +199,64 @@ class SendLane(LinkThread):
     def run(self) -> None:
         """Work on tasks until the session is over."""
         try:
-            connect(self._socket, self._url)
+            self._follow_link()
             self._prepare()
             self._loop()
         finally:
+            self._disconnect()
+
+    def _follow_link(self) -> None:
+        """Leave a link that is lost, and connect on the present one."""
+        with self.shared.lock:
+            present = self.shared.link_no if self.shared.joinable else None
+        if self._link is not None and self._link != present:
+            self._disconnect()
+            self._lose_under_way()
+        if self._link is None and present is not None:
+            self._link = present
+            identity = routing_id(FIRST_DATA_LANE + self._lane, self._session, present)
+            self._socket = open_dealer(self._context, identity, self._secret)
+            self._watch = Watch(self._socket)
+            self._poller.register(self._socket, zmq.POLLIN)
+            self._poller.register(self._watch.monitor, zmq.POLLIN)
+            connect(self._socket, self._url)
+            self._progress_by = time.monotonic() + self._progress_timeout_s
+
+    def _disconnect(self) -> None:
+        if self._link is not None:
+            self._link, self._welcome, self._progress_by = None, False, float("inf")
+            self._poller.unregister(self._socket)
+            self._poller.unregister(self._watch.monitor)
             self._watch.close()
             self._socket.close(linger=0)
 
+    def _lose_under_way(self) -> None:
+        self.counters.lost += len(self._under_way)
+        if self._held is not None:
+            self._under_way.append(self._held)
+            self._held = None
+        while self._under_way:
+            message = self._under_way.popleft()
+            message.task.lose(message.outgoing.context)
+        self._put_away()
+
     def _loop(self) -> None:
-        poller = zmq.Poller()
-        poller.register(self._wakeup, zmq.POLLIN)
-        poller.register(self._socket, zmq.POLLIN)
-        poller.register(self._watch.monitor, zmq.POLLIN)
         looked = time.monotonic()
         self._progress_by = looked + self._progress_timeout_s
         while not self.shared.over:
+            self._follow_link()
             again = self._advance()
-            self._watch.enforce()
-            ready = wait(poller, min(again, time.monotonic() + WATCH_S, self._progress_by))
+            ready = wait(self._poller, min(again, time.monotonic() + WATCH_S, self._progress_by))
             if self._wakeup.fileno() in ready:
                 self._wakeup.clear()
             elif not ready and not self._tasks:
                 self._idle()
-            if self._watch.monitor in ready:
-                self._look_at_connection()
-            if self._socket in ready:
-                self._receive()
+            if self._link is not None:
+                self._watch.enforce()
+                if self._watch.monitor in ready:
+                    self._look_at_connection()
+                if self._socket in ready:
+                    self._receive()
             now = time.monotonic()
             if now - looked > LISTENING_S:
                 # This process was stopped, or found no processor: what the receiver has answered
@@ -210,15 +265,20 @@ class SendLane(LinkThread):
             looked = now
             if now > self._progress_by:
                 missing = "applied nothing" if self._welcome else "welcomed no lane"
-                raise PeerLost(f"the receiver has {missing} for {self._progress_timeout_s:g} s")
+                self._suspect(f"the receiver has {missing} for {self._progress_timeout_s:g} s")
+                self._progress_by = float("inf")
 
     def _look_at_connection(self) -> None:
         for event, _fd in self._watch.events():
             if event is ConnectionEvent.READY and not self._welcome:
-                self._socket.send(LANE_HELLO, zmq.NOBLOCK)
+                self._socket.send(LaneHello(self._next_sequence()).pack(), zmq.NOBLOCK)
             # Before, the receiver may have taken it for a stranger's: libzmq makes another one.
             elif event is ConnectionEvent.GONE and self._welcome:
-                self.shared.suspect(PeerLost("a lane's connection to the receiver has ended"))
+                self._suspect("a lane's connection to the receiver has ended")
+
+    def _suspect(self, why: str) -> None:
+        assert self._link is not None
+        self.shared.suspect(PeerLost(why), self._link)
 
     def _advance(self) -> float:
         """Produce and send at most one message; returns when to come back (0: at once)."""
@@ -271,6 +331,8 @@ class SendLane(LinkThread):
             if message_type(parts[0].buffer) == MessageType.LANE_WELCOME:
                 if not self._welcome:
                     self._welcome, self._progress_by = True, float("inf")
+                    assert self._link is not None
+                    self.shared.join(self._lane, self._link)
                 continue
             answer = unpack_answer(parts[0].buffer)
             if not self._under_way:

@@ -100,6 +100,10 @@ class LaneSource:
         if self._encoder is not None:
             self._encoder.replica.touch_ahead(self._lane)
 
+    def next_sequence(self) -> int:
+        """The number of the next frame."""
+        return self.sequence
+
     @property
     def files(self) -> Files:
         """What lies behind the memory."""
@@ -184,7 +188,7 @@ class _Sent:
     indices: Indices
     """Pages it was made of, those left out as equal included."""
     full: bool
-    """Whether its pages are resent ones, encoded so that they cannot be rejected."""
+    """Whether its pages are sent once more, encoded so that they cannot be rejected."""
 
 
 class RoundShare(Task):
@@ -198,18 +202,19 @@ class RoundShare(Task):
         self._round_no = round_no
         self._indices = np.ascontiguousarray(indices, np.uint32)
         self._start = 0
-        self._rejected: deque[Indices] = deque()
+        self._again: deque[Indices] = deque()
+        """Pages that were rejected, or lost with a link: to be sent once more, in full."""
         self._resending = False
 
     def _has_more(self) -> bool:
-        return self._start < self._indices.size or bool(self._rejected)
+        return self._start < self._indices.size or bool(self._again)
 
     def _produce(self, buffer: Memory) -> Outgoing | None:
-        if self._start == self._indices.size and self._rejected:
-            self._indices = np.concatenate(self._rejected)
+        if self._start == self._indices.size and self._again:
+            self._indices = np.concatenate(self._again)
             self._start = 0
             self._resending = True
-            self._rejected.clear()
+            self._again.clear()
         frame = self._lane.encode(
             self._indices,
             self._start,
@@ -236,9 +241,15 @@ class RoundShare(Task):
         if context.full or not np.isin(rejected, context.indices).all():
             raise RecordError("the receiver rejects pages that needed no base or were not sent")
         self._lane.forget(rejected)
-        self._rejected.append(rejected)
+        self._again.append(rejected)
         self.counters.done -= rejected.size
         self.counters.resent += rejected.size
+
+    def _lose(self, context: _Sent) -> None:
+        # Whether they were applied is not known, so nothing may be built on them.
+        self._lane.choice.lost()
+        self._lane.forget(context.indices)
+        self._again.append(context.indices)
 
     def after_answer(self, now: float) -> None:
         """The choice of a codec learns from it."""

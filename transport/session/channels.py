@@ -12,6 +12,9 @@ what its *transport* has got: that is what a flush waits for::
     application   queue ──► under way ──► arrived ──► taken     application
                   └─────────────── window ─────────────┘
                   └────── flush ──────────┘
+
+What was sent is kept until it is known to have arrived. When a link is made anew, each end says
+what it has got (`Conversation.position`), and the rest is sent again (`Conversation.resume`).
 """
 
 from __future__ import annotations
@@ -26,8 +29,10 @@ from transport.wire.records import (
     MIN_PEER_TIMEOUT_MS,
     Attached,
     ControlMessage,
+    Hold,
     Ping,
     Pong,
+    Position,
     RecordCredit,
     RecordMessage,
     TunnelCredit,
@@ -75,6 +80,8 @@ class RecordChannel:
         self.received = 0
         """Records that arrived."""
         self._outbox: deque[RecordMessage] = deque()
+        self._kept: deque[RecordMessage] = deque()
+        """Sent, and not known to have arrived."""
         self._sent_cost = 0
         self._peer_consumed_cost = 0
         self._inbox: deque[Record] = deque()
@@ -126,8 +133,22 @@ class RecordChannel:
             raise RecordError("the peer acknowledges records that were not sent")
         if not self._peer_consumed_cost <= message.consumed_cost <= self._sent_cost:
             raise RecordError("the peer gives credit for records that were not sent")
-        self.delivered = message.received
+        self._has_arrived(message.received)
         self._peer_consumed_cost = message.consumed_cost
+
+    def resume(self, received: int) -> None:
+        """A new link: the peer has got so many records, and gets the others again."""
+        if not self.delivered <= received <= self.sent - len(self._outbox):
+            raise RecordError("the peer resumes behind records that it does not have")
+        self._has_arrived(received)
+        self._outbox.extendleft(reversed(self._kept))
+        self._kept.clear()
+        self._told = RecordCredit(0, 0)
+
+    def _has_arrived(self, received: int) -> None:
+        self.delivered = received
+        while self._kept and self._kept[0].sequence < received:
+            self._kept.popleft()
 
     def owes_credit(self) -> bool:
         """Whether the peer has to hear what arrived or was taken."""
@@ -139,7 +160,10 @@ class RecordChannel:
         if self.owes_credit():
             self._told = RecordCredit(self.received, self._consumed_cost)
             return self._told.pack()
-        return self._outbox.popleft().pack() if self._outbox else None
+        if not self._outbox:
+            return None
+        self._kept.append(self._outbox.popleft())
+        return self._kept[-1].pack()
 
 
 class TunnelChannel:
@@ -158,11 +182,14 @@ class TunnelChannel:
         self._chunk_bytes = chunk_bytes
         self._outbox: deque[tuple[TunnelHead, memoryview]] = deque()
         self._outbox_bytes = 0
+        self._kept: deque[tuple[TunnelHead, memoryview]] = deque()
+        """Sent, and not known to have arrived."""
         self._eof_unsent = False
         self._peer_consumed = 0
         self._inbox: deque[bytes | bytearray] = deque()
         self._consumed = 0
-        self._peer_ended = False
+        self.peer_ended = False
+        """Whether the peer has closed its direction."""
         self._told = TunnelCredit(0, 0)
 
     def try_queue(self, data: memoryview) -> int:
@@ -178,13 +205,13 @@ class TunnelChannel:
 
     def end(self) -> None:
         """Close this direction; nothing may be queued afterwards."""
-        self._eof_unsent = not self.ended
+        self._eof_unsent |= not self.ended
         self.ended = True
 
     def take(self, max_bytes: int) -> bytes | None:
         """The next bytes that arrived; b"" at the end, None: nothing there yet."""
         if not self._inbox:
-            return b"" if self._peer_ended else None
+            return b"" if self.peer_ended else None
         chunk = self._inbox.popleft()
         if len(chunk) > max_bytes:
             self._inbox.appendleft(chunk[max_bytes:])
@@ -194,7 +221,7 @@ class TunnelChannel:
 
     def on_data(self, head: TunnelHead, data: bytes) -> None:
         """Bytes arrived."""
-        if self._peer_ended or head.value != self.received or not data:
+        if self.peer_ended or head.value != self.received or not data:
             raise RecordError("the peer's tunnel bytes are out of order, empty, or after their end")
         if len(data) > MAX_TUNNEL_CHUNK_BYTES:
             raise RecordError(f"a tunnel chunk of {len(data)} bytes")
@@ -214,9 +241,9 @@ class TunnelChannel:
 
     def on_eof(self, message: TunnelEof) -> None:
         """The peer closed its direction."""
-        if self._peer_ended or message.value != self.received:
+        if self.peer_ended or message.value != self.received:
             raise RecordError("the peer's tunnel ends twice or at the wrong place")
-        self._peer_ended = True
+        self.peer_ended = True
 
     def on_credit(self, message: TunnelCredit) -> None:
         """The peer says what it has got and taken."""
@@ -224,8 +251,29 @@ class TunnelChannel:
             raise RecordError("the peer acknowledges tunnel bytes that were not sent")
         if not self._peer_consumed <= message.consumed <= message.received:
             raise RecordError("the peer gives credit for tunnel bytes that were not sent")
-        self.delivered = message.received
+        self._has_arrived(message.received)
         self._peer_consumed = message.consumed
+
+    def resume(self, received: int, ended: bool) -> None:
+        """A new link: the peer has got so many bytes, and the end of them if `ended`; it gets the
+        others again."""
+        if not self.delivered <= received <= self.sent - self._outbox_bytes:
+            raise RecordError("the peer resumes behind tunnel bytes that it does not have")
+        if ended and (self._eof_unsent or not self.ended or received != self.sent):
+            raise RecordError("the peer resumes behind the end of a tunnel that has not ended")
+        self._has_arrived(received)
+        self._outbox.extendleft(reversed(self._kept))
+        if received != (self._outbox[0][0].value if self._outbox else self.sent):
+            raise RecordError("the peer resumes within a message of the tunnel")
+        self._outbox_bytes += sum(len(data) for _, data in self._kept)
+        self._kept.clear()
+        self._eof_unsent = self.ended and not ended
+        self._told = TunnelCredit(0, 0)
+
+    def _has_arrived(self, received: int) -> None:
+        self.delivered = received
+        while self._kept and self._kept[0][0].value < received:
+            self._kept.popleft()
 
     def owes_credit(self) -> bool:
         """Whether the peer has to hear what arrived or was taken."""
@@ -244,6 +292,7 @@ class TunnelChannel:
         if self._outbox:
             head, data = self._outbox.popleft()
             self._outbox_bytes -= len(data)
+            self._kept.append((head, data))
             return head.pack(), data
         if self._eof_unsent:
             self._eof_unsent = False
@@ -281,6 +330,10 @@ class Conversation:
         self._heard = now
         self._looked = now
         self._urgent: deque[bytes] = deque()
+        self._attached: int | None = None
+        """Pages that this side has attached."""
+        self._heard_pages = False
+        """Whether the receiver has told its pages on this link."""
 
     def ping_for(self, peer_timeout_s: float) -> None:
         """Ping as often as this side's timeout and the peer's ask for."""
@@ -288,10 +341,33 @@ class Conversation:
 
     def attach(self, n_pages: int) -> None:
         """Tell the peer that memory of this size is attached."""
+        self._attached = n_pages
         self._urgent.append(Attached(n_pages).pack())
 
+    def hold(self, window_ms: int) -> None:
+        """Tell the receiver how long a lost link is to be waited for."""
+        self._urgent.append(Hold(window_ms).pack())
+
+    @property
+    def position(self) -> Position:
+        """What this side has got."""
+        return Position(self.records.received, self.tunnel.received, self.tunnel.peer_ended)
+
+    def resume(self, theirs: Position, now: float) -> None:
+        """A new link, to a peer that has got `theirs`: what that lacks goes again."""
+        self.records.resume(theirs.records)
+        self.tunnel.resume(theirs.tunnel, theirs.tunnel_ended)
+        self._urgent.clear()
+        self._heard_pages = False
+        if self._attached is not None:
+            self._urgent.append(Attached(self._attached).pack())
+        self._heard = now
+        if self._next_ping is not None:
+            self._next_ping = now
+
     def on_control(self, message: ControlMessage, now: float) -> None:
-        """A message of the control lane arrived. BYE, which ends it all, is not for here."""
+        """A message of the control lane arrived. BYE and HOLD, which are the session's, are not for
+        here."""
         self._heard = now
         match message:
             case RecordMessage():
@@ -305,8 +381,10 @@ class Conversation:
             case Pong():
                 self.round_trip_ns = max(0, int(now * 1e9) - message.value)
             case Attached():
-                if self.peer_pages is not None or self._next_ping is None:
+                other = self.peer_pages not in (None, message.value)
+                if other or self._heard_pages or self._next_ping is None:
                     raise RecordError("the peer attaches memory twice, or is not the receiver")
+                self._heard_pages = True
                 self.peer_pages = message.value
 
     def on_tunnel(

@@ -24,6 +24,7 @@ from transport.wire.records import (
     CONTROL_LANE,
     TUNNEL_LANE,
     Bye,
+    Hold,
     Ping,
     Pong,
     unpack_control,
@@ -50,6 +51,33 @@ class ControlThread(LinkThread):
         self._tunnel_due: float | None = None
         """When `_unsent_tunnel` may go, in monotonic seconds."""
         self._unsent_credit: bytes | None = None
+        self._poller = zmq.Poller()
+        self._poller.register(shared.wakeup, zmq.POLLIN)
+        for zsocket in sockets:
+            self._poll(zsocket)
+
+    def _poll(self, zsocket: zmq.Socket[bytes]) -> None:
+        self._poller.register(zsocket, zmq.POLLIN)
+        self._poller.register(self._watches[zsocket].monitor, zmq.POLLIN)
+
+    def _replace(self, sockets: Sequence[zmq.Socket[bytes]]) -> None:
+        """Use these sockets instead of the ones before, which are closed: what they still have
+        is lost."""
+        before = self._watches
+        self._watches = {zsocket: Watch(zsocket) for zsocket in sockets}
+        for zsocket in sockets:
+            self._poll(zsocket)
+        for zsocket, watch in before.items():
+            self._poller.unregister(zsocket)
+            self._poller.unregister(watch.monitor)
+            watch.close()
+            zsocket.close(linger=0)
+        self._drop_unsent()
+
+    def _drop_unsent(self) -> None:
+        """What was about to be sent was for a link that is lost."""
+        self._unsent_control = self._unsent_tunnel = None
+        self._unsent_credit = self._tunnel_due = None
 
     def run(self) -> None:
         """Greet or be greeted, then carry both channels until the session is over."""
@@ -73,18 +101,13 @@ class ControlThread(LinkThread):
 
     def _loop(self) -> int:
         """Returns how long the sockets may linger, in ms."""
-        poller = zmq.Poller()
-        poller.register(self.shared.wakeup, zmq.POLLIN)
-        for zsocket, watch in self._watches.items():
-            poller.register(zsocket, zmq.POLLIN)
-            poller.register(watch.monitor, zmq.POLLIN)
         while not self.shared.over:
             now = time.monotonic()
             again = min(self._check_deadlines(now), self._send(now), now + WATCH_S)
             if self.shared.closing is Closing.DRAIN and self._drained(now):
                 self._handle(Event.LEAVE, "")
                 return max(1, int((self.shared.drain_until - now) * 1000))
-            ready = wait(poller, again)
+            ready = wait(self._poller, again)
             if self.shared.wakeup.fileno() in ready:
                 self.shared.wakeup.clear()
             for zsocket, watch in self._watches.items():
@@ -100,15 +123,21 @@ class ControlThread(LinkThread):
     def _check_deadlines(self, now: float) -> float:
         """Raise what is due; returns when to look again."""
         with self.shared.lock:
-            again = min(self.shared.check_suspicion(now), self._greeting.deadline)
-            due = Event.TIMEOUT if now >= self._greeting.deadline else None
+            talk = self.shared.talk
+            again, lost = self.shared.check_suspicion(now)
+            again = min(again, self._greeting.deadline)
+            due = Event.LOSS if lost is not None else None
             if self._greeting.allows(Event.SILENCE):
-                again = min(again, self.shared.talk.deadline())
-                if self.shared.talk.silent(now):
+                again = min(again, talk.deadline())
+                if talk.silent(now):
                     due = Event.SILENCE
-        if due is not None:
-            self._handle(due)
-        return again
+                    lost = PeerLost(f"the peer has been silent for {talk.peer_timeout_s:g} s")
+            if now >= self._greeting.deadline:
+                due = Event.TIMEOUT
+        if due is None:
+            return again
+        self._handle(due, lost)
+        return now
 
     def _drained(self, now: float) -> bool:
         """Whether everything arrived, or time is up."""
@@ -125,17 +154,31 @@ class ControlThread(LinkThread):
         for action in actions:
             match action:
                 case Action.SUSPECT_LOSS:
-                    self.shared.suspect(PeerLost(detail))
+                    self.shared.suspect(PeerLost(detail), self.shared.link_no)
                 case Action.SAY_FAREWELL:
                     self._try_send(CONTROL_LANE, Bye(detail).pack())
-                case Action.END_SILENT:
+                case Action.DROP_LINK:
+                    self._drop_unsent()
+                    why = str(detail) if isinstance(detail, PeerLost) else "the sender has lost it"
+                    self.shared.lose_link(why, time.monotonic())
+                    self._drop_link()
+                case Action.TELL_RESUMED:
+                    self.shared.regain_link()
+                case Action.END_LOST:
+                    raise detail
+                case Action.END_NOT_RESUMED:
+                    link = self.shared.link
+                    waited_s = time.monotonic() - link.lost_at
                     raise PeerLost(
-                        f"the peer has been silent for {self.shared.talk.peer_timeout_s:g} s"
+                        f"{link.lost}, and in {waited_s:.0f} s the link could not be made anew"
                     )
                 case Action.END_CLOSED:
                     raise PeerClosed(detail.reason)
                 case _:
                     self._perform(action, detail)
+
+    def _drop_link(self) -> None:
+        """Heed nothing of the present link any more."""
 
     @abstractmethod
     def _perform(self, action: Action, detail: Any) -> None:
@@ -223,10 +266,17 @@ class ControlThread(LinkThread):
         if isinstance(unpacked, Bye):
             self._handle(Event.FAREWELL, unpacked)
             return
+        if isinstance(unpacked, Hold):
+            self._on_hold(unpacked)
+            return
         self._handle(Event.ALIVE if isinstance(unpacked, Ping | Pong) else Event.CHANNEL)
         with self.shared.lock:
             self.shared.talk.on_control(unpacked, time.monotonic())
         self.shared.changed.notify()
+
+    def _on_hold(self, message: Hold) -> None:
+        """The peer says what becomes of a lost link."""
+        raise RecordError("the receiver says what becomes of a lost link")
 
     def _on_tunnel(self, parts: Sequence[zmq.Frame]) -> None:
         """A message of the session's tunnel."""
@@ -247,6 +297,6 @@ def only_part(parts: Sequence[zmq.Frame], what: str) -> zmq.Frame:
     return parts[0]
 
 
-def is_lane_word(word: bytes, parts: Sequence[zmq.Frame]) -> bool:
-    """Whether a message is this one, `LANE_HELLO` or `LANE_WELCOME`."""
+def is_word(word: bytes, parts: Sequence[zmq.Frame]) -> bool:
+    """Whether a message is this one, which is short."""
     return len(parts) == 1 and len(parts[0]) == len(word) and parts[0].bytes == word

@@ -10,7 +10,13 @@ Owns what may happen when. Pure: events and the time in, actions out; sockets ar
                   └───────────── answer sent ────────────────┘
 
 From HEARD or GREETED on, a lost connection, silence or BYE ends the session; before, a sender goes
-on calling until its time is up.
+on calling until its time is up. While the session is held, a lost link is made anew instead::
+
+    both      OPEN ── hold ──► HELD ── release ──► OPEN
+    sender    HELD ── lost ──► LOST ── connected ──► RESUMING ── resumed ──► REJOINING ──► HELD
+                                ▲                       └────── lost ───────────┘
+                                └───────────────────────────────┘
+    receiver  HELD ── lost ──► LOST ── RESUME ──► HELD;  HELD ── RESUME ──► HELD
 
 An event that its state does not list is a fault: of the peer, `RecordError`, if the peer can cause
 it, else of this side, `RuntimeError`.
@@ -48,6 +54,14 @@ class State(Enum):
     """Receiver: the user has refused; the answer has not gone out."""
     OPEN = "open"
     """Both: everything may be said."""
+    HELD = "open and held"
+    """Both: as OPEN, but a lost link is made anew."""
+    LOST = "without a link"
+    """Both: the link is lost. The sender calls again, the receiver waits for that."""
+    RESUMING = "resuming"
+    """Sender: RESUME was sent on a new link."""
+    REJOINING = "joining its lanes again"
+    """Sender: the receiver goes on with the session; tunnel or lanes are not welcome yet."""
     ENDED = "at its end"
     """Both: nothing is said any more."""
 
@@ -63,12 +77,36 @@ class Event(Enum):
     """Sender: a connection of the tunnel speaks ZMTP."""
     TUNNEL_LOST = auto()
     """Sender: a connection of the tunnel has ended."""
+    LANE_LOST = auto()
+    """Receiver: a connection of the tunnel or of a data lane has ended."""
     TUNNEL_WELCOME = auto()
     """Sender: LANE_WELCOME on the tunnel."""
     LANE_HELLO = auto()
     """Receiver: LANE_HELLO of the tunnel or of a data lane."""
     CONNECTION_LOST = auto()
     """A connection that the session cannot be without has ended."""
+    LOSS = auto()
+    """The link does not work: a connection of it ended, and nothing that is queued says more."""
+    HOLD = auto()
+    """Sender: from here on a lost link is made anew."""
+    TOLD_HOLD = auto()
+    """Receiver: HOLD, which says so."""
+    RELEASE = auto()
+    """Sender: from here on a lost link ends the session."""
+    TOLD_RELEASE = auto()
+    """Receiver: HOLD, which says so."""
+    STALLED = auto()
+    """Sender: an attempt to make the link anew has had its time."""
+    RESUME = auto()
+    """Receiver: a valid RESUME, on a newer link than the present one."""
+    RESUME_OF_OTHER = auto()
+    """Receiver: RESUME of a session that is not the present one."""
+    RESUMED = auto()
+    """Sender: RESUMED, which is valid."""
+    FORGOTTEN = auto()
+    """Sender: FORGOTTEN: the receiver does not know the session."""
+    REJOINED = auto()
+    """Sender: tunnel and lanes are welcome on the new link."""
     HELLO = auto()
     """Receiver: a valid HELLO of a session that is not the present one."""
     HELLO_AGAIN = auto()
@@ -113,6 +151,12 @@ FROM_PEER: Final = frozenset(
         Event.HELLO,
         Event.HELLO_AGAIN,
         Event.HELLO_OF_OTHER_VERSION,
+        Event.TOLD_HOLD,
+        Event.TOLD_RELEASE,
+        Event.RESUME,
+        Event.RESUME_OF_OTHER,
+        Event.RESUMED,
+        Event.FORGOTTEN,
         Event.ACCEPTED,
         Event.REFUSED,
         Event.BUSY,
@@ -148,7 +192,26 @@ class Action(Enum):
     ANSWER_OTHER_VERSION = auto()
     """Send the stranger a HELLO_REPLY that says so."""
     SUSPECT_LOSS = auto()
-    """End with PeerLost soon, unless what is still queued says more."""
+    """`LOSS` soon, unless what is still queued says more."""
+    SAY_HOLD = auto()
+    """Send HOLD, with how long a lost link is waited for."""
+    SAY_RELEASE = auto()
+    """Send HOLD, with no time at all."""
+    DROP_LINK = auto()
+    """Heed nothing of the present link any more, and tell the user that it is lost."""
+    CALL_AGAIN = auto()
+    """Give up the connections there are, and connect on a link of the next number."""
+    SEND_RESUME = auto()
+    """Send RESUME on the new control connection."""
+    REJOIN = auto()
+    """Send again what the receiver lacks; connect the tunnel, and let the lanes do so."""
+    TAKE_OVER = auto()
+    """Drop the present link for that of the RESUME, send again what the sender lacks, answer
+    RESUMED."""
+    TELL_RESUMED = auto()
+    """Tell the user that the session goes on."""
+    ANSWER_FORGOTTEN = auto()
+    """Send the stranger FORGOTTEN."""
     SAY_FAREWELL = auto()
     """Send BYE, as well as possible."""
     END_NOBODY = auto()
@@ -165,8 +228,12 @@ class Action(Enum):
     """PeerLost: the receiver lives and does not decide."""
     END_SHUT_OUT = auto()
     """PeerLost: the receiver accepts no further connections."""
-    END_SILENT = auto()
-    """PeerLost: the peer is silent."""
+    END_LOST = auto()
+    """PeerLost: the link does not work, or the peer is silent."""
+    END_NOT_RESUMED = auto()
+    """PeerLost: the lost link did not come back in time."""
+    END_FORGOTTEN = auto()
+    """PeerLost: the receiver does not know the session."""
     END_CLOSED = auto()
     """PeerClosed."""
 
@@ -176,6 +243,8 @@ class Transition(NamedTuple):
 
     state: State
     actions: tuple[Action, ...] = ()
+    goes_on: bool = False
+    """Whether the time that is allowed goes on, though the state has one of its own."""
 
 
 Row = Mapping[Event, Transition]
@@ -214,8 +283,47 @@ def _live(own: State, *farewell: Action) -> dict[Event, Transition]:
         _on([_E.ALIVE], own)
         | _on([_E.CONNECTION_LOST], own, _A.SUSPECT_LOSS)
         | _on([_E.FAREWELL], _S.ENDED, _A.END_CLOSED)
-        | _on([_E.SILENCE], _S.ENDED, _A.END_SILENT)
+        | _on([_E.SILENCE, _E.LOSS], _S.ENDED, _A.END_LOST)
         | _on([_E.LEAVE, _E.FAIL], _S.ENDED, *farewell)
+    )
+
+
+def _open(own: State) -> dict[Event, Transition]:
+    """What is common to a sender's states in which everything may be said."""
+    return (
+        _live(own, _A.SAY_FAREWELL)
+        | _reachable(own)
+        | _on([_E.CHANNEL, _E.LANE, _E.TUNNEL_CONNECTED, _E.TUNNEL_WELCOME], own)
+        | _on([_E.TUNNEL_LOST], own, _A.SUSPECT_LOSS)
+        | _on([_E.HOLD], _S.HELD, *([_A.SAY_HOLD] if own is _S.OPEN else []))
+        | _on([_E.RELEASE], _S.OPEN, *([_A.SAY_RELEASE] if own is _S.HELD else []))
+    )
+
+
+def _again(own: State) -> dict[Event, Transition]:
+    """What is common to a sender's states without a link that works: it calls until its time is
+    up, or its user cannot wait any more."""
+    call = Transition(_S.LOST, (_A.CALL_AGAIN,), goes_on=True)
+    return (
+        dict.fromkeys([_E.LOSS, _E.STALLED], call)
+        | _on([_E.CONNECTION_LOST, _E.TUNNEL_LOST], own, _A.SUSPECT_LOSS)
+        | _reachable(own)
+        | _on([_E.HOLD], own)
+        | _on([_E.TIMEOUT, _E.RELEASE], _S.ENDED, _A.END_NOT_RESUMED)
+        | _on([_E.LEAVE, _E.FAIL], _S.ENDED)
+    )
+
+
+def _taken(own: State) -> dict[Event, Transition]:
+    """What is common to a receiver's states in which everything may be said."""
+    return (
+        _live(own, _A.SAY_FAREWELL)
+        | _strangers(own)
+        | _on([_E.CHANNEL, _E.LANE], own)
+        | _on([_E.LANE_HELLO], own, _A.WELCOME_LANE)
+        | _on([_E.LANE_LOST], own, *([_A.SUSPECT_LOSS] if own is _S.HELD else []))
+        | _on([_E.TOLD_HOLD], _S.HELD)
+        | _on([_E.TOLD_RELEASE], _S.OPEN)
     )
 
 
@@ -229,6 +337,7 @@ def _strangers(own: State) -> dict[Event, Transition]:
         _on([_E.HELLO], own, _A.ANSWER_BUSY)
         | _on([_E.HELLO_OF_OTHER_VERSION], own, _A.ANSWER_OTHER_VERSION)
         | _on([_E.HELLO_AGAIN], own)
+        | _on([_E.RESUME_OF_OTHER], own, _A.ANSWER_FORGOTTEN)
     )
 
 
@@ -252,11 +361,27 @@ SENDER: Final[Table] = {
         | _on([_E.TUNNEL_WELCOME], _S.OPEN)
         | _on([_E.TIMEOUT], _S.ENDED, _A.END_SHUT_OUT)
     ),
-    _S.OPEN: (
-        _live(_S.OPEN, _A.SAY_FAREWELL)
-        | _reachable(_S.OPEN)
-        | _on([_E.CHANNEL, _E.LANE, _E.TUNNEL_CONNECTED, _E.TUNNEL_WELCOME], _S.OPEN)
-        | _on([_E.TUNNEL_LOST], _S.OPEN, _A.SUSPECT_LOSS)
+    _S.OPEN: _open(_S.OPEN),
+    _S.HELD: (_open(_S.HELD) | _on([_E.LOSS, _E.SILENCE], _S.LOST, _A.DROP_LINK, _A.CALL_AGAIN)),
+    _S.LOST: (
+        _again(_S.LOST)
+        # Nobody may be there yet.
+        | _on([_E.CONNECTION_LOST], _S.LOST)
+        | _on([_E.CONNECTED], _S.RESUMING, _A.SEND_RESUME)
+    ),
+    _S.RESUMING: (
+        _again(_S.RESUMING)
+        | _on([_E.RESUMED], _S.REJOINING, _A.REJOIN)
+        | _on([_E.FORGOTTEN], _S.ENDED, _A.END_FORGOTTEN)
+    ),
+    _S.REJOINING: (
+        _again(_S.REJOINING)
+        | {_E.SILENCE: Transition(_S.LOST, (_A.CALL_AGAIN,), goes_on=True)}
+        | _on([_E.ALIVE, _E.CHANNEL, _E.LANE, _E.TUNNEL_WELCOME], _S.REJOINING)
+        | _on([_E.TUNNEL_CONNECTED], _S.REJOINING, _A.SEND_LANE_HELLO)
+        | _on([_E.TUNNEL_LOST], _S.REJOINING)
+        | _on([_E.FAREWELL], _S.ENDED, _A.END_CLOSED)
+        | _on([_E.REJOINED], _S.HELD, _A.TELL_RESUMED)
     ),
     _S.ENDED: _on([_E.FAIL], _S.ENDED),
 }
@@ -266,6 +391,7 @@ RECEIVER: Final[Table] = {
     _S.LISTENING: (
         _on([_E.HELLO], _S.GREETED, _A.TELL_HELLO)
         | _on([_E.HELLO_OF_OTHER_VERSION], _S.LISTENING, _A.ANSWER_OTHER_VERSION)
+        | _on([_E.RESUME_OF_OTHER], _S.LISTENING, _A.ANSWER_FORGOTTEN)
         | _on([_E.LEAVE, _E.FAIL], _S.ENDED)
     ),
     _S.GREETED: (
@@ -280,11 +406,19 @@ RECEIVER: Final[Table] = {
     _S.REFUSING: (
         _live(_S.REFUSING) | _strangers(_S.REFUSING) | _on([_E.ANSWERED], _S.LISTENING, _A.FORGET)
     ),
-    _S.OPEN: (
-        _live(_S.OPEN, _A.SAY_FAREWELL)
-        | _strangers(_S.OPEN)
-        | _on([_E.CHANNEL, _E.LANE], _S.OPEN)
-        | _on([_E.LANE_HELLO], _S.OPEN, _A.WELCOME_LANE)
+    _S.OPEN: _taken(_S.OPEN),
+    _S.HELD: (
+        _taken(_S.HELD)
+        | _on([_E.LOSS, _E.SILENCE], _S.LOST, _A.DROP_LINK)
+        # The sender may have noticed alone.
+        | _on([_E.RESUME], _S.HELD, _A.DROP_LINK, _A.TAKE_OVER, _A.TELL_RESUMED)
+    ),
+    _S.LOST: (
+        _strangers(_S.LOST)
+        | _on([_E.CONNECTION_LOST, _E.LANE_LOST], _S.LOST)
+        | _on([_E.RESUME], _S.HELD, _A.TAKE_OVER, _A.TELL_RESUMED)
+        | _on([_E.TIMEOUT], _S.ENDED, _A.END_NOT_RESUMED)
+        | _on([_E.LEAVE, _E.FAIL], _S.ENDED)
     ),
     # A user who answers does not know yet that there is nobody to hear it.
     _S.ENDED: _on([_E.ACCEPT, _E.REFUSE, _E.FAIL], _S.ENDED),
@@ -331,12 +465,12 @@ class Greeting:
             what = f"{event.name} does not belong in a session that is {self._state.value}"
             raise RecordError(what) if event in FROM_PEER else RuntimeError(what)
         if transition.state is not self._state:
-            self._enter(transition.state, now)
+            self._enter(transition.state, now, goes_on=transition.goes_on)
         return transition.actions
 
-    def _enter(self, state: State, now: float) -> None:
+    def _enter(self, state: State, now: float, *, goes_on: bool = False) -> None:
         self._state = state
         if not self.allows(Event.TIMEOUT):
             self._deadline = float("inf")
-        elif state in self._timeouts_s:
+        elif state in self._timeouts_s and not goes_on:
             self._deadline = now + self._timeouts_s[state]

@@ -19,6 +19,7 @@ import time
 from abc import ABC, abstractmethod
 from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from contextlib import asynccontextmanager
+from dataclasses import dataclass, replace
 from enum import Enum
 from typing import TypeVar
 
@@ -32,6 +33,7 @@ from transport.session.sockets import Wakeup
 from transport.wire.errors import LinkFailed, PeerLost, TransportError
 from transport.wire.extents import Extent, check_extents
 from transport.wire.frames import PAGE_BYTES
+from transport.wire.records import MAX_RESUME_MS
 
 GRACE_S = 0.05
 """From a connection's end to PeerLost: what the peer said last may still be in libzmq's queues of
@@ -48,6 +50,18 @@ class Closing(Enum):
     """Deliver what was queued, for a bounded time."""
     DROP = 2
     """Drop what was queued and end at once."""
+
+
+@dataclass(frozen=True, slots=True)
+class LinkState:
+    """Whether a session has a link at the moment."""
+
+    lost: str = ""
+    """Why it has none; empty while it has one."""
+    lost_at: float = 0.0
+    """When it was lost last; monotonic seconds."""
+    resumed: int = 0
+    """How often it was made anew."""
 
 
 class Signal:
@@ -87,6 +101,16 @@ class Shared:
         self.drain_until = 0.0
         self.failure: TransportError | None = None
         """The first error of the session; final."""
+        self.link = LinkState()
+        self.link_no = 0
+        """The number of the present link."""
+        self.joinable = True
+        """Whether the data lanes may connect on the present link."""
+        self.joined: set[int] = set()
+        """The data lanes that are welcome on the present link."""
+        self.hold: bool | None = None
+        """What the user wants of a lost link, until the control thread has heeded it: that it is
+        made anew, or that it ends the session."""
         self.changed = Signal()
         self.wakeup = Wakeup()
         """Of the thread that owns the control and tunnel sockets."""
@@ -110,20 +134,56 @@ class Shared:
             self.failure = self.failure or error
         self.wake_all()
 
-    def suspect(self, error: PeerLost) -> None:
-        """A connection ended: fail with `error` soon, unless what is still queued says more."""
+    def suspect(self, error: PeerLost, link_no: int) -> None:
+        """A connection of this link ended: it is lost soon, unless what is still queued says
+        more."""
         with self.lock:
-            self._suspicion = self._suspicion or (time.monotonic() + GRACE_S, error)
+            if link_no == self.link_no:
+                self._suspicion = self._suspicion or (time.monotonic() + GRACE_S, error)
         self.wakeup.set()
 
-    def check_suspicion(self, now: float) -> float:
-        """Raise the suspected loss once its grace is over; returns when to look again."""
+    def check_suspicion(self, now: float) -> tuple[float, PeerLost | None]:
+        """When to look again, and the suspected loss once its grace is over."""
         if self._suspicion is None:
-            return float("inf")
+            return float("inf"), None
         when, error = self._suspicion
-        if now >= when:
-            raise error
-        return when
+        return when, error if now >= when else None
+
+    def lose_link(self, why: str, now: float) -> None:
+        """The link is lost, and to be made anew."""
+        with self.lock:
+            self.link = replace(self.link, lost=why, lost_at=now)
+            self.joinable = False
+            self._suspicion = None
+        self.wake_all()
+
+    def begin_link(self, link_no: int) -> None:
+        """What happened on links before this one counts no more."""
+        with self.lock:
+            self.link_no = link_no
+            self.joined = set()
+            self.joinable = False
+            self._suspicion = None
+        self.wake_all()
+
+    def let_join(self) -> None:
+        """The data lanes may connect on the present link."""
+        with self.lock:
+            self.joinable = True
+        self.wake_all()
+
+    def join(self, lane: int, link_no: int) -> None:
+        """A data lane is welcome on this link."""
+        with self.lock:
+            if link_no == self.link_no:
+                self.joined.add(lane)
+        self.wakeup.set()
+
+    def regain_link(self) -> None:
+        """The session goes on, on the present link."""
+        with self.lock:
+            self.link = replace(self.link, lost="", resumed=self.link.resumed + 1)
+        self.wake_all()
 
     def start_closing(self, how: Closing) -> None:
         """Close; from DRAIN to DROP is possible, the other way is not."""
@@ -194,6 +254,17 @@ class SessionEnd(ABC):
     @abstractmethod
     def _threads(self) -> list[LinkThread]:
         """Those of the session; the one that owns the control lane first."""
+
+    @property
+    def link(self) -> LinkState:
+        """Whether there is a link at the moment."""
+        return self._shared.link
+
+    async def wait_link(self, known: LinkState) -> LinkState:
+        """Wait until `link` is another one than `known`, and return it."""
+        return await self._when(
+            lambda: None if self._shared.link == known else self._shared.link, look_first=True
+        )
 
     async def send_record(self, kind: int, payload: bytes, *, flush: bool = False) -> None:
         """Send a record; waits only while the peer's window is full.
@@ -315,6 +386,12 @@ def check_memory(memory: npt.NDArray[np.uint8], files: Sequence[Extent]) -> None
     if memory.size == 0 or memory.size % PAGE_BYTES or memory.ctypes.data % 8:
         raise ValueError(f"guest memory is whole pages of {PAGE_BYTES} bytes, 8-byte aligned")
     check_extents(files, memory.size // PAGE_BYTES)
+
+
+def check_resume_window(seconds: float) -> None:
+    """Raise ValueError for a window that no lost link can be given."""
+    if not 0 <= seconds * 1000 <= MAX_RESUME_MS:
+        raise ValueError(f"{seconds} s to make a lost link anew; 0 to an hour are possible")
 
 
 class LinkThread(ABC):

@@ -139,6 +139,15 @@ class Watch:
         else:
             connection.stranger = False
 
+    def drop_vouched(self) -> None:
+        """Shut down the connections of the session: its link is lost."""
+        for fd, connection in list(self._connections.items()):
+            if not connection.stranger:
+                with _duplicate(fd) as copy:
+                    if copy is not None and _name(copy) == connection.name:
+                        _shut_down(copy)
+        self._vouched.clear()
+
     def enforce(self) -> int:
         """Shut down the connections that keep too much, and give back what they kept; returns how
         many are shut down.

@@ -5,12 +5,13 @@ out. Page frames are `frames`' subject; what a message means, in which order, is
 `sender`'s and `receiver`'s.
 
 A session is one bound ROUTER at the receiver and several DEALERs at the sender, each with a
-routing id of 17 bytes: the lane (never 0, which ZeroMQ keeps for itself), then the session id::
+routing id of 21 bytes: the lane (never 0, which ZeroMQ keeps for itself), the session id, and the
+number of the link, which grows whenever a lost link is made anew::
 
-     0      1                           17
-    +------+---------------------------+
-    | lane | session id, 16 random B   |      lane: 1 control, 2 tunnel, 16 + n data lane n
-    +------+---------------------------+
+     0      1                           17          21
+    +------+---------------------------+-----------+
+    | lane | session id, 16 random B   | link u32  |   lane: 1 control, 2 tunnel, 16 + n data lane n
+    +------+---------------------------+-----------+
 
 Every message starts with its type in one byte; integers are little-endian and unaligned::
 
@@ -18,19 +19,23 @@ Every message starts with its type in one byte; integers are little-endian and u
       HELLO          | 1 | magic 8s | version u16 | session 16s | nonce 16s | lanes u8
                      | frame_bytes u32 | payload_bytes u32 | payload
       HELLO_REPLY    | 2 | magic 8s | version u16 | verdict u8 | window_frames u8
-                     | peer_timeout_ms u32 | payload_bytes u32 | payload
+                     | peer_timeout_ms u32 | resume_ms u32 | payload_bytes u32 | payload
       RECORD         | 3 | sequence u64 | kind u16 | payload_bytes u32 | payload
       RECORD_CREDIT  | 4 | received u64 | consumed_cost u64
       PING, PONG     | 5, 6 | stamp u64
       ATTACHED       | 7 | n_pages u64
       BYE            | 8 | reason_bytes u16 | reason (UTF-8)
+      HOLD           | 11 | window_ms u64
+      RESUME, RESUMED | 12, 13 | magic 8s | version u16 | link u32 | records u64 | tunnel u64
+                     | tunnel_ended u8 | mac 32s
+      FORGOTTEN      | 14 |
     tunnel lane, both directions; the data of TUNNEL is a message part of its own, so that it is
     not copied
       TUNNEL         | 16 | offset u64 |   + part: data
       TUNNEL_EOF     | 17 | offset u64 |
       TUNNEL_CREDIT  | 18 | received u64 | consumed u64 |
     tunnel and data lanes, towards the receiver and back, before anything else
-      LANE_HELLO     | 9 |
+      LANE_HELLO     | 9 | sequence u64
       LANE_WELCOME   | 10 |
     data lanes, towards the receiver (or a page frame, which starts with "v")
       COMPARE        | 33 | request u32 | block_pages u16 | n_runs u32
@@ -42,7 +47,13 @@ Every message starts with its type in one byte; integers are little-endian and u
       DIGEST_REPLY   | 36 | request u32 | digest 32s
 
 LANE_HELLO is sent as soon as the connection is there, and again on each new one until it is
-answered: from then on the receiver knows that the connection is the session's.
+answered: from then on the receiver knows that the connection is the session's. Its number is that
+of the lane's next frame; 0 on the tunnel.
+
+HOLD says how long a lost link is to be waited for from here on; 0: not at all. RESUME and RESUMED
+are the first messages on a new link's control lane. They say what their sender has got on the links
+before, and prove by a MAC that it knows the session (`resume_key`); who does not know it answers
+FORGOTTEN.
 
 HELLO and HELLO_REPLY keep their first eleven bytes in every version of the protocol, so that two
 versions can tell each other what they are.
@@ -51,6 +62,7 @@ versions can tell each other what they are.
 from __future__ import annotations
 
 import hashlib
+import hmac
 import struct
 from dataclasses import dataclass
 from enum import IntEnum
@@ -62,9 +74,10 @@ import numpy.typing as npt
 from transport.wire.errors import RecordError, VersionMismatch
 from transport.wire.frames import MAX_FRAME_PAGES
 
-PROTOCOL_VERSION = 5
+PROTOCOL_VERSION = 6
 SESSION_BYTES = 16
 NONCE_BYTES = 16
+MAC_BYTES = 32
 REGION_DIGEST_BYTES = 32
 
 MAX_DATA_LANES = 16
@@ -83,6 +96,9 @@ records and pages are not held up behind it."""
 MIN_PEER_TIMEOUT_MS = 500
 """Shortest silence that may count as a loss: below it a busy host looks like a dead one, and
 pings cost more than they tell."""
+MAX_RESUME_MS = 3_600_000
+"""Longest time that a lost link may be waited for: an hour."""
+MAX_LINK = 0xFFFFFFFF
 MAX_REASON_BYTES = 512
 """Text of a BYE, which a person reads."""
 MAX_COMPARE_PAGES = 16384
@@ -100,11 +116,13 @@ _M = TypeVar("_M")
 _MAGIC = b"vfioferr"
 _VERSION = struct.Struct("<B8sH")
 _HELLO = struct.Struct("<B8sH16s16sBII")
-_HELLO_REPLY = struct.Struct("<B8sHBBII")
+_HELLO_REPLY = struct.Struct("<B8sHBBIII")
 _RECORD = struct.Struct("<BQHI")
 _ONE_U64 = struct.Struct("<BQ")
 _TWO_U64 = struct.Struct("<BQQ")
 _BYE = struct.Struct("<BH")
+_ROUTING_ID = struct.Struct("<B16sI")
+_RESUME = struct.Struct("<B8sHIQQB")
 _ACK = struct.Struct("<BQI")
 _COMPARE = struct.Struct("<BIHI")
 _COMPARE_REPLY = struct.Struct("<BII")
@@ -130,6 +148,10 @@ class MessageType(IntEnum):
     BYE = 8
     LANE_HELLO = 9
     LANE_WELCOME = 10
+    HOLD = 11
+    RESUME = 12
+    RESUMED = 13
+    FORGOTTEN = 14
     TUNNEL = 16
     TUNNEL_EOF = 17
     TUNNEL_CREDIT = 18
@@ -140,8 +162,8 @@ class MessageType(IntEnum):
     DIGEST_REPLY = 36
 
 
-LANE_HELLO = bytes((MessageType.LANE_HELLO,))
 LANE_WELCOME = bytes((MessageType.LANE_WELCOME,))
+FORGOTTEN = bytes((MessageType.FORGOTTEN,))
 
 
 class Verdict(IntEnum):
@@ -153,15 +175,30 @@ class Verdict(IntEnum):
     BUSY = 4
 
 
-def routing_id(lane: int, session: bytes) -> bytes:
+def routing_id(lane: int, session: bytes, link: int = 0) -> bytes:
     """The ZMQ_ROUTING_ID of one of a session's connections."""
-    return bytes((lane,)) + session
+    return _ROUTING_ID.pack(lane, session, link)
+
+
+def split_routing_id(identity: bytes) -> tuple[int, bytes, int]:
+    """Lane, session and link of a routing id. Raises RecordError for one that is none of ours."""
+    if len(identity) != _ROUTING_ID.size:
+        raise RecordError(f"a routing id of {len(identity)} bytes")
+    lane, session, link = _ROUTING_ID.unpack(identity)
+    return lane, session, link
 
 
 def session_seed(session: bytes, nonce: bytes) -> int:
     """The digest seed (64 bit) that both sides derive from a greeting."""
     digest = hashlib.blake2b(session + nonce, digest_size=8, person=b"vfio-ferry seed")
     return int.from_bytes(digest.digest(), "little")
+
+
+def resume_key(session: bytes, nonce: bytes) -> bytes:
+    """What both ends of a session know, and prove to know when its link is made anew; nobody else
+    does where the greeting was encrypted."""
+    digest = hashlib.blake2b(session + nonce, digest_size=MAC_BYTES, person=b"vfio-ferry again")
+    return digest.digest()
 
 
 @dataclass(frozen=True, slots=True)
@@ -209,6 +246,8 @@ class HelloReply:
     verdict: Verdict
     window_frames: int
     peer_timeout_ms: int
+    resume_ms: int
+    """How long the receiver waits for a lost link at most."""
     payload: bytes
 
     def pack(self) -> bytes:
@@ -220,6 +259,7 @@ class HelloReply:
                 self.verdict,
                 self.window_frames,
                 self.peer_timeout_ms,
+                self.resume_ms,
                 len(self.payload),
             )
             + self.payload
@@ -229,15 +269,19 @@ class HelloReply:
     def unpack(cls, message: Buffer) -> Self:
         """Raises VersionMismatch for an answer of another version, RecordError for nonsense."""
         _check_version(message, MessageType.HELLO_REPLY)
-        _, _, _, verdict, window, timeout_ms, length = _head(_HELLO_REPLY, message, "HELLO_REPLY")
+        _, _, _, verdict, window, timeout_ms, resume_ms, length = _head(
+            _HELLO_REPLY, message, "HELLO_REPLY"
+        )
         if verdict not in Verdict.__members__.values():
             raise RecordError(f"HELLO_REPLY has the verdict {verdict}")
         if not 1 <= window <= MAX_WINDOW_FRAMES:
             raise RecordError(f"HELLO_REPLY announces a window of {window} frames")
         if timeout_ms < MIN_PEER_TIMEOUT_MS:
             raise RecordError(f"HELLO_REPLY announces a timeout of {timeout_ms} ms")
+        if resume_ms > MAX_RESUME_MS:
+            raise RecordError(f"HELLO_REPLY would wait {resume_ms} ms for a lost link")
         payload = _tail(_HELLO_REPLY, message, length, MAX_RECORD_BYTES, "HELLO_REPLY")
-        return cls(Verdict(verdict), window, timeout_ms, payload)
+        return cls(Verdict(verdict), window, timeout_ms, resume_ms, payload)
 
 
 @dataclass(frozen=True, slots=True)
@@ -309,6 +353,18 @@ class Attached(_Numbered):
     TYPE = MessageType.ATTACHED
 
 
+class Hold(_Numbered):
+    """From here on a lost link is waited for, for `value` ms; 0: not at all."""
+
+    TYPE = MessageType.HOLD
+
+
+class LaneHello(_Numbered):
+    """The connection is the session's; the lane's next frame has the number `value`."""
+
+    TYPE = MessageType.LANE_HELLO
+
+
 class TunnelEof(_Numbered):
     """The direction has ended after `value` bytes."""
 
@@ -352,6 +408,47 @@ class Bye:
         _, length = _head(_BYE, message, "BYE")
         text = _tail(_BYE, message, length, MAX_REASON_BYTES, "BYE").decode("utf-8", "replace")
         return cls("".join(char if char.isprintable() else "?" for char in text))
+
+
+@dataclass(frozen=True, slots=True)
+class Position:
+    """What one end of a session has got of the other's records and tunnel bytes."""
+
+    records: int
+    tunnel: int
+    tunnel_ended: bool
+
+
+@dataclass(frozen=True, slots=True)
+class Resumption:
+    """RESUME or RESUMED: the session goes on on a link of this number."""
+
+    type: MessageType
+    link: int
+    position: Position
+
+    def pack(self, key: bytes) -> bytes:
+        """With the proof that the session is known: `key` is its `resume_key`."""
+        at = self.position
+        body = _RESUME.pack(
+            self.type, _MAGIC, PROTOCOL_VERSION, self.link, at.records, at.tunnel, at.tunnel_ended
+        )
+        return body + _mac(body, key)
+
+    @classmethod
+    def unpack(cls, message: Buffer, expected: MessageType, key: bytes) -> Self:
+        """Raises VersionMismatch, or RecordError for nonsense and for one without the proof."""
+        _check_version(message, expected)
+        name = expected.name
+        _, _, _, link, records, tunnel, ended = _head(_RESUME, message, name)
+        mac = _tail(_RESUME, message, MAC_BYTES, MAC_BYTES, name)
+        if not hmac.compare_digest(mac, _mac(bytes(message[: _RESUME.size]), key)):
+            raise RecordError(f"{name} comes from somebody who does not know the session")
+        return cls(expected, link, Position(records, tunnel, bool(ended)))
+
+
+def _mac(body: bytes, key: bytes) -> bytes:
+    return hashlib.blake2b(body, key=key, digest_size=MAC_BYTES).digest()
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -462,7 +559,7 @@ class DigestReply:
         return cls(*_exact(_DIGEST_REPLY, message, "DIGEST_REPLY"))
 
 
-ControlMessage = RecordMessage | RecordCredit | Ping | Pong | Attached | Bye
+ControlMessage = RecordMessage | RecordCredit | Ping | Pong | Attached | Bye | Hold
 LaneRequest = Compare | Digest
 LaneAnswer = Ack | CompareReply | DigestReply
 
@@ -473,6 +570,7 @@ _CONTROL: dict[int, type[ControlMessage]] = {
     MessageType.PONG: Pong,
     MessageType.ATTACHED: Attached,
     MessageType.BYE: Bye,
+    MessageType.HOLD: Hold,
 }
 _TUNNEL: dict[int, type[TunnelHead | TunnelEof | TunnelCredit]] = {
     MessageType.TUNNEL: TunnelHead,

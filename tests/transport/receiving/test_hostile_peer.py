@@ -250,7 +250,7 @@ def compare(first: int, length: int, block_pages: int = 1) -> bytes:
         say(CONTROL_LANE, b""),
         say(CONTROL_LANE, b"\xee" * 40),
         say(CONTROL_LANE, SessionHello(bytes(16), bytes(16), 1, 1 << 20, b"").pack()),
-        say(CONTROL_LANE, HelloReply(Verdict.ACCEPTED, 4, 5000, b"").pack()),
+        say(CONTROL_LANE, HelloReply(Verdict.ACCEPTED, 4, 5000, 0, b"").pack()),
         say(CONTROL_LANE, [Ping(1).pack(), b"part"]),
         say(CONTROL_LANE, RecordMessage(1, 1, b"").pack()),
         say(CONTROL_LANE, RecordMessage(0, 1, b"").pack(), RecordMessage(0, 1, b"").pack()),

@@ -21,7 +21,6 @@ from transport.sender import Sender, SenderOptions, open_sender
 from transport.wire.errors import PeerClosed, PeerLost, PeerUnreachable, RecordError, TransportError
 from transport.wire.records import (
     FIRST_DATA_LANE,
-    LANE_HELLO,
     LANE_WELCOME,
     TUNNEL_LANE,
     Ack,
@@ -30,6 +29,7 @@ from transport.wire.records import (
     CompareReply,
     DigestReply,
     HelloReply,
+    LaneHello,
     MessageType,
     Ping,
     Pong,
@@ -70,7 +70,7 @@ class HostileReceiver(threading.Thread):
             if not self._router.poll(10):
                 continue
             identity, *parts = self._router.recv_multipart()
-            if parts == [LANE_HELLO]:
+            if parts == [LaneHello(0).pack()]:
                 self._router.send_multipart([identity, LANE_WELCOME], zmq.NOBLOCK)
                 continue
             for target, reply in self._answer(identity, parts[0]):
@@ -88,7 +88,7 @@ class HostileReceiver(threading.Thread):
 
 
 def accept(identity: bytes) -> list[tuple[bytes, list[bytes]]]:
-    return [(identity, [HelloReply(Verdict.ACCEPTED, 4, 5000, b"").pack()])]
+    return [(identity, [HelloReply(Verdict.ACCEPTED, 4, 5000, 0, b"").pack()])]
 
 
 class Script:
@@ -174,11 +174,11 @@ async def use_tunnel(sender: Sender) -> None:
     [
         b"",
         b"\xee" * 50,
-        HelloReply(Verdict.ACCEPTED, 4, 5000, b"").pack()[:-1],
-        HelloReply(Verdict.ACCEPTED, 0, 5000, b"").pack(),
-        HelloReply(Verdict.ACCEPTED, 255, 5000, b"").pack(),
-        HelloReply(Verdict.ACCEPTED, 4, 1, b"").pack(),
-        HelloReply(Verdict.ACCEPTED, 4, 5000, bytes((1 << 20) + 1)).pack(),
+        HelloReply(Verdict.ACCEPTED, 4, 5000, 0, b"").pack()[:-1],
+        HelloReply(Verdict.ACCEPTED, 0, 5000, 0, b"").pack(),
+        HelloReply(Verdict.ACCEPTED, 255, 5000, 0, b"").pack(),
+        HelloReply(Verdict.ACCEPTED, 4, 1, 0, b"").pack(),
+        HelloReply(Verdict.ACCEPTED, 4, 5000, 0, bytes((1 << 20) + 1)).pack(),
         SessionHello(bytes(16), bytes(16), 1, 1 << 20, b"").pack(),
     ],
 )
@@ -197,7 +197,7 @@ def test_i9_a_receiver_that_never_answers_is_unreachable() -> None:
         [b"\xee" * 50],
         [RecordMessage(0, 1, b"").pack(), b"part"],
         [RecordMessage(5, 1, b"").pack()],
-        [HelloReply(Verdict.ACCEPTED, 4, 5000, b"").pack()],
+        [HelloReply(Verdict.ACCEPTED, 4, 5000, 0, b"").pack()],
         [Attached(N_PAGES).pack()],
         [RecordCredit(1, 0).pack()],
         [RecordCredit(0, 1 << 60).pack()],

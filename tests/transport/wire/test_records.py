@@ -19,10 +19,14 @@ from transport.wire.records import (
     Digest,
     DigestReply,
     HelloReply,
+    Hold,
+    MessageType,
     Ping,
     Pong,
+    Position,
     RecordCredit,
     RecordMessage,
+    Resumption,
     SessionHello,
     TunnelCredit,
     TunnelEof,
@@ -72,6 +76,7 @@ MESSAGES = st.one_of(
         st.sampled_from(Verdict),
         st.integers(1, 64),
         st.integers(500, 1 << 31),
+        st.integers(0, 3_600_000),
         PAYLOAD,
     ),
     st.builds(RecordMessage, U64, U16, PAYLOAD),
@@ -79,6 +84,7 @@ MESSAGES = st.one_of(
     st.builds(Ping, U64),
     st.builds(Pong, U64),
     st.builds(Attached, U64),
+    st.builds(Hold, U64),
     st.builds(Bye, st.text(st.characters(categories=["L", "N"]), max_size=100)),
     st.builds(TunnelHead, U64),
     st.builds(TunnelEof, U64),
@@ -159,7 +165,7 @@ def test_i9_garbage_ends_in_a_record_error_or_a_message(garbage: bytes) -> None:
 def test_the_greeting_stands_on_the_wire_as_documented() -> None:
     hello = SessionHello(b"S" * 16, b"N" * 16, 3, 1 << 20, b"payload")
     by_hand = (
-        b"\x01vfioferr\x05\x00" + b"S" * 16 + b"N" * 16 + b"\x03\x00\x00\x10\x00"
+        b"\x01vfioferr\x06\x00" + b"S" * 16 + b"N" * 16 + b"\x03\x00\x00\x10\x00"
         b"\x07\x00\x00\x00payload"
     )
     assert hello.pack() == by_hand
@@ -234,7 +240,30 @@ def test_routing_ids_do_not_start_with_zero() -> None:
     session = bytes(16)
     for lane in (records.CONTROL_LANE, records.TUNNEL_LANE, records.FIRST_DATA_LANE):
         assert records.routing_id(lane, session)[0] != 0
-        assert records.routing_id(lane, session)[1:] == session
+        assert records.routing_id(lane, session)[1:17] == session
+        assert records.split_routing_id(records.routing_id(lane, session, 9)) == (lane, session, 9)
+
+
+@given(st.builds(Position, U64, U64, st.booleans()), U32, st.data())
+def test_who_resumes_proves_to_know_the_session(position: Position, link: int, data: Any) -> None:
+    key = records.resume_key(bytes(16), b"N" * 16)
+    for kind in (MessageType.RESUME, MessageType.RESUMED):
+        packed = Resumption(kind, link, position).pack(key)
+        assert Resumption.unpack(packed, kind, key) == Resumption(kind, link, position)
+        others = [
+            records.resume_key(bytes(16), b"M" * 16),
+            records.resume_key(b"1" * 16, b"N" * 16),
+        ]
+        for other in others:
+            with pytest.raises(RecordError, match="does not know"):
+                Resumption.unpack(packed, kind, other)
+        changed = bytearray(packed)
+        changed[data.draw(st.integers(11, len(packed) - 1))] ^= data.draw(st.integers(1, 255))
+        for broken in (bytes(changed), packed[:-1], packed + b"x"):
+            with pytest.raises(RecordError):
+                Resumption.unpack(broken, kind, key)
+    with pytest.raises(RecordError):
+        Resumption.unpack(packed, MessageType.RESUME, key)  # one side's is not the other's
 
 
 def test_the_seed_depends_on_session_and_nonce() -> None:
