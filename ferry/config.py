@@ -94,6 +94,17 @@ def seconds(text: str) -> float:
     return value
 
 
+def window(text: str) -> float:
+    """A time of at most an hour; 0 is none at all."""
+    try:
+        value = float(text)
+    except ValueError:
+        value = -1.0
+    if not 0 <= value <= 3600:
+        raise ValueError("a number of seconds from 0 to 3600")
+    return value
+
+
 def share(text: str) -> float:
     """A number between 0 and 1."""
     try:

@@ -70,8 +70,10 @@ def parts_of(phase: str, v: dict[str, Any]) -> list[str]:
     told = "not known yet" if predicted is None else f"{predicted:.0f}{limit} ms"
     dirty, own, vmm = (bytes_text(v[f"{of}dirty_bytes_per_s"]) for of in ("", "own_", "vmm_"))
     to_go = time_to_go_s(v["remaining_bytes"], v["throughput_bytes_per_s"], v["dirty_bytes_per_s"])
+    lost_s = v.get("link_lost_s")
     return [
         phase,
+        *([f"NO LINK for {seconds_text(lost_s)}"] if lost_s else []),
         left,
         f"{bytes_text(v['throughput_bytes_per_s'])}/s",
         to_go_text(*to_go),

@@ -126,7 +126,7 @@ class Precopy:
         await self._collect()
         progress, asked_at = await self._vmm.check_migration(), trio.current_time()
         while True:
-            began = trio.current_time()
+            began, links = trio.current_time(), self._links
             round_ = await self._send_in_time()
             if not self._stream.is_open:
                 self._unjudged.clear()
@@ -140,6 +140,13 @@ class Precopy:
                     await self._collect()
                     self._note_round(await self._send_in_time())
                 return
+            if links != self._links:
+                # A round in which there was no link does not tell how fast it is.
+                self._unjudged.clear()
+                self._judged_at = trio.current_time()
+                self._note_round(round_)
+                await self._collect()
+                continue
             if self._stream.is_open:
                 if self._proof.n_rolling >= ROLL_PAGES and progress.rounds <= 1:
                     await self._roll()
@@ -192,6 +199,11 @@ class Precopy:
                 return
             if self._stream.is_open:
                 await self._roll()
+
+    @property
+    def _links(self) -> int:
+        """How often the link was made anew."""
+        return self._link.sender.link.resumed
 
     def _is_due(self, progress: VmmProgress) -> bool:
         return progress.rounds > (self._judged_pass if self._stream.is_open else 1)
@@ -257,9 +269,11 @@ class Precopy:
 
     async def _send(self) -> RoundStatistics:
         """Sends what is owed; it stays owed if this is cancelled."""
+        links = self._links
         round_ = await self._link.send_pages(bitmap_to_indices(self._owed))
         round_trip_s = self._link.sender.statistics().round_trip_ns / 1e9
-        self._pace.sent(self._owed_cost, round_.duration_ns / 1e9, round_trip_s)
+        if links == self._links:
+            self._pace.sent(self._owed_cost, round_.duration_ns / 1e9, round_trip_s)
         self._stream.acknowledged()
         self._proof.sent(self._owed)
         self._owed[:] = 0
@@ -334,7 +348,7 @@ class Precopy:
             self._reporter.event("progress", **self._values(vmm, (moved - before) / passed_s))
 
     def _values(self, vmm: VmmProgress, bytes_per_s: float) -> dict[str, Any]:
-        round_ = self._link.sender.round_progress()
+        round_, link = self._link.sender.round_progress(), self._link.sender.link
         under_way = max(0, round_.pages - round_.done_pages) if round_ else 0
         own = PAGE_BYTES * (under_way + self._stream.announced_pages)
         own_dirty = PAGE_BYTES * self._device_pages_per_s
@@ -353,6 +367,7 @@ class Precopy:
             "vmm_dirty_bytes_per_s": vmm_dirty,
             "throughput_bytes_per_s": bytes_per_s,
             "predicted_downtime_ms": finite(self._predicted_ms),
+            "link_lost_s": time.monotonic() - link.lost_at if link.lost else 0.0,
         }
 
     def _moved_bytes(self) -> int:

@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 
-from ferry.config import endpoint, natural, option, port, seconds, socket_path
+from ferry.config import endpoint, natural, option, port, seconds, socket_path, window
 from ferry.errors import (
     ConfigError,
 )
@@ -48,6 +48,11 @@ class Options:
     peer_timeout: float = option(
         "seconds of silence until the peer is lost", _LINK.peer_timeout_s, parse=seconds
     )
+    resume_window: float = option(
+        "seconds to wait for a lost link to be made anew, as far as the sender asks for it",
+        _LINK.resume_window_s,
+        parse=window,
+    )
     wait: float | None = option("seconds to wait for a sender", None, parse=seconds)
     keep: bool = option(
         "stay for the next guest: wait for the next VMM at --qmp, and listen again", False
@@ -68,6 +73,10 @@ def receiver_options(options: Options) -> ReceiverOptions:
     trust = Trust(options.secret, options.identity, options.authorized, options.insecure)
     secret = trust.of_receiver(options.listen)
     try:
-        return ReceiverOptions(peer_timeout_s=options.peer_timeout, secret=secret)
+        return ReceiverOptions(
+            peer_timeout_s=options.peer_timeout,
+            resume_window_s=options.resume_window,
+            secret=secret,
+        )
     except ValueError as error:
         raise ConfigError(str(error)) from error

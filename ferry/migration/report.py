@@ -84,6 +84,9 @@ class Report:
     registers: list[dict[str, Any]] = field(default_factory=list)
     verification: dict[str, Any] = field(default_factory=dict)
     wire_bytes: dict[str, int] = field(default_factory=dict)
+    link: dict[str, int] = field(default_factory=dict)
+    """How often it was `resumed`, the `messages` of its lanes, and how many of them were under way
+    when it was lost, so that what was in them was sent again (`repeated_messages`)."""
     vmm_stream: dict[str, Any] = field(default_factory=dict)
     """How the VMM's own stream was carried: `ferry.migration.vmm_stream`."""
     duration_s: float = 0.0
@@ -124,6 +127,11 @@ class Report:
                 f"{r['same']:>7} {r['delta']:>7} {r['copy']:>7} {r['lz4']:>7} {r['raw']:>7} "
                 f"{bytes_text(r['wire_bytes']):>11} "
                 f"{bytes_text(r['throughput_bytes_per_s']):>8}/s"
+            )
+        if self.link.get("resumed"):
+            lines.append(
+                f"link made anew {self.link['resumed']} times; of {self.link['messages']} messages "
+                f"what was in {self.link['repeated_messages']} was sent again"
             )
         lines += self._downtime_lines()
         for number, counts in enumerate(self.registers):

@@ -14,6 +14,7 @@ from ferry.config import (
     seconds,
     size,
     socket_path,
+    window,
 )
 from ferry.errors import ConfigError
 from ferry.metrics import HELP as METRICS
@@ -116,6 +117,11 @@ class Options:
     peer_timeout: float = option(
         "seconds of silence until the peer is lost", _LINK.peer_timeout_s, parse=seconds
     )
+    resume_window: float = option(
+        "seconds to make a lost link anew while the guest runs; 0: not at all",
+        _LINK.resume_window_s,
+        parse=window,
+    )
     control_socket: str | None = option(
         "where status, cancel and set reach it; by default in this user's runtime folder", None
     )
@@ -147,6 +153,7 @@ def sender_options(options: Options) -> SenderOptions:
             frame_bytes=options.frame_size,
             connect_timeout_s=options.connect_timeout,
             peer_timeout_s=options.peer_timeout,
+            resume_window_s=options.resume_window,
             bandwidth_bytes_per_s=options.bandwidth,
             codec=None if options.codec == "auto" else Codec.parse(options.codec),
             secret=secret,

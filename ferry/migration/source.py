@@ -27,6 +27,7 @@ from ferry.migration.devices import offer_of
 from ferry.migration.downtime import Downtime, standstill_budget_s
 from ferry.migration.forecast import forecast, look_at
 from ferry.migration.handover_runner import HandoverRunner
+from ferry.migration.link_news import tell_link
 from ferry.migration.messages import MessageKind, MigrationHello, Notice
 from ferry.migration.pacing import MAX_BYTES_PER_S, Pace, keep_pace
 from ferry.migration.phases import Phases
@@ -203,6 +204,9 @@ class Source:
         self.runner.offer({Action.TELL_ABORT: link.tell_abort})
         self._changes.append(lambda changed: link.sender.limit_bandwidth(changed.bandwidth))
         self._nursery.start_soon(link.listen)
+        if not options.check:
+            link.sender.hold()
+            self._nursery.start_soon(tell_link, link.sender, self._reporter)
         if options.check:
             for device, methods in zip(devices, self.report.methods, strict=True):
                 self._reporter.finding(ok(f"device at {device.path}", methods_text(**methods)))
@@ -398,6 +402,8 @@ class Source:
         await prepared.vmm.allow_switchover(max(1, limit_ms // 3, math.ceil(decided_ms)))
         async with alongside(mediated.precopy.keep_small):
             paused = await prepared.vmm.wait_pre_switchover()
+        # A guest that stands still does not wait for a link.
+        prepared.link.sender.release()
         if not prepared.vmm.guest_ran:
             for device in prepared.devices:
                 await self._arm_recovery(prepared, device)
@@ -539,6 +545,7 @@ class Source:
         report.beside_vmm_ms = downtime.beside_vmm_ms
         report.duration_s = trio.current_time() - self._began
         report.wire_bytes = prepared.link.wire_bytes()
+        report.link = prepared.link.counts()
         self._reporter.event("report", text=report.text(), **report.values())
         await self._put_back(prepared)
         if self._options.quit_source:

@@ -174,3 +174,12 @@ class SourceLink:
         """Bytes that have crossed the link, by what they were."""
         totals = self.sender.statistics()
         return {"pages": totals.lane_bytes, "VMM stream": totals.tunnel_bytes_sent}
+
+    def counts(self) -> dict[str, int]:
+        """What became of the messages of the lanes: `Report.link`."""
+        totals = self.sender.statistics()
+        return {
+            "resumed": self.sender.link.resumed,
+            "messages": totals.lane_messages,
+            "repeated_messages": totals.lost_messages,
+        }

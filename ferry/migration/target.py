@@ -25,6 +25,7 @@ from ferry.migration.device_watch import Verdict, watch_devices
 from ferry.migration.handover_runner import HandoverRunner
 from ferry.migration.incoming_vmm import IncomingVmm
 from ferry.migration.late_memory import LateMemory, check_late_files
+from ferry.migration.link_news import tell_link
 from ferry.migration.listener import Listener
 from ferry.migration.memory_layout import MemoryLayout
 from ferry.migration.messages import (
@@ -238,6 +239,7 @@ class Target:
             }
         )
         self._link.attach_memory(memory.array, files=memory.files)
+        self._nursery.start_soon(tell_link, self._link, self._reporter)
         self._nursery.start_soon(self._listen, checked.devices, incoming)
         self._nursery.start_soon(run_tunnel, stream, self._link, self.runner)
         self._nursery.start_soon(self._watch_vmm)

@@ -12,6 +12,8 @@ from lab.testbed import Host, Process, Setup, Testbed
 MIGRATION_S = 60.0
 OPERATIONS = 200
 PEER_TIMEOUT_S = 3
+RESUME_WINDOW_S = 1
+"""A peer that was killed is waited for so long, as a lost link is."""
 WAIT_S = 15
 GUEST = (
     *("--low-size", "16M", "--high-size", "32M", "--read-area", "16M", "--blocks", "512"),
@@ -63,7 +65,7 @@ def start_migration(
     receive: tuple[str, ...] = (),
 ) -> tuple[Process, Process]:
     """`send` and `receive`, started."""
-    timeout = ("--peer-timeout", str(PEER_TIMEOUT_S))
+    timeout = ("--peer-timeout", str(PEER_TIMEOUT_S), "--resume-window", str(RESUME_WINDOW_S))
     receiver = bed.receive(target, *timeout, "--wait", str(WAIT_S), *receive)
     return bed.send(source, target, *method.flags, *timeout, *send), receiver
 

@@ -28,6 +28,8 @@ from tests.in_process.vmm import CPU_BYTES, PAGE_BYTES, RAM_AT, RAM_BYTES, Vmm
 from tests.sync.gateway.conftest import House
 
 PEER_TIMEOUT_S = 3.0
+RESUME_WINDOW_S = 0.5
+"""A peer that was killed is waited for so long, as a lost link is."""
 CONNECT_TIMEOUT_S = 5.0
 DEADLINE_S = 60.0
 
@@ -187,7 +189,11 @@ class TwoHosts:
         target = self.other(source)
         self._n_migrations += 1
         url = f"ipc://{self._folder}/{self._n_migrations}.sock"
-        common: dict[str, Any] = {"profile": (str(self._profile),), "peer_timeout": PEER_TIMEOUT_S}
+        common: dict[str, Any] = {
+            "profile": (str(self._profile),),
+            "peer_timeout": PEER_TIMEOUT_S,
+            "resume_window": RESUME_WINDOW_S,
+        }
         to_send = send_options.Options(
             **source.flags,
             **common,

@@ -28,7 +28,7 @@ from lab.testbed import Process
 from sync.gateway.control.client import GatewayClient
 from sync.vmm.driver import Vmm
 from sync.vmm.errors import VmmGone
-from tests.e2e.two_hosts import PEER_TIMEOUT_S, run_resolve
+from tests.e2e.two_hosts import PEER_TIMEOUT_S, RESUME_WINDOW_S, run_resolve
 from tests.e2e.two_hosts import resolve_both as settle_both
 from tests.qemu.moving import DEADLINE_S, WatchedRig, run
 from tests.qemu.proxy import LinkProxy, Proxy
@@ -345,7 +345,7 @@ async def start_held(
     for proxy in proxies:
         await nursery.start(proxy.serve)
     link, source_qmp, target_qmp = proxies
-    patience = ("--peer-timeout", PEER_TIMEOUT_S)
+    patience = ("--peer-timeout", PEER_TIMEOUT_S, "--resume-window", RESUME_WINDOW_S)
     receiver = await in_thread(rig.bed.receive, b, *patience, "--qmp", target_qmp.path)
     through = ("--to", f"ipc://{link.path}", "--qmp", source_qmp.path, "--break-at", phase)
     sender = rig.bed.send(a, b, *rig.case.flags, *patience, *through)

@@ -26,6 +26,7 @@ from sync.dirty.tracker import Bitmap
 from sync.vmm.driver import VmmProgress
 from sync.vmm.errors import VmmError, VmmGone
 from transport.sender import RoundStatistics
+from transport.session.link import LinkState
 
 N_PAGES = 256
 FIRST_PASS = VmmProgress("active", 0, 300 << 20, 512 << 20, 7, 1, 4096, 0, 0, "")
@@ -63,6 +64,7 @@ class FakeLink:
             round_progress=lambda: self._now,
             statistics=lambda: SimpleNamespace(round_trip_ns=0),
             verify=self._verify,
+            link=LinkState(),
         )
 
     async def _verify(self, indices: NDArray[np.uint32]) -> NDArray[np.uint32]:
@@ -324,6 +326,26 @@ def test_a_pass_of_the_vmm_is_judged_once_by_what_it_has_still_to_announce() -> 
     judged = [e for e in events if e["event"] == "round" and e["remaining_pages"] is not None]
     assert [event["remaining_pages"] for event in judged] == [10240]
     assert len([event for event in events if event["event"] == "round"]) < 10
+
+
+def test_a_round_in_which_the_link_was_lost_is_not_judged_by() -> None:
+    said = io.StringIO()
+    later = dataclasses.replace(FIRST_PASS, rounds=2, remaining_bytes=0)
+
+    async def lose_link() -> None:
+        await trio.sleep(30)
+        links = link.sender.link.resumed + 1
+        link.sender.link = LinkState(resumed=min(links, 2))
+
+    link = FakeLink(lose_link)
+
+    async def body() -> None:
+        await precopy(link, FakeDirty({1}, {2}, {3}), FakeVmm(later), said).converge()
+
+    trio.run(body, clock=trio.testing.MockClock(autojump_threshold=0))
+    events = [json.loads(line) for line in said.getvalue().splitlines()]
+    judged = [e["predicted_downtime_ms"] is not None for e in events if e["event"] == "round"]
+    assert judged == [False, False, True, False]  # the last one follows from the decision
 
 
 def test_a_stall_throttles_the_guest_once_before_it_switches() -> None:
