@@ -34,8 +34,15 @@ from sync.registers.choose import source_for
 from sync.registers.find import load_profiles
 from sync.vmm.driver import Vmm
 from sync.vmm.identity import identify
-from tests.e2e.two_hosts import Method, assert_sound, new_bed, small_setup, start_both
-from transport.receiver import Receiver, open_receiver
+from tests.e2e.two_hosts import (
+    RESUME_WINDOW_S,
+    Method,
+    assert_sound,
+    new_bed,
+    small_setup,
+    start_both,
+)
+from transport.receiver import Receiver, ReceiverOptions, open_receiver
 from transport.sender import open_sender
 from transport.wire.errors import PeerClosed, PeerLost, PeerRefused, TransportError
 
@@ -124,6 +131,9 @@ def test_i9_a_hostile_sender(tmp_path: Path, kind: int, payload: bytes, times: i
     assert codes == [Exit.PEER_PROTOCOL]
 
 
+SOON_LOST = ReceiverOptions(resume_window_s=RESUME_WINDOW_S)
+
+
 async def accept(link: Receiver) -> None:
     """Takes the next sender's session, with as much memory as it has."""
     hello = MigrationHello.unpack((await link.wait_hello()).payload)
@@ -138,7 +148,7 @@ def test_i8_i9_a_hostile_receiver(tmp_path: Path, kind: int) -> None:
     """`send` takes it for what it is, and the guest goes on at the source."""
 
     async def answer(url: str) -> None:
-        async with open_receiver(url) as link:
+        async with open_receiver(url, SOON_LOST) as link:
             await accept(link)
             with pytest.raises(TransportError):
                 await link.send_record(kind, b"{}")
@@ -190,7 +200,7 @@ def test_i8_a_cancelled_send_is_as_one_that_was_killed(tmp_path: Path, phase: st
     told: list[int] = []
 
     async def hear(url: str) -> None:
-        async with open_receiver(url) as link:
+        async with open_receiver(url, SOON_LOST) as link:
             await accept(link)
             with pytest.raises(PeerLost) as caught:
                 async with alongside(partial(take_vmm_stream, link)):
