@@ -180,6 +180,8 @@ class SendLane(LinkThread):
         self._under_way: deque[_UnderWay] = deque()
         self._welcome = False
         """Whether the receiver knows that the connection is this lane's; nothing is sent before."""
+        self._torn = False
+        """Whether that connection has ended: what another one brings may lack what was before."""
         self._buffer = np.empty(frame_bytes, np.uint8)
         """What the next message is made in, or the held one is."""
         self._link: int | None = None
@@ -224,7 +226,8 @@ class SendLane(LinkThread):
 
     def _disconnect(self) -> None:
         if self._link is not None:
-            self._link, self._welcome, self._progress_by = None, False, float("inf")
+            self._link, self._welcome, self._torn = None, False, False
+            self._progress_by = float("inf")
             self._poller.unregister(self._socket)
             self._poller.unregister(self._watch.monitor)
             self._watch.close()
@@ -274,6 +277,7 @@ class SendLane(LinkThread):
                 self._socket.send(LaneHello(self._next_sequence()).pack(), zmq.NOBLOCK)
             # Before, the receiver may have taken it for a stranger's: libzmq makes another one.
             elif event is ConnectionEvent.GONE and self._welcome:
+                self._torn = True
                 self._suspect("a lane's connection to the receiver has ended")
 
     def _suspect(self, why: str) -> None:
@@ -308,7 +312,9 @@ class SendLane(LinkThread):
 
     def _may_produce(self) -> bool:
         room = len(self._under_way) < self._window_frames
-        return self._welcome and room and bool(self._tasks) and self._tasks[0].ready
+        return (
+            self._welcome and not self._torn and room and bool(self._tasks) and self._tasks[0].ready
+        )
 
     def _send(self, message: _UnderWay) -> None:
         # The window is far below the high-water mark, so there is always room in libzmq's queue.
@@ -326,6 +332,9 @@ class SendLane(LinkThread):
     def _receive(self) -> None:
         while (parts := receive(self._socket)) is not None:
             self._watch.given(parts)
+            self._look_at_connection()
+            if self._torn:
+                continue
             if len(parts) != 1:
                 raise RecordError(f"an answer of {len(parts)} parts")
             if message_type(parts[0].buffer) == MessageType.LANE_WELCOME:

@@ -113,8 +113,7 @@ class ControlThread(LinkThread):
             for zsocket, watch in self._watches.items():
                 watch.enforce()
                 if watch.monitor in ready:
-                    for event, fd in watch.events():
-                        self._on_connection(zsocket, event, fd)
+                    self._look_at_connections(zsocket, watch)
                 if zsocket in ready:
                     self._receive(zsocket, watch)
         failure = self.shared.failure
@@ -253,7 +252,17 @@ class ControlThread(LinkThread):
             parts = receive(zsocket)
             if parts is None:
                 return
-            self._on_message(zsocket, watch, parts)
+            self._look_at_connections(zsocket, watch)
+            try:
+                self._on_message(zsocket, watch, parts)
+            except (FrameError, RecordError):
+                # libzmq connects anew by itself: what comes then lacks what was lost in between.
+                if not self.shared.confirm_suspicion():
+                    raise
+
+    def _look_at_connections(self, zsocket: zmq.Socket[bytes], watch: Watch) -> None:
+        for event, fd in watch.events():
+            self._on_connection(zsocket, event, fd)
 
     @abstractmethod
     def _on_message(

@@ -142,6 +142,13 @@ class Shared:
                 self._suspicion = self._suspicion or (time.monotonic() + GRACE_S, error)
         self.wakeup.set()
 
+    def confirm_suspicion(self) -> bool:
+        """Nothing that is still queued says more: returns whether a loss is suspected."""
+        with self.lock:
+            if self._suspicion is not None:
+                self._suspicion = (0.0, self._suspicion[1])
+            return self._suspicion is not None
+
     def check_suspicion(self, now: float) -> tuple[float, PeerLost | None]:
         """When to look again, and the suspected loss once its grace is over."""
         if self._suspicion is None:

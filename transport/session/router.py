@@ -137,6 +137,8 @@ class Router(ControlThread):
             self._control_fd = -1
             self._handle(Event.CONNECTION_LOST, "the connection to the sender has ended")
         elif fd in self._lane_fds.values() and self._greeting.allows(Event.LANE_LOST):
+            if self._greeting.state is State.HELD:
+                self._lane_fds = {lane: each for lane, each in self._lane_fds.items() if each != fd}
             self._handle(Event.LANE_LOST, "a lane's connection to the sender has ended")
 
     def _perform(self, action: Action, detail: Any) -> None:
@@ -304,16 +306,26 @@ class Router(ControlThread):
         elif link != self.shared.link_no or self._greeting.state is State.LOST:
             self._on_other_link(identity, parts, fd)
         elif lane == CONTROL_LANE:
-            self._on_member(parts)
+            if not self._is_torn(self._control_fd, fd):
+                self._on_member(parts)
         else:
             watch.vouch(fd)
             if len(parts) == 1 and message_type(parts[0].buffer) == MessageType.LANE_HELLO:
                 sequence = LaneHello.unpack(parts[0].buffer).value
                 self._handle(Event.LANE_HELLO, (lane, fd, sequence))
+            elif self._is_torn(self._lane_fds.get(lane, -1), fd):
+                return
             elif lane == TUNNEL_LANE:
                 self._on_tunnel(parts)
             else:
                 self._on_data(lane - FIRST_DATA_LANE, parts)
+
+    def _is_torn(self, known_fd: int, fd: int) -> bool:
+        """Whether a message may lack what came before it: it is not from the connection that its
+        lane began the link with. Where the link is not made anew, every message counts."""
+        torn = self._greeting.state is State.HELD and fd != known_fd
+        self.dropped += torn
+        return torn
 
     def _on_stranger(self, identity: bytes, parts: Sequence[zmq.Frame], fd: int) -> None:
         lane, session, link = split_routing_id(identity)

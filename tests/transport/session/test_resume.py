@@ -25,6 +25,7 @@ from tests.transport.running import run_trio
 from transport.receiver import Receiver, ReceiverOptions, open_receiver
 from transport.receiving.apply import ApplyLane
 from transport.sender import Sender, SenderOptions, open_sender
+from transport.session import link
 from transport.session.link import LinkState
 from transport.wire.errors import PeerLost
 from transport.wire.records import (
@@ -169,6 +170,10 @@ async def exchange(session: Session, records: int = 200, tunnel_bytes: int = 300
         nursery.start_soon(drink, session.sender, 2)
 
 
+def more_carried(proxy: CuttingProxy, than: int) -> bool:
+    return proxy.carried_bytes > than
+
+
 def more_dropped(receiver: Receiver, than: int) -> bool:
     return receiver.statistics().dropped_messages > than
 
@@ -203,13 +208,34 @@ def test_i3_a_link_that_is_cut_again_and_again_loses_and_repeats_nothing(
                 await session.round()
         await session.round()
         await session.assert_equal()
-        link = session.sender.link
+        state = session.sender.link
         totals = session.sender.statistics()
-        assert 1 <= link.resumed <= cuts
+        assert 1 <= state.resumed <= cuts
         # What went twice is at most what was under way at each cut.
         assert totals.lost_messages <= cuts * LANES * WINDOW_FRAMES
 
     run(body, secret=secret)
+
+
+def test_what_comes_when_libzmq_has_connected_anew_is_not_taken_for_the_same_link(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    # Longer than libzmq needs to connect.
+    monkeypatch.setattr(link, "GRACE_S", 0.3)
+
+    async def body(session: Session) -> None:
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(exchange, session, 200, 12_000_000)
+            for times in range(1, 5):
+                carried = session.proxy.carried_bytes
+                nursery.start_soon(session.round)
+                await until(partial(more_carried, session.proxy, carried + 1_000_000))
+                session.proxy.cut()
+                await session.resumed(times)
+        await session.round()
+        await session.assert_equal()
+
+    run(body)
 
 
 def test_a_silent_link_is_left_and_made_anew() -> None:
@@ -287,9 +313,9 @@ def test_a_stranger_in_the_window_is_not_let_in_and_does_not_disturb() -> None:
             (session.session, 0, b"\x05" + bytes(8)),
         ]
         try:
-            for name, link, words in said:
+            for name, number, words in said:
                 stranger = context.socket(zmq.DEALER)
-                stranger.set(zmq.ROUTING_ID, routing_id(CONTROL_LANE, name, link))
+                stranger.set(zmq.ROUTING_ID, routing_id(CONTROL_LANE, name, number))
                 stranger.connect(session.receiver.url)
                 hello = SessionHello(name, os.urandom(16), 1, 1 << 20, b"")
                 dropped = session.receiver.statistics().dropped_messages
