@@ -37,6 +37,9 @@ THROTTLED_ROUNDS = 8
 """So many rounds more a stall takes once the guest is throttled: it is slowed down step by step."""
 
 
+FIXED_COST_MS = 50.0
+
+
 class Verdict(Enum):
     """What to do after a round."""
 
@@ -77,7 +80,7 @@ class Limits:
     on_stall: Literal["switch", "abort", "throttle"] = "switch"
     """What to do when the limits cannot be met: switch at the best moment, give up, or throttle the
     guest at the first stall, and switch if that does not help."""
-    fixed_cost_ms: float = 50.0
+    fixed_cost_ms: float = FIXED_COST_MS
     """Estimate of the part of the downtime that does not depend on what is left."""
     stall_rounds: int = 3
     """So many rounds without a new minimum of what is left are a stall."""

@@ -21,7 +21,7 @@ from ferry.findings import Finding, note, ok
 from ferry.migration.precopy import ROUND_INTERVAL_S, limits_of
 from ferry.migration.send_options import Options
 from ferry.progress import bytes_text, seconds_text
-from sync.convergence import Convergence, Reason, Round, Verdict
+from sync.convergence import Convergence, Limits, Reason, Round, Verdict
 from sync.memory import PAGE_BYTES, GuestMemory
 from transport.kernels.digests import digest_pages
 from transport.kernels.files import new_files
@@ -200,20 +200,30 @@ def _compressed(memory: GuestMemory, pages: Any) -> float:
     return sum(sizes) / len(sizes) if sizes else 1.0
 
 
-def forecast(look: Look, bytes_per_s: float, options: Options, *, scans: bool) -> Forecast:
+def forecast(
+    look: Look, bytes_per_s: float, options: Options, *, scans: bool, showing_ms: float = 0.0
+) -> Forecast:
     """What follows from a look and from the rate of the link; `scans`: dirty pages are found by
-    reading all of memory."""
+    reading all of memory; `showing_ms` is that of `limits_of`."""
+    limits = limits_of(options, showing_ms)
     may_compress = options.codec not in ("none", "delta")
     ratio = look.compressed if may_compress else 1.0
-    best = _course(look, bytes_per_s, ratio, options, most=False, scans=scans)
-    worst = _course(look, bytes_per_s * WORST_RATE, 1.0, options, most=True, scans=scans)
+    best = _course(look, bytes_per_s, ratio, options, limits, most=False, scans=scans)
+    worst = _course(look, bytes_per_s * WORST_RATE, 1.0, options, limits, most=True, scans=scans)
     return Forecast(look, best, worst, options.downtime_limit)
 
 
 def _course(
-    look: Look, bytes_per_s: float, ratio: float, options: Options, *, most: bool, scans: bool
+    look: Look,
+    bytes_per_s: float,
+    ratio: float,
+    options: Options,
+    limits: Limits,
+    *,
+    most: bool,
+    scans: bool,
 ) -> Course:
-    convergence = Convergence(limits_of(options))
+    convergence = Convergence(limits)
     page_bytes = PAGE_BYTES * ratio
     all_ns = look.digest_ns_per_page * look.n_pages / options.lanes
     collect_s = all_ns / 1e9 if scans else 0.0
@@ -240,8 +250,8 @@ def _course(
         if decision.verdict in (Verdict.SWITCH, Verdict.GIVE_UP):
             # The last pages go as these do, not as fast as the zeros of the first round.
             last_s = left * page_bytes / bytes_per_s
-            fixed_ms = limits_of(options).fixed_cost_ms
-            downtime_ms = last_s * 1e3 + proof_ns / 1e6 + collect_s * 1e3 + fixed_ms
+            reading_ms = proof_ns / 1e6 + collect_s * 1e3
+            downtime_ms = last_s * 1e3 + reading_ms + limits.fixed_cost_ms
             return Course(
                 convergence.rounds,
                 elapsed_s + downtime_ms / 1e3,

@@ -25,7 +25,7 @@ from ferry.migration.verification import RollingProof
 from ferry.migration.vmm_stream import VmmStream
 from ferry.nurseries import alongside
 from ferry.progress import Reporter
-from sync.convergence import Convergence, Limits, Round, Verdict
+from sync.convergence import FIXED_COST_MS, Convergence, Limits, Round, Verdict
 from sync.dirty.merge import MergedTrackers
 from sync.dirty.tracker import Bitmap, n_words
 from sync.memory import PAGE_BYTES
@@ -46,9 +46,11 @@ ROLL_PAGES = 1 << 14
 """So many pages are compared at once while the guest runs."""
 
 
-def limits_of(options: Options) -> Limits:
-    """What the user allows the rounds."""
+def limits_of(options: Options, showing_ms: float = 0.0) -> Limits:
+    """What the user allows the rounds. `showing_ms`: how long the target's devices take to be shown
+    guest memory, for which the guest stands still."""
     return Limits(
+        fixed_cost_ms=FIXED_COST_MS + showing_ms,
         downtime_ms=options.downtime_limit,
         threshold_pages=options.threshold,
         max_rounds=options.max_rounds,
@@ -73,10 +75,12 @@ class Precopy:
         throttle: Callable[[], Awaitable[None]],
         report: Report,
         reporter: Reporter,
+        showing_ms: float = 0.0,
     ) -> None:
         """`proof_ns` predicts how long it would take to prove equal what `proof` leaves; `throttle`
-        has the VMM slow the guest down."""
+        has the VMM slow the guest down; `showing_ms` is that of `limits_of`."""
         self._options = options
+        self._showing_ms = showing_ms
         self._link = link
         self._vmm = vmm
         self._dirty = dirty
@@ -122,7 +126,7 @@ class Precopy:
 
     async def _rounds_until_small(self) -> None:
         options = self._options
-        convergence = Convergence(limits_of(options))
+        convergence = Convergence(limits_of(options, self._showing_ms))
         await self._collect()
         progress, asked_at = await self._vmm.check_migration(), trio.current_time()
         while True:

@@ -40,6 +40,7 @@ from ferry.migration.source_devices import (
     attach_devices,
     keep_alive,
     map_memory,
+    showing_ms,
 )
 from ferry.migration.source_link import SourceLink
 from ferry.migration.undo import Undo, UndoStage
@@ -216,7 +217,13 @@ class Source:
             for finding in findings_of(link.sender, identity, memory.n_pages, sample):
                 self._reporter.finding(finding)
             scans = any(device.tracking == "scan" for device in devices)
-            expected = forecast(look, sample.bytes_per_s, options, scans=scans)
+            expected = forecast(
+                look,
+                sample.bytes_per_s,
+                options,
+                scans=scans,
+                showing_ms=showing_ms(devices, memory.n_pages),
+            )
             self._reporter.finding(expected.finding())
             self._reporter.event("forecast", **expected.values(), devices=self.report.methods)
             return Event.CHECKED
@@ -316,6 +323,7 @@ class Source:
             partial(vmm.throttle, prepared.settings),
             self.report,
             self._reporter,
+            showing_ms(prepared.devices, prepared.memory.n_pages),
         )
         self._changes.append(precopy.change)
         self._undo.add(UndoStage.TASKS, link.cut_vmm_stream)

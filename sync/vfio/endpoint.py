@@ -226,6 +226,11 @@ class HostEndpoint:
         self._take_turn()
 
     @property
+    def pin_ns_per_page(self) -> float:
+        """What it took to show the device a page of guest memory."""
+        return self._memory.pin_ns_per_page
+
+    @property
     def holds(self) -> Mapping[str, str]:
         """What the device told of itself, as far as it can be told in a status."""
         told = self._migration.holds if self._migration is not None else {}

@@ -3,6 +3,7 @@
 Needs pages that the machine lets be reserved (`/proc/sys/vm/nr_hugepages`), which are given back.
 """
 
+import ctypes
 import fcntl
 import os
 import tempfile
@@ -19,11 +20,16 @@ from lab.devices.memory import GuestMemory as DeviceMemory
 from sync.gateway.datapath.bitmap import DirtyBitmap
 from sync.gateway.datapath.dma import AtDevice, DmaMemory
 from sync.memory import GuestMemory, GuestMemoryError, MemoryRegion, Slots, page_bytes_of
+from sync.vfio.device import VfioDevice
+from sync.vfio.guest_memory import PinnedMemory
+from sync.vfio.sysfs import PciFunction
 from sync.vfio_user.protocol import DmaMap
+from tests.sync.vfio.fake_kernel import FakeKernel, FakeSysfs
 
 PAGE, HUGE = 4096, 2 << 20
 SIZE = 4 * HUGE
 KIB, GIB = 1 << 10, 1 << 30
+ADDRESS = "0000:01:00.0"
 REGIONS = [
     # IOVA, length, offset: as QEMU cuts the RAM of a PC below 1 MiB and at the PCI hole.
     (0, 640 * KIB, 0),
@@ -212,3 +218,23 @@ def test_slots_keep_the_place_in_the_page_and_never_overlap(page_bytes: int) -> 
     assert slots.n_bytes == end
     if page_bytes == PAGE:
         assert slots.n_pages == sum(length for _, length, _ in REGIONS) // PAGE
+
+
+def test_a_function_of_the_host_reaches_each_page_where_its_region_says(
+    file: int, tmp_path: Path
+) -> None:
+    FakeSysfs(tmp_path).add(ADDRESS, driver="vfio-pci", group="7")
+    kernel = FakeKernel()
+    device = VfioDevice(PciFunction(ADDRESS, tmp_path), kernel)
+    memory = PinnedMemory(device)
+    for iova, length, offset in REGIONS:
+        memory.map(DmaMap(3, offset, iova, length), file)
+        (size, address, _) = kernel.mapped[iova]
+        assert size == length
+        for at in (0, length - PAGE):
+            number = (offset + at) // PAGE
+            assert int.from_bytes(ctypes.string_at(address + at, 8), "little") == number
+            assert int.from_bytes(memory.read(iova + at, 8), "little") == number
+    memory.close()
+    assert not kernel.mapped
+    device.close()

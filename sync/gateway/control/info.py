@@ -109,6 +109,8 @@ class GatewayInfo:
     supports: Supports
     holds: dict[str, str]
     """What a device with queues told of what it is and holds, by name: the same on both sides."""
+    pin_ns_per_page: float
+    """What it takes to show the device a page of guest memory; 0 for a process, which maps it."""
     layout_generation: int
     """Goes up with each change of the memory map."""
     memory_pages: int

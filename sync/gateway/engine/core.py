@@ -656,6 +656,7 @@ class Core:
             identity=facts.identity,
             supports=facts.supports,
             holds=facts.holds,
+            pin_ns_per_page=link.local.pin_ns_per_page if link and link.local else 0.0,
             layout_generation=link.memory.generation if link else self._generation,
             memory_pages=sum(
                 region.request.size // PAGE_BYTES

@@ -37,6 +37,10 @@ class LocalDevice(Protocol):
     """Why the command is refused whose reply is being taken."""
 
     @property
+    def pin_ns_per_page(self) -> float:
+        """What it takes to show it a page of guest memory."""
+
+    @property
     def holds(self) -> Mapping[str, str]:
         """What it is and holds, by name: what has to be the same on both sides."""
 

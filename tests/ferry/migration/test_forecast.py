@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 from ferry.findings import Level
 from ferry.migration import forecast as module
 from ferry.migration.forecast import Look, Written, forecast, look_at
+from ferry.migration.precopy import limits_of
 from ferry.migration.send_options import Options
 from sync.convergence import Reason, Verdict
 from sync.memory import PAGE_BYTES, GuestMemory, MemoryRegion
@@ -127,3 +128,12 @@ def test_a_look_sees_what_is_written_whoever_writes_it(monkeypatch: pytest.Monke
     assert 0 < look.digest_ns_per_page < math.inf
     assert os.fstat(fd).st_blocks * 512 < n_pages * PAGE_BYTES
     os.close(fd)
+
+
+def test_memory_that_has_to_be_pinned_is_part_of_the_downtime() -> None:
+    plain, pinned = (
+        forecast(IDLE, 100 * MIB, OPTIONS, scans=False, showing_ms=ms) for ms in (0.0, 70.0)
+    )
+    for before, after in ((plain.best, pinned.best), (plain.worst, pinned.worst)):
+        assert after.downtime_ms == pytest.approx(before.downtime_ms + 70)
+    assert limits_of(OPTIONS, 70.0).fixed_cost_ms == limits_of(OPTIONS).fixed_cost_ms + 70

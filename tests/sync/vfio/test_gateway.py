@@ -232,6 +232,19 @@ def test_i1_a_scan_finds_no_page_that_the_queues_did_not_name(hosts: tuple[Host,
     trio.run(track)
 
 
+def test_what_it_takes_to_pin_memory_is_told(hosts: tuple[Host, Host]) -> None:
+    source, _ = hosts
+
+    async def ask() -> float:
+        path = source.folder / "control"
+        async with await GatewayClient.connect(path, role=ClientRole.OBSERVER) as client:
+            return (await client.status()).pin_ns_per_page
+
+    assert trio.run(ask) == 0.0
+    Guest(source)
+    assert trio.run(ask) > 0.0
+
+
 def test_a_check_tells_what_the_target_holds_instead(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
