@@ -1,6 +1,7 @@
 """Which eventfds are kept, and which are fired."""
 
 import os
+import select
 from collections.abc import Callable, Iterator
 
 import pytest
@@ -85,3 +86,36 @@ def test_i10_a_descriptor_that_would_block_is_passed_over(wires: Wires) -> None:
     wires.interrupts.apply(SetIrqs(ASSIGN, PciIrq.MSIX, 0, 1), [full])
     wires.assign(PciIrq.MSIX, 1, 4)
     assert wires.fired() == [4]
+
+
+def test_what_fires_at_a_tap_is_passed_on_and_counted() -> None:
+    """Also what fires before the device has given its taps back, and to whom each one leads."""
+    interrupts = Interrupts()
+    vmm = [os.eventfd(0, os.EFD_NONBLOCK) for _ in range(3)]
+    taps = interrupts.tap([os.dup(descriptor) for descriptor in vmm])
+    os.eventfd_write(taps[1], 5)
+    assert select.select([interrupts.fileno()], [], [], 0)[0]
+    interrupts.pass_on()
+    assert interrupts.arrived == 1
+    assert os.eventfd_read(vmm[1]) == 1
+    os.eventfd_write(taps[2], 1)
+    interrupts.close_taps()
+    assert interrupts.arrived == 2
+    assert os.eventfd_read(vmm[2]) == 1
+    with pytest.raises(BlockingIOError):
+        os.eventfd_read(vmm[0])
+    interrupts.close()
+    for descriptor in (*vmm, *taps):
+        os.close(descriptor)
+
+
+def test_without_room_for_taps_the_device_gets_what_the_vmm_gave(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    interrupts = Interrupts()
+    given = [os.eventfd(0) for _ in range(2)]
+    monkeypatch.setattr("sync.gateway.datapath.interrupts.MAX_VECTORS", 1)
+    assert interrupts.tap(given) == given
+    interrupts.close()
+    for descriptor in given:
+        os.close(descriptor)
