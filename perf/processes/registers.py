@@ -13,6 +13,7 @@ from pathlib import Path
 
 from sync.gateway.engine.loop import GatewayOptions
 from sync.gateway.main import run as run_gateway
+from sync.registers.profile.toml import parse_profile
 from sync.vfio_user.protocol import (
     FLAG_ERROR,
     FLAG_NO_REPLY,
@@ -37,6 +38,20 @@ LOGGING = (
     FeatureIndex.DMA_LOGGING_STOP,
     FeatureIndex.DMA_LOGGING_REPORT,
 )
+
+PROFILE = """
+format = 1
+name = "trivial"
+version = "1"
+match = [{ vendor = 0, device = 0 }]
+register = [
+    { name = "doorbell", base = "bar0", offset = 0, size = 4, class = "hold" },
+    { name = "go", base = "bar0", offset = 16, size = 4, class = "snapshot", hold_bits = 1 },
+]
+comeback = { left_off = ["go"] }
+"""
+"""With it the gateway keeps what it needs to go on with another process of the device, as it does
+of a device that it knows."""
 
 
 def serve_device(path: str, every_mib: int | None) -> None:
@@ -121,7 +136,9 @@ def main() -> None:
         serve_device(arguments[0], int(arguments[1]) if arguments[1:] else None)
     else:
         vmm, device, control = (Path(path) for path in arguments[:3])
-        run_gateway(GatewayOptions(vmm, device, control, busy_poll_s=int(arguments[3]) / 1e6))
+        origins = ((parse_profile(PROFILE),),)
+        busy_poll_s = int(arguments[3]) / 1e6
+        run_gateway(GatewayOptions(vmm, device, control, busy_poll_s=busy_poll_s, origins=origins))
 
 
 if __name__ == "__main__":
