@@ -25,6 +25,7 @@ from dataclasses import dataclass
 from enum import Enum
 from typing import ClassVar, Protocol, TypeVar
 
+from sync.queues.errors import CannotMove
 from sync.registers.errors import Difference
 from sync.registers.profile.locate import DeviceView
 
@@ -193,6 +194,11 @@ class Watch(ABC):
     @abstractmethod
     def state(self) -> bytes:
         """For the walk at the target. Raises `CannotMove`."""
+
+    def lost(self) -> bytes:
+        """The state of a device that has died, for the walk of another one: what it did not
+        complete is in it, to be executed again. Raises `CannotMove`."""
+        raise CannotMove(["what is under way in such a device is not known"])
 
 
 class WriteWatch(Watch):

@@ -38,6 +38,7 @@ from sync.vfio.native_migration import NativeMigration, supported
 from sync.vfio.queue_migration import QueueMigration
 from sync.vfio.sysfs import PciFunction
 from sync.vfio.uapi import IrqIndex
+from sync.vfio.user_device import DEADLINE_S as ANSWER_S
 from sync.vfio.user_device import UserDevice
 from sync.vfio_user.protocol import (
     FLAG_NO_REPLY,
@@ -255,6 +256,18 @@ class HostEndpoint:
         if self._queues is not None:
             self._queues.stop_tracking()
 
+    def relic(self, *, only_if_it_went_on: bool = False) -> bytes:
+        """The device is gone: the state stream from which another process of it goes on, or nothing
+        if there can be none. `only_if_it_went_on`: it is not the first that the guest has."""
+        queues = self._queues
+        if queues is None or (only_if_it_went_on and not queues.went_on):
+            return b""
+        try:
+            return queues.lost()
+        except SyncError as error:
+            self._log("device-cannot-move", reason=str(error))
+            return b""
+
     def drain(self) -> None:
         """There is nothing that waits."""
 
@@ -431,6 +444,8 @@ class HostEndpoint:
         if self._queues is not None:
             # Before the device sees it: it may change what a doorbell tells of.
             self._queues.watch.write(access.region, access.offset, access.data)
+            if access.region == PciRegion.CONFIG:
+                self._queues.note(access.offset, access.data)
         self._device.write(access.region, access.offset, access.data)
 
     def _dma_map(self, body: bytes, fds: list[int]) -> bytes:
@@ -526,12 +541,15 @@ class HostEndpoint:
         return self._migration
 
 
-def open_endpoint(address: str, log: Callable[..., None]) -> HostEndpoint:
+def open_endpoint(
+    address: str, log: Callable[..., None], deadline_s: float = ANSWER_S
+) -> HostEndpoint:
     """The function at `address`, which vfio-pci has, by iommufd if that stands in front; or the
-    device process at this path. Raises `VfioError`."""
+    device process at this path, which has to say within `deadline_s` what it is. Raises
+    `VfioError`."""
     device: VfioDevice | UserDevice
     if address.startswith("/"):
-        device = UserDevice(Path(address))
+        device = UserDevice(Path(address), deadline_s)
     else:
         function = PciFunction(address.removeprefix(BY_IOMMUFD))
         device = VfioDevice(function, iommufd=address.startswith(BY_IOMMUFD))

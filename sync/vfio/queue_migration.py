@@ -86,6 +86,10 @@ class QueueMigration:
         self._config = bytes(_CONFIG.size)
         self._arrived = b""
         """The state that was walked to last."""
+        self._space: dict[int, int] = {}
+        """What the guest wrote to the configuration space, by byte."""
+        self.went_on = False
+        """Whether it goes on from where another one stood."""
 
     def set_state(self, wanted: MigrationState) -> Work[None]:
         """Raises `QueueError`, `VfioError`, `VfioUserError`."""
@@ -149,6 +153,18 @@ class QueueMigration:
                 raise IdentityMismatch("the target's device holds something else", differences)
             yield from self._executor.work(self._walk.ahead(self._arrived))
 
+    def note(self, offset: int, data: bytes) -> None:
+        """The guest writes to the configuration space."""
+        self._space.update(enumerate(data, offset))
+
+    def lost(self) -> bytes:
+        """The device has died: the stream from which another one goes on. Raises `QueueError`."""
+        values = [
+            number(bytes(self._space.get(at, 0) for at in range(offset, offset + length)))
+            for offset, length in self._registers()
+        ]
+        return self._state(values, self.watch.lost())
+
     # Dirty pages.
 
     @property
@@ -174,10 +190,13 @@ class QueueMigration:
     def _add_state(self) -> None:
         self.watch.look()
         registers = [number(self._device.read(_SPACE, *each)) for each in self._registers()]
-        registers += [0] * (_N_REGISTERS - len(registers))
+        self._outgoing += self._state(registers, self.watch.state())
+
+    def _state(self, registers: list[int], of_class: bytes) -> bytes:
+        registers = registers + [0] * (_N_REGISTERS - len(registers))
         inventory = _LENGTH.pack(len(self._inventory)) + self._inventory
-        state = _CONFIG.pack(*registers) + inventory + self.watch.state()
-        self._outgoing += _LENGTH.pack(len(state)) + state
+        state = _CONFIG.pack(*registers) + inventory + of_class
+        return _LENGTH.pack(len(state)) + state
 
     def _registers(self) -> list[tuple[int, int]]:
         msix = self._device.msix_control
@@ -208,9 +227,12 @@ class QueueMigration:
         state, self._arrived = self._arrived, b""
         values = _CONFIG.unpack(self._config)
         for (offset, length), value in zip(self._registers(), values, strict=False):
-            self._device.write(_SPACE, offset, value.to_bytes(length, "little"))
+            data = value.to_bytes(length, "little")
+            self.note(offset, data)
+            self._device.write(_SPACE, offset, data)
         self._restore_interrupts()
         self.watch = self._class.watch(self._memory, self._inventory, state)
+        self.went_on = True
         self._executor.guest = self._memory
         try:
             yield from self._executor.work(self._walk.start(state))

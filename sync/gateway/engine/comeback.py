@@ -265,6 +265,20 @@ def _reset(facts: DeviceFacts) -> Job[None]:
         answer.expect("a reset")
 
 
+def go_on(link: DeviceLink, facts: DeviceFacts, stream: bytes, patience_s: float) -> Job[bool]:
+    """As `come_back`, for a device whose next process takes a state `stream`. The handshake may
+    take `patience_s` longer."""
+    yield from handshake(facts, patience_s=patience_s)
+    found = differences(description(link.facts), description(facts))
+    if found:
+        raise AnotherDevice(_told(found))
+    if not facts.supports.v2:
+        raise AnotherDevice("the device that came cannot be given a state, as the last one could")
+    yield from _reset(facts)
+    yield from arrive(link, facts, Left(stream=stream))
+    return True
+
+
 def _untold(link: DeviceLink) -> bool:
     """Whether the device does not know the memory that the VMM shares."""
     return bool(link.snoops.gone) or any(

@@ -159,6 +159,8 @@ class Core:
         """The planned change to another device that is under way."""
         self.sockets: Sockets
         """Set by whoever has them."""
+        self.relic = b""
+        """The state stream from which the device's next process goes on, if there is one."""
         self.absence = ""
         """Why the device is not there, if it is waited for."""
         self._away_since = 0.0
@@ -228,8 +230,9 @@ class Core:
     def device_lost(self, reason: str) -> None:
         self._lost(DeviceLost(f"the device is gone: {reason}"))
 
-    def device_gone(self, reason: str) -> bool:
-        """The device's connection has ended. True: the VMM's goes on, and the device is waited for;
+    def device_gone(self, reason: str, relic: bytes = b"") -> bool:
+        """The device's connection has ended. `relic`: the state stream from which its next process
+        can go on. True: the VMM's goes on, and the device is waited for;
         `successor_came` is told when it is there again. False: nothing is done (`device_lost`)."""
         if self.replacement is not None:
             if self.replacement.moving:
@@ -237,12 +240,14 @@ class Core:
                 return True
             self.replacement.abandon(DeviceLost(f"the guest's device is gone: {reason}"))
         link = self.link
-        if link is None or link.keeper is None or not self.ready or not self.custody.keeps_guest:
+        known = link is not None and (link.keeper is not None or bool(relic))
+        if link is None or not known or not self.ready or not self.custody.keeps_guest:
             return False
         error = DeviceLost(f"the device is gone: {reason}")
         self.ready = False
         self.absence = reason
         self._away_since = self.clock()
+        self.relic = relic
         if self.lease is not None:
             self.lease.broken = error
         self.custody.device_away()
@@ -253,7 +258,10 @@ class Core:
         return True
 
     def successor_came(
-        self, to_device: Send, on_end: Callable[[SyncError | None], None]
+        self,
+        to_device: Send,
+        on_end: Callable[[SyncError | None], None],
+        local: LocalDevice | None = None,
     ) -> Successor:
         """A device was connected in the place of the one that is gone; `on_end` is called when it
         has taken that place, or why it cannot."""
@@ -276,14 +284,18 @@ class Core:
             on_end(error)
             self._proceed()
 
-        successor.runner.start(comeback.come_back(link, successor.facts), done, held=False)
+        if self.relic:
+            patience_s = local.patience_s if local else 0.0
+            job = comeback.go_on(link, successor.facts, self.relic, patience_s)
+        else:
+            job = comeback.come_back(link, successor.facts)
+        successor.runner.start(job, done, held=False)
         return successor
 
     def _regained(
         self, link: DeviceLink, successor: Successor, to_device: Send, known: bool
     ) -> None:
-        assert link.keeper is not None
-        link.keeper.comebacks += 1
+        link.comebacks += 1
         self.facts = successor.facts
         self.ready = True
         self.absence = ""
@@ -646,7 +658,7 @@ class Core:
             },
             device_connected=self.ready,
             device_absence=self.absence,
-            comebacks=link.keeper.comebacks if link and link.keeper else 0,
+            comebacks=link.comebacks if link else 0,
             vmm_connected=custody.vmm_connected,
             vmm=self.vmm,
             lease=self.lease.role if self.lease else None,

@@ -104,6 +104,8 @@ class DeviceLink:
         """What to execute when the device is started here for the guest that came."""
         self.keeper: Keeper | None = None
         """What has to be known to go on with another process of the device, if that is possible."""
+        self.comebacks = 0
+        """How often another process of the device has taken its place."""
         self.away: Away | None = None
         """While the device is gone and waited for."""
         self._clock = clock

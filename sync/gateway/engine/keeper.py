@@ -37,7 +37,6 @@ class Keeper:
         self.armed = False
         """Whether the rings have to be looked at every `LOOK_S`."""
         self.identity = identity(layout, facts, initial)
-        self.comebacks = 0
         self._initial = initial
         self._memory = memory
         self._rings: dict[tuple[int, int, int], SplitRing] = {}
@@ -91,7 +90,6 @@ class Keeper:
         return {
             "profile": self.layout.profile.digest(),
             "written": self.written.plain(),
-            "comebacks": self.comebacks,
         }
 
     def take(self, plain: Mapping[str, Any]) -> bool:
@@ -100,7 +98,6 @@ class Keeper:
         if plain["profile"] != self.layout.profile.digest():
             return False
         self.written.take(plain["written"])
-        self.comebacks = int(plain["comebacks"])
         self.lose_track()
         return True
 

@@ -69,6 +69,8 @@ STANDSTILL_S = 0.5
 """A turn of the loop that takes so much longer than it waits is one in which it stood still."""
 RETRY_S = 0.1
 """The pause between two attempts to connect to the device."""
+COMEBACK_S = 0.5
+"""A device process that is to come back says what it is within this time, for each answer."""
 REOPEN_S = 5.0
 """The same for a function of the host that could not be opened."""
 GREETING_S = 5.0
@@ -363,12 +365,16 @@ class Gateway:
     def _open_function(self, now: float) -> None:
         # Only here: a gateway of a device process stays as small as it is.
         from sync.vfio.endpoint import open_endpoint
+        from sync.vfio.user_device import DEADLINE_S
 
+        awaited = self._link is not None
         try:
-            endpoint = open_endpoint(self._function, self._log)
+            deadline_s = COMEBACK_S if awaited else DEADLINE_S
+            endpoint = open_endpoint(self._function, self._log, deadline_s)
         except SyncError as error:
-            self._log("device-unusable", reason=str(error))
-            self._retry_at = now + REOPEN_S
+            if not awaited:
+                self._log("device-unusable", reason=str(error))
+            self._retry_at = now + (COMEBACK_S if awaited else REOPEN_S)
             return
         try:
             self._use_device(endpoint)
@@ -390,6 +396,8 @@ class Gateway:
             raise
         self._device = peer
         self._link = link
+        # So that an endpoint's next process does what the last one left.
+        link.relay.keeps |= not isinstance(peer, Peer)
         peer.handler = link.relay.from_device
 
     def _device_ready(self, error: SyncError | None) -> None:
@@ -410,7 +418,7 @@ class Gateway:
 
     def _use_successor(self, peer: "Peer | HostEndpoint") -> None:
         self._set_next(peer)
-        successor = self.core.successor_came(peer.send, self._successor_ended)
+        successor = self.core.successor_came(peer.send, self._successor_ended, peer.local)
         peer.handler = successor.relay.from_device
 
     def _set_next(self, peer: "Peer | HostEndpoint") -> None:
@@ -477,6 +485,9 @@ class Gateway:
         if error is None:
             self._take_next()
             return
+        if not isinstance(self._next, Peer | None):
+            # What it has begun for the guest its next process must not do once more.
+            self.core.relic = self._next.relic(only_if_it_went_on=True) or self.core.relic
         pause_s = REOPEN_S if isinstance(error, AnotherDevice) else 10 * RETRY_S
         self._retry_at = self._clock() + pause_s
         self.drop_next()
@@ -543,7 +554,8 @@ class Gateway:
 
     def _device_gone(self, reason: str) -> None:
         was_ready = self.core.ready
-        if self.core.device_gone(reason):
+        relic = b"" if isinstance(self._device, Peer | None) else self._device.relic()
+        if self.core.device_gone(reason, relic):
             self._drop_device()
             self._retry_at = self._clock() + RETRY_S
             return

@@ -77,11 +77,25 @@ class Io(IntEnum):
     """Opcodes of the I/O queues."""
 
     FLUSH = 0x00
+    WRITE = 0x01
     READ = 0x02
+    WRITE_UNCORRECTABLE = 0x04
+    WRITE_ZEROES = 0x08
+    DATASET_MANAGEMENT = 0x09
+    VERIFY = 0x0C
     RESERVATION_REGISTER = 0x0D
     RESERVATION_REPORT = 0x0E
     RESERVATION_ACQUIRE = 0x11
     ZONE_RECEIVE = 0x7A
+
+
+REPEATABLE = frozenset(
+    {
+        *(Io.FLUSH, Io.WRITE, Io.READ, Io.WRITE_UNCORRECTABLE, Io.WRITE_ZEROES),
+        *(Io.DATASET_MANAGEMENT, Io.VERIFY, Io.RESERVATION_REPORT, Io.ZONE_RECEIVE),
+    }
+)
+"""Commands that may be executed twice while they are under way."""
 
 
 class Fid(IntEnum):

@@ -7,7 +7,7 @@ position counts entries of a completion ring modulo twice its size: the slot and
 
 import json
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 
 from sync.queues.errors import StateError
 from sync.queues.interface import MAX_STATE_BYTES
@@ -93,7 +93,10 @@ class ControllerState:
     cqs: dict[int, CompletionQueue]
     features: list[Feature]
     events: list[bytes]
-    """Event requests that the controller holds."""
+    """Event requests that the controller holds; of one that has died, all commands of its admin
+    queue that it did not complete."""
+    again: dict[int, list[bytes]] = field(default_factory=dict)
+    """Of a controller that has died, the commands that it did not complete, by I/O queue."""
 
     @property
     def enabled(self) -> bool:
@@ -114,7 +117,7 @@ class ControllerState:
         yield from (queue.ring for queue in self.cqs.values())
 
     def pack(self) -> bytes:
-        document = {
+        document: dict[str, object] = {
             "cc": self.cc,
             "aqa": self.aqa,
             "asq": self.asq,
@@ -125,6 +128,8 @@ class ControllerState:
             "features": [asdict(feature) for feature in self.features],
             "events": self.events,
         }
+        if self.again:
+            document["again"] = {str(queue): commands for queue, commands in self.again.items()}
         return json.dumps(document, default=bytes.hex).encode()
 
     @classmethod
@@ -150,6 +155,10 @@ class ControllerState:
                     for each in document["features"]
                 ],
                 [_bytes(each, SQE_BYTES) for each in document["events"]],
+                {
+                    int(queue): [_bytes(each, SQE_BYTES) for each in commands]
+                    for queue, commands in document.get("again", {}).items()
+                },
             )
         except (ValueError, KeyError, TypeError, RecursionError) as error:
             raise StateError(f"the state of a controller is malformed: {error!r}") from error
@@ -160,6 +169,7 @@ class ControllerState:
         commands = [
             *(feature.command for feature in self.features),
             *self.events,
+            *(command for commands in self.again.values() for command in commands),
             *(queue.create for queue in self.sqs.values() if queue.id),
             *(queue.create for queue in self.cqs.values() if queue.id),
         ]
@@ -170,6 +180,10 @@ class ControllerState:
             or (not self.enabled and (self.sqs or self.cqs))
             or len(self.features) > MAX_FEATURES
             or len(self.events) > MAX_EVENTS
+            or any(
+                not queue or queue not in self.sqs or len(commands) >= self.sqs[queue].size
+                for queue, commands in self.again.items()
+            )
         ):
             raise StateError("the state of a controller is not consistent")
 

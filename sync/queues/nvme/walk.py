@@ -9,7 +9,8 @@ where the guest's does; then guest memory takes the place of the scratch memory:
 
 Event requests take a slot and give no completion. They are given to the controller last, out of the
 slots in front of the guest's tail, which it has consumed and does not read again: in scratch memory
-an event could be lost, since nobody knows when the controller has taken them.
+an event could be lost, since nobody knows when the controller has taken them. So is what a
+controller that has died did not complete.
 
 Commands of a walk succeed, so that they leave nothing in the error log: Identify, and a read of one
 block, or a flush where blocks do not fit.
@@ -84,13 +85,14 @@ class NvmeWalk(Walk):
         wanted = ControllerState.unpack(state)
         if not wanted.enabled:
             return
-        if wanted.events:
-            queue = wanted.sqs[0]
-            slot = (queue.tail - len(wanted.events)) % queue.size
-            for event in wanted.events:
-                yield WriteMemory(queue.base + slot * SQE_BYTES, event)
+        for queue_id, commands in {0: wanted.events, **wanted.again}.items():
+            queue = wanted.sqs[queue_id]
+            slot = (queue.tail - len(commands)) % queue.size
+            for command in commands:
+                yield WriteMemory(queue.base + slot * SQE_BYTES, command)
                 slot = (slot + 1) % queue.size
-            yield self._rings.tail_doorbell(queue, queue.tail)
+            if commands:
+                yield self._rings.tail_doorbell(queue, queue.tail)
         for cq in wanted.cqs.values():
             # The source's interrupt for them may have come to nobody.
             if cq.unconsumed and _interrupts(cq):
@@ -161,7 +163,7 @@ class NvmeWalk(Walk):
                 yield from self._create(queue)
         distance, least = _distance(cq, goal)
         rings = {
-            queue_id: Ring(queue.size, self._sqs[queue_id].tail, queue.tail)
+            queue_id: Ring(queue.size, self._sqs[queue_id].tail, _goal(queue, wanted))
             for queue_id, queue in goals.items()
         }
         way = positions.shortest(rings, goal.size, distance, least)
@@ -242,6 +244,11 @@ class NvmeWalk(Walk):
         """One admin command. Returns its result."""
         completions = yield from self._rings.submit(self._sqs[0], self._cqs[0], [command])
         return completions[0].result
+
+
+def _goal(queue: SubmissionQueue, wanted: ControllerState) -> int:
+    """How far the controller has to have taken a submission ring."""
+    return (queue.tail - len(wanted.again.get(queue.id, ()))) % queue.size
 
 
 def _distance(now: CompletionQueue, goal: CompletionQueue) -> tuple[int, int]:

@@ -22,6 +22,7 @@ from sync.queues.nvme.specification import (
     CSTS_FATAL,
     CSTS_READY,
     DOORBELLS,
+    REPEATABLE,
     SQE_BYTES,
     SUBSYSTEM_RESET,
     Admin,
@@ -165,6 +166,29 @@ class NvmeWatch(WriteWatch):
             events,
         ).pack()
 
+    def lost(self) -> bytes:
+        self.look()
+        if self._refusals:
+            raise CannotMove(self.refusals())
+        events: list[bytes] = []
+        again: dict[int, list[bytes]] = {}
+        for (sq_id, _), each in self._pending.items():
+            if sq_id and each.command.opcode not in REPEATABLE:
+                raise CannotMove([f"command {each.command.opcode:#04x} may have been executed"])
+            (again.setdefault(sq_id, []) if sq_id else events).append(each.command.pack())
+        return ControllerState(
+            self._property(Reg.CC, 4),
+            self._property(Reg.AQA, 4),
+            self._property(Reg.ASQ, 8),
+            self._property(Reg.ACQ, 8),
+            self._interrupt_mask,
+            dict(sorted(self._sqs.items())),
+            dict(sorted(self._cqs.items())),
+            list(self._features.values()),
+            events,
+            again,
+        ).pack()
+
     def dirty(self) -> set[int]:
         self.look()
         if not self._tracking:
@@ -255,9 +279,12 @@ class NvmeWatch(WriteWatch):
         self._sqs, self._cqs = dict(state.sqs), dict(state.cqs)
         for feature in state.features:
             self._features[_feature_key(Sqe.unpack(feature.command))] = feature
-        for event in state.events:
-            command = Sqe.unpack(event)
-            self._pending[0, command.cid] = _Pending(command, b"")
+        for sq_id, commands in {0: state.events, **state.again}.items():
+            for each in commands:
+                command = Sqe.unpack(each)
+                of_feature = not sq_id and command.opcode == Admin.SET_FEATURES
+                data = self._feature_data(command) if of_feature else b""
+                self._pending[sq_id, command.cid] = _Pending(command, data)
 
     # Doorbells.
 

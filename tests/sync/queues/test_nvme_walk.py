@@ -360,3 +360,40 @@ def test_i9_a_state_that_makes_no_sense_is_refused(damage: object) -> None:
     run(world.walk.ahead(state), world.on_target)
     with pytest.raises(StateError):
         run(world.walk.ahead(damage(state)), world.on_target)  # type: ignore[operator]
+
+
+@pytest.mark.parametrize("seed", range(30))
+def test_what_a_controller_that_died_left_is_done_by_the_next(seed: int) -> None:
+    """Whatever it had taken, executed or completed; twice in a row."""
+    world = World(seed)
+    driver, chance = world.driver, world.random
+    driver.enable(6, 5)
+    world.create(1, chance.choice([9, 16]), [chance.choice([7, 16]), 12])
+    for _ in range(chance.randrange(4)):
+        driver.submit(driver.sqs[0], 0x0C)
+        world.here.run()
+    for _ in range(chance.randrange(3)):
+        world.work(driver.sqs[1], chance.randrange(1, 40), depth=5)
+    for _ in range(chance.randrange(7)):
+        sq = driver.sqs[chance.choice([1, 2])]
+        if sq.room() and sum(key[0] in (1, 2) for key in driver.asked) < sq.cq.entries - 1:
+            driver.read_or_write(sq, chance)
+        for _ in range(chance.randrange(4)):
+            world.here.step()
+        if chance.random() < 0.3:
+            driver.take(driver.cqs[1])
+    if chance.random() < 0.5:
+        driver.submit(driver.sqs[0], 0x06, prp1=GUEST_IOVA + (511 << 12), dwords=(1,))
+        for _ in range(chance.randrange(3)):
+            world.here.step()
+    world.die()
+    finish(world)
+
+
+def test_what_may_not_be_done_twice_is_not() -> None:
+    world = World(1)
+    world.driver.enable(6, 5)
+    world.create(1, 16, [16])
+    world.driver.submit(world.driver.sqs[1], 0x7D, nsid=1)
+    with pytest.raises(CannotMove, match="0x7d may have been executed"):
+        world.watch.lost()

@@ -288,7 +288,13 @@ class World:
 
     def switch(self) -> None:
         """Memory and accesses go to the target, as after the commit."""
-        state = self.watch.state()
+        self._switch(self.watch.state())
+
+    def die(self) -> None:
+        """The source is gone, in the middle of whatever it did; the target takes its place."""
+        self._switch(self.watch.lost())
+
+    def _switch(self, state: bytes) -> None:
         before = bytes(self.memory.bytes)
         run(self.walk.finish(state), self.on_target)
         assert not self.target.space.pages

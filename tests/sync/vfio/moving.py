@@ -95,6 +95,18 @@ class Guest(Machine):
             self.driver.read_or_write(self.driver.sqs[1], self.random)
             self._take(self.driver.cqs[1])
 
+    def ask(self, count: int) -> None:
+        """Commands of which nobody takes the completions."""
+        for _ in range(count):
+            self.driver.read_or_write(self.driver.sqs[1], self.random)
+
+    def take_all(self) -> None:
+        """Until all that was asked for is there, and as it has to be."""
+        end = time.monotonic() + DEADLINE_S
+        while any(queue for queue, _ in self.driver.asked):
+            self.driver.take(self.driver.cqs[1])
+            assert time.monotonic() < end, "commands do not complete"
+
     def admin(self, opcode: int, prp1: int, dwords: tuple[int, ...]) -> None:
         self.driver.submit(self.driver.sqs[0], opcode, prp1=prp1, dwords=dwords)
         self._take(self.driver.cqs[0])

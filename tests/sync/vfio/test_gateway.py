@@ -28,7 +28,6 @@ from sync.vfio.device import VfioDevice
 from sync.vfio.endpoint import HostEndpoint
 from sync.vfio.errors import NoFunction
 from sync.vfio.sysfs import PciFunction
-from sync.vfio_user.errors import Disconnected
 from sync.vfio_user.protocol import MigrationState
 from tests.sync.dirty.test_trackers import pages_in
 from tests.sync.queues.world import GUEST_IOVA
@@ -86,7 +85,7 @@ class Host:
 def hosts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[tuple[Host, Host]]:
     functions: dict[str, Host] = {}
 
-    def open_endpoint(address: str, log: Callable[..., None]) -> HostEndpoint:
+    def open_endpoint(address: str, log: Callable[..., None], _: float) -> HostEndpoint:
         return functions[address].open(log)
 
     monkeypatch.setattr("sync.vfio.endpoint.open_endpoint", open_endpoint)
@@ -159,7 +158,7 @@ def test_a_gateway_is_alive_while_a_device_takes_its_time_to_get_ready(
     function = PciFunction(ADDRESS, tmp_path / "sys")
     monkeypatch.setattr(
         "sync.vfio.endpoint.open_endpoint",
-        lambda address, log: HostEndpoint(VfioDevice(function, kernel), log),
+        lambda address, log, _: HostEndpoint(VfioDevice(function, kernel), log),
     )
     events: list[str] = []
     beats: list[float] = []
@@ -249,7 +248,9 @@ def test_a_check_tells_what_the_target_holds_instead(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     functions: dict[str, Host] = {}
-    monkeypatch.setattr("sync.vfio.endpoint.open_endpoint", lambda at, log: functions[at].open(log))
+    monkeypatch.setattr(
+        "sync.vfio.endpoint.open_endpoint", lambda at, log, _: functions[at].open(log)
+    )
     kernels = ModelKernel({}), ModelKernel({})
     kernels[1].controller.n_blocks = 8192
     with (
@@ -326,11 +327,12 @@ class ServedHost:
         self.folder = folder
         self.device = device
         self.server = Server(folder / "device", device)
+        self.events: list[str] = []
         self.gateway = Gateway(
             GatewayOptions(
                 folder / "vmm", None, folder / "control", host_function=str(folder / "device")
             ),
-            lambda event, **fields: None,
+            lambda event, **fields: self.events.append(event),
         )
         self.threads = [
             threading.Thread(target=self.server.serve_forever),
@@ -339,6 +341,16 @@ class ServedHost:
         for thread in self.threads:
             thread.start()
         self.vmm = Vmm(folder / "vmm")
+
+    def renew(self, device: NvmeController | VirtioBlk) -> None:
+        """The device goes with all that it knows, and another one takes its place."""
+        self.server.close()
+        self.threads[0].join(20)
+        self.device.close()
+        self.device = device
+        self.server = Server(self.folder / "device", device)
+        self.threads[0] = threading.Thread(target=self.server.serve_forever)
+        self.threads[0].start()
 
     def close(self) -> None:
         self.vmm.close()
@@ -383,15 +395,20 @@ def test_a_guest_moves_between_virtio_devices_by_their_queues(tmp_path: Path) ->
         move_machine(source, target, VirtioGuest(source))
 
 
-def test_a_gateway_whose_device_process_went_waits_for_another(tmp_path: Path) -> None:
+def test_a_guest_goes_on_with_the_next_process_of_its_device(tmp_path: Path) -> None:
+    """Which gets what was under way in the last one; as often as it takes."""
     image = tmp_path / "image"
     image.write_bytes(bytes(1 << 20))
     with closing(ServedHost(tmp_path / "a", NvmeController([Disk(image)]))) as host:
-        host.server.close()
-        host.threads[0].join(20)
-        with pytest.raises(Disconnected):
-            while True:
-                host.vmm.region_read(0, 0, 8)
+        guest = Guest(host)
+        guest.start()
+        for number in range(3):
+            guest.work(20)
+            guest.ask(5)
+            host.renew(NvmeController([Disk(image)]))
+            guest.take_all()
+            assert host.events.count("device-back") == number + 1
+        guest.work(20)
 
 
 def test_a_gateway_goes_on_when_its_vmm_went(hosts: tuple[Host, Host]) -> None:
@@ -408,7 +425,7 @@ def test_a_gateway_goes_on_when_its_vmm_went(hosts: tuple[Host, Host]) -> None:
 def test_a_function_that_cannot_be_opened_is_told_and_tried_again(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def refused(address: str, log: Callable[..., None]) -> HostEndpoint:
+    def refused(address: str, log: Callable[..., None], _: float) -> HostEndpoint:
         raise NoFunction(f"there is no {address}")
 
     monkeypatch.setattr("sync.vfio.endpoint.open_endpoint", refused)
