@@ -48,7 +48,9 @@ from sync.registers.record import (
     NUMPY_FIELDS,
     RECORD_BYTES,
     STRUCT,
+    Access,
     Flag,
+    Op,
     RecordFormatError,
     pack_accesses,
     unpack_accesses,
@@ -113,6 +115,18 @@ class CaptureSource(SourceRegisters):
             yield payload
 
     async def precopy(self) -> AsyncIterator[bytes]:
+        try:
+            async for payload in self._fetch():
+                yield payload
+        except JournalOverflow:
+            # Operations are missing. Their outcome is in the registers.
+            self._rest = b""
+            recaptured = await self._port.recapture(await self.snapshot())
+            async for payload in self.begin(*recaptured):
+                yield payload
+
+    async def _fetch(self) -> AsyncIterator[bytes]:
+        """Payloads of the journal. Raises `JournalOverflow`."""
         for _ in range(_TAKES):
             records, overflow = await self._port.journal(_TAKE_RECORDS)
             if overflow:
@@ -135,7 +149,7 @@ class CaptureSource(SourceRegisters):
         return self._kicks
 
     async def final(self) -> AsyncIterator[bytes]:
-        async for payload in self.precopy():
+        async for payload in self._fetch():
             yield payload
         if self._rest:
             raise RegisterError("the journal ends in the middle of an access")
@@ -268,7 +282,9 @@ class CaptureTarget(TargetRegisters):
 
     async def _apply(self, kind: PayloadKind, body: bytes) -> None:
         replayer = self._replayer
-        if kind is PayloadKind.SNAPSHOT and replayer is None:
+        if kind is PayloadKind.SNAPSHOT and self._final is None:
+            if replayer is not None:
+                await self._reset()
             await self._restore(body)
         elif kind is PayloadKind.JOURNAL and replayer is not None and self._final is None:
             for part in _parts(body, _EXECUTE_BYTES):
@@ -291,6 +307,13 @@ class CaptureTarget(TargetRegisters):
             self._ended = True
         else:
             raise PayloadError(f"{kind.name} is not expected now")
+
+    async def _reset(self) -> None:
+        """For another snapshot: the source lost operations that this device has not executed."""
+        results = await self._port.batch(pack_accesses([Access(Op.RESET, 0, 0, 0)]))
+        (done,) = unpack_accesses(results)
+        if done.failed:
+            raise RestartRefused("the target's device cannot be reset for another snapshot")
 
     async def _restore(self, body: bytes) -> None:
         journal_seq, records = take_number(body)

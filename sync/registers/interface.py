@@ -39,6 +39,8 @@ class GatewayPort(Protocol):
 
     async def journal(self, max_records: int = ...) -> tuple[bytes, bool]: ...
 
+    async def recapture(self, snapshot: bytes) -> tuple[bytes, int]: ...
+
     async def mig_state(self, state: MigrationState) -> None:
         """Raises `DeviceRefusal`."""
 
@@ -94,7 +96,8 @@ class SourceRegisters(ABC):
 
     @abstractmethod
     def precopy(self) -> AsyncIterator[bytes]:
-        """Payloads of what has come up since; bounded, so that a busy device cannot hold us."""
+        """Payloads of what has come up since; bounded, so that a busy device cannot hold us. What
+        could not be kept until it was fetched is made up for by a state as that of `begin`."""
 
     @abstractmethod
     async def quiesce(self) -> None:

@@ -22,7 +22,7 @@ from sync.registers.errors import PayloadError
 
 _HEADER = struct.Struct("<4sBBHI")
 _MAGIC = b"VFRS"
-VERSION = 1
+VERSION = 2
 MAX_BODY_BYTES = 256 << 10
 """A payload's body has at most so many: it fits a message of the transport with room to spare."""
 MAX_WHOLE_BYTES = 4 << 20

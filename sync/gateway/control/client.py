@@ -18,6 +18,7 @@ from sync.gateway.control.requests import (
     DirtyHalf,
     JournalPart,
     Mediation,
+    Recaptured,
     Request,
     Tracker,
     Verdict,
@@ -207,6 +208,10 @@ class GatewayClient:
     async def journal(self, max_records: int = 65536) -> JournalPart:
         """Takes up to `max_records` (at most 131072) of the oldest records out of the gateway."""
         return await self._call(requests.TakeJournal(max_records))
+
+    async def recapture(self, snapshot: bytes) -> Recaptured:
+        """Begins the journal anew, as `mediate` did, with the records of a new snapshot."""
+        return await self._call(requests.Recapture(snapshot))
 
     async def batch(self, records: bytes) -> bytes:
         """Executes records back to back, no access of the guest between them.

@@ -141,6 +141,13 @@ class JournalPart(NamedTuple):
     """True: operations were lost since `mediate`."""
 
 
+class Recaptured(NamedTuple):
+    """What `recapture` gives back: see `Mediation`."""
+
+    values: Blob
+    journal_seq: int
+
+
 @dataclass(frozen=True, slots=True)
 class Records:
     """Register operations with what was read filled in."""
@@ -271,6 +278,15 @@ class TakeJournal(Request[JournalPart]):
     states = _AT_SOURCE
     takes = True
     max_records: Annotated[int, Range(0, MAX_JOURNAL_RECORDS)]
+
+
+@dataclass(frozen=True, slots=True)
+class Recapture(Request[Recaptured]):
+    op = "recapture"
+    roles = SOURCE
+    states = frozenset({CustodyState.MEDIATED})
+    takes = True
+    snapshot: Blob
 
 
 @dataclass(frozen=True, slots=True)
@@ -466,6 +482,7 @@ REQUESTS: dict[str, type[Request[Any]]] = {
         Mediate,
         CollectDirty,
         TakeJournal,
+        Recapture,
         Batch,
         Stop,
         SetMigrationState,

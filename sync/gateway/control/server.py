@@ -83,6 +83,7 @@ class ControlServer:
             requests.SwitchDevice: self._switch_device,
             requests.Mediate: self._mediate,
             requests.CollectDirty: self._collect_dirty,
+            requests.Recapture: self._recapture,
             requests.Batch: self._batch,
             requests.Stop: self._stop,
             requests.SetMigrationState: self._set_migration_state,
@@ -305,6 +306,10 @@ class ControlServer:
 
     def _collect_dirty(self, client: Client, request: requests.CollectDirty) -> None:
         self._run(client, jobs.dirty(self._link()), lambda half: half, held=False)
+
+    def _recapture(self, client: Client, request: requests.Recapture) -> None:
+        job = jobs.recapture(self._link(), request.snapshot)
+        self._run(client, job, lambda recaptured: recaptured, held=True)
 
     def _batch(self, client: Client, request: requests.Batch) -> None:
         job = jobs.batch(self._link(), request.records)

@@ -7,7 +7,7 @@ when a step fails. Not owned: who may ask (`requests`), how a job is run (`job_r
 accesses held back. So the guest sees each of them as happening between two of its accesses.
 """
 
-from sync.gateway.control.requests import DirtyHalf, Mediate, Mediation
+from sync.gateway.control.requests import DirtyHalf, Mediate, Mediation, Recaptured
 from sync.gateway.datapath.bitmap import DirtyBitmap
 from sync.gateway.datapath.dma import AtDevice
 from sync.gateway.engine import comeback
@@ -106,6 +106,13 @@ def dirty(link: DeviceLink) -> Job[DirtyHalf]:
     if link.logging_page_bytes:
         complete = yield from steps.collect_log(link)
     return DirtyHalf(bitmap.swap(), link.memory.generation, complete)
+
+
+def recapture(link: DeviceLink, snapshot: bytes) -> Job[Recaptured]:
+    """The journal begins anew, in one with a snapshot; it stays as it was if that fails."""
+    values = yield from steps.execute(link, snapshot)
+    link.journal.restart()
+    return Recaptured(values, link.journal.next_seq)
 
 
 def batch(link: DeviceLink, records: bytes) -> Job[bytes]:

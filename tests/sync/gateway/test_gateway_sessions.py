@@ -459,6 +459,36 @@ def test_a_cancelled_request_leaves_the_connection_usable(
     trio.run(main)
 
 
+def test_i4_a_journal_that_has_overflowed_begins_anew_behind_a_snapshot(
+    make_house: Callable[..., House], make_device: type[ServedDevice]
+) -> None:
+    house, device = make_house(journal_records=4), make_device()
+    house.serve(device)
+    vmm = house.vmm()
+    snapshot = pack_accesses([Access(Op.READ, 0, 0, 4)])
+
+    async def main() -> None:
+        async with await GatewayClient.connect(
+            house.control_path, role=ClientRole.SOURCE
+        ) as gateway:
+            with pytest.raises(WrongState):
+                await gateway.recapture(snapshot)
+            await gateway.mediate(tracker="none", capture=True)
+            for number in range(9):
+                vmm.region_write(0, 0, number.to_bytes(4, "little"))
+            assert (await gateway.journal()).overflow
+            values, seq = await gateway.recapture(snapshot)
+            (read,) = unpack_accesses(values)
+            assert read.data == (8).to_bytes(4, "little")
+            vmm.region_write(0, 4, b"next")
+            records, overflow = await gateway.journal()
+            (written,) = unpack_accesses(records)
+            assert (written.data, overflow) == (b"next", False)
+            assert int.from_bytes(records[:8], "little") == seq
+
+    trio.run(main)
+
+
 def test_i4_a_journal_that_was_cut_off_is_not_continued(
     make_house: Callable[..., House], make_device: type[ServedDevice], pause: Pause
 ) -> None:

@@ -286,6 +286,7 @@ class FakeGateway:
     batches: list[int] = field(default_factory=list)
     pending: bytes = b""
     overflow: bool = False
+    next_seq: Callable[[], int] = lambda: 0
     writes_back: bool = True
     before_batch: Callable[[], None] = lambda: None
 
@@ -322,6 +323,15 @@ class FakeGateway:
         taken, self.pending = self.pending[: 32 * max_records], self.pending[32 * max_records :]
         return taken, self.overflow
 
+    def overflows(self) -> None:
+        """The journal is full: what is in it is useless, and what follows is lost."""
+        self.pending, self.overflow = self.pending[:32], True
+
+    async def recapture(self, snapshot: bytes) -> tuple[bytes, int]:
+        values = await self.batch(snapshot)
+        self.pending, self.overflow = b"", False
+        return values, self.next_seq()
+
     async def mig_state(self, state: int) -> None:
         raise AssertionError("not with this method")
 
@@ -338,6 +348,7 @@ class Guest:
     def __init__(self, gateway: FakeGateway, seq: int | None = None) -> None:
         self.gateway = gateway
         self.seq = seq
+        gateway.next_seq = lambda: self.seq or 0
 
     def do(self, access: Access) -> Access:
         done = self.gateway.execute(access, {})

@@ -58,6 +58,9 @@ class V2Device:
     async def batch(self, records: bytes) -> bytes:
         raise AssertionError("not with this method")
 
+    async def recapture(self, snapshot: bytes) -> tuple[bytes, int]:
+        raise AssertionError("not with this method")
+
     async def journal(self, max_records: int = 0) -> tuple[bytes, bool]:
         raise AssertionError("not with this method")
 

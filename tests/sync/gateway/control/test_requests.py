@@ -35,6 +35,7 @@ RULES = {
     "mediate": (SOURCE, "passthrough"),
     "dirty": (SOURCE, "mediated stopped"),
     "journal": (SOURCE, "mediated stopped"),
+    "recapture": (SOURCE, "mediated"),
     "batch": (BOTH, "passthrough released " + AT_DEVICE),
     "stop": (SOURCE, "mediated"),
     "mig_state": (BOTH, AT_DEVICE),
@@ -63,7 +64,7 @@ AFTER_LOSS = {
     *("passthrough", "arm_recovery", "disarm_recovery"),
     *("moved", "running"),
 }
-TAKES = {"dirty", "journal", "mig_read"}
+TAKES = {"dirty", "journal", "recapture", "mig_read"}
 
 NO_NUMBERS: list[Any] = [None, "1", True, 1.0, [], {}]
 NO_TEXTS: list[Any] = [None, 1, True, [], {}, "a\0b"]
@@ -146,6 +147,7 @@ FIELDS: dict[tuple[str, str], tuple[st.SearchStrategy[Any], list[Any]]] = {
 """What a field of the JSON object may be, and what it may not."""
 BLOBS = {
     "mediate": "snapshot",
+    "recapture": "snapshot",
     "batch": "records",
     "stop": "resume",
     "mig_write": "data",
