@@ -69,14 +69,14 @@ async def _main(options: Options) -> Exit:
 async def _findings(options: Options) -> AsyncIterator[Finding]:
     async for finding in host_findings(options.listen):
         yield finding
-    for finding in function_findings():
+    profiles = load_profiles([Path(item) for item in options.profile])
+    for finding in function_findings(profiles):
         yield finding
     async for finding in qemu_findings(options.qemu):
         yield finding
     if options.qmp is not None:
         async for finding in vmm_findings(options.qmp, len(options.gateway)):
             yield finding
-    profiles = load_profiles([Path(item) for item in options.profile])
     wish = Wish(options.registers, options.dirty, profiles)
     for path in options.gateway:
         async for finding in gateway_findings(path, wish):

@@ -187,17 +187,22 @@ STATE_ELSEWHERE = (
 """Known by the specifications of NVMe (sections 5.2 to 5.4, 2.0) and virtio (5, 1.2)."""
 
 
+def state_elsewhere(view: DeviceView) -> str:
+    """What a device is known to hold beside its registers, in words; '' if nothing is."""
+    return next((kind.what for kind in STATE_ELSEWHERE if kind.is_kind_of(view)), "")
+
+
 def _no_profile(view: DeviceView) -> NoMethod:
     who = (
         f"device {view.ids} (subsystem {view.subsystem_vendor:04x}:{view.subsystem:04x}, class "
         f"{view.class_code:06x}) offers no VFIO migration v2"
     )
-    for kind in STATE_ELSEWHERE:
-        if kind.is_kind_of(view):
-            return NoMethod(
-                f"{who}, and what it holds is not all in its registers ({kind.what}), so that no "
-                "profile could carry it: use one that offers VFIO migration v2"
-            )
+    elsewhere = state_elsewhere(view)
+    if elsewhere:
+        return NoMethod(
+            f"{who}, and what it holds is not all in its registers ({elsewhere}), so that no "
+            "profile could carry it: use one that offers VFIO migration v2"
+        )
     return NoMethod(
         f"{who}, and no profile describes its registers: write one (docs/profiles.md), and give "
         "its path with --profile on both hosts",

@@ -13,8 +13,9 @@ from sync.vfio.errors import DriverInUse, GroupNotViable, NoFunction, NoIommu, V
 VFIO_DRIVER = "vfio-pci"
 SYSFS = Path("/sys")
 _ADDRESS = re.compile(r"(?:[0-9a-f]{4}:)?[0-9a-f]{2}:[0-1][0-9a-f]\.[0-7]", re.IGNORECASE)
-_HARMLESS_DRIVERS = frozenset({VFIO_DRIVER, "pci-stub", "pcieport"})
-"""Who may have another function of the group: they do no DMA of their own (the kernel's rule)."""
+_HARMLESS_DRIVERS = frozenset({"pci-stub", "pcieport"})
+"""Who may have another function of the group beside VFIO: they do no DMA of their own (the kernel's
+rule)."""
 
 
 def parse_address(text: str) -> str:
@@ -74,6 +75,12 @@ class PciFunction:
         return link.readlink().name if link.is_symlink() else None
 
     @property
+    def is_vfio(self) -> bool:
+        """Whether VFIO has it: vfio-pci, or a driver of the same kind that knows the device, as
+        mlx5_vfio_pci does, and may offer its own migration."""
+        return (self.driver or "").replace("_", "-").endswith(VFIO_DRIVER)
+
+    @property
     def group(self) -> str:
         """Number of its IOMMU group. Raises `NoIommu`."""
         link = self._folder / "iommu_group"
@@ -102,7 +109,7 @@ class PciFunction:
         in_use = [
             f"{each.address} ({each.driver})"
             for each in self.neighbours()
-            if each.driver is not None and each.driver not in _HARMLESS_DRIVERS
+            if not (each.driver is None or each.is_vfio or each.driver in _HARMLESS_DRIVERS)
         ]
         if in_use:
             raise GroupNotViable(
@@ -111,17 +118,18 @@ class PciFunction:
             )
 
     def require_vfio(self) -> None:
-        """Raise `DriverInUse` unless vfio-pci has it."""
-        if self.driver != VFIO_DRIVER:
+        """Raise `DriverInUse` unless VFIO has it."""
+        if not self.is_vfio:
             has = f"the driver {self.driver}" if self.driver else "no driver"
             raise DriverInUse(f"{has} has {self.address}, and {VFIO_DRIVER} has to: ask for --bind")
 
     def bind(self) -> str | None:
-        """Give it to vfio-pci. Returns who had it, for `restore`. Raises `VfioError`."""
+        """Give it to vfio-pci, unless a driver of VFIO has it. Returns who had it, for `restore`.
+        Raises `VfioError`."""
         before = self.driver
-        if before != VFIO_DRIVER:
+        if not self.is_vfio:
             self._hand_over(VFIO_DRIVER)
-        if self.driver != VFIO_DRIVER:
+        if not self.is_vfio:
             raise VfioError(
                 f"{self.address} could not be bound to {VFIO_DRIVER}: modprobe {VFIO_DRIVER}, and "
                 "look at the kernel's log"

@@ -56,6 +56,7 @@ def test_what_a_device_offers_for_mmap_is_told_to_be_hidden(
         identity=Identity(1, 2, 3, 4, 5, 6),
         config_space=b"",
         supports=SimpleNamespace(v2=False, precopy=False),
+        holds={},
     )
     finding = gateway._hidden(info)
     assert (told in finding.text if finding else "") if told else finding is None

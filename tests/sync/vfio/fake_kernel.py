@@ -185,13 +185,20 @@ class FakeSysfs:
         (root / "bus/pci/drivers_probe").write_text("")
 
     def add(
-        self, address: str, *, driver: str | None, group: str | None, class_code: int = 0x010802
+        self,
+        address: str,
+        *,
+        driver: str | None,
+        group: str | None,
+        class_code: int = 0x010802,
+        ids: tuple[int, int] = (0x1B36, 0x0010),
     ) -> Path:
         folder = self.root / "bus/pci/devices" / address
         folder.mkdir()
         (folder / "class").write_text(f"{class_code:#08x}\n")
-        for name in ("vendor", "device", "subsystem_vendor", "subsystem_device"):
-            (folder / name).write_text("0x1b36\n")
+        for name, number in zip(("vendor", "device"), ids, strict=True):
+            (folder / name).write_text(f"{number:#06x}\n")
+            (folder / f"subsystem_{name}").write_text(f"{number:#06x}\n")
         (folder / "driver_override").write_text("(null)\n")
         if group is not None:
             devices = self.root / "kernel/iommu_groups" / group / "devices"

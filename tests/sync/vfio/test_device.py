@@ -220,6 +220,13 @@ def test_binding_writes_what_the_kernel_asks_for(tmp_path: Path) -> None:
     assert (folder / "driver_override").read_text() == "\n"
 
 
+def test_a_driver_of_vfio_that_knows_the_device_keeps_it(tmp_path: Path) -> None:
+    FakeSysfs(tmp_path).add(ADDRESS, driver="mlx5_vfio_pci", group="7")
+    function = PciFunction(ADDRESS, tmp_path)
+    function.require_vfio()
+    assert function.bind() == function.driver == "mlx5_vfio_pci"
+
+
 # Plans.
 
 
