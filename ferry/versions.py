@@ -15,6 +15,10 @@ FORMATS = (
     ),
     ("payloads of register state", "sync.registers.payload.VERSION"),
     ("what the VMM keeps of its devices", "sync.vmm.platform_state._VERSION"),
+    (
+        "what a gateway hands on to its next version",
+        "sync.gateway.engine.inheritance.STATE_VERSION",
+    ),
     ("profiles, in TOML", "sync.registers.profile.model.FORMAT"),
 )
 """Each format that crosses between hosts, or comes from a user, with the constant that has its

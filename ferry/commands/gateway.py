@@ -9,15 +9,21 @@ from ferry.metrics import HELP as METRICS
 from ferry.metrics import PORT_HELP as METRICS_PORT
 from ferry.metrics import GatewayMetrics
 from ferry.private import check_folders
+from ferry.progress import Reporter
+from sync.gateway.control.blocking import upgrade
 from sync.gateway.datapath.journal import DEFAULT_RECORDS
 from sync.gateway.engine.busy_poll import WINDOW_S
 from sync.gateway.engine.core import Limits
+from sync.gateway.engine.succession import START_S
+from sync.gateway.errors import GatewayUnreachable
 from sync.gateway.main import GatewayOptions
 from sync.gateway.main import run as run_gateway
 from sync.registers.find import load_profiles
 from sync.registers.record import RECORD_BYTES
 
 MAX_BUSY_POLL_US = 1000
+UPGRADE_S = START_S + 15.0
+"""The gateway has answered by then."""
 HOST_FUNCTION, BY_IOMMUFD = "vfio:", "iommufd:"
 """What the address of a PCI function follows."""
 
@@ -32,10 +38,11 @@ def busy_poll(text: str) -> int:
 
 @dataclass(frozen=True, kw_only=True)
 class Options:
-    listen: str = option("where the VMM's vfio-user device connects")
+    listen: str = option("where the VMM's vfio-user device connects", "")
     device: str = option(
         "where the device listens, which need not be there yet; or vfio:ADDRESS, a PCI function of"
-        " this host that vfio-pci has; or iommufd:ADDRESS, the same by its character device"
+        " this host that vfio-pci has; or iommufd:ADDRESS, the same by its character device",
+        "",
     )
     control: str = option("where send and receive connect")
     queues: bool = option(
@@ -66,10 +73,20 @@ class Options:
         " guest that was moved away, the host's power (default: CONTROL.records)",
         None,
     )
+    upgrade: bool = option(
+        "have the gateway that listens at --control be replaced, while its guest runs, by what the"
+        " command that it was started with starts now",
+        False,
+    )
     json: bool = option("print events as JSON lines", False)
 
 
 def run(options: Options) -> int:
+    if options.upgrade:
+        return _upgrade(options)
+    for name in ("listen", "device"):
+        if not getattr(options, name):
+            raise ConfigError(f"--{name} is missing")
     check_folders((options.listen, options.control))
     if not options.device.startswith((HOST_FUNCTION, BY_IOMMUFD)):
         if options.bind:
@@ -89,6 +106,16 @@ def run(options: Options) -> int:
     finally:
         if options.bind:
             function.restore(before)
+    return Exit.OK
+
+
+def _upgrade(options: Options) -> int:
+    try:
+        done = upgrade(options.control, UPGRADE_S)
+    except OSError as error:
+        raise GatewayUnreachable(f"no gateway answers at {options.control}: {error}") from error
+    text = f"the gateway is process {done.pid} now"
+    Reporter("gateway", as_json=options.json).event("message", text=text)
     return Exit.OK
 
 

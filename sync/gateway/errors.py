@@ -208,6 +208,14 @@ class LayoutChanged(GatewayError):
     code = "layout-changed"
 
 
+class UpgradeFailed(GatewayError):
+    """Another process could not take this gateway's place: it goes on."""
+
+    exit_name = "local"
+
+    code = "upgrade"
+
+
 class Defect(GatewayError):
     """The gateway met what it is not made for; this one request failed: please report it."""
 

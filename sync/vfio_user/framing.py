@@ -121,6 +121,12 @@ class Framer:
         """Let the stream end in `error` behind the messages that are complete."""
         self._error = self._error or error
 
+    @property
+    def unread(self) -> tuple[bytes, list[int]]:
+        """The beginning of the message inside which the stream stands, and its descriptors, which
+        stay the framer's."""
+        return bytes(self._partial), list(self._fds)
+
     def close(self) -> None:
         """Close every descriptor that no one has taken. Can be called more than once."""
         close_fds(self._fds)

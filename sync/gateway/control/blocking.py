@@ -5,7 +5,7 @@ from types import TracebackType
 from typing import Self, TypeVar
 
 from sync.gateway.control import requests
-from sync.gateway.control.info import GatewayInfo
+from sync.gateway.control.info import GatewayInfo, Upgraded
 from sync.gateway.control.requests import Request
 from sync.gateway.control.shapes import pack, unpack
 from sync.gateway.control.wire import MAX_DESCRIPTORS, ControlDecoder, encode
@@ -17,8 +17,15 @@ READ_BYTES = 1 << 16
 R = TypeVar("R")
 
 
+def upgrade(path: str, timeout_s: float) -> Upgraded:
+    """Has the gateway at `path` be replaced by what its command starts; raises as the client."""
+    with BlockingClient(path, timeout_s, role=None) as gateway:
+        return gateway.call(requests.Upgrade())
+
+
 class BlockingClient:
-    """Connects to the gateway at `path` and says hello; descriptors of answers are dropped.
+    """Connects to the gateway at `path` and says hello, unless `role` is None; descriptors of
+    answers are dropped.
 
     Raises OSError (each wait takes at most `timeout_s`), and the error that the gateway answers.
     """
@@ -30,7 +37,7 @@ class BlockingClient:
         self,
         path: str,
         timeout_s: float,
-        role: ClientRole = ClientRole.OBSERVER,
+        role: ClientRole | None = ClientRole.OBSERVER,
         session: str = "",
     ) -> None:
         self._decoder = ControlDecoder(MAX_DESCRIPTORS)
@@ -38,7 +45,8 @@ class BlockingClient:
         try:
             self._sock.settimeout(timeout_s)
             self._sock.connect(path)
-            self.info = self.call(requests.ControlHello(requests.VERSION, role, session))
+            if role is not None:
+                self.info = self.call(requests.ControlHello(requests.VERSION, role, session))
         except BaseException:
             self._sock.close()
             raise

@@ -83,6 +83,13 @@ class Activity:
 
 
 @dataclass(frozen=True, slots=True)
+class Upgraded:
+    """Another process has taken the gateway's place."""
+
+    pid: int
+
+
+@dataclass(frozen=True, slots=True)
 class GatewayInfo:
     """A gateway's status. The device's part is that of its last connection."""
 

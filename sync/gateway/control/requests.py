@@ -13,7 +13,7 @@ import re
 from dataclasses import dataclass
 from typing import Annotated, Any, ClassVar, Generic, Literal, NamedTuple, TypeVar, get_args
 
-from sync.gateway.control.info import GatewayInfo
+from sync.gateway.control.info import GatewayInfo, Upgraded
 from sync.gateway.control.shapes import AtMost, Matching, Part, PowerOfTwo, Range, Text
 from sync.gateway.control.wire import MAX_BLOB_BYTES
 from sync.gateway.engine.custody import TRANSITIONS, ClientRole, CustodyState, Event
@@ -471,6 +471,15 @@ class Abandon(Request[Done]):
     states = _from(Event.ABANDON)
 
 
+@dataclass(frozen=True, slots=True)
+class Upgrade(Request[Upgraded]):
+    """Asked for without a hello, and alike in every version: the two ends may be of different
+    releases here."""
+
+    op = "upgrade"
+    roles = frozenset()
+
+
 REQUESTS: dict[str, type[Request[Any]]] = {
     request.op: request
     for request in (
@@ -504,6 +513,7 @@ REQUESTS: dict[str, type[Request[Any]]] = {
         Running,
         Fence,
         Abandon,
+        Upgrade,
     )
 }
 """By name."""

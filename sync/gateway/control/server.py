@@ -12,7 +12,7 @@ from typing import Any, Protocol, TypeVar
 
 from sync.errors import SyncError
 from sync.gateway.control import requests
-from sync.gateway.control.info import GatewayInfo
+from sync.gateway.control.info import GatewayInfo, Upgraded
 from sync.gateway.control.requests import REQUESTS, VERSION, Done, Request
 from sync.gateway.control.shapes import ShapeError, pack, unpack
 from sync.gateway.control.wire import MAX_DESCRIPTORS, ControlMessage, Fields
@@ -95,6 +95,7 @@ class ControlServer:
             requests.Standby: self._standby,
             requests.Start: self._start,
             requests.Abandon: self._abandon,
+            requests.Upgrade: self._upgrade,
         }
 
     def handle(self, client: Client, message: ControlMessage) -> None:
@@ -133,7 +134,7 @@ class ControlServer:
 
     def _check(self, client: Client, request: Request[Any]) -> None:
         """Raises unless this client may ask for this now."""
-        if isinstance(request, requests.ControlHello):
+        if isinstance(request, requests.ControlHello | requests.Upgrade):
             return
         lease = self._core.lease
         if client.role is None:
@@ -273,6 +274,15 @@ class ControlServer:
             self._core.link.enter(custody.state, shut=custody.shut)
         self._core.log_state(event)
         return Done()
+
+    def _upgrade(self, client: Client, request: requests.Upgrade) -> None:
+        def ended(outcome: Upgraded | GatewayError) -> None:
+            if isinstance(outcome, GatewayError):
+                _fail(client, outcome)
+            else:
+                self._answer(client, lambda: outcome)
+
+        self._core.hand_on(ended)
 
     # --- done by the device ---
 

@@ -46,12 +46,17 @@ def encode(fields: Fields, blob: bytes = b"") -> bytes:
 
     Raises `ControlProtocolError` when it is over the limits.
     """
-    text = json.dumps(fields, separators=(",", ":"), default=_plain).encode()
+    text = encode_plain(fields)
     if len(text) > MAX_JSON_BYTES or len(blob) > MAX_BLOB_BYTES:
         raise ControlProtocolError(
             f"a message of {len(text)} bytes of JSON and a blob of {len(blob)} bytes is too large"
         )
     return HEADER.pack(len(text), len(blob)) + text + blob
+
+
+def encode_plain(fields: Fields) -> bytes:
+    """Fields as JSON; they may hold dataclasses and bytes."""
+    return json.dumps(fields, separators=(",", ":"), default=_plain).encode()
 
 
 def _plain(value: Any) -> Any:
@@ -92,7 +97,7 @@ class ControlDecoder:
             if len(self._buffer) < end:
                 return
             blob_start = HEADER.size + json_bytes
-            fields = _parse(bytes(self._buffer[HEADER.size : blob_start]))
+            fields = decode_plain(bytes(self._buffer[HEADER.size : blob_start]))
             blob = bytes(self._buffer[blob_start:end])
             del self._buffer[:end]
             mine: list[int] = []
@@ -113,7 +118,8 @@ class ControlDecoder:
         self._descriptors = []
 
 
-def _parse(text: bytes) -> Fields:
+def decode_plain(text: bytes) -> Fields:
+    """Fields from JSON. Raises `ControlProtocolError`."""
     try:
         fields = json.loads(text)
     except (ValueError, RecursionError) as error:

@@ -6,6 +6,8 @@ has no other way to tell) and given to the guest at the target, or at the source
 there. So is what a counter had come to.
 """
 
+from collections.abc import Iterable
+
 from sync.gateway.errors import BadRequest
 
 MAX_BYTES = 4096
@@ -56,6 +58,20 @@ class DeferredReads:
             position = key[1] - offset
             if 0 <= position < len(data):
                 data[position] |= self._bytes.pop(key)
+
+    def plain(
+        self,
+    ) -> tuple[tuple[tuple[int, int, int], ...], tuple[tuple[int, int, int, int], ...]]:
+        """Region, offset and bits of each byte; region, offset, size and value of each counter."""
+        bits = tuple((*key, value) for key, value in self._bytes.items())
+        return bits, tuple((*key, value) for key, value in self._counters.items())
+
+    def take(
+        self, bits: Iterable[tuple[int, int, int]], counters: Iterable[tuple[int, int, int, int]]
+    ) -> None:
+        """What `plain` has given."""
+        self._bytes = {(region, offset): value for region, offset, value in bits}
+        self._counters = {(region, at, size): count for region, at, size, count in counters}
 
     def clear(self) -> None:
         self._bytes.clear()

@@ -54,6 +54,24 @@ class Interrupts:
         for descriptor in descriptors:
             os.close(descriptor)
 
+    @property
+    def assigned(self) -> list[tuple[int, int, int]]:
+        """Index, vector and descriptor of each."""
+        return [
+            (index, vector, descriptor)
+            for index, vectors in self._vectors.items()
+            for vector, descriptor in vectors.items()
+        ]
+
+    def assign(self, index: int, vector: int, descriptor: int) -> None:
+        """As the VMM has done before another process; owns `descriptor`."""
+        self._vectors.setdefault(index, {})[vector] = descriptor
+
+    @property
+    def watched(self) -> bool:
+        """Whether the device may have taps."""
+        return self.tapping or bool(self._taps)
+
     def fire_all(self) -> int:
         """Fires every vector once; INTx only if there is no message-signalled one. Returns how
         many. A descriptor that cannot take an event now is passed over: its reader has one."""

@@ -25,10 +25,12 @@ SHORT_OF = frozenset(
 MAX_BACKLOG_BYTES = 64 << 20
 """A peer that has this much unread is cut off: it does not read what it asked for."""
 
-_LOST = -1
+LOST = -1
 """In place of the descriptors that did not arrive."""
 _RIGHTS_BYTES = socket.CMSG_SPACE(4 * MESSAGE_FDS_LIMIT)
 
+Chunk = tuple[bytes | bytearray | memoryview, Sequence[int]]
+"""Bytes of a stream, and the descriptors that come with them."""
 Handler = Callable[[int, int, int, int, memoryview, list[int]], None]
 """(message id, command, flags, errno or 0, the whole message, descriptors).
 
@@ -52,7 +54,7 @@ class Peer:
         self._framer = Framer(max_message_bytes, MESSAGE_FDS_LIMIT)
         self._buffer = self._framer.receive_buffer
         self._buffers = [self._buffer]
-        self._out: list[tuple[bytes | bytearray | memoryview, Sequence[int]]] = []
+        self._out: list[Chunk] = []
         self._backlog: deque[tuple[memoryview, Sequence[int]]] = deque()
         self.backlog_bytes = 0
         self.short = False
@@ -112,15 +114,19 @@ class Peer:
         for level, kind, data in ancillary:
             if level == socket.SOL_SOCKET and kind == socket.SCM_RIGHTS:
                 descriptors.frombytes(data[: len(data) - len(data) % descriptors.itemsize])
-        framer = self._framer
         if cut:
             # We have no room for as many: the kernel passes fewer than the buffer takes.
-            descriptors.append(_LOST)
-        framer.feed(self._buffer[:received], descriptors)
+            descriptors.append(LOST)
+        self._framer.feed(self._buffer[:received], descriptors)
+        self.deliver()
+
+    def deliver(self) -> None:
+        """Hands on what has arrived. Raises as `receive` does."""
+        framer = self._framer
         while (message := framer.next_message()) is not None:
             header = message.header
             number = _errno(header.flags, header.error)
-            if _LOST in message.fds:
+            if LOST in message.fds:
                 close_fds(message.fds)
                 number = number or errno.EMFILE
             self.handler(
@@ -191,6 +197,24 @@ class Peer:
                 backlog.popleft()
             else:
                 backlog[0] = (message[sent:], ())
+
+    # --- handing on to another process ---
+
+    def unread(self) -> list[Chunk]:
+        """What was read and is no whole message yet."""
+        data, descriptors = self._framer.unread
+        return [(data, descriptors)] if data else []
+
+    def unsent(self) -> list[Chunk]:
+        return [*self._backlog, *self._out]
+
+    def take(self, arrived: Sequence[Chunk], leaving: Sequence[Chunk]) -> None:
+        """Goes on where another one stood; owns the descriptors. Nothing happens before `deliver`
+        and `drain`."""
+        for data, descriptors in arrived:
+            self._framer.feed(data, descriptors)
+        for data, descriptors in leaving:
+            self._keep(data, descriptors)
 
     @property
     def wants_write(self) -> bool:

@@ -29,6 +29,7 @@ from collections import deque
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
+from sync.gateway.datapath.peer import LOST
 from sync.vfio_user.errors import ProtocolError
 from sync.vfio_user.framing import close_fds
 from sync.vfio_user.protocol import (
@@ -355,6 +356,23 @@ class Relay:
         theirs, back = origin
         _put_id(message, 0, theirs)
         back(message, ())
+
+    # --- handing on to another process ---
+
+    def held(self) -> list[tuple[bytearray, list[int]]]:
+        """The VMM's commands that wait, with their descriptors; `LOST` where those did not come."""
+        return [
+            (message, descriptors or [LOST] * bool(error))
+            for _, _, _, error, message, descriptors in self._held
+        ]
+
+    def questions(self) -> list[tuple[int, int, Send]]:
+        """What the VMM has to answer the device: our id, the device's, and the way back."""
+        return [(ours, theirs, back) for ours, (theirs, back) in self._vmm_pending.items()]
+
+    def expect(self, ours: int, theirs: int, back: Send) -> None:
+        """The VMM's answer to a command that another process has passed on."""
+        self._vmm_pending[ours] = theirs, back
 
     def close(self) -> None:
         """Closes the descriptors of what was held."""

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from typing import Any, Protocol, TypeVar
 
 from sync.errors import SyncError
-from sync.gateway.control.info import Activity, GatewayInfo, Recovery, VmmConnection
+from sync.gateway.control.info import Activity, GatewayInfo, Recovery, Upgraded, VmmConnection
 from sync.gateway.datapath.dma import AtDevice
 from sync.gateway.datapath.journal import DEFAULT_RECORDS
 from sync.gateway.datapath.peer import Handler
@@ -23,6 +23,7 @@ from sync.gateway.engine.comeback import Successor
 from sync.gateway.engine.custody import ClientRole, Custody, CustodyState, LeaseLoss
 from sync.gateway.engine.device_handshake import DeviceFacts, handshake
 from sync.gateway.engine.device_link import DeviceLink, LocalDevice
+from sync.gateway.engine.inheritance import Inherited, furnish, own
 from sync.gateway.engine.job_runner import Job
 from sync.gateway.engine.records import Records
 from sync.gateway.engine.replacement import Replacement
@@ -175,6 +176,9 @@ class Core:
         self.last_recovery: Recovery | None = None
         self.vmm = VmmConnection()
         """Kept by whoever has the sockets."""
+        self.hand_on: Callable[[Callable[[Upgraded | GatewayError], None]], None]
+        """Has another process take this one's place, and is told of the outcome. Set by whoever
+        has the sockets."""
         self._log = log
         self._recover = recover
         self._generation = 0
@@ -191,17 +195,7 @@ class Core:
     ) -> DeviceLink:
         """A device was connected, or is `local`; `on_ready` is called when it has been asked
         everything."""
-        link = DeviceLink(
-            to_device,
-            self.clock,
-            deadline_s=self.limits.device_deadline_s,
-            journal_records=self.limits.journal_records,
-            generation=self._generation + 1,
-            local=local,
-        )
-        link.runner.on_late_end = self._proceed
-        link.relay.on_defect = self._defect
-        self.link = link
+        link = self.link = self._new_link(to_device, local)
 
         def done(result: object, error: SyncError | None) -> None:
             if error is None:
@@ -226,6 +220,61 @@ class Core:
             else:
                 if keeper is not None:
                     link.keep(keeper)
+
+    def adopt(self, heir: Inherited, to_device: Send, to_twin: Send, to_vmm: Send | None) -> None:
+        """Stands where another process stood. Raises `DmaFault`, OSError."""
+        state = heir.state
+        own(self.custody, state.ownership)
+        self.vmm, self.last_recovery = state.vmm, state.last_recovery
+        self._orphaned, self._generation = state.orphaned, state.generation
+        if state.link is None:
+            return
+        link = self._new_link(to_device)
+        link.relay.to_vmm = to_vmm
+        furnish(link, state.link, self.custody, heir, to_twin, self._origins)
+        self.link, self.facts, self.ready = link, link.facts, True
+        if link.migration_touched and not self.custody.shut:
+            self._wake_on_access(link)
+
+    @property
+    def orphaned(self) -> bool:
+        """Whether the device may still work for a VMM that is gone."""
+        return self._orphaned
+
+    @property
+    def generation(self) -> int:
+        """Of the memory map."""
+        return self.link.memory.generation if self.link is not None else self._generation
+
+    def _new_link(self, to_device: Send, local: LocalDevice | None = None) -> DeviceLink:
+        link = DeviceLink(
+            to_device,
+            self.clock,
+            deadline_s=self.limits.device_deadline_s,
+            journal_records=self.limits.journal_records,
+            generation=self._generation + 1,
+            local=local,
+        )
+        link.runner.on_late_end = self._proceed
+        link.relay.on_defect = self._defect
+        return link
+
+    def why_not_hand_on(self) -> str:
+        """What keeps another process from taking this one's place, or ''."""
+        custody, link = self.custody, self.link
+        if self.lease is not None:
+            return "a migration is under way"
+        if custody.state not in (CustodyState.PASSTHROUGH, CustodyState.RELEASED):
+            return (
+                f"it is {custody.state.value!r} for session {custody.session}: `resolve` it first"
+            )
+        if self.absence or self.successor is not None:
+            return "its device is gone: try again when it is back"
+        if self.replacement is not None:
+            return "its device is being replaced"
+        if link is not None and link.interrupts.watched:
+            return "a guest has just come, and its device is watched: try again in a minute"
+        return ""
 
     def device_lost(self, reason: str) -> None:
         self._lost(DeviceLost(f"the device is gone: {reason}"))
@@ -669,7 +718,7 @@ class Core:
             supports=facts.supports,
             holds=facts.holds,
             pin_ns_per_page=link.local.pin_ns_per_page if link and link.local else 0.0,
-            layout_generation=link.memory.generation if link else self._generation,
+            layout_generation=self.generation,
             memory_pages=sum(
                 region.request.size // PAGE_BYTES
                 for region in regions

@@ -22,6 +22,7 @@ from sync.memory import PAGE_BYTES
 from sync.vfio_user.errors import ProtocolError
 from sync.vfio_user.protocol import (
     Command,
+    DeviceInfoRequest,
     IrqSet,
     MigData,
     MigrationState,
@@ -93,6 +94,11 @@ def _new_bitmap(link: DeviceLink) -> DirtyBitmap:
         return DirtyBitmap(layout)
     except OSError as error:
         raise GatewayError(f"no room for the dirty bitmap: {error.strerror}") from error
+
+
+def barrier() -> Job[None]:
+    """Done when the device has done all that it was asked before: it answers in order."""
+    yield [Call(Command.DEVICE_GET_INFO, DeviceInfoRequest().pack())]
 
 
 def dirty(link: DeviceLink) -> Job[DirtyHalf]:

@@ -6,13 +6,14 @@ a plain form, for a gateway that hands its device on. Not owned: how a device is
 (`comeback`).
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from sync.gateway.datapath.dma import DmaFault, DmaMemory
 from sync.gateway.engine.device_handshake import DeviceFacts
 from sync.queues.split_ring import SplitRing
 from sync.registers.errors import Difference
+from sync.registers.find import Origin, find_profile
 from sync.registers.profile.layout import Layout
 from sync.registers.profile.locate import DeviceView
 from sync.registers.snapshot import Values, bank_count, constants
@@ -89,17 +90,12 @@ class Keeper:
         """All of it, in what JSON has. The profile goes by its digest."""
         return {
             "profile": self.layout.profile.digest(),
+            "initial": [
+                [self.layout.places[index].name, bank, value.hex()]
+                for (index, bank), value in self._initial.items()
+            ],
             "written": self.written.plain(),
         }
-
-    def take(self, plain: Mapping[str, Any]) -> bool:
-        """Takes over what another keeper of the same device has as `plain`; False: it is that of
-        another profile. What is under way is seen anew."""
-        if plain["profile"] != self.layout.profile.digest():
-            return False
-        self.written.take(plain["written"])
-        self.lose_track()
-        return True
 
     def _find_rings(self) -> list[tuple[int, int, int]]:
         """Address of the available and of the used ring, and the number of descriptors."""
@@ -125,6 +121,27 @@ class Keeper:
         return (
             int.from_bytes(self._initial.get((place.index, index), b""), "little") if place else 0
         )
+
+
+def revive(
+    plain: Mapping[str, Any], memory: DmaMemory, facts: DeviceFacts, origins: Sequence[Origin]
+) -> Keeper | None:
+    """The keeper of which another process has made `plain`; None: it did so by another profile.
+    What is under way is seen anew."""
+    view = view_of(facts)
+    profile = find_profile(view, origins)
+    if profile is None or profile.digest() != plain["profile"]:
+        return None
+    layout = Layout(profile, view)
+    initial = {}
+    for name, bank, value in plain["initial"]:
+        place = layout.place(name)
+        assert place is not None
+        initial[place.index, bank] = bytes.fromhex(value)
+    keeper = Keeper(layout, memory, facts, initial)
+    keeper.written.take(plain["written"])
+    keeper.lose_track()
+    return keeper
 
 
 def view_of(facts: DeviceFacts) -> DeviceView:

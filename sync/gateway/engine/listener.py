@@ -6,7 +6,7 @@ import socket
 from pathlib import Path
 
 from sync.gateway.errors import SocketInUse
-from sync.vfio_user.sockets import file_identity, listen_unix, unlink_unix
+from sync.vfio_user.sockets import LISTEN_BACKLOG, file_identity, listen_unix, unlink_unix
 
 
 class Listener:
@@ -17,8 +17,14 @@ class Listener:
     cannot be used.
     """
 
-    def __init__(self, path: Path, passed: socket.socket | None = None) -> None:
-        """`passed`: a socket that listens there already, whose file is somebody else's."""
+    def __init__(
+        self,
+        path: Path,
+        passed: socket.socket | None = None,
+        identity: tuple[int, int] | None = None,
+    ) -> None:
+        """`passed`: a socket that listens there already, whose file is somebody else's, or the one
+        of `identity` (device, inode)."""
         self._path = path
         try:
             self._sock = passed or listen_unix(path)
@@ -30,7 +36,7 @@ class Listener:
                 "choose another path"
             ) from error
         self._sock.setblocking(False)
-        self._identity = None if passed else file_identity(path)
+        self.identity = identity if passed else file_identity(path)
 
     def fileno(self) -> int:
         return self._sock.fileno()
@@ -42,10 +48,20 @@ class Listener:
         except (BlockingIOError, ConnectionError):
             return None
 
+    def answer_for(self) -> None:
+        """Whoever connects from here on sees this process as the other end (SO_PEERCRED), whichever
+        made the socket."""
+        with contextlib.suppress(OSError):
+            self._sock.listen(LISTEN_BACKLOG)
+
+    def let_go(self) -> None:
+        """The file is another process's."""
+        self.identity = None
+
     def close(self) -> None:
         """Stops listening and removes the file, if it is ours, and still the same."""
         self._sock.close()
-        if self._identity is None:
+        if self.identity is None:
             return
         with contextlib.suppress(OSError):
-            unlink_unix(self._path, self._identity)
+            unlink_unix(self._path, self.identity)

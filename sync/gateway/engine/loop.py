@@ -17,28 +17,45 @@ import socket
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from sync.errors import SyncError
-from sync.gateway.control.info import GatewayInfo, Recovery, VmmConnection
+from sync.gateway.control.info import GatewayInfo, Recovery, Upgraded, VmmConnection
 from sync.gateway.control.peer import ControlPeer
 from sync.gateway.control.server import ControlServer
 from sync.gateway.control.take_back import take_back
 from sync.gateway.datapath.peer import Handler, Peer
-from sync.gateway.datapath.relay import Send
+from sync.gateway.datapath.relay import Buffer, Send
+from sync.gateway.engine import jobs
 from sync.gateway.engine.busy_poll import WINDOW_S, BusyPoll, usable_window_s
 from sync.gateway.engine.core import Armed, Core, Limits
 from sync.gateway.engine.device_handshake import MAX_DATA_BYTES
 from sync.gateway.engine.device_link import DeviceLink
+from sync.gateway.engine.inheritance import (
+    Connection,
+    Estate,
+    Inherited,
+    Listening,
+    State,
+    ownership,
+)
 from sync.gateway.engine.keeper import LOOK_S
 from sync.gateway.engine.listener import Listener
 from sync.gateway.engine.records import Records
 from sync.gateway.engine.records_file import RecordsFile
-from sync.gateway.errors import AnotherDevice, DeviceLost, Unsupported, told
+from sync.gateway.engine.succession import START_S, Heir
+from sync.gateway.errors import (
+    AnotherDevice,
+    DeviceLost,
+    GatewayError,
+    Unsupported,
+    UpgradeFailed,
+    told,
+)
 from sync.peer_process import PeerProcess, peer_pid, pid_namespace
 from sync.registers.find import Origin
 from sync.vfio_user.errors import Disconnected, ProtocolError
@@ -111,6 +128,8 @@ class GatewayOptions:
     """Called while the loop is alive."""
     observe: Callable[[float, Callable[[], GatewayInfo]], None] = lambda _now, _status: None
     """As `heartbeat`, with the way to ask for the gateway's status."""
+    command: tuple[str, ...] = ()
+    """What starts the process that takes this one's place; (): none does."""
 
 
 class Gateway:
@@ -119,7 +138,14 @@ class Gateway:
     Raises `SocketInUse`, `RecordsUnusable` or OSError at once if it cannot begin.
     """
 
-    def __init__(self, options: GatewayOptions, log: Callable[..., None]) -> None:
+    def __init__(
+        self,
+        options: GatewayOptions,
+        log: Callable[..., None],
+        heir_of: Inherited | None = None,
+    ) -> None:
+        """`heir_of`: what was handed on to take the place of another process, which may go on with
+        it until `take_over`."""
         self._options = options
         self._log = log
         self._clock = time.monotonic
@@ -151,24 +177,38 @@ class Gateway:
         self._to_recover: Callable[[], None] | None = None
         """Starts a recovery for which there was no thread."""
         self._recover_at = 0.0
+        self._recovering: threading.Thread | None = None
+        self._heir: Heir | None = None
+        """The process that is to take this one's place."""
+        self._heir_ended: Callable[[Upgraded | GatewayError], None] = lambda outcome: None
+        self._heir_deadline: float | None = None
+        self._held_since: float | None = None
+        """Since when the guest waits for it, if it does."""
+        self._upgrade_asked = False
+        self._inherited_at = 0.0
+        self.handed_on = 0
+        """The process that has taken this one's place, or 0."""
         self._deaf: set[int] = set()
         """Listeners that are not asked again before the next tick."""
         self._listeners: list[Listener] = []
         self._wake = os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC)
         self._watch(self._wake, self._woken)
         control = options.control_path
+        records_path = options.records_path or control.with_name(f"{control.name}.records")
         try:
-            self._listen(control, self._client_comes)
-            self._listen(options.vmm_path, self._vmm_comes)
-            self._records = RecordsFile(
-                options.records_path or control.with_name(f"{control.name}.records")
-            )
+            if heir_of is None:
+                for path, comes in self._entrances:
+                    self._listen(path, comes, Listener(path, options.passed.get(path.absolute())))
+                self._records = RecordsFile(records_path)
+            else:
+                self._inherit_sockets(heir_of, records_path)
         except BaseException:
-            self._close_listeners()
+            if heir_of is None:
+                self._close_listeners()
             raise
         records = Records(time.time, self._records.append, self._records.records)
         self.core = Core(options.limits, self._clock, log, self._recover, records, options.origins)
-        self.core.vmm = _listening_at(options.vmm_path)
+        self.core.hand_on = self._hand_on
         self.core.sockets = self
         self._server = ControlServer(self.core)
         self._looks: tuple[Callable[[float], object], ...] = (
@@ -179,19 +219,20 @@ class Gateway:
             self._look_after_vmm,
             self._look_after_clients,
             self._look_after_recovery,
+            self._look_after_heir,
             self._try_again,
             lambda now: self._flush(),
         )
+        if heir_of is None:
+            self.core.vmm = _listening_at(options.vmm_path)
+            log("listening", vmm=str(options.vmm_path), control=str(control))
+        else:
+            self._inherit(heir_of)
 
     # --- the loop ---
 
     def run(self) -> None:
         """Serves until `stop` is called, then closes everything."""
-        self._log(
-            "listening",
-            vmm=str(self._options.vmm_path),
-            control=str(self._options.control_path),
-        )
         wait = BusyPoll(self._epoll.poll, usable_window_s(self._options.busy_poll_s)).wait
         handlers = self._handlers
         clock = self._clock
@@ -212,6 +253,8 @@ class Gateway:
                             handler(events)
                 except Exception as error:
                     self._defect(error)
+                if self._stopping:
+                    break
                 now = clock()
                 if armed and now >= look_at:
                     self.core.look()
@@ -232,8 +275,18 @@ class Gateway:
         with suppress(OSError, ValueError):  # it may have ended meanwhile
             os.eventfd_write(self._wake, 1)
 
+    def upgrade(self) -> None:
+        """Has the process be replaced by what its command starts. May be called from another thread
+        or a signal handler."""
+        self._upgrade_asked = True
+        with suppress(OSError, ValueError):
+            os.eventfd_write(self._wake, 1)
+
     def close(self) -> None:
-        """Closes every socket. The VMM and the device see a disconnect."""
+        """Closes every socket. The VMM and the device see a disconnect, unless another process has
+        them."""
+        if self._heir is not None:
+            self._heir.end()
         for client in list(self._clients):
             self._forget(client.fileno())
             client.close()
@@ -241,12 +294,17 @@ class Gateway:
         self._forget_hung()
         self._drop_session()
         if self.core.link is not None:
-            self.core.device_lost("the gateway ends")
+            if self.handed_on:
+                self.core.link.close()
+            else:
+                self.core.device_lost("the gateway ends")
         self._records.close()
         self._close_listeners()
 
     def _close_listeners(self) -> None:
         for listener in self._listeners:
+            if self.handed_on:
+                listener.let_go()
             listener.close()
         self._listeners.clear()
         if self._wake >= 0:
@@ -320,8 +378,16 @@ class Gateway:
             with suppress(OSError):  # its end closes it
                 self._epoll.unregister(number)
 
-    def _listen(self, path: Path, comes: Callable[[socket.socket], None]) -> None:
-        listener = Listener(path, self._options.passed.get(path.absolute()))
+    @property
+    def _entrances(self) -> tuple[tuple[Path, Callable[[socket.socket], None]], ...]:
+        return (
+            (self._options.control_path, self._client_comes),
+            (self._options.vmm_path, self._vmm_comes),
+        )
+
+    def _listen(
+        self, path: Path, comes: Callable[[socket.socket], None], listener: Listener
+    ) -> None:
         self._listeners.append(listener)
 
         def readable(events: int) -> None:
@@ -347,6 +413,11 @@ class Gateway:
             os.eventfd_read(self._wake)
         while self._recoveries:
             self.core.recovered(self._recoveries.popleft())
+        if self._upgrade_asked:
+            self._upgrade_asked = False
+            self._hand_on(lambda outcome: None)
+        if self._held_since is not None:
+            self._give()
 
     # --- the device ---
 
@@ -422,8 +493,8 @@ class Gateway:
         peer.handler = successor.relay.from_device
 
     def _set_next(self, peer: "Peer | HostEndpoint") -> None:
-        self._next = peer
         self._watch(peer.fileno(), self._on_next)
+        self._next = peer
 
     def open_next(self, path: str) -> Send:
         if not self._options.host_function:
@@ -503,7 +574,7 @@ class Gateway:
         peer.handler = link.relay.from_device
         link.adopt(peer.local)
         if link.facts.twin >= 0 and not self._adopt_twin(link):
-            self._device_fault = "its twin socket is no socket"
+            self._device_fault = "its twin socket cannot be used"
 
     def _adopt_twin(self, link: DeviceLink) -> bool:
         number, link.facts.twin = link.facts.twin, -1
@@ -517,21 +588,8 @@ class Gateway:
         except OSError:
             sock.close()
             return False
-        relay = link.relay
-
-        def from_twin(
-            message_id: int,
-            command: int,
-            flags: int,
-            error: int,
-            message: memoryview,
-            descriptors: list[int],
-        ) -> None:
-            close_fds(descriptors)
-            relay.from_twin(message_id, command, flags, message, twin.send)
-
-        twin = Peer(sock, _MESSAGE_BYTES, from_twin)
-        self._twin = twin
+        twin = self._twin = Peer(sock, _MESSAGE_BYTES, _nobody)
+        twin.handler = _twin_handler(link, twin)
         return True
 
     def _on_device(self, events: int) -> None:
@@ -768,6 +826,216 @@ class Gateway:
         self._log("client-gone", role=client.role.value if client.role else "", reason=reason)
         self.core.lease_lost(client)
 
+    # --- another process takes this one's place ---
+
+    def _hand_on(self, ended: Callable[[Upgraded | GatewayError], None]) -> None:
+        """Starts the new process; `ended` is told what came of it."""
+        try:
+            if self._heir is not None:
+                raise UpgradeFailed("another process is about to take this one's place already")
+            self._check_hand_on()
+            heir = Heir(self._options.command)
+            try:
+                self._watch(heir.fileno(), self._heir_speaks)
+            except OSError:
+                heir.end()
+                raise
+        except (UpgradeFailed, OSError) as error:
+            self._log("not-upgraded", reason=str(error))
+            ended(error if isinstance(error, UpgradeFailed) else UpgradeFailed(str(error)))
+            return
+        self._heir, self._heir_ended = heir, ended
+        self._heir_deadline = self._clock() + START_S
+
+    def _check_hand_on(self) -> None:
+        why_not = self.core.why_not_hand_on()
+        recovering = self._recovering is not None and self._recovering.is_alive()
+        if self._options.host_function:
+            why_not = "a function of the host, or a device that moves by its queues, stays with it"
+        elif not self._options.command or os.getpid() == 1:
+            why_not = "as process 1 it cannot end; run it below an init (`docker run --init`)"
+        elif recovering or self._to_recover is not None:
+            why_not = "its VMM is being resumed"
+        elif self._vmm_deadline is not None:
+            why_not = "a VMM is just connecting: try again"
+        if why_not:
+            raise UpgradeFailed(f"the gateway cannot be replaced: {why_not}")
+
+    def _heir_speaks(self, events: int) -> None:
+        assert self._heir is not None
+        try:
+            self._heir.greet()
+        except UpgradeFailed as error:
+            self._stay(error)
+        else:
+            self._forget(self._heir.fileno())
+            self._heir_deadline = self._clock() + self._options.limits.device_deadline_s
+            self.core.when_idle(self._hold)
+        self._flush()
+
+    def _look_after_heir(self, now: float) -> None:
+        if self._heir_deadline is not None and now > self._heir_deadline:
+            self._stay(UpgradeFailed("the new process, or the device, did not answer in time"))
+
+    def _hold(self) -> None:
+        """Holds the guest's accesses back, and waits until the device has answered all that are
+        under way."""
+        if self._heir is None:
+            return
+        self._heir_deadline = None
+        link, since = self._link, self._clock()
+
+        def quiet(_: object) -> None:
+            if link is not None:
+                link.relay.hold()
+            self._held_since = since
+            os.eventfd_write(self._wake, 1)
+
+        if link is None or not self.core.ready:
+            quiet(None)
+        else:
+            self.core.run(jobs.barrier(), quiet, self._stay, held=True)
+
+    def _give(self) -> None:
+        """Between two messages: the new process gets everything, or this one goes on."""
+        heir, since, link = self._heir, self._held_since, self._link
+        assert heir is not None and since is not None
+        self._held_since = None
+        self._flush()
+        try:
+            self._check_hand_on()
+            if self.core.busy:
+                raise UpgradeFailed("the device is at work: try again")
+            estate = Estate()
+            heir.hand_on(self._state(estate, since), estate.files)
+        except Exception as error:
+            self._stay(told(error))
+            if link is not None and link is self._link:
+                link.relay.let_go()
+            self._flush()
+            return
+        # What the kernel has told of a socket meanwhile is the other process's to read.
+        self._handlers.clear()
+        self._stopping = True
+        self._heir = None
+        heir.leave()
+        self.handed_on = heir.pid
+        self._log("handed-on", pid=heir.pid)
+        self._heir_ended(Upgraded(heir.pid))
+        self._flush_clients()
+
+    def _stay(self, error: SyncError) -> None:
+        """Nothing comes of it; the new process is dead before anything goes on here."""
+        heir, self._heir = self._heir, None
+        self._heir_deadline = None
+        if heir is not None:
+            self._forget(heir.fileno())
+            heir.end()
+            self.answer_for()
+            self._log("not-upgraded", reason=str(error))
+            self._heir_ended(
+                error if isinstance(error, GatewayError) else UpgradeFailed(str(error))
+            )
+
+    def _state(self, estate: Estate, since: float) -> State:
+        core, link, device, twin = self.core, self._link, self._device, self._twin
+        control, vmm = self._listeners
+
+        def listening(listener: Listener) -> Listening:
+            return Listening(estate.put(listener.fileno()), listener.identity)
+
+        state = State(
+            vmm_path=str(self._options.vmm_path.absolute()),
+            control_path=str(self._options.control_path.absolute()),
+            device_path=_absolute(self._options.device_path),
+            device_path_now=_absolute(self._device_path),
+            vmm_listener=listening(vmm),
+            control_listener=listening(control),
+            records=estate.put(self._records.fileno()),
+            ownership=ownership(core.custody),
+            last_recovery=core.last_recovery,
+            vmm=core.vmm,
+            orphaned=core.orphaned,
+            generation=core.generation,
+            held_since=since,
+        )
+        if link is None or not core.ready or not isinstance(device, Peer):
+            return state
+        return replace(
+            state,
+            link=estate.link(link, twin.send if twin else None),
+            device=estate.connection(device),
+            twin=estate.connection(twin) if twin else None,
+            vmm_connection=estate.connection(self._vmm, link.relay.held()) if self._vmm else None,
+        )
+
+    def _inherit_sockets(self, heir: Inherited, records_path: Path) -> None:
+        """Raises `UpgradeFailed` if this process was told of other places."""
+        state, options = heir.state, self._options
+        for option, ours, theirs in (
+            ("--control", str(options.control_path.absolute()), state.control_path),
+            ("--listen", str(options.vmm_path.absolute()), state.vmm_path),
+            ("--device", _absolute(options.device_path), state.device_path),
+        ):
+            if ours != theirs:
+                raise UpgradeFailed(f"{option} is {ours} in its command, and was {theirs}")
+        places = (state.control_listener, state.vmm_listener)
+        for (path, comes), place in zip(self._entrances, places, strict=True):
+            passed = socket.socket(fileno=heir.file(place.socket))
+            self._listen(path, comes, Listener(path, passed, place.identity))
+        self._records = RecordsFile(records_path, heir.file(state.records))
+
+    def _inherit(self, heir: Inherited) -> None:
+        state = heir.state
+        self._inherited_at = state.held_since
+        self._device_path = Path(state.device_path_now)
+
+        def connected(was: Connection | None, on_event: Callable[[int], None]) -> Peer | None:
+            if was is None:
+                return None
+            peer = Peer(socket.socket(fileno=heir.file(was.socket)), _MESSAGE_BYTES, _nobody)
+            peer.take(heir.chunks(was.arrived), heir.chunks(was.leaving))
+            self._watch(peer.fileno(), on_event)
+            return peer
+
+        device = self._device = connected(state.device, self._on_device)
+        twin = self._twin = connected(state.twin, self._on_twin)
+        vmm = self._vmm = connected(state.vmm_connection, self._on_vmm)
+        to_device = device.send if device else _to_nobody
+        to_twin = twin.send if twin else to_device
+        self.core.adopt(heir, to_device, to_twin, vmm.send if vmm else None)
+        link = self._link = self.core.link
+        if link is None or device is None:
+            return
+        self._watch(link.interrupts.fileno(), lambda _events: link.interrupts.pass_on())
+        device.handler = link.relay.from_device
+        if twin is not None:
+            twin.handler = _twin_handler(link, twin)
+        if vmm is not None:
+            vmm.handler = link.relay.from_vmm
+
+    def answer_for(self) -> None:
+        """Who connects sees this process at the other end."""
+        for listener in self._listeners:
+            listener.answer_for()
+
+    def take_over(self) -> None:
+        """From here on this process is the gateway."""
+        pause_ms = (self._clock() - self._inherited_at) * 1e3
+        self.core.log_state("took-over", pause_ms=round(pause_ms, 3))
+        for peer, gone in (
+            (self._device, self._device_gone),
+            (self._twin, self._device_gone),
+            (self._vmm, self._vmm_gone),
+        ):
+            try:
+                if isinstance(peer, Peer):
+                    peer.deliver()
+                    peer.drain()
+            except (Disconnected, ProtocolError) as error:
+                gone(str(error))
+        self._flush()
+
     # --- bringing a VMM back ---
 
     def _forget_hung(self) -> None:
@@ -791,12 +1059,13 @@ class Gateway:
         def start() -> None:
             self._to_recover = None
             try:
-                threading.Thread(
+                self._recovering = threading.Thread(
                     target=self._recover_now,
                     args=(armed, session, proof, hung, wanted),
                     name="recovery",
                     daemon=True,
-                ).start()
+                )
+                self._recovering.start()
             except RuntimeError as error:
                 self.core.recovered(Recovery("lease-lost", False, str(error)))
                 if wanted() and self._clock() < until:
@@ -871,6 +1140,29 @@ def _connected(path: Path) -> Peer:
         sock.close()
         raise
     return Peer(sock, _MESSAGE_BYTES, _nobody)
+
+
+def _twin_handler(link: DeviceLink, twin: Peer) -> Handler:
+    def from_twin(
+        message_id: int,
+        command: int,
+        flags: int,
+        error: int,
+        message: memoryview,
+        descriptors: list[int],
+    ) -> None:
+        close_fds(descriptors)
+        link.relay.from_twin(message_id, command, flags, message, twin.send)
+
+    return from_twin
+
+
+def _absolute(path: Path | None) -> str:
+    return str(path.absolute()) if path is not None else ""
+
+
+def _to_nobody(message: Buffer, descriptors: Sequence[int]) -> None:
+    close_fds(list(descriptors))
 
 
 def _nobody(*_: object) -> None:

@@ -32,18 +32,23 @@ class RecordsFile:
     OSError if it cannot be opened.
     """
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, handed_on: int = -1) -> None:
+        """`handed_on`: the file, open and locked, of a process that may still go on with it."""
         self._path = path
-        self._file = -1
+        self._file = handed_on
         try:
-            self._file = _open(path)
+            if handed_on < 0:
+                self._file = _open(path)
             self.records = _read(path, self._file)
-            if os.fstat(self._file).st_size > COMPACT_BYTES:
+            if handed_on < 0 and os.fstat(self._file).st_size > COMPACT_BYTES:
                 self._compact()
         except BaseException:
             self.close()
             raise
         self._end = os.lseek(self._file, 0, os.SEEK_END)
+
+    def fileno(self) -> int:
+        return self._file
 
     def append(self, record: SessionRecord) -> None:
         """Returns when the record is on the disk. Raises OSError; the file is then as before."""
