@@ -21,6 +21,7 @@ from lab.vfio_user.server import Server
 from sync.gateway.control.blocking import BlockingClient, upgrade
 from sync.gateway.control.requests import Mediate, Memory, Passthrough, Status
 from sync.gateway.engine.custody import ClientRole
+from sync.gateway.engine.loop import Gateway, GatewayOptions
 from sync.gateway.errors import GatewayError, UpgradeFailed
 from sync.peer_process import peer_pid
 from sync.vfio_user.protocol import DmaMap, IrqSet, SetIrqs
@@ -308,7 +309,38 @@ def test_i7_it_is_refused_while_a_migration_runs(bed: Bed) -> None:
     bed.check()
 
 
-def test_an_observer_and_the_records_outlive_it(bed: Bed) -> None:
+def test_what_stays_with_its_process_is_refused_by_name(tmp_path: Path) -> None:
+    options = GatewayOptions(
+        tmp_path / "vmm", None, tmp_path / "control", host_function="/d", command=("false",)
+    )
+    gateway, told = Gateway(options, lambda *_, **__: None), list[object]()
+    gateway._hand_on(told.append)
+    assert "moves by its queues, stays with it" in str(told)
+    gateway.close()
+
+
+def test_a_gateway_without_a_device_can_be_replaced(tmp_path: Path) -> None:
+    (tmp_path / "vfio-ferry").write_text(PROGRAM.format(python=sys.executable, more=GOOD))
+    (tmp_path / "vfio-ferry").chmod(0o700)
+    process = start_child([str(tmp_path / "vfio-ferry"), str(tmp_path)], stdout=subprocess.PIPE)
+    assert b"listening" in process.stdout.readline()
+    pid = upgrade(str(tmp_path / "control"), WAIT_S).pid
+    device = ServedDevice()
+    server = Server(tmp_path / "device", device)
+    thread = threading.Thread(target=server.serve_forever, daemon=True)
+    thread.start()
+    vmm = Client(tmp_path / "vmm", timeout_s=WAIT_S)
+    assert vmm.region_read(0, 0, 4) == bytes(4)
+    vmm.close()
+    os.kill(pid, signal.SIGTERM)
+    process.communicate(timeout=WAIT_S)
+    assert process.returncode == 0
+    assert not (tmp_path / "vmm").exists(), "the last one removes the sockets"
+    server.close()
+    thread.join(WAIT_S)
+
+
+def test_the_records_and_their_lock_outlive_it(bed: Bed) -> None:
     with BlockingClient(bed.control, WAIT_S, ClientRole.SOURCE, "s-1") as gateway:
         gateway.call(Mediate("message", PAGE, True))
         gateway.call(Passthrough())
