@@ -225,7 +225,6 @@ class Gateway:
         )
         if heir_of is None:
             self.core.vmm = _listening_at(options.vmm_path)
-            log("listening", vmm=str(options.vmm_path), control=str(control))
         else:
             self._inherit(heir_of)
 
@@ -233,6 +232,9 @@ class Gateway:
 
     def run(self) -> None:
         """Serves until `stop` is called, then closes everything."""
+        if not self._inherited_at:
+            vmm, control = self._options.vmm_path, self._options.control_path
+            self._log("listening", vmm=str(vmm), control=str(control))
         wait = BusyPoll(self._epoll.poll, usable_window_s(self._options.busy_poll_s)).wait
         handlers = self._handlers
         clock = self._clock

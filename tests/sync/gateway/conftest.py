@@ -403,12 +403,8 @@ def make_device() -> type[ServedDevice]:
 @pytest.fixture
 def descriptors() -> Callable[[], int]:
     """A function that counts the descriptors this process has open."""
-
-    def count() -> int:
-        gc.collect()  # what earlier tests have left is closed now, and not in between
-        return len(list(Path("/proc/self/fd").iterdir()))
-
-    return count
+    gc.collect()  # what earlier tests have left is closed now, and not in between
+    return lambda: len(list(Path("/proc/self/fd").iterdir()))
 
 
 @pytest.fixture
