@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 
-from ferry.config import endpoint, natural, option, port, seconds, socket_path, window
+from ferry.config import endpoint, option, port, seconds, socket_path, window
 from ferry.errors import (
     ConfigError,
 )
@@ -13,6 +13,15 @@ from ferry.secret_file import AUTHORIZED_HELP, HELP, IDENTITY_HELP, INSECURE, Tr
 from transport.receiver import ReceiverOptions
 
 _LINK = ReceiverOptions()
+MAX_WATCH_S = 10
+
+
+def watch_seconds(text: str) -> int:
+    """At most half of what the gateways count, less what is between them and us: a device that is
+    asked at the end has as long again."""
+    if not text.isdecimal() or int(text) > MAX_WATCH_S:
+        raise ValueError(f"whole seconds, at most {MAX_WATCH_S}")
+    return int(text)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -43,7 +52,7 @@ class Options:
     watch_device: int = option(
         "seconds to look whether the devices work, once the guest runs here; 0: not at all",
         3,
-        parse=natural,
+        parse=watch_seconds,
     )
     peer_timeout: float = option(
         "seconds of silence until the peer is lost", _LINK.peer_timeout_s, parse=seconds

@@ -9,7 +9,9 @@ import trio
 import trio.testing
 
 from ferry.migration.device_watch import DeviceState, Verdict, watch_devices
+from ferry.migration.receive_options import MAX_WATCH_S, watch_seconds
 from sync.gateway.control.info import Activity
+from sync.gateway.engine.core import WATCH_S
 from sync.gateway.errors import GatewayLost
 
 
@@ -58,6 +60,14 @@ def test_a_device_is_silent_only_if_it_was_asked(
     gateway: Gateway, state: DeviceState, text: str
 ) -> None:
     assert _watch(gateway) == Verdict(state, text)
+
+
+def test_the_gateways_count_for_longer_than_anybody_looks() -> None:
+    assert 2 * MAX_WATCH_S < WATCH_S
+    assert watch_seconds("0") == 0
+    for text in (str(MAX_WATCH_S + 1), "-1", "x"):
+        with pytest.raises(ValueError, match="at most 10"):
+            watch_seconds(text)
 
 
 def test_the_worst_of_all_devices_is_told() -> None:
