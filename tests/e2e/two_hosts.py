@@ -66,7 +66,9 @@ def start_migration(
 ) -> tuple[Process, Process]:
     """`send` and `receive`, started."""
     timeout = ("--peer-timeout", str(PEER_TIMEOUT_S), "--resume-window", str(RESUME_WINDOW_S))
-    receiver = bed.receive(target, *timeout, "--wait", str(WAIT_S), *receive)
+    # A guest that hardly gets a processor has its time; one interrupt ends the look.
+    watch = ("--watch-device", "10")
+    receiver = bed.receive(target, *timeout, "--wait", str(WAIT_S), *watch, *receive)
     return bed.send(source, target, *method.flags, *timeout, *send), receiver
 
 
