@@ -1,0 +1,272 @@
+"""A gateway goes on with another process of its device: one that has died, one that is replaced.
+
+Real devices of the laboratory, each in a thread, behind a real gateway. What a guest
+sees of it under load stands in `tests/e2e/test_device_restart.py`.
+"""
+
+import errno
+import os
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import pytest
+import trio
+
+from lab.devices.disk import Disk
+from lab.devices.e1000.nic import E1000
+from lab.devices.virtio.blk import VirtioBlk
+from lab.vfio_user.client import Client
+from lab.vfio_user.server import Server
+from sync.gateway.control.client import GatewayClient
+from sync.gateway.engine.core import Limits
+from sync.gateway.engine.custody import ClientRole
+from sync.gateway.engine.loop import Gateway, GatewayOptions
+from sync.gateway.errors import AnotherDevice, NewDeviceUnreachable
+from sync.registers.find import load_profiles
+from sync.vfio_user.errors import VfioUserError
+from sync.vfio_user.protocol import DmaMap, IrqSet, SetIrqs
+from tests.lab.devices.e1000_driver import (
+    BAR,
+    CONFIG,
+    EN,
+    GPRC,
+    GPTC,
+    IOVA,
+    MAC,
+    MTA,
+    RAM_BYTES,
+    RCTL,
+    RDBAL,
+    TCTL,
+    Driver,
+    FakeLink,
+    Machine,
+    Ram,
+    frame,
+)
+
+WAIT_S = 20.0
+HOLD_S = 0.3
+LIMITS = Limits(away_hold_s=HOLD_S, away_patience_s=60.0, comeback_step_s=1.0)
+INTX, MSIX = 0, 2
+QUEUE_SIZE = 0x18
+
+
+class Site:
+    """A gateway, its device by `start`, and the VMM's connection. `build` makes a device."""
+
+    def __init__(self, folder: Path, build: Callable[[], Any], limits: Limits = LIMITS) -> None:
+        self.folder = folder
+        self._build = build
+        self._served: list[tuple[Server, threading.Thread, Any]] = []
+        self._seen = threading.Condition()
+        self.events: list[tuple[str, dict[str, object]]] = []
+        self.start()
+        options = GatewayOptions(
+            folder / "vmm",
+            folder / "device",
+            folder / "control",
+            limits=limits,
+            origins=load_profiles(),
+        )
+        self._gateway = Gateway(options, self._log)
+        self._thread = threading.Thread(target=self._gateway.run)
+        self._thread.start()
+        self.vmm = Client(folder / "vmm", timeout_s=WAIT_S)
+
+    def _log(self, event: str, **fields: object) -> None:
+        with self._seen:
+            self.events.append((event, fields))
+            self._seen.notify_all()
+
+    def wait(self, event: str, reason: str = "", count: int = 1) -> dict[str, object]:
+        def found() -> list[dict[str, object]]:
+            return [f for name, f in self.events if name == event and reason in str(f)]
+
+        with self._seen:
+            assert self._seen.wait_for(lambda: len(found()) >= count, WAIT_S), self.events
+        return found()[-1]
+
+    def start(self, device: Any = None, name: str = "device") -> Any:
+        device = device or self._build()
+        server = Server(self.folder / name, device)
+        thread = threading.Thread(target=server.serve_forever)
+        thread.start()
+        self._served.append((server, thread, device))
+        return device
+
+    def end(self, number: int = -1) -> None:
+        server, thread, device = self._served.pop(number)
+        server.close()
+        thread.join(WAIT_S)
+        device.close()
+
+    def replace(self, name: str) -> None:
+        async def ask() -> None:
+            path = self.folder / "control"
+            async with await GatewayClient.connect(path, role=ClientRole.SOURCE) as gateway:
+                await gateway.prepare_device(str(self.folder / name))
+                await gateway.switch_device()
+
+        trio.run(ask)
+
+    def close(self) -> None:
+        self.vmm.close()
+        self._gateway.stop()
+        self._thread.join(WAIT_S)
+        while self._served:
+            self.end()
+
+
+@contextmanager
+def site(folder: Path, build: Callable[[], Any], limits: Limits = LIMITS) -> Iterator[Site]:
+    here = Site(folder, build, limits)
+    try:
+        yield here
+    finally:
+        here.close()
+
+
+def disk_of(folder: Path, megabytes: int) -> Callable[[], VirtioBlk]:
+    image = folder / f"{megabytes}.img"
+    image.write_bytes(bytes(megabytes << 20))
+    return lambda: VirtioBlk(Disk(image))
+
+
+def test_i9_an_access_is_answered_in_time_and_set_up_does_not_wait(tmp_path: Path) -> None:
+    with site(tmp_path, disk_of(tmp_path, 1)) as here:
+        vmm, ram = here.vmm, Ram()
+        vmm.region_write(CONFIG, 0x3C, b"\x07")
+        here.end()
+        here.wait("device-away")
+        with pytest.raises(VfioUserError) as caught:
+            vmm.region_read(CONFIG, 0, 4)
+        assert caught.value.errno == errno.EIO
+        vmm.dma_map(DmaMap(3, 0, IOVA, RAM_BYTES), ram.fd)
+        line = os.eventfd(0, os.EFD_NONBLOCK)
+        flags = IrqSet.DATA_EVENTFD | IrqSet.ACTION_TRIGGER
+        vmm.set_irqs(SetIrqs(flags, MSIX, 0, 1), [line])
+        device = here.start()
+        back = here.wait("device-back")
+        assert back["refused"] == 1 and back["work_known"]
+        assert vmm.region_read(CONFIG, 0x3C, 1) == b"\x07"
+        assert device.memory.segments(IOVA, 4096, 1)
+        assert os.eventfd_read(line)
+        os.close(line)
+
+
+def test_i11_another_device_does_not_take_the_place(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("sync.gateway.engine.loop.REOPEN_S", 0.2)
+    larger = disk_of(tmp_path, 2)
+    with site(tmp_path, disk_of(tmp_path, 1)) as here:
+        here.end()
+        here.wait("device-away")
+        here.start(larger())
+        here.wait("device-not-back", "device_config was")
+        here.end()
+        here.start(E1000(FakeLink(), MAC))
+        here.wait("device-not-back", "was 1af4:1042 and is 8086:100e")
+        here.end()
+        here.start()
+        here.wait("device-back")
+        assert here.vmm.region_read(CONFIG, 0, 4) == b"\xf4\x1a\x42\x10"
+
+
+def test_what_is_replaced_by_another_device_stays(tmp_path: Path) -> None:
+    larger = disk_of(tmp_path, 2)
+    with site(tmp_path, disk_of(tmp_path, 1)) as here:
+        here.vmm.region_write(CONFIG, 0x3C, b"\x07")
+        here.start(larger(), "larger")
+        with pytest.raises(AnotherDevice, match="device_config was"):
+            here.replace("larger")
+        with pytest.raises(NewDeviceUnreachable, match="no new device at"):
+            here.replace("nobody")
+        assert here.vmm.region_read(CONFIG, 0x3C, 1) == b"\x07"
+        here.start(None, "new")
+        here.replace("new")
+        here.end(0)
+        assert here.vmm.region_read(CONFIG, 0x3C, 1) == b"\x07"
+
+
+class Card(Machine):
+    """A NIC behind a gateway, as a driver has it."""
+
+    def __init__(self, here: Site) -> None:
+        self.ram = Ram()
+        self._here = here
+        self.line = os.eventfd(0, os.EFD_NONBLOCK)
+        here.vmm.dma_map(DmaMap(3, 0, IOVA, RAM_BYTES), self.ram.fd)
+        flags = IrqSet.DATA_EVENTFD | IrqSet.ACTION_TRIGGER
+        here.vmm.set_irqs(SetIrqs(flags, INTX, 0, 1), [self.line])
+
+    def read(self, region: int, offset: int, size: int) -> bytes:
+        return self._here.vmm.region_read(region, offset, size)
+
+    def write(self, region: int, offset: int, data: bytes) -> None:
+        self._here.vmm.region_write(region, offset, data)
+
+
+def exchange(driver: Driver, link: FakeLink, number: int) -> None:
+    """A frame each way."""
+    driver.queue(driver.legacy(frame(number)))
+    driver.kick()
+    assert link.next() == frame(number)
+    link.deliver(frame(1000 + number))
+    got: list[bytes] = []
+    deadline = time.monotonic() + WAIT_S
+    while not got:
+        assert time.monotonic() < deadline
+        got = driver.received()
+        os.sched_yield()
+    assert got == [frame(1000 + number)]
+
+
+def test_a_network_card_is_replaced_in_the_middle_of_its_rings(tmp_path: Path) -> None:
+    links = [FakeLink() for _ in range(4)]
+    fresh = iter(links)
+    with site(tmp_path, lambda: E1000(next(fresh), MAC), Limits()) as here:
+        driver = Driver(Card(here))
+        driver.begin()
+        driver.w(MTA + 4, 0x1234)
+        number = 0
+        for turn, link in enumerate(links):
+            for _ in range(7):
+                exchange(driver, link, number)
+                number += 1
+            if turn < len(links) - 1:
+                here.start(None, f"new{turn}")
+                here.replace(f"new{turn}")
+                here.end(0)
+        assert driver.r(GPTC) == driver.r(GPRC) == number
+        assert driver.r(MTA + 4) == 0x1234
+
+
+def test_a_network_card_that_died_comes_back_silent_and_its_driver_resets_it(
+    tmp_path: Path,
+) -> None:
+    links = [FakeLink(), FakeLink()]
+    fresh = iter(links)
+    with site(tmp_path, lambda: E1000(next(fresh), MAC), Limits()) as here:
+        driver = Driver(Card(here))
+        driver.begin()
+        driver.w(MTA + 4, 0x1234)
+        exchange(driver, links[0], 1)
+        here.end()
+        here.start()
+        here.wait("device-back")
+        assert not (driver.r(RCTL) | driver.r(TCTL)) & EN
+        assert driver.r(MTA + 4) == 0x1234 and driver.r(RDBAL) == IOVA & 0xFFFFFFFF | 0x10000
+        assert here.vmm.region_read(CONFIG, 4, 2)[0] & 4, "it may do DMA once its driver says so"
+        driver.queue(driver.legacy(frame(2)))
+        driver.kick()
+        assert links[1].sent.empty()
+        driver.tail = driver.clean = 0
+        driver.begin()
+        exchange(driver, links[1], 3)
+        assert driver.port.read(BAR, RCTL, 4)
