@@ -28,9 +28,12 @@ class RingMemory(Protocol):
 
 
 class SplitRing:
-    """A queue of `size` descriptors with its rings at the addresses `available` and `used`."""
+    """A queue of `size` descriptors with its rings at the addresses `available` and `used`. One
+    that is `new` was just set up by its driver, and begins at 0."""
 
-    def __init__(self, memory: RingMemory, available: int, used: int, size: int) -> None:
+    def __init__(
+        self, memory: RingMemory, available: int, used: int, size: int, *, new: bool = False
+    ) -> None:
         self._memory = memory
         self._available = available
         self._used = used
@@ -39,7 +42,7 @@ class SplitRing:
         self._next_used = 0
         self._heads: dict[int, int] = {}
         """How often each head is under way, in the order of their offers."""
-        self._unknown: int | None = None
+        self._unknown: int | None = 0 if new else None
         """How many are under way that nobody has seen to be offered; None before the first look."""
 
     @property

@@ -33,6 +33,8 @@ class Written:
         """Whether something had to be forgotten: it is of no use until the next reset."""
         self.revision = 0
         """Goes up with each write that may change where the device's rings are."""
+        self.resets = 0
+        """Goes up with each reset: what was set up before is gone."""
         self._bytes: dict[Key, dict[int, int]] = {}
         """By register, what was written by position in it."""
         self._doorbells: dict[tuple[int, int], bytes] = {}
@@ -55,6 +57,7 @@ class Written:
     def reset(self) -> None:
         """The device was reset as a whole: each register holds what a fresh one does."""
         self.revision += 1
+        self.resets += 1
         self.too_much = False
         self._bytes.clear()
         self._doorbells.clear()
@@ -181,6 +184,7 @@ class Written:
             return
         if self.number(place.name, None) != reset.value:
             return
+        self.resets += 1
         base = place.register.base
         self._bytes = {
             key: written for key, written in self._bytes.items() if self._register(key).base != base

@@ -292,7 +292,7 @@ def execute(link: DeviceLink, records: bytes, *, note: bool = True) -> Job[bytes
 
 def _note(keeper: Keeper, access: Access) -> None:
     if access.op is Op.WRITE:
-        keeper.write(access.region, access.offset, access.data)
+        keeper.executed(access.region, access.offset, access.data)
     elif access.op is Op.RESET:
         keeper.reset()
 

@@ -41,24 +41,40 @@ class Keeper:
         self._initial = initial
         self._memory = memory
         self._rings: dict[tuple[int, int, int], SplitRing] = {}
-        self._revision = -1
+        self._revision = self._resets = -1
+        self._new = False
+        """Whether the rings were set up by a driver that was seen to begin."""
 
     def write(self, region: int, offset: int, data: bytes) -> None:
         """The driver is about to write a register."""
         self.armed = True
+        resets = self.written.resets
         self.written.write(region, offset, data)
+        if resets != self.written.resets:
+            self._new = True
 
     def reset(self) -> None:
         self.written.reset()
+        self._new = True
+
+    def executed(self, region: int, offset: int, data: bytes) -> None:
+        """A register was written for the driver: it is where another one's device stood."""
+        self.armed = True
+        self.written.write(region, offset, data)
+        self._new = False
 
     @property
     def rings(self) -> list[SplitRing]:
         """Those that the driver has set up."""
         if self._revision != self.written.revision:
             self._revision = self.written.revision
+            if self._resets != self.written.resets:
+                self._resets = self.written.resets
+                self._rings.clear()
             found = self._find_rings()
             self._rings = {
-                where: self._rings.get(where) or SplitRing(self._memory, *where) for where in found
+                where: self._rings.get(where) or SplitRing(self._memory, *where, new=self._new)
+                for where in found
             }
         return list(self._rings.values())
 
@@ -77,6 +93,7 @@ class Keeper:
         """The device is another one, or was stopped: what was under way is seen anew."""
         self._rings.clear()
         self._revision = -1
+        self._new = False
         self.armed = True
 
     def offer_again(self) -> bool:

@@ -6,6 +6,7 @@ sees of it under load stands in `tests/e2e/test_device_restart.py`.
 
 import errno
 import os
+import struct
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -19,6 +20,7 @@ import trio
 from lab.devices.disk import Disk
 from lab.devices.e1000.nic import E1000
 from lab.devices.virtio.blk import VirtioBlk
+from lab.devices.virtio.virtqueue import Chain
 from lab.vfio_user.client import Client
 from lab.vfio_user.server import Server
 from sync.gateway.control.client import GatewayClient
@@ -270,3 +272,101 @@ def test_a_network_card_that_died_comes_back_silent_and_its_driver_resets_it(
         driver.begin()
         exchange(driver, links[1], 3)
         assert driver.port.read(BAR, RCTL, 4)
+
+
+class Reluctant(VirtioBlk):
+    """A disk that completes a request only if its head is not in `keeps`, until its client goes."""
+
+    def __init__(self, disk: Disk, keeps: frozenset[int]) -> None:
+        self._keeps = keeps
+        self._gone = threading.Event()
+        self.executed: list[int] = []
+        super().__init__(disk)
+
+    def execute(self, chain: Chain) -> int:
+        if chain.head in self._keeps:
+            assert self._gone.wait(WAIT_S)
+        self.executed.append(chain.head)
+        return super().execute(chain)
+
+    def detached(self) -> None:
+        self.memory.lose()
+        self._gone.set()
+        super().detached()
+
+
+class Blocks:
+    """A driver of a virtio disk with one queue of 8 requests of 512 bytes; request `n` is head
+    2 `n`: a header, and a buffer with room for the status behind the data."""
+
+    AVAILABLE, USED, DATA, SIZE = 0x1000, 0x2000, 0x4000, 16
+
+    def __init__(self, vmm: Client, ram: Ram) -> None:
+        self._vmm, self._ram = vmm, ram
+        vmm.reset()
+        vmm.dma_map(DmaMap(3, 0, IOVA, RAM_BYTES), ram.fd)
+        vmm.region_write(CONFIG, 4, b"\x06\x00")
+        for status in (0, 1, 3):
+            self._write(0x14, 1, status)
+        self._write(0x08, 4, 1)
+        self._write(0x0C, 4, 1)
+        self._write(0x14, 1, 11)
+        self._write(0x16, 2, 0)
+        self._write(0x18, 2, self.SIZE)
+        for register, at in ((0x20, 0), (0x28, self.AVAILABLE), (0x30, self.USED)):
+            self._write(register, 4, (IOVA + at) & 0xFFFFFFFF)
+            self._write(register + 4, 4, (IOVA + at) >> 32)
+        self._write(0x1C, 2, 1)
+        self._write(0x14, 1, 15)
+        self._offered = 0
+
+    def _write(self, register: int, size: int, value: int) -> None:
+        self._vmm.region_write(BAR, register, value.to_bytes(size, "little"))
+
+    def put(self, at: int, data: bytes) -> None:
+        self._ram.bytes[at : at + len(data)] = data
+
+    def ask(self, *requests: int) -> None:
+        for number in requests:
+            at = self.DATA + 0x1000 * number
+            self.put(at, struct.pack("<IIQ", 0, 0, number))
+            descriptors = struct.pack("<QIHH", IOVA + at, 16, 1, 2 * number + 1)
+            descriptors += struct.pack("<QIHH", IOVA + at + 16, 513, 2, 0)
+            self.put(32 * number, descriptors)
+            slot = self.AVAILABLE + 4 + 2 * (self._offered % self.SIZE)
+            self.put(slot, struct.pack("<H", 2 * number))
+            self._offered += 1
+            self.put(self.AVAILABLE + 2, struct.pack("<H", self._offered))
+        self._vmm.region_write(BAR, 0x3000, b"\0\0")
+
+    def used(self) -> list[int]:
+        """The requests that are completed, in that order."""
+        (count,) = struct.unpack_from("<H", self._ram.bytes, self.USED + 2)
+        return [
+            struct.unpack_from("<I", self._ram.bytes, self.USED + 4 + 8 * at)[0] // 2
+            for at in range(count)
+        ]
+
+    def await_used(self, count: int) -> list[int]:
+        deadline = time.monotonic() + WAIT_S
+        while len(self.used()) < count:
+            assert time.monotonic() < deadline, self.used()
+            time.sleep(0.001)
+        return self.used()
+
+
+def test_requests_under_way_are_done_once_more_and_no_others(tmp_path: Path) -> None:
+    """Completed out of order, they are not the last ones of the ring."""
+    image = tmp_path / "disk.img"
+    image.write_bytes(bytes(1 << 20))
+    with site(tmp_path, lambda: Reluctant(Disk(image), frozenset({0, 4}))) as here:
+        blocks = Blocks(here.vmm, Ram())
+        blocks.ask(0, 1, 2, 3)
+        assert sorted(blocks.await_used(2)) == [1, 3]
+        here.end()
+        device = here.start(Reluctant(Disk(image), frozenset()))
+        assert here.wait("device-back")["work_known"]
+        assert sorted(blocks.await_used(4)[2:]) == [0, 2]
+        assert sorted(device.executed) == [0, 4]
+        blocks.ask(4)
+        assert blocks.await_used(5)[-1] == 4
