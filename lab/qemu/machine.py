@@ -70,6 +70,10 @@ class MachineSpec:
     processors: int = 1
     incoming: bool = False
     """The target: paused, waiting for `migrate-incoming`."""
+    content: Path | None = None
+    """An image that QEMU serves by itself, as a disk that can only be read."""
+    prefix: tuple[str, ...] = ()
+    """QEMU's command is put behind these words."""
 
 
 def arguments(spec: MachineSpec) -> list[str]:
@@ -92,6 +96,8 @@ def arguments(spec: MachineSpec) -> list[str]:
     ]
     for device in spec.devices:
         result += _device(device)
+    if spec.content is not None:
+        result += ["-drive", f"if=virtio,format=raw,readonly=on,file={_escaped(spec.content)}"]
     if spec.incoming:
         result += ["-S", "-incoming", "defer"]
     return result
@@ -204,7 +210,11 @@ async def running(qemu: Qemu, spec: MachineSpec) -> AsyncIterator[Machine]:
         spec.folder.mkdir(parents=True, exist_ok=True)
         with (spec.folder / QEMU_LOG).open("wb") as log:
             process = start_child(
-                command, stdin=subprocess.DEVNULL, stdout=log, stderr=subprocess.STDOUT
+                command,
+                prefix=spec.prefix,
+                stdin=subprocess.DEVNULL,
+                stdout=log,
+                stderr=subprocess.STDOUT,
             )
     except OSError as error:
         raise MachineError(f"cannot start {qemu.program}: {error}") from error

@@ -118,12 +118,12 @@ async def _copy(
             await QmpClient.connect(str(folder / "source")) as source_qmp,
         ):
             for qmp in (target_qmp, source_qmp):
-                await _set_up(qmp, setting)
-            await target_qmp.execute("migrate-incoming", _to(_listen_address(link, folder)))
+                await set_up(qmp, setting)
+            await target_qmp.execute("migrate-incoming", to(listen_address(link, folder)))
             bound = (await target_qmp.execute("query-migrate"))["socket-address"][0]
             kept.give_back()
             watch = Stopwatch(source.pid, target.pid)
-            await source_qmp.execute("migrate", _to(bound))
+            await source_qmp.execute("migrate", to(bound))
             found = await _completed(source_qmp)
             await _completed(target_qmp)
             cost = watch.stop()
@@ -151,9 +151,9 @@ async def _stream(
         listener.bind(str(folder / "link"))
         listener.listen()
         async with await QmpClient.connect(str(folder / "source")) as qmp:
-            await _set_up(qmp, SETTINGS["plain"])
+            await set_up(qmp, SETTINGS["plain"])
             watch = Stopwatch(source.pid)
-            await qmp.execute("migrate", _to({"type": "unix", "path": str(folder / "link")}))
+            await qmp.execute("migrate", to({"type": "unix", "path": str(folder / "link")}))
             await trio.to_thread.run_sync(_accept, listener, take)
             cost = watch.stop()
             await _completed(qmp)
@@ -181,19 +181,20 @@ def _image_as_memory(image: Path) -> str:
     return f"memory-backend-file,id=ram,mem-path={image},share=on,prealloc=on"
 
 
-def _listen_address(link: Link, folder: Path) -> dict[str, str]:
+def listen_address(link: Link, folder: Path) -> dict[str, str]:
     """Where the target listens, as a SocketAddress of QAPI; the port is one that is free."""
     if link.sockets:
         return {"type": "unix", "path": str(folder / "link")}
     return {"type": "inet", "host": link.target_address, "port": "0"}
 
 
-def _to(address: Mapping[str, Any]) -> dict[str, Any]:
+def to(address: Mapping[str, Any]) -> dict[str, Any]:
     """The arguments of `migrate` and `migrate-incoming` that name an address."""
     return {"channels": [{"channel-type": "main", "addr": {"transport": "socket", **address}}]}
 
 
-async def _set_up(qmp: QmpClient, setting: Setting) -> None:
+async def set_up(qmp: QmpClient, setting: Setting) -> None:
+    """Gives one of two VMs that setting, and no limit of its bandwidth."""
     capabilities = [{"capability": name, "state": True} for name in setting.capabilities]
     await qmp.execute("migrate-set-capabilities", {"capabilities": capabilities})
     await qmp.execute("migrate-set-parameters", {"max-bandwidth": UNLIMITED, **setting.parameters})
