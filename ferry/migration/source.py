@@ -54,7 +54,7 @@ from sync.gateway.errors import GatewayError
 from sync.handover.machine import Action, Event, Handover
 from sync.handover.states import STANDSTILL, Deadlines, HandoverState, Role
 from sync.memory import GuestMemory
-from sync.vmm.driver import Vmm, resume_source
+from sync.vmm.driver import Vmm, put_back_source, resume_source
 from sync.vmm.errors import VmmError, VmmGone
 from sync.vmm.identity import VmmIdentity, identify
 from sync.vmm.pci import PciPlatform
@@ -129,6 +129,7 @@ class Source:
         self._pacing = trio.CancelScope()
         self.vmm_ended = False
         """The guest has moved, and its VMM here was ended, as asked for."""
+        self._is_put_back = False
         self.report = Report(self._session.hex(), downtime_limit_ms=options.downtime_limit)
         self.watched = Verdict()
         """Whether the devices work at the target."""
@@ -332,6 +333,7 @@ class Source:
         )
         # Only now: what a device writes is tracked before the VMM reads the first page. And before
         # this, the VMM may be paused or migrating for somebody else's reasons.
+        self._held.push_async_callback(self._put_back, prepared)
         self._undo.add(UndoStage.GUEST, partial(self._resume_guest, vmm))
         self._undo.add(UndoStage.GUEST, partial(self._put_back, prepared))
         await vmm.start_outgoing(f"unix:{path}", may_throttle=options.on_stall == "throttle")
@@ -355,9 +357,13 @@ class Source:
         self._pacing.cancel()
 
     async def _put_back(self, prepared: Prepared) -> None:
-        """Gives the VMM its settings back. That it refuses is told, and keeps nobody waiting."""
+        """Gives the VMM its settings back, once. That it refuses is told, and keeps nobody
+        waiting."""
+        if self._is_put_back:
+            return
         try:
-            await prepared.vmm.put_back(prepared.settings)
+            await put_back_source(prepared.vmm, self._options.qmp, prepared.settings)
+            self._is_put_back = True
         except VmmGone:
             return
         except VmmError as error:
@@ -508,6 +514,8 @@ class Source:
 
     async def _verify(self, prepared: Prepared, mediated: Mediated, downtime: Downtime) -> Event:
         dirty, proof, stream = mediated.dirty, mediated.proof, mediated.stream
+        # The VMM's migration is over, and from the release on nobody else could do it.
+        self._nursery.start_soon(self._put_back, prepared)
         section = await prove_equal(
             prepared.link,
             prepared.memory,
@@ -555,7 +563,6 @@ class Source:
         report.wire_bytes = prepared.link.wire_bytes()
         report.link = prepared.link.counts()
         self._reporter.event("report", text=report.text(), **report.values())
-        await self._put_back(prepared)
         if self._options.quit_source:
             try:
                 await prepared.vmm.quit()

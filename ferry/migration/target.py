@@ -58,7 +58,7 @@ from transport.wire.errors import TransportError
 TELL_S = 1.0
 """How long the source may take to hear why this side gives up."""
 PUT_BACK_S = 2.0
-"""How long a VMM may take to get its settings back, once its guest runs."""
+"""How long a VMM may take to get its settings back, whatever the end was."""
 CONNECT_S = 5.0
 """How long the VMM may take to listen for its stream once it has said that it does."""
 
@@ -212,6 +212,7 @@ class Target:
             await device.gateway.standby(hello.session, terms)
         if checked.platform is not None:
             await checked.platform.restore(bytes.fromhex(hello.platform))
+        self._held.push_async_callback(self._put_back, checked.settings)
         with tempfile.TemporaryDirectory(prefix="vfio-ferry-") as folder:
             path = f"{folder}/vmm.sock"
             await self._vmm.start_incoming(f"unix:{path}")
@@ -303,7 +304,7 @@ class Target:
                 Action.START_GUEST: partial(
                     self._start_guest, checked.devices, incoming, started_ms
                 ),
-                Action.SEND_COMMITTED: partial(self._send_committed, checked.settings, started_ms),
+                Action.SEND_COMMITTED: partial(self._send_committed, started_ms),
             }
         )
         return Event.MADE_READY
@@ -341,10 +342,13 @@ class Target:
             await devices[0].gateway.running(self.session)
         return Event.STARTED
 
-    async def _send_committed(self, settings: MigrationSettings, took_ms: dict[str, float]) -> None:
+    async def _send_committed(self, took_ms: dict[str, float]) -> None:
         with trio.move_on_after(TELL_S), contextlib.suppress(TransportError):
             notice = Notice({"ms": took_ms}).pack()
             await self._link.send_record(MessageKind.COMMITTED, notice, flush=True)
+
+    async def _put_back(self, settings: MigrationSettings) -> None:
+        """Gives the VMM its settings back; one that was loading when its stream broke off ends."""
         with trio.move_on_after(PUT_BACK_S), contextlib.suppress(VmmError):
             await self._vmm.put_back(settings)
             await self._vmm.announce()

@@ -197,7 +197,7 @@ class Vmm(AsyncResource):
         """Has the target's VMM listen at `uri` (`unix:PATH`), and wait when it has its guest: one
         that was started without -S would run it at once, whoever owns it."""
         await self.execute("stop")
-        await self._set_capabilities()
+        await self._set_capabilities("events")
         await self.execute("migrate-incoming", {"uri": uri})
 
     async def start_outgoing(self, uri: str, *, may_throttle: bool = False) -> None:
@@ -211,7 +211,8 @@ class Vmm(AsyncResource):
         parameters = {"downtime-limit": 0}
         if may_throttle:
             parameters |= SLEEPING_THROTTLE
-        await self._set_capabilities(*([THROTTLE] if may_throttle else []))
+        throttle = [THROTTLE] if may_throttle else []
+        await self._set_capabilities("events", PAUSE_CAPABILITY, *throttle)
         await self.execute("migrate-set-parameters", parameters)
         await self.execute("migrate", {"uri": uri})
 
@@ -366,8 +367,7 @@ class Vmm(AsyncResource):
         if PAUSE_CAPABILITY not in names:
             raise VmmNotReady(f"the VMM cannot {PAUSE_CAPABILITY}; QEMU can since 2.11")
 
-    async def _set_capabilities(self, *more: str) -> None:
-        names = ("events", PAUSE_CAPABILITY, *more)
+    async def _set_capabilities(self, *names: str) -> None:
         wanted = [{"capability": name, "state": True} for name in names]
         await self.execute("migrate-set-capabilities", {"capabilities": wanted})
 
@@ -419,6 +419,15 @@ async def resume_source(vmm: Vmm, path: str, deadline_s: float) -> str:
         async with await Vmm.connect(path, deadline_s=RECONNECT_S) as again:
             again.guest_was = vmm.guest_was
             return await again.cancel_and_resume(deadline_s)
+
+
+async def put_back_source(vmm: Vmm, path: str, settings: MigrationSettings) -> None:
+    """`Vmm.put_back`; over a new connection to `path` if the one of `vmm` has ended."""
+    try:
+        await vmm.put_back(settings)
+    except VmmGone:
+        async with await Vmm.connect(path, deadline_s=RECONNECT_S) as again:
+            await again.put_back(settings)
 
 
 def parse_progress(migration: Any) -> VmmProgress:

@@ -10,6 +10,7 @@ from sync.handover.states import TERMINAL
 from sync.handover.states import HandoverState as State
 from tests.in_process.device import DOORBELL, NUMBER
 from tests.in_process.two_hosts import Command, Host, TwoHosts
+from tests.sync.vmm.conftest import PARAMETERS
 
 STATES = [state for state in State if state not in TERMINAL | {State.IDLE}]
 OF_A_CHECK = {State.CHECKING_ONLY, State.ANSWERING}
@@ -45,6 +46,7 @@ async def fail(hosts: TwoHosts, state: State, victim: str) -> Host:
     assert Exit.INTERNAL not in (sender.code, receiver.code), (sender.events, receiver.events)
     owner = hosts.a if state in OF_A_CHECK else await settle(hosts, sender, receiver)
     await assert_owner(hosts, owner)
+    await settings_are_back(hosts, victim)
     return owner
 
 
@@ -91,6 +93,17 @@ async def assert_owner(hosts: TwoHosts, owner: Host) -> None:
         assert owner.device.registers.bar[NUMBER : NUMBER + 2] == b"\x0d\x60"
 
 
+async def settings_are_back(hosts: TwoHosts, victim: str = "") -> None:
+    """Every VMM has the settings of its migrations that it had before, the source's only where the
+    guest is back if `send` was killed. A killed `receive` leaves its VMM telling of events."""
+    with trio.fail_after(SETTLED_S):
+        for vmm, killed in ((hosts.a.vmm, "send"), (hosts.b.vmm, "")):
+            while vmm.alive and (vmm.runs or victim != killed):
+                if vmm.parameters == PARAMETERS and vmm.on_capabilities <= {"events"}:
+                    break
+                await trio.sleep(0.01)  # its gateway, which has let the guest go on, does that next
+
+
 async def move(hosts: TwoHosts, source: Host) -> Host:
     """A migration that has to succeed, to a new VMM on the other host, which is returned."""
     target = hosts.other(source)
@@ -98,6 +111,7 @@ async def move(hosts: TwoHosts, source: Host) -> Host:
     sender, receiver = await hosts.migrate(source)
     assert (sender.code, receiver.code) == (Exit.OK, Exit.OK), (sender.events, receiver.events)
     await assert_owner(hosts, target)
+    await settings_are_back(hosts)
     assert target.vmm.ram[:] == source.vmm.ram[:]
     registers = target.device.registers.bar[DOORBELL : DOORBELL + 4]
     assert registers == source.device.registers.bar[DOORBELL : DOORBELL + 4]

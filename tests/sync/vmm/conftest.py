@@ -14,6 +14,7 @@ GREETING = (
     b'{"QMP": {"version": {"qemu": {"micro": 3, "minor": 1, "major": 11}, '
     b'"package": "Debian 1:11.1.3"}, "capabilities": ["oob"]}}\r\n'
 )
+PARAMETERS = {"downtime-limit": 300, "max-bandwidth": 134217728}
 ACTIVE = {
     "expected-downtime": 300,
     "status": "active",
@@ -50,7 +51,7 @@ class FakeQemu:
         self.migration: dict[str, Any] = {}
         self.capabilities = ["xbzrle", "events", "pause-before-switchover", "multifd"]
         self.on_capabilities: set[str] = set()
-        self.parameters: dict[str, Any] = {"downtime-limit": 300, "max-bandwidth": 134217728}
+        self.parameters: dict[str, Any] = dict(PARAMETERS)
         self.errors: dict[str, str] = {}
         self.silent: set[str] = set()
         self.on: dict[str, Callable[[], None]] = {}
@@ -102,6 +103,14 @@ class FakeQemu:
             return self.parameters
         return {}
 
+    def _set(self, name: str) -> None:
+        if name == "migrate-set-parameters":
+            self.parameters |= self.arguments[name]
+        elif name == "migrate-set-capabilities":
+            for row in self.arguments[name]["capabilities"]:
+                change = self.on_capabilities.add if row["state"] else self.on_capabilities.discard
+                change(row["capability"])
+
     async def serve(self, stream: trio.SocketStream) -> None:
         # One client at a time, as QEMU's monitor: the next one waits for its greeting.
         async with self._turn:
@@ -129,6 +138,7 @@ class FakeQemu:
                     error = {"class": "GenericError", "desc": self.errors[name]}
                     reply = {"id": request["id"], "error": error}
                 else:
+                    self._set(name)
                     if name in self.on:
                         self.on[name]()
                     reply["return"] = self.query(name)

@@ -9,6 +9,7 @@ from sync.vmm.driver import Vmm
 from sync.vmm.errors import QmpProtocolError, VmmNotReady
 from sync.vmm.recover import recover_source
 from sync.vmm.settings import CLOSING_CAPABILITIES, MigrationSettings, why_closed
+from tests.sync.vmm.conftest import PARAMETERS
 
 THROTTLING: dict[str, Any] = {
     "cpu-throttle-initial": 20,
@@ -71,13 +72,8 @@ def test_a_throttle_sleeps_until_it_is_asked_for_and_all_is_put_back(with_qemu: 
 
 
 def check_put_back(qemu: Any) -> None:
-    assert qemu.arguments["migrate-set-parameters"] == qemu.parameters
-    states = qemu.arguments["migrate-set-capabilities"]["capabilities"]
-    assert {row["capability"]: row["state"] for row in states} == {
-        "events": True,
-        "pause-before-switchover": False,
-        "auto-converge": False,
-    }
+    assert qemu.parameters == PARAMETERS | THROTTLING
+    assert qemu.on_capabilities == {"events"}
 
 
 def test_i8_whoever_recovers_the_source_puts_its_settings_back(with_qemu: Any) -> None:
@@ -87,6 +83,7 @@ def test_i8_whoever_recovers_the_source_puts_its_settings_back(with_qemu: Any) -
         qemu.parameters |= THROTTLING
         async with await Vmm.connect(qemu.path) as vmm:
             packed = (await vmm.settings()).pack()
+            await vmm.start_outgoing("unix:/run/stream", may_throttle=True)
         done = await trio.to_thread.run_sync(recover_source, qemu.path, 5.0, packed)
         assert done == "the guest was running"
         check_put_back(qemu)
