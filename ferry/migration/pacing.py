@@ -2,8 +2,10 @@
 
 The VMM pauses its guest by itself as soon as it has nothing more to send. The guest then waits for
 all that is announced and not on the target yet, so that this has to fit into a part of the
-downtime: `max_backlog`. `bandwidth` has the VMM follow the rate of the lanes, so that it is seldom
-left unread, which it waits for with its lock held.
+downtime: `max_backlog`. As long as the VMM has many pages to look at, the lanes have that time,
+too: rounds are longer then, and what a round costs beside its pages weighs less. `bandwidth` has
+the VMM follow the rate of the lanes, so that it is seldom left unread, which it waits for with its
+lock held.
 
 Owns the numbers. Costs are in pages that have content: a page of zeros costs next to nothing.
 """
@@ -22,6 +24,10 @@ SHARE_OF_DOWNTIME = 3
 FIRST_BACKLOG = 1024.0
 MIN_BACKLOG = 256.0
 MIN_ROUND_S = 0.02
+LOOKED_AT_PER_S = 1 << 20
+"""A VMM looks at no more pages in a second, be they of zeros, which cost it nothing else."""
+MAX_AHEAD_S = 0.5
+"""Beside the share of the downtime, however much the VMM has to look at."""
 ZERO_COST = 1 / 64
 FIRST_BYTES_PER_S = 256 << 20
 MIN_BYTES_PER_S = 1 << 20
@@ -49,6 +55,7 @@ class Pace:
         self._most = most_bytes_per_s
         self._rates = deque[float](maxlen=RECENT_ROUNDS)
         self._pages_per_s = 0.0
+        self._remaining_pages = 0
 
     def allow(self, downtime_limit_ms: float) -> None:
         """The guest may stand still for so long."""
@@ -64,17 +71,31 @@ class Pace:
             self._rates.append(cost / max(duration_s - round_trip_s, duration_s / 4, 1e-4))
             self._pages_per_s = max(self._rates)
 
+    def remain(self, pages: int) -> None:
+        """The VMM says that it has so many pages to announce before it could pause its guest."""
+        self._remaining_pages = pages
+
+    def announced(self, pages: int) -> None:
+        """The VMM has announced so many of those that remained."""
+        self._remaining_pages = max(0, self._remaining_pages - pages)
+
+    @property
+    def _ahead_s(self) -> float:
+        """The VMM cannot pause its guest any sooner."""
+        return min(self._remaining_pages / LOOKED_AT_PER_S, MAX_AHEAD_S)
+
     @property
     def max_backlog(self) -> float:
         """So much may be announced and not acknowledged."""
         if not self._pages_per_s:
             return FIRST_BACKLOG
-        return max(MIN_BACKLOG, self._pages_per_s * self._share_s)
+        return max(MIN_BACKLOG, self._pages_per_s * (self._share_s + self._ahead_s))
 
     @property
     def round_cost(self) -> float:
         """So much is worth a round of its own: one is under way while the next one gathers."""
-        return min(self.max_backlog / 2, max(1.0, self._pages_per_s * MIN_ROUND_S))
+        wanted_s = MIN_ROUND_S + self._ahead_s / 2
+        return min(self.max_backlog / 2, max(1.0, self._pages_per_s * wanted_s))
 
     def bytes_per_s(self, backlog: float) -> int:
         """What the VMM may send with, given what is announced and not acknowledged."""

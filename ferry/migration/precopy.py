@@ -128,7 +128,7 @@ class Precopy:
         options = self._options
         convergence = Convergence(limits_of(options, self._showing_ms))
         await self._collect()
-        progress, asked_at = await self._vmm.check_migration(), trio.current_time()
+        progress, asked_at = await self._ask(), trio.current_time()
         while True:
             began, links = trio.current_time(), self._links
             round_ = await self._send_in_time()
@@ -159,7 +159,7 @@ class Precopy:
                     self._note_round(round_)
                     await self._collect()
                     continue
-            progress, asked_at = await self._vmm.check_migration(), trio.current_time()
+            progress, asked_at = await self._ask(), trio.current_time()
             collect_began = trio.current_time()
             await self._collect()
             collected = trio.current_time()
@@ -208,6 +208,13 @@ class Precopy:
     def _links(self) -> int:
         """How often the link was made anew."""
         return self._link.sender.link.resumed
+
+    async def _ask(self) -> VmmProgress:
+        announced = self._stream.pages
+        progress = await self._vmm.check_migration()
+        self._pace.remain(progress.remaining_bytes // PAGE_BYTES)
+        self._pace.announced(self._stream.pages - announced)
+        return progress
 
     def _is_due(self, progress: VmmProgress) -> bool:
         return progress.rounds > (self._judged_pass if self._stream.is_open else 1)

@@ -228,6 +228,7 @@ class VmmStream:
             self._decide(StreamForm.OPEN, "")
         self._announced[event.pages] = True
         self._cost += self._pace.cost_of(event.pages.size, int(event.zeros.sum()))
+        self._pace.announced(event.pages.size)
         self.pages += int(event.pages.size)
         self._wake()
 

@@ -4,7 +4,14 @@ import pytest
 import trio
 import trio.testing
 
-from ferry.migration.pacing import FIRST_BYTES_PER_S, MIN_BACKLOG, Pace, keep_pace
+from ferry.migration.pacing import (
+    FIRST_BYTES_PER_S,
+    LOOKED_AT_PER_S,
+    MAX_AHEAD_S,
+    MIN_BACKLOG,
+    Pace,
+    keep_pace,
+)
 
 LIMIT_MS = 300.0
 
@@ -50,6 +57,19 @@ def test_the_round_trip_is_not_taken_for_the_links_rate() -> None:
     assert pace.max_backlog == pytest.approx(256)
     pace.sent(10_000, 0.2, 0.1)
     assert pace.max_backlog == pytest.approx(10_000)
+
+
+def test_while_the_vmm_has_much_to_look_at_rounds_are_longer() -> None:
+    pace = Pace(LIMIT_MS)
+    pace.sent(10_000, 1.0, 0.0)
+    backlog, round_cost = pace.max_backlog, pace.round_cost
+    pace.remain(LOOKED_AT_PER_S // 4)
+    assert pace.max_backlog == pytest.approx(backlog + 10_000 / 4)
+    assert pace.round_cost == pytest.approx(round_cost + 10_000 / 8)
+    pace.announced(LOOKED_AT_PER_S // 4 + 1)
+    assert (pace.max_backlog, pace.round_cost) == (backlog, round_cost)
+    pace.remain(1 << 40)
+    assert pace.max_backlog == pytest.approx(backlog + 10_000 * MAX_AHEAD_S)
 
 
 def test_pages_of_zeros_cost_next_to_nothing() -> None:
