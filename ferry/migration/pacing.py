@@ -29,6 +29,8 @@ LOOKED_AT_PER_S = 1 << 20
 MAX_AHEAD_S = 0.5
 """Beside the share of the downtime, however much the VMM has to look at."""
 ZERO_COST = 1 / 64
+CHEAP_PAGE_BYTES = 512
+"""A page that is known at the target but for some words takes fewer. The next ones may not be."""
 FIRST_BYTES_PER_S = 256 << 20
 MIN_BYTES_PER_S = 1 << 20
 MAX_BYTES_PER_S = 1 << 40
@@ -65,9 +67,11 @@ class Pace:
     def cost_of(pages: int, zeros: int) -> float:
         return pages - zeros + zeros * ZERO_COST
 
-    def sent(self, cost: float, duration_s: float, round_trip_s: float) -> None:
-        """A round of this cost was acknowledged after `duration_s`."""
-        if cost >= 1:
+    def sent(self, cost: float, wire_bytes: int, duration_s: float, round_trip_s: float) -> None:
+        """A round of this cost was acknowledged after `duration_s`. One that was over as soon as an
+        answer could come says nothing of the rate, nor do pages that took next to no bytes."""
+        cost = min(cost, wire_bytes / CHEAP_PAGE_BYTES)
+        if cost >= 1 and (duration_s >= 2 * round_trip_s or not self._rates):
             self._rates.append(cost / max(duration_s - round_trip_s, duration_s / 4, 1e-4))
             self._pages_per_s = max(self._rates)
 

@@ -284,7 +284,8 @@ class Precopy:
         round_ = await self._link.send_pages(bitmap_to_indices(self._owed))
         round_trip_s = self._link.sender.statistics().round_trip_ns / 1e9
         if links == self._links:
-            self._pace.sent(self._owed_cost, round_.duration_ns / 1e9, round_trip_s)
+            seconds = round_.duration_ns / 1e9
+            self._pace.sent(self._owed_cost, round_.wire_bytes, seconds, round_trip_s)
         self._stream.acknowledged()
         self._proof.sent(self._owed)
         self._owed[:] = 0

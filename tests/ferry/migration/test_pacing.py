@@ -16,6 +16,11 @@ from ferry.migration.pacing import (
 LIMIT_MS = 300.0
 
 
+def send(pace: Pace, pages: float, duration_s: float, round_trip_s: float) -> None:
+    """Pages that halve."""
+    pace.sent(pages, int(pages * 2048), duration_s, round_trip_s)
+
+
 @pytest.mark.parametrize("link_pages_per_s", [3000.0, 30_000.0, 400_000.0])
 @pytest.mark.parametrize("fixed_s", [0.0005, 0.02])
 def test_i10_the_backlog_fits_into_a_part_of_the_downtime(
@@ -29,7 +34,7 @@ def test_i10_the_backlog_fits_into_a_part_of_the_downtime(
         # The VMM announces what it may, meanwhile.
         rate = pace.bytes_per_s(under_way) / 4096
         announced = min(max(0.0, pace.max_backlog - under_way), rate * duration_s) + 1
-        pace.sent(under_way, duration_s, 0.0)
+        send(pace, under_way, duration_s, 0.0)
     backlog_s = pace.max_backlog / link_pages_per_s
     assert backlog_s <= LIMIT_MS / 1e3 / 3 or pace.max_backlog == MIN_BACKLOG
     assert under_way / (fixed_s + under_way / link_pages_per_s) >= link_pages_per_s / 2 or (
@@ -40,28 +45,37 @@ def test_i10_the_backlog_fits_into_a_part_of_the_downtime(
 def test_the_vmm_is_slower_than_the_lanes_while_much_is_under_way() -> None:
     pace = Pace(LIMIT_MS)
     assert pace.bytes_per_s(0) == FIRST_BYTES_PER_S
-    pace.sent(3000, 1.0, 0.0)
+    send(pace, 3000, 1.0, 0.0)
     assert pace.bytes_per_s(0) > 3000 * 4096 > pace.bytes_per_s(pace.max_backlog)
 
 
 def test_a_bandwidth_that_somebody_has_chosen_is_never_exceeded() -> None:
     pace = Pace(LIMIT_MS, 1 << 22)
     assert pace.bytes_per_s(0) == 1 << 22
-    pace.sent(1 << 20, 1.0, 0.0)
+    send(pace, 1 << 20, 1.0, 0.0)
     assert pace.bytes_per_s(0) == 1 << 22
 
 
 def test_the_round_trip_is_not_taken_for_the_links_rate() -> None:
     pace = Pace(LIMIT_MS)
-    pace.sent(100, 0.2, 0.1)
+    send(pace, 100, 0.2, 0.1)
     assert pace.max_backlog == pytest.approx(256)
-    pace.sent(10_000, 0.2, 0.1)
+    send(pace, 10_000, 0.2, 0.1)
     assert pace.max_backlog == pytest.approx(10_000)
+
+
+def test_rounds_that_cost_next_to_nothing_do_not_raise_the_rate() -> None:
+    pace = Pace(LIMIT_MS)
+    send(pace, 10_000, 1.0, 0.0)
+    backlog = pace.max_backlog
+    pace.sent(10_000, 10_000, 0.1, 0.0)  # next to no bytes
+    send(pace, 1000, 0.008, 0.007)  # over with the first answer
+    assert pace.max_backlog == backlog
 
 
 def test_while_the_vmm_has_much_to_look_at_rounds_are_longer() -> None:
     pace = Pace(LIMIT_MS)
-    pace.sent(10_000, 1.0, 0.0)
+    send(pace, 10_000, 1.0, 0.0)
     backlog, round_cost = pace.max_backlog, pace.round_cost
     pace.remain(LOOKED_AT_PER_S // 4)
     assert pace.max_backlog == pytest.approx(backlog + 10_000 / 4)
@@ -92,7 +106,7 @@ def test_the_vmm_is_told_its_rate_when_it_changes() -> None:
             async with trio.open_nursery() as nursery:
                 nursery.start_soon(keep_pace, pace, Stream(), limit)
                 await trio.sleep(5)
-                pace.sent(3000, 1.0, 0.0)
+                send(pace, 3000, 1.0, 0.0)
 
     trio.run(main, clock=trio.testing.MockClock(autojump_threshold=0))
     assert told == [FIRST_BYTES_PER_S, int(3000 * 4096 * 1.5)]

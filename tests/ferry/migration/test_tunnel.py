@@ -171,7 +171,7 @@ def test_i1_a_page_is_announced_again_after_it_was_collected() -> None:
 
 def test_the_vmm_is_not_read_while_too_much_is_announced_but_never_for_long() -> None:
     host = Host()
-    host.pace.sent(1, 1.0, 0.0)
+    host.pace.sent(1, 4096, 1.0, 0.0)
     host.stream._pace = Small()
     waits: list[float] = []
 
