@@ -97,8 +97,10 @@ class Precopy:
         self._untold: list[RoundStatistics] = []
         self._unjudged = deque[RoundStatistics](maxlen=RATE_ROUNDS)
         self._judged_at = trio.current_time()
-        self._judged_pass = 1
-        """The VMM's pass over its memory in which rounds were judged last."""
+        self._pass = self._judged_pass = 1
+        """The VMM's pass over its memory, and the one in which rounds were judged last."""
+        self._vmm_rounds, self._vmm_left = 1, math.inf
+        """What it said last: how many passes it has begun, and how many bytes are left."""
         self._device_pages = 0
         """Found since progress was told last."""
         self._device_pages_per_s = 0.0
@@ -178,7 +180,7 @@ class Precopy:
             recent = merged_rounds(self._unjudged)
             decision = convergence.observe(
                 Round(
-                    sent_pages=recent.sent_pages,
+                    sent_pages=self._sent_pages(recent),
                     wire_bytes=recent.wire_bytes,
                     duration_ns=recent.duration_ns,
                     interval_ns=int((collected - self._judged_at) * 1e9),
@@ -189,7 +191,7 @@ class Precopy:
                 )
             )
             self._unjudged.clear()
-            self._judged_at, self._judged_pass = collected, progress.rounds
+            self._judged_at, self._judged_pass = collected, self._pass
             self._predicted_ms = decision.predicted_downtime_ms
             self._note_round(round_, left, self._predicted_ms, progress.remaining_bytes)
             if decision.verdict is Verdict.GIVE_UP:
@@ -212,12 +214,26 @@ class Precopy:
     async def _ask(self) -> VmmProgress:
         announced = self._stream.pages
         progress = await self._vmm.check_migration()
+        # In a pass that takes long a VMM that may throttle looks again and again at what is dirty,
+        # and does not count that: only then is more left than before.
+        if progress.rounds > self._vmm_rounds or progress.remaining_bytes > self._vmm_left:
+            self._pass += 1
+        self._vmm_rounds, self._vmm_left = progress.rounds, progress.remaining_bytes
         self._pace.remain(progress.remaining_bytes // PAGE_BYTES)
         self._pace.announced(self._stream.pages - announced)
         return progress
 
     def _is_due(self, progress: VmmProgress) -> bool:
-        return progress.rounds > (self._judged_pass if self._stream.is_open else 1)
+        if self._stream.is_open:
+            return self._pass > self._judged_pass
+        return progress.rounds > 1
+
+    def _sent_pages(self, rounds: RoundStatistics) -> int:
+        """Pages that went as fast as those that are left will. In its first pass the VMM brings all
+        the memory that its guest has never used, and that says nothing of what is written now."""
+        if self._stream.is_open and self._judged_pass == 1:
+            return math.ceil(self._pace.cost_of(rounds.sent_pages, rounds.zero))
+        return rounds.sent_pages
 
     def _vmm_pages(self, progress: VmmProgress) -> int:
         """What the VMM has still to announce, if that takes our lanes."""

@@ -118,6 +118,7 @@ class Rig:
             ),
             memory_bytes=self.memory_bytes,
             incoming=incoming,
+            prefix=host.prefix,
         )
         return await stack.enter_async_context(running(self.environment.qemu, spec))
 

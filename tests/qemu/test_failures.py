@@ -28,6 +28,7 @@ from lab.testbed import Process
 from sync.gateway.control.client import GatewayClient
 from sync.vmm.driver import Vmm
 from sync.vmm.errors import VmmGone
+from sync.vmm.settings import MigrationSettings
 from tests.e2e.two_hosts import PEER_TIMEOUT_S, RESUME_WINDOW_S, run_resolve
 from tests.e2e.two_hosts import resolve_both as settle_both
 from tests.qemu.moving import DEADLINE_S, WatchedRig, run
@@ -38,6 +39,8 @@ pytestmark = [pytest.mark.qemu, pytest.mark.timeout(1500)]
 WRITES = 30
 """Requests of the guest after each failure."""
 POLL_S = 0.02
+OPERATORS = {"downtime-limit": 777, "cpu-throttle-initial": 33}
+"""What an operator has set of the source's VMM."""
 
 in_thread = trio.to_thread.run_sync
 
@@ -51,6 +54,8 @@ class Attempt:
     b: QemuHost
     source: Machine
     target: Machine
+    settings: MigrationSettings
+    """Those of the source's VMM before."""
     sender: Process
     receiver: Process
     link: LinkProxy
@@ -235,6 +240,8 @@ def test_i8_the_guest_goes_on_at_the_source(
         async with AsyncExitStack() as stack:
             with trio.fail_after(6 * DEADLINE_S):
                 source = await rig.boot(stack)
+                async with await control_of(source) as vmm:
+                    await vmm.execute("migrate-set-parameters", OPERATORS)
                 for fault in faults:
                     print(fault)
                     try:
@@ -244,7 +251,9 @@ def test_i8_the_guest_goes_on_at_the_source(
                         error.add_note(str(fault))
                         raise
                 target = await rig.start(stack, "b", incoming=True)
+                before = await settings_of(source), await settings_of(target)
                 await rig.migrate(source, "ab")
+                assert (await settings_of(source), await settings_of(target)) == before
                 await rig.wait_work(target)
                 await rig.end(target)
 
@@ -336,6 +345,7 @@ async def start_held(
 ) -> Attempt:
     """A migration whose sender has stopped itself on entering `phase`."""
     a, b = rig.hosts["a"], rig.hosts["b"]
+    settings = await settings_of(source)
     target = await rig.start(stack, "b", incoming=True)
     proxies = (
         LinkProxy(b.folder / "link", b.folder / "link.sock"),
@@ -350,7 +360,7 @@ async def start_held(
     through = ("--to", f"ipc://{link.path}", "--qmp", source_qmp.path, "--break-at", phase)
     sender = rig.bed.send(a, b, *rig.case.flags, *patience, *through)
     await in_thread(sender.wait_stopped)
-    return Attempt(rig, a, b, source, target, sender, receiver, *proxies)
+    return Attempt(rig, a, b, source, target, settings, sender, receiver, *proxies)
 
 
 def assert_ended(attempt: Attempt, fault: Fault) -> None:
@@ -366,7 +376,8 @@ def assert_ended(attempt: Attempt, fault: Fault) -> None:
 
 
 async def source_owns(attempt: Attempt) -> None:
-    """Nobody but the source owns the guest; it runs there, its device in passthrough."""
+    """Nobody but the source owns the guest; it runs there, its device in passthrough, and its VMM
+    has the settings of its migrations that it had before."""
     assert not await runs(attempt.target)
     if attempt.b.gateway is not None and attempt.b.gateway.running:
         async with await GatewayClient.connect(attempt.b.control_socket) as gateway:
@@ -377,7 +388,7 @@ async def source_owns(attempt: Attempt) -> None:
             async with await GatewayClient.connect(attempt.a.control_socket) as gateway:
                 status = await gateway.status()
             restored = (status.state, status.owner) == ("passthrough", "owned")
-            if restored and await runs(attempt.source):
+            if restored and await runs(attempt.source) and await has_its_settings(attempt):
                 return
             await trio.sleep(POLL_S)
 
@@ -385,6 +396,15 @@ async def source_owns(attempt: Attempt) -> None:
 async def control_of(machine: Machine) -> Vmm:
     """A second hold on the VMM, past the proxy."""
     return await Vmm.connect(str(machine.spec.folder / CONTROL))
+
+
+async def settings_of(machine: Machine) -> MigrationSettings:
+    async with await control_of(machine) as vmm:
+        return await vmm.settings()
+
+
+async def has_its_settings(attempt: Attempt) -> bool:
+    return await settings_of(attempt.source) == attempt.settings
 
 
 async def runs(machine: Machine) -> bool:

@@ -348,18 +348,42 @@ def test_a_round_in_which_the_link_was_lost_is_not_judged_by() -> None:
     assert judged == [False, False, True, False]  # the last one follows from the decision
 
 
-def test_a_stall_throttles_the_guest_once_before_it_switches() -> None:
+def test_memory_that_was_never_used_does_not_promise_a_short_downtime() -> None:
+    """As many pages are left as the first pass has sent, but that sent zeros: no switch yet."""
+    said = io.StringIO()
+    later = dataclasses.replace(FIRST_PASS, rounds=2, remaining_bytes=250 * 4096)
+
+    class Unused(FakeLink):
+        async def send_pages(self, pages: NDArray[np.uint32]) -> RoundStatistics:
+            round_ = await super().send_pages(pages)
+            return dataclasses.replace(round_, zero=round_.sent_pages, duration_ns=10**8)
+
+    async def body() -> None:
+        stream, vmm = OpenStream(set(range(250))), FakeVmm(later)
+        with trio.move_on_after(2):
+            await precopy(Unused(), FakeDirty(), vmm, said, stream=stream).converge()
+
+    trio.run(body, clock=trio.testing.MockClock(autojump_threshold=0))
+    rows = [json.loads(line) for line in said.getvalue().splitlines()]
+    predicted = [r["predicted_downtime_ms"] for r in rows if r.get("predicted_downtime_ms")]
+    assert predicted[0] > OPTIONS.downtime_limit
+
+
+@pytest.mark.parametrize("counts", [True, False])
+def test_a_stall_throttles_the_guest_once_before_it_switches(counts: bool) -> None:
+    """Also where the VMM looks again at what is dirty and does not count that as a pass."""
     throttled: list[float] = []
 
     class Busy(FakeVmm):
-        """Each time it is asked it has begun another pass, and has as much to do as before."""
+        """Whenever it is asked again it has begun another pass, with as much to do as before."""
 
         async def check_migration(self) -> VmmProgress:
             await trio.lowlevel.checkpoint()
-            assert isinstance(self.answer, VmmProgress)
-            self.answer = dataclasses.replace(
-                self.answer, rounds=self.answer.rounds + 1, remaining_bytes=400 << 20
-            )
+            now = self.answer
+            assert isinstance(now, VmmProgress)
+            rounds = now.rounds + 1 if counts or now.rounds < 2 else now.rounds
+            left = (200 if now.remaining_bytes == 400 << 20 else 400) << 20
+            self.answer = dataclasses.replace(now, rounds=rounds, remaining_bytes=left)
             return self.answer
 
     async def throttle() -> None:
