@@ -72,12 +72,14 @@ def test_i10_an_idle_guest_on_a_slow_link_stands_still_no_longer_than_it_may(
                 receiver = await trio.to_thread.run_sync(lambda: rig.bed.receive(b, *listen))
                 to = ("--insecure", "--to", receiver.wait_event("listening")["url"])
                 limit = ("--downtime-limit", DOWNTIME_LIMIT_MS, "--strict-downtime")
-                sender = rig.bed.send(a, b, *rig.case.flags, *to, *limit)
+                sender = rig.bed.send(a, b, *rig.case.flags, *to, *limit, "--verify", "all")
                 await until(lambda: not sender.running and not receiver.running)
                 assert sender.wait(MIGRATION_S) == Exit.OK, sender.tail()
                 report = sender.wait_event("report")
                 print(report["downtime_total_ms"], report["wire_bytes"], report["duration_s"])
                 assert report["vmm_stream"]["form"] == "open"
+                # The target's QEMU has written nothing by itself, anywhere.
+                assert report["verification"]["repaired_pages"] == 0
                 rig.guest.look(source)
                 beats = rig.guest.report.beats + BEATS
                 await rig.wait(target, lambda report: report.beats >= beats)
