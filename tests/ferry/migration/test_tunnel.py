@@ -104,6 +104,10 @@ class Host:
 
         trio.run(main, clock=trio.testing.MockClock(autojump_threshold=0))
 
+    async def release(self) -> None:
+        await self.stream.tail_began.wait()
+        self.stream.release_tail()
+
     def announced(self) -> set[int]:
         bits, _ = self.stream.collect()
         return {*np.flatnonzero(np.unpackbits(bits.view(np.uint8), bitorder="little")).tolist()}
@@ -149,12 +153,14 @@ def test_pages_are_announced_and_the_tail_waits_for_them() -> None:
 
 
 def test_i1_a_page_is_announced_again_after_it_was_collected() -> None:
+    """Also while the round that it was collected for is under way."""
     host = Host()
     found: list[set[int]] = []
     original = host.stream._note
 
     def note(event: Any) -> None:
         original(event)
+        host.stream.acknowledged()  # what was collected before this was announced
         found.append(host.announced())
 
     host.stream._note = note  # type: ignore[method-assign]
@@ -167,6 +173,15 @@ def test_i1_a_page_is_announced_again_after_it_was_collected() -> None:
     host.run(host.pieces(range(7, 9)), release)
     assert found[0] == {*range(N_PAGES)}
     assert found[-1] == {7, 8}
+
+
+def test_what_the_vmm_has_announced_it_has_no_longer_to_look_at() -> None:
+    host = Host()
+    host.pace.sent(1 << 20, 1 << 32, 1.0, 0.0)
+    host.pace.remain(N_PAGES + 3)
+    ahead = host.pace.max_backlog
+    host.run(host.pieces(range(3)), host.release)
+    assert host.pace.max_backlog == pytest.approx(ahead - N_PAGES - 3)
 
 
 def test_the_vmm_is_not_read_while_too_much_is_announced_but_never_for_long() -> None:
