@@ -14,7 +14,7 @@ migrates the guest. Migrates nothing. The folder of a machine holds:
 import json
 import os
 import subprocess
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import asynccontextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -72,7 +72,7 @@ class MachineSpec:
     """The target: paused, waiting for `migrate-incoming`."""
     content: Path | None = None
     """An image that QEMU serves by itself, as a disk that can only be read."""
-    prefix: tuple[str, ...] = ()
+    prefix: Sequence[str] = ()
     """QEMU's command is put behind these words."""
 
 

@@ -118,7 +118,7 @@ class Rig:
             ),
             memory_bytes=self.memory_bytes,
             incoming=incoming,
-            prefix=host.prefix,
+            prefix=self.bed.inside.get(name, ()),
         )
         return await stack.enter_async_context(running(self.environment.qemu, spec))
 

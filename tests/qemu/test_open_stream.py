@@ -63,7 +63,7 @@ def test_i10_an_idle_guest_on_a_slow_link_stands_still_no_longer_than_it_may(
                 link = stack.enter_context(shaped_link(100 * MBIT))
             except NeedMissing as error:
                 unable(str(error))
-            a.prefix, b.prefix = link.source_prefix, link.target_prefix
+            rig.bed.inside = {"a": link.source_prefix, "b": link.target_prefix}
             with trio.fail_after(DEADLINE_S):
                 source = await rig.start(stack, "a", incoming=False)
                 await rig.wait(source, lambda report: report.beats >= BEATS)
