@@ -260,6 +260,10 @@ class DeviceClass(ABC):
     def properties(self, inventory: bytes) -> Mapping[str, str]:
         """What of it has to be the same on both sides, by name. Raises `StateError`."""
 
+    def unfenced(self, inventory: bytes) -> str:
+        """Why an IOMMU may not keep such a device from memory that it is not shown; '': it does."""
+        return ""
+
     def differences(self, source: bytes, target: bytes) -> Sequence[Difference]:
         """What of two inventories keeps a guest from going on. Raises `StateError`."""
         theirs, ours = self.properties(source), self.properties(target)

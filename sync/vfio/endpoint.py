@@ -180,14 +180,18 @@ class HostEndpoint:
         elif found is not None:
             executor = self._executor
             executor.quiet_interrupts()
+            unfenced = ""
             try:
                 inventory = yield from executor.work(found.inventory())
+                unfenced = found.unfenced(inventory)
                 self._migration = self._queues = QueueMigration(
                     found, inventory, executor, self._device, self._memory, self._irqs.restore
                 )
             except SyncError as error:
                 self._log("device-cannot-move", reason=str(error))
                 executor.drop_scratch()
+            if unfenced and isinstance(device, VfioDevice):
+                raise VfioError(unfenced)
             if self._device.vectors.get(IrqIndex.MSIX):
                 self._device.disable_irqs(IrqIndex.MSIX)
         self._device.reset()

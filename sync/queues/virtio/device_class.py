@@ -2,7 +2,7 @@
 
 from sync.queues.interface import DeviceClass, Memory, Plan
 from sync.queues.virtio.inventory import Inventory, take_inventory
-from sync.queues.virtio.specification import VENDOR, kind_of
+from sync.queues.virtio.specification import ACCESS_PLATFORM, VENDOR, kind_of
 from sync.queues.virtio.state import DeviceState
 from sync.queues.virtio.walk import VirtioWalk
 from sync.queues.virtio.watch import VirtioWatch
@@ -24,6 +24,14 @@ class Virtio(DeviceClass):
 
     def properties(self, inventory: bytes) -> dict[str, str]:
         return dict(Inventory.unpack(inventory).properties())
+
+    def unfenced(self, inventory: bytes) -> str:
+        if Inventory.unpack(inventory).features & ACCESS_PLATFORM:
+            return ""
+        return (
+            "it does not offer VIRTIO_F_ACCESS_PLATFORM, so that its DMA may go past the IOMMU "
+            "(QEMU: iommu_platform=on)"
+        )
 
     def watch(self, memory: Memory, inventory: bytes, state: bytes | None = None) -> VirtioWatch:
         known = None if state is None else DeviceState.unpack(state)

@@ -54,6 +54,7 @@ DESCRIPTOR = 16
 NEXT, WRITE = 1, 2
 """Flags of a descriptor."""
 EVENT_IDX = 1 << 29
+ACCESS_PLATFORM = 1 << 33
 
 _RESERVED = {
     28: "indirect descriptors",

@@ -127,10 +127,11 @@ class Guest(Machine):
 
 
 class VirtioGuest(Machine):
-    """A guest with a virtio block device of one queue."""
+    """A guest with a virtio block device of one queue. `more`: features that its driver takes."""
 
-    def __init__(self, here: Served) -> None:
+    def __init__(self, here: Served, more: int = 0) -> None:
         super().__init__(here)
+        self.features = VERSION_1 | EVENT_IDX | INDIRECT | more
         config = b"".join(here.vmm.region_read(CONFIG, at, 4) for at in range(0, 256, 4))
         view = DeviceView(0, 0, 0, 0, 0, config, dict.fromkeys(range(6), 1 << 20))
         windows = [view.locate(f"virtio:{name}") for name in ("common", "notify")]
@@ -138,7 +139,7 @@ class VirtioGuest(Machine):
         self.driver = VirtioDriver(self.ram, self._write, 2, 1)  # type: ignore[arg-type]
 
     def start(self) -> None:
-        self.driver.start(VERSION_1 | EVENT_IDX | INDIRECT, [16], [0])
+        self.driver.start(self.features, [16], [0])
 
     def work(self, count: int) -> None:
         (ring,) = self.driver.rings

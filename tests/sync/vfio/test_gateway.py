@@ -6,6 +6,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import closing, contextmanager
 from pathlib import Path
+from typing import Generic, TypeVar
 
 import pytest
 import trio
@@ -28,11 +29,12 @@ from sync.vfio.device import VfioDevice
 from sync.vfio.endpoint import HostEndpoint
 from sync.vfio.errors import NoFunction
 from sync.vfio.sysfs import PciFunction
+from sync.vfio_user.errors import Disconnected
 from sync.vfio_user.protocol import MigrationState
 from tests.sync.dirty.test_trackers import pages_in
 from tests.sync.queues.world import GUEST_IOVA
 from tests.sync.vfio.fake_kernel import FakeSysfs
-from tests.sync.vfio.model_kernel import ModelKernel
+from tests.sync.vfio.model_kernel import ACCESS_PLATFORM, ModelKernel, VirtioKernel
 from tests.sync.vfio.moving import (
     Guest,
     VirtioGuest,
@@ -42,15 +44,17 @@ from tests.sync.vfio.moving import (
 )
 from tests.sync.vfio.test_endpoint import ADDRESS, RAM_BYTES
 
+K = TypeVar("K", ModelKernel, VirtioKernel)
 
-class Host:
+
+class Host(Generic[K]):
     """A host with one function and a gateway that serves it."""
 
-    def __init__(self, folder: Path, kernel: ModelKernel, functions: dict[str, "Host"]) -> None:
+    def __init__(self, folder: Path, kernel: K, functions: dict[str, "Host[K]"]) -> None:
         folder.mkdir()
         FakeSysfs(folder / "sys").add(ADDRESS, driver="vfio-pci", group="7")
         self.folder = folder
-        self.kernel = kernel
+        self.kernel: K = kernel
         self.events: list[str] = []
         self.seen = threading.Condition()
         functions[str(folder)] = self
@@ -81,9 +85,13 @@ class Host:
         assert not self.kernel.opened
 
 
+NvmeHost = Host[ModelKernel]
+NvmeHosts = tuple[NvmeHost, NvmeHost]
+
+
 @pytest.fixture
-def hosts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[tuple[Host, Host]]:
-    functions: dict[str, Host] = {}
+def hosts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[NvmeHosts]:
+    functions: dict[str, NvmeHost] = {}
 
     def open_endpoint(address: str, log: Callable[..., None], _: float) -> HostEndpoint:
         return functions[address].open(log)
@@ -104,7 +112,7 @@ def no_ticks(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @contextmanager
-def _closing(host: Host) -> Iterator[Host]:
+def _closing(host: Host[K]) -> Iterator[Host[K]]:
     try:
         yield host
     finally:
@@ -112,7 +120,7 @@ def _closing(host: Host) -> Iterator[Host]:
 
 
 def test_a_guest_moves_by_the_method_v2_and_its_pages_by_the_log(
-    hosts: tuple[Host, Host],
+    hosts: NvmeHosts,
 ) -> None:
     source, target = hosts
     move(source, target)
@@ -120,7 +128,9 @@ def test_a_guest_moves_by_the_method_v2_and_its_pages_by_the_log(
     assert not target.kernel.controller.bad_status
 
 
-def test_everybody_is_answered_while_a_device_comes_to_rest(hosts: tuple[Host, Host]) -> None:
+def test_everybody_is_answered_while_a_device_comes_to_rest(
+    hosts: NvmeHosts,
+) -> None:
     source, _ = hosts
     guest = Guest(source)
     guest.start()
@@ -190,7 +200,9 @@ def test_a_gateway_is_alive_while_a_device_takes_its_time_to_get_ready(
     assert not kernel.opened
 
 
-def test_i1_a_scan_finds_no_page_that_the_queues_did_not_name(hosts: tuple[Host, Host]) -> None:
+def test_i1_a_scan_finds_no_page_that_the_queues_did_not_name(
+    hosts: NvmeHosts,
+) -> None:
     source, _ = hosts
     guest = Guest(source)
     guest.start()
@@ -231,7 +243,7 @@ def test_i1_a_scan_finds_no_page_that_the_queues_did_not_name(hosts: tuple[Host,
     trio.run(track)
 
 
-def test_what_it_takes_to_pin_memory_is_told(hosts: tuple[Host, Host]) -> None:
+def test_what_it_takes_to_pin_memory_is_told(hosts: NvmeHosts) -> None:
     source, _ = hosts
 
     async def ask() -> float:
@@ -247,7 +259,7 @@ def test_what_it_takes_to_pin_memory_is_told(hosts: tuple[Host, Host]) -> None:
 def test_a_check_tells_what_the_target_holds_instead(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    functions: dict[str, Host] = {}
+    functions: dict[str, NvmeHost] = {}
     monkeypatch.setattr(
         "sync.vfio.endpoint.open_endpoint", lambda at, log, _: functions[at].open(log)
     )
@@ -274,7 +286,7 @@ def test_a_check_tells_what_the_target_holds_instead(
         trio.run(compare)
 
 
-def test_why_a_device_cannot_move_is_told_to_who_asks(hosts: tuple[Host, Host]) -> None:
+def test_why_a_device_cannot_move_is_told_to_who_asks(hosts: NvmeHosts) -> None:
     source, _ = hosts
     guest = Guest(source)
     guest.start()
@@ -293,7 +305,7 @@ def test_why_a_device_cannot_move_is_told_to_who_asks(hosts: tuple[Host, Host]) 
 
 
 def test_i4_a_move_that_ends_in_any_phase_leaves_guest_and_memory_as_they_were(
-    hosts: tuple[Host, Host],
+    hosts: NvmeHosts,
 ) -> None:
     source, target = hosts
     abort_everywhere(source, target)
@@ -301,9 +313,7 @@ def test_i4_a_move_that_ends_in_any_phase_leaves_guest_and_memory_as_they_were(
     assert not target.kernel.controller.bad_status
 
 
-def test_what_a_function_does_at_once_is_answered_at_once(
-    no_ticks: None, hosts: tuple[Host, Host]
-) -> None:
+def test_what_a_function_does_at_once_is_answered_at_once(no_ticks: None, hosts: NvmeHosts) -> None:
     """There is no event of a device to wait for, and the guest may be standing still."""
     _, target = hosts
 
@@ -395,6 +405,33 @@ def test_a_guest_moves_between_virtio_devices_by_their_queues(tmp_path: Path) ->
         move_machine(source, target, VirtioGuest(source))
 
 
+def test_a_guest_moves_between_virtio_functions_of_the_host(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    functions: dict[str, Host[VirtioKernel]] = {}
+    monkeypatch.setattr(
+        "sync.vfio.endpoint.open_endpoint", lambda at, log, _: functions[at].open(log)
+    )
+    blocks: dict[int, bytes] = {}
+    with (
+        _closing(Host(tmp_path / "a", VirtioKernel(blocks), functions)) as source,
+        _closing(Host(tmp_path / "b", VirtioKernel(blocks), functions)) as target,
+    ):
+        move_machine(source, target, VirtioGuest(source, ACCESS_PLATFORM))
+
+
+def test_i4_a_function_whose_dma_may_go_past_the_iommu_is_not_served(tmp_path: Path) -> None:
+    kernel = VirtioKernel({}, more=0)
+    FakeSysfs(tmp_path / "sys").add(ADDRESS, driver="vfio-pci", group="7")
+    device = VfioDevice(PciFunction(ADDRESS, tmp_path / "sys"), kernel)
+    endpoint = HostEndpoint(device, lambda event, **fields: None)
+    with pytest.raises(Disconnected, match="VIRTIO_F_ACCESS_PLATFORM"):
+        while True:
+            endpoint.receive()
+    endpoint.close()
+    assert not kernel.opened
+
+
 def test_a_guest_goes_on_with_the_next_process_of_its_device(tmp_path: Path) -> None:
     """Which gets what was under way in the last one; as often as it takes."""
     image = tmp_path / "image"
@@ -411,7 +448,7 @@ def test_a_guest_goes_on_with_the_next_process_of_its_device(tmp_path: Path) -> 
         guest.work(20)
 
 
-def test_a_gateway_goes_on_when_its_vmm_went(hosts: tuple[Host, Host]) -> None:
+def test_a_gateway_goes_on_when_its_vmm_went(hosts: NvmeHosts) -> None:
     source, _ = hosts
     source.vmm.region_read(0, 0, 8)
     resets = source.kernel.resets
