@@ -20,7 +20,7 @@ from lab.qemu.machine import Machine
 from lab.qemu.two_hosts import Case, Rig
 from lab.testbed import Setup, Testbed
 
-DEADLINE_S = 200.0
+DEADLINE_S = 280.0
 WRITES = 100
 """Requests of the guest before the migration, and as many after it."""
 TRANSFER_BYTES = 1 << 20
