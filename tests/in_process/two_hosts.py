@@ -182,10 +182,9 @@ class TwoHosts:
         on_phase: Callable[[str, Command, Command], None] = lambda *_: None,
         *,
         check: bool = False,
-        watch_device: int = 0,
     ) -> tuple[Command, Command]:
-        """`send` and `receive` to their ends. `on_phase` is called when either enters a phase. The
-        devices never interrupt, so that nobody looks whether they do is the rule."""
+        """`send` and `receive` to their ends. `on_phase` is called when either enters a phase.
+        Nobody looks whether the devices interrupt their guest: these never do."""
         target = self.other(source)
         self._n_migrations += 1
         url = f"ipc://{self._folder}/{self._n_migrations}.sock"
@@ -205,7 +204,7 @@ class TwoHosts:
             check=check,
         )
         to_receive = receive_options.Options(
-            **target.flags, **common, listen=url, wait=DEADLINE_S, watch_device=watch_device
+            **target.flags, **common, listen=url, wait=DEADLINE_S, watch_device=0
         )
 
         def entered(phase: str) -> None:
