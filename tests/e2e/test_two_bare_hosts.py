@@ -24,6 +24,7 @@ from tests.e2e.two_hosts import MIGRATION_S, OPERATIONS, Method, assert_sound, n
 
 pytestmark = [
     pytest.mark.full,
+    pytest.mark.timeout(400),
     pytest.mark.skipif(
         os.geteuid() != 0 or not shutil.which("ip") or not shutil.which("nsenter"),
         reason="network namespaces need root, ip and nsenter",
