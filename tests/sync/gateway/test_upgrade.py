@@ -9,7 +9,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -309,14 +309,32 @@ def test_i7_it_is_refused_while_a_migration_runs(bed: Bed) -> None:
     bed.check()
 
 
-def test_what_stays_with_its_process_is_refused_by_name(tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("function", "command", "words"),
+    [
+        ("/d", ("false",), "moves by its queues, stays with it"),
+        ("", ("/nowhere/vfio-ferry",), "No such file or directory: '/nowhere/vfio-ferry'"),
+        ("", (), "run it below an init"),
+    ],
+)
+def test_what_cannot_be_is_refused_by_name(
+    tmp_path: Path,
+    function: str,
+    command: tuple[str, ...],
+    words: str,
+    descriptors: Callable[[], int],
+) -> None:
     options = GatewayOptions(
-        tmp_path / "vmm", None, tmp_path / "control", host_function="/d", command=("false",)
+        *(tmp_path / "vmm", tmp_path / "device", tmp_path / "control"),
+        host_function=function,
+        command=command,
     )
+    before = descriptors()
     gateway, told = Gateway(options, lambda *_, **__: None), list[object]()
     gateway._hand_on(told.append)
-    assert "moves by its queues, stays with it" in str(told)
+    assert len(told) == 1 and isinstance(told[0], UpgradeFailed) and words in str(told[0])
     gateway.close()
+    assert descriptors() == before
 
 
 def test_a_gateway_without_a_device_can_be_replaced(tmp_path: Path) -> None:
