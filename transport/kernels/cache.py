@@ -20,7 +20,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Final
+from typing import Any, Final
 
 import llvmlite
 import llvmlite.binding as llvm
@@ -35,6 +35,7 @@ UNUSED_S: Final = 30 * 86400.0
 TURN_S: Final = 60.0
 """For so long a process waits for another one that compiles: no compilation takes longer."""
 _POLL_S: Final = 0.1
+_config: Final[Any] = numba.config  # what numba sets there has no types
 _OURS: Final = re.compile(r"kernels-[0-9a-f]{32}")
 _HERE = Path(__file__).parent
 SOURCES: Final = (*sorted(_HERE.glob("*.py")), _HERE.parent / "wire" / "frames.py")
@@ -106,12 +107,15 @@ def digest() -> str:
 
 
 def processor() -> list[str]:
-    """What numba compiles for: the processor's name and its features, as far as LLVM knows them."""
-    try:
-        features = llvm.get_host_cpu_features().flatten()
-    except RuntimeError:
-        features = ""
-    return [llvm.get_host_cpu_name(), features]
+    """What numba compiles for: the processor's name and its features, as far as LLVM knows them;
+    or what $NUMBA_CPU_NAME and $NUMBA_CPU_FEATURES say, as for a machine that is emulated here."""
+    features: str | None = _config.CPU_FEATURES
+    if features is None:
+        try:
+            features = llvm.get_host_cpu_features().flatten()
+        except RuntimeError:
+            features = ""
+    return [_config.CPU_NAME or llvm.get_host_cpu_name(), features]
 
 
 def _open(path: Path) -> int:

@@ -251,6 +251,15 @@ def test_whatever_the_code_depends_on_makes_another_folder(
     assert len(seen) == len(changes)
 
 
+def test_kernels_for_another_processor_are_kept_apart(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As an emulated one, which could not compile them in a reasonable time."""
+    here = cache.digest()
+    monkeypatch.setattr(numba.config, "CPU_NAME", "generic")
+    monkeypatch.setattr(numba.config, "CPU_FEATURES", "")
+    assert cache.processor() == ["generic", ""]
+    assert cache.digest() != here
+
+
 def test_the_digest_covers_every_file_that_kernels_take_constants_from() -> None:
     """Errors, extents and the user's folder have none that a kernel could use."""
     room = Path(cache.__file__).parent
