@@ -1,10 +1,12 @@
 """A hang is a death (I8): a stopped `send` costs the migration, and the guest goes on."""
 
 import signal
+import time
 from pathlib import Path
 
 import pytest
 
+from ferry.errors import Exit
 from tests.e2e.two_hosts import (
     MIGRATION_S,
     Method,
@@ -16,6 +18,8 @@ from tests.e2e.two_hosts import (
 )
 
 METHOD = Method("replay", "message")
+STILL_S = 3.0
+"""Shorter than a VMM waits for its device."""
 PHASES = ("precopy", "pausing", "stopping", "verifying", "awaiting-ready", "releasing")
 
 
@@ -31,3 +35,53 @@ def test_i8_a_sender_that_is_stopped_for_good(tmp_path: Path, phase: str) -> Non
         assert sender.wait(MIGRATION_S) == -signal.SIGKILL
         receiver.wait(MIGRATION_S)
         assert_sound(bed, a)
+
+
+@pytest.mark.full
+@pytest.mark.parametrize("phase", ["precopy", "stopping", "finalizing"])
+@pytest.mark.parametrize("victim", ["receive", "guest", "gateway", "device"])
+def test_i8_somebody_at_the_target_that_is_stopped_for_good(
+    tmp_path: Path, phase: str, victim: str
+) -> None:
+    """Before the commit the guest goes on at the source, and never runs at the target, also when
+    the one that hung goes on."""
+    with new_bed(tmp_path, small_setup(METHOD)) as bed:
+        a, b = start_both(bed)
+        # A VMM that takes nothing more costs the migration its time, and nobody else anything.
+        patience = ("--timeout", "5", "--on-stall", "abort")
+        sender, receiver = start_migration(bed, a, b, METHOD, "--break-at", phase, *patience)
+        sender.wait_stopped()
+        stopped = receiver if victim == "receive" else getattr(b, victim)
+        stopped.signal(signal.SIGSTOP)
+        sender.resume()
+        code = sender.wait(2 * MIGRATION_S)
+        assert code not in (Exit.OK, Exit.INTERNAL), sender.tail()
+        assert_sound(bed, a)
+        stopped.signal(signal.SIGCONT)
+        receiver.wait(MIGRATION_S)
+        assert bed.status(b) != "running"
+        assert_sound(bed, a)
+
+
+@pytest.mark.full
+@pytest.mark.parametrize("phase", ["precopy", "stopping", "finalizing", "committing"])
+@pytest.mark.parametrize("victim", ["guest", "gateway", "device"])
+def test_i7_i8_somebody_at_the_source_that_stands_still_for_some_time(
+    tmp_path: Path, phase: str, victim: str
+) -> None:
+    """Whatever comes of the migration, one side has the guest, and it has lost nothing."""
+    with new_bed(tmp_path, small_setup(METHOD)) as bed:
+        a, b = start_both(bed)
+        sender, receiver = start_migration(bed, a, b, METHOD, "--break-at", phase)
+        sender.wait_stopped()
+        stopped = getattr(a, victim)
+        stopped.signal(signal.SIGSTOP)
+        sender.resume()
+        time.sleep(STILL_S)  # as the fault that it is
+        stopped.signal(signal.SIGCONT)
+        codes = sender.wait(MIGRATION_S), receiver.wait(MIGRATION_S)
+        assert Exit.INTERNAL not in codes, (sender.tail(), receiver.tail())
+        owner, other = (b, a) if Exit.OK in codes else (a, b)
+        bed.wait_status(owner, "running")
+        assert bed.status(other) != "running"
+        assert_sound(bed, owner)
