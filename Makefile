@@ -11,7 +11,7 @@ BEGAN := $(shell date +%s)
 WORKERS := $(shell echo $$((($$(nproc) * 3 + 1) / 2)))
 PYTEST := $(BIN)/python -m pytest --numprocesses $(WORKERS) --dist worksteal --durations=15
 
-.PHONY: demo demo-qemu test test-full test-lowest prepare prepare-browser lint install-units clean
+.PHONY: demo demo-qemu test test-full test-lowest soak prepare prepare-browser lint install-units clean
 
 demo: $(VENV)/ready
 	$(BIN)/vfio-ferry demo $(DEMO_ARGS)
@@ -25,6 +25,9 @@ test test-full: prepare lint
 	echo "make $@ took $$((took / 60)) min $$((took % 60)) s"; exit $$code
 
 test-full: test-lowest prepare-browser
+
+soak: $(VENV)/ready
+	$(BIN)/python -m tests.e2e.soak $(SOAK_ARGS)
 
 test-lowest: $(LOWEST)/ready
 	@# The unit tests with the lowest versions that pyproject.toml allows.

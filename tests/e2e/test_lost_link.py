@@ -4,19 +4,17 @@ Real processes; what is cut, made silent or shut is a proxy in front of `receive
 """
 
 import random
-import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
-from typing import TypeVar
 
 import pytest
-import trio
 
 from ferry.errors import Exit
 from lab.testbed import Host, Process, Testbed
+from tests.e2e.cut_link import Link
 from tests.e2e.two_hosts import (
     MIGRATION_S,
     Method,
@@ -25,42 +23,12 @@ from tests.e2e.two_hosts import (
     small_setup,
     start_both,
 )
-from tests.transport.cutting_proxy import CuttingProxy
 
-T = TypeVar("T")
 METHOD = Method()
 LANES = 2
 WINDOW_FRAMES = 4
 SLOWLY = ("--bandwidth", "20M")
 """So that the first pass takes some seconds."""
-
-
-class Link:
-    """A proxy with a trio loop of its own, in a thread."""
-
-    def __init__(self, port: int) -> None:
-        self.proxy = CuttingProxy(port)
-        self._token: trio.lowlevel.TrioToken | None = None
-        self._scope = trio.CancelScope()
-        self._started = threading.Event()
-        self._thread = threading.Thread(target=trio.run, args=(self._main,), daemon=True)
-        self._thread.start()
-        assert self._started.wait(10)
-
-    async def _main(self) -> None:
-        self._token = trio.lowlevel.current_trio_token()
-        with self._scope:
-            async with trio.open_nursery() as nursery:
-                await nursery.start(self.proxy.serve)
-                self._started.set()
-
-    def do(self, what: Callable[[], T]) -> T:
-        """Has the proxy's loop call `what`."""
-        return trio.from_thread.run_sync(what, trio_token=self._token)
-
-    def close(self) -> None:
-        self.do(self._scope.cancel)
-        self._thread.join()
 
 
 @contextmanager
@@ -162,12 +130,7 @@ def test_i8_a_link_that_does_not_come_back_leaves_the_guest_where_it_is(short_pa
         new_bed(short_path, small_setup(METHOD)) as bed,
         linked(bed, link_flags=("--resume-window", "2")) as (a, _, sender, receiver, link),
     ):
-
-        def shut() -> None:
-            link.proxy.shut = True
-            link.proxy.cut()
-
-        link.do(shut)
+        link.shut()
         assert (sender.wait(MIGRATION_S), receiver.wait(MIGRATION_S)) == (
             Exit.PEER_LOST,
             Exit.PEER_LOST,
