@@ -23,6 +23,7 @@ from tests.e2e.two_hosts import (
 
 METHOD = Method("replay", "logging")
 LATE = 3 << 20
+MOVED_BYTES = 16 << 20
 """What the VMM has still to send is about what the buffers towards the target's VMM hold."""
 
 
@@ -47,6 +48,7 @@ def test_no_receiver(tmp_path: Path) -> None:
         assert_sound(bed, a)
 
 
+@pytest.mark.full
 def test_a_sender_with_another_secret_is_turned_away_and_the_right_one_admitted(
     tmp_path: Path,
 ) -> None:
@@ -66,6 +68,7 @@ def test_a_sender_with_another_secret_is_turned_away_and_the_right_one_admitted(
         assert_sound(bed, b)
 
 
+@pytest.mark.full
 def test_another_memory_layout_is_found_before_anything_is_touched(tmp_path: Path) -> None:
     with new_bed(tmp_path, small_setup(METHOD)) as bed:
         a, b = bed.hosts["a"], bed.hosts["b"]
@@ -125,6 +128,7 @@ def test_the_vmm_of_another_vm_is_found_before_anything_is_touched(
         assert bed.status(other) == ("inmigrate" if side == "target" else "running")
 
 
+@pytest.mark.full
 def test_devices_that_differ(tmp_path: Path) -> None:
     """The source's device has its own migration state, the target's does not."""
     with new_bed(tmp_path, small_setup(METHOD, device=())) as bed:
@@ -149,6 +153,7 @@ def test_devices_that_differ(tmp_path: Path) -> None:
         assert_sound(bed, b)
 
 
+@pytest.mark.full
 def test_a_device_that_cannot_do_what_was_asked_for(tmp_path: Path) -> None:
     with new_bed(tmp_path, small_setup(METHOD, device=())) as bed:
         a = start_source(bed)
@@ -161,6 +166,7 @@ def test_a_device_that_cannot_do_what_was_asked_for(tmp_path: Path) -> None:
         assert_sound(bed, a)
 
 
+@pytest.mark.full
 def test_a_gateway_that_is_busy(tmp_path: Path) -> None:
     with new_bed(tmp_path, small_setup(METHOD)) as bed:
         a, b = start_both(bed)
@@ -227,6 +233,7 @@ def test_a_vmm_that_ends_as_its_device_is_lost_is_not_blamed(tmp_path: Path) -> 
         assert_sound(bed, a)
 
 
+@pytest.mark.full
 def test_a_guest_that_does_not_converge(tmp_path: Path) -> None:
     with new_bed(tmp_path, small_setup(METHOD)) as bed:
         a, b = start_both(bed)
@@ -239,6 +246,7 @@ def test_a_guest_that_does_not_converge(tmp_path: Path) -> None:
         assert_sound(bed, a)
 
 
+@pytest.mark.full
 def test_i7_a_guest_that_was_let_go_is_not_sent_again(tmp_path: Path) -> None:
     with new_bed(tmp_path, small_setup(METHOD)) as bed:
         a, b = start_both(bed)
@@ -259,11 +267,11 @@ def test_i10_a_dead_link_costs_the_guest_nothing(tmp_path: Path) -> None:
             a,
             b,
             *(*METHOD.flags, "--peer-timeout", "30", "--downtime-limit", "1"),
-            *("--max-rounds", "100000", "--on-stall", "abort"),
+            *("--max-rounds", "100000", "--on-stall", "abort", "--resume-window", "1"),
         )
         sender.wait_event("round")
         receiver.signal(signal.SIGSTOP)
-        bed.wait_operations(a, 2000)
+        bed.wait_disk(a, MOVED_BYTES)
         receiver.kill()
         assert ended(sender)[0] == Exit.PEER_LOST
         assert_sound(bed, a)

@@ -43,6 +43,7 @@ def kill_send_before_the_answer(bed: Testbed, a: Host, b: Host) -> Process:
     return sender
 
 
+@pytest.mark.full
 def test_i7_a_session_is_settled_by_its_own_record_whatever_came_later(tmp_path: Path) -> None:
     """A to B is in doubt at A, B to C succeeds; then the documented procedure."""
     with new_bed(tmp_path, small_setup(METHOD)) as bed:
@@ -66,6 +67,7 @@ def test_i7_a_session_is_settled_by_its_own_record_whatever_came_later(tmp_path:
         assert_sound(bed, c)
 
 
+@pytest.mark.full
 def test_i7_after_a_success_nobody_is_told_to_take_the_guest_back(tmp_path: Path) -> None:
     """`doctor` says that it moved, `cont` meets a shut gateway, and the gateway may even be started
     anew: the guest on the other host stays sound."""
@@ -192,6 +194,7 @@ def test_i7_a_vmm_that_would_not_wait_is_made_to_wait(tmp_path: Path) -> None:
         assert_sound(bed, a)
 
 
+@pytest.mark.full
 def test_a_host_that_never_comes_back(tmp_path: Path) -> None:
     with new_bed(tmp_path, small_setup(METHOD)) as bed:
         a, b = start_both(bed)

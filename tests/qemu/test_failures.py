@@ -3,8 +3,7 @@
 Each chain boots one guest and has its migration fail again and again, in another way each time:
 `--break-at` holds the sender on entering a phase, something is killed or cut, the sender goes on.
 Afterwards both commands have said what happened, one side owns the guest, and the guest works on.
-A migration that succeeds is the last in each chain: the others have left nothing behind. One short
-chain runs by default, the others in `make test-full`.
+A migration that succeeds is the last in each chain: the others have left nothing behind.
 """
 
 import os
@@ -176,9 +175,8 @@ async def source_device_killed(attempt: Attempt) -> None:
     attempt.a.device.kill()
 
 
-SHORT = "a bit of everything"
 CHAINS = {
-    SHORT: (
+    "a bit of everything": (
         Case("replay", "logging", root_port=True),
         (
             Fault("precopy", sender_killed, None, Exit.PEER_LOST, "sender"),
@@ -228,9 +226,8 @@ CHAINS = {
 }
 
 
-@pytest.mark.parametrize(
-    "what", [pytest.param(what, marks=() if what is SHORT else pytest.mark.full) for what in CHAINS]
-)
+@pytest.mark.full
+@pytest.mark.parametrize("what", CHAINS)
 def test_i8_the_guest_goes_on_at_the_source(
     environment: Environment, initramfs: Path, short_path: Path, what: str
 ) -> None:

@@ -15,6 +15,8 @@ from sync import service_manager
 from sync.service_manager import heartbeat, notify, open_device, passed_sockets
 
 PATIENCE_S = 60.0
+FIRST_PASSED = 900
+"""A descriptor that is free, as the one behind it is, and that a process may have."""
 AS_A_MANAGER = """
 import os, sys
 for number, passed in enumerate(sys.argv[1:3], 3):
@@ -131,10 +133,14 @@ def test_a_gateway_takes_its_sockets_from_the_manager_and_says_that_it_lives(
 
 def test_a_device_that_was_passed_is_used_as_it_is_open(monkeypatch: pytest.MonkeyPatch) -> None:
     """One that may be open once only, or by root only, is not opened again."""
-    passed = os.open("/dev/zero", os.O_RDWR)
-    file = os.memfd_create("no device")
-    monkeypatch.setattr(service_manager, "FIRST_DESCRIPTOR", min(passed, file))
-    assert abs(passed - file) == 1
+    passed, file = FIRST_PASSED, FIRST_PASSED + 1
+    for opened, number in (
+        (os.open("/dev/zero", os.O_RDWR), passed),
+        (os.memfd_create("no device"), file),
+    ):
+        os.dup2(opened, number)
+        os.close(opened)
+    monkeypatch.setattr(service_manager, "FIRST_DESCRIPTOR", passed)
     monkeypatch.setenv("LISTEN_PID", str(os.getpid()))
     monkeypatch.setenv("LISTEN_FDS", "2")
     monkeypatch.setattr(service_manager, "_devices", {})

@@ -10,6 +10,7 @@ from sync.registers.errors import PayloadError
 from sync.registers.payload import (
     MAX_BODY_BYTES,
     MAX_WHOLE_BYTES,
+    VERSION,
     Assembler,
     PayloadKind,
     decode_json,
@@ -50,7 +51,7 @@ def test_what_is_malformed_is_refused() -> None:
     for damage, message in (
         (b"", "without a header"),
         (b"X" + sound[1:], "malformed header"),
-        (sound[:4] + b"\2" + sound[5:], "version 2, this program reads 1"),
+        (sound[:4] + b"\1" + sound[5:], f"version 1, this program reads {VERSION}"),
         (sound[:5] + b"\x63" + sound[6:], "kind 99 does not exist"),
         (sound[:6] + b"\2" + sound[7:], "malformed header"),
         (sound + b"\0", "malformed header"),

@@ -37,7 +37,11 @@ def load(name: str) -> tuple[np.ndarray, list[tuple[np.ndarray, np.ndarray]], li
 # The most that the 12 rounds may take on the wire, of the raw size of their pages.
 @pytest.mark.timeout(600)
 @pytest.mark.parametrize(
-    ("name", "most"), [("nvme-randrw.trace.zst", 0.49), ("sqlite.trace.zst", 0.23)]
+    ("name", "most"),
+    [
+        pytest.param("nvme-randrw.trace.zst", 0.49, marks=pytest.mark.full),
+        ("sqlite.trace.zst", 0.23),
+    ],
 )
 def test_a_recorded_guest_arrives(name: str, most: float) -> None:
     memory, rounds, digests = load(name)
@@ -71,7 +75,9 @@ def test_a_recorded_guest_arrives(name: str, most: float) -> None:
 
 
 @pytest.mark.timeout(600)  # hashing all of the memory 26 times takes a while
-@pytest.mark.parametrize("name", ["nvme-randrw.trace.zst", "sqlite.trace.zst"])
+@pytest.mark.parametrize(
+    "name", [pytest.param("nvme-randrw.trace.zst", marks=pytest.mark.full), "sqlite.trace.zst"]
+)
 def test_a_recorded_guest_arrives_over_the_link(name: str, link_pair: Any) -> None:
     memory, rounds, digests = load(name)
     n_pages = memory.size // 4096

@@ -36,6 +36,7 @@ def test_a_first_compilation_is_told_and_a_second_process_needs_none(tmp_path: P
     assert said == [["compiling", "False", "kept", "2"], ["True", "kept", "2"]]
 
 
+@pytest.mark.full
 def test_a_process_that_may_keep_nothing_says_why_and_works(tmp_path: Path) -> None:
     (tmp_path / "file").touch()
     said = start(VFIO_FERRY_CACHE=str(tmp_path / "file"), NUMBA_OPT="0")
