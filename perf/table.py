@@ -13,6 +13,7 @@ RANGES: dict[str, tuple[float, float]] = {
     "floor-level": (0, 22),
     "iops": (0, inf),
     "lanes": (1, 16),
+    "moves": (0, inf),
     "operations": (4, inf),
     "pages-per-s": (0, inf),
     "rounds": (10, inf),
@@ -234,6 +235,20 @@ BENCHMARKS: dict[str, Benchmark] = {
             *(Bar(7, metric, 5, "lower") for metric in ("applied", "proven")),
             *(Bar(7, metric, 15, "lower", at=0.99) for metric in ("applied", "proven")),
         ),
+    ),
+    "hardware": Benchmark(
+        "perf.benchmarks.hardware",
+        "an NVMe controller: accesses, doorbells, walks, dirty pages by queues, downtime",
+        settings={
+            "where": "vfio-user",
+            "entries": "2+16+64+256+1024",
+            "reads": 2000,
+            "doorbells": 20000,
+            "gib": 1,
+            "rounds": 20,
+            "moves": 1,
+        },
+        quick={"entries": "2+16", "reads": 50, "doorbells": 640, "rounds": 10, "moves": 0},
     ),
     "slowdown": Benchmark(
         "perf.benchmarks.slowdown",
