@@ -17,7 +17,7 @@ from ferry.migration.report import Report
 from ferry.progress import Reporter, bytes_text
 from lab.testbed import Process, Setup, Testbed
 
-MIGRATION_S = 120.0
+MIGRATION_S = 240.0
 BEFORE_OPERATIONS = 3000
 AFTER_OPERATIONS = 3000
 MIB = 1 << 20
@@ -33,7 +33,8 @@ class Options:
     memory: int = option("the guest's RAM", 128 * MIB, parse=size)
     disk: int = option("size of its disk", 64 * MIB, parse=size)
     device: str = option(
-        "what its disk is: virtio, or nvme, which moves by its queues whatever the two below say",
+        "what its disk is: virtio, or nvme, which moves by its queues, as functions do, whatever "
+        "the two below say",
         "virtio",
         choices=("virtio", "nvme"),
     )
@@ -64,7 +65,9 @@ def run(options: Options) -> int:
         nvme = options.device == "nvme"
         disk = "nvme" if nvme else "virtio-blk"
         setup = Setup(
-            device=() if nvme else tuple(device_flags(options.registers, options.dirty)),
+            device=()
+            if nvme or options.function
+            else tuple(device_flags(options.registers, options.dirty)),
             gateway=("--bind",) if options.function else ("--queues",) if nvme else (),
             guest=(
                 *("--high-size", str(options.memory - 32 * MIB), "--disk", disk),
@@ -135,7 +138,7 @@ def _demonstrate(bed: Testbed, options: Options, reporter: Reporter) -> Exit:
     say(f"the guest runs on host a: {_io_text(before)}")
     receive = bed.receive(b, on_event=tell)
     flags = ["--verify", "all"]
-    if options.device != "nvme":
+    if options.device != "nvme" and not options.function:
         flags += ["--registers", options.registers, "--dirty", options.dirty]
     flags += ["--downtime-limit", str(options.downtime_limit)]
     send = bed.send(a, b, *flags, on_event=tell)

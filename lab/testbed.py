@@ -28,7 +28,7 @@ from lab.children import start_child
 from lab.guest.control import guest_report, verify_guest
 from sync.vmm.driver import Vmm
 
-START_S = 60.0
+START_S = 150.0
 """A process that has not opened its socket by then will not, though it compiles its kernels."""
 POLL_S = 0.02
 

@@ -37,7 +37,9 @@ STATUS_AT = 64
 """The status byte of a request slot; its indirect table lies between it and the header."""
 NO_STATUS = 0xFF
 TYPE_CODES = {Kind.READ: 0, Kind.WRITE: 1, Kind.FLUSH: 4, Kind.GET_ID: 8}
-WANTED = {Feature.VERSION_1, Feature.RING_INDIRECT_DESC, Feature.BLK_FLUSH}
+WANTED = {
+    *(Feature.VERSION_1, Feature.ACCESS_PLATFORM, Feature.RING_INDIRECT_DESC, Feature.BLK_FLUSH),
+}
 
 
 class BlockDriver(DiskDriver):

@@ -31,6 +31,8 @@ class Feature(IntEnum):
     BLK_FLUSH = 9
     RING_INDIRECT_DESC = 28
     VERSION_1 = 32
+    ACCESS_PLATFORM = 33
+    """It reaches memory by the addresses that the VMM maps; a function behind an IOMMU insists."""
 
 
 class Status(IntFlag):

@@ -67,9 +67,17 @@ def test_whatever_the_guest_noticed_is_a_failure(line: bytes, told: str) -> None
 @pytest.mark.qemu
 @pytest.mark.full
 @pytest.mark.timeout(300)
-def test_the_demonstration(environment: Environment) -> None:
+@pytest.mark.parametrize(
+    ("device", "methods"),
+    [
+        ("virtio", {"registers": "replay", "dirty": "logging"}),
+        ("nvme", {"registers": "v2", "dirty": "logging"}),
+    ],
+)
+def test_the_demonstration(environment: Environment, device: str, methods: dict[str, str]) -> None:
+    words = ("demo-qemu", "--json", "--writes", "50", "--device", device)
     done = subprocess.run(
-        [sys.executable, "-m", "ferry.cli", "demo-qemu", "--json", "--writes", "50"],
+        [sys.executable, "-m", "ferry.cli", *words],
         capture_output=True,
         text=True,
         check=False,
@@ -81,4 +89,4 @@ def test_the_demonstration(environment: Environment) -> None:
     assert report["sound"]
     assert report["guest"]["writes"] > 100
     assert not report["guest"]["errors"]
-    assert report["methods"] == [{"registers": "replay", "dirty": "logging"}]
+    assert report["methods"] == [methods]
