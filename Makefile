@@ -1,5 +1,6 @@
-# `make demo` runs the main job, `make demo-qemu` the same with a stock QEMU. `make test` passes the
-# tests in some minutes, `make test-full` all of them (tests/README.md). Each sets everything up.
+# `make demo` runs the main job, `make demo-qemu` the same with a stock QEMU,
+# `make demo-hardware` with functions of a host that has an IOMMU. `make test` passes the tests in
+# some minutes, `make test-full` all of them (tests/README.md). Each sets everything up.
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
@@ -11,13 +12,17 @@ BEGAN := $(shell date +%s)
 WORKERS := $(shell echo $$((($$(nproc) * 3 + 1) / 2)))
 PYTEST := $(BIN)/python -m pytest --numprocesses $(WORKERS) --dist worksteal --durations=15
 
-.PHONY: demo demo-qemu test test-full test-lowest soak prepare prepare-browser lint install-units clean
+.PHONY: demo demo-qemu demo-hardware test test-full test-lowest soak prepare prepare-browser lint \
+	install-units clean
 
 demo: $(VENV)/ready
 	$(BIN)/vfio-ferry demo $(DEMO_ARGS)
 
 demo-qemu: $(VENV)/ready
 	$(BIN)/vfio-ferry demo-qemu $(DEMO_ARGS)
+
+demo-hardware: $(VENV)/ready
+	$(BIN)/vfio-ferry demo-hardware $(DEMO_ARGS)
 
 test: SELECTED := -m "not full"
 test test-full: prepare lint

@@ -2,8 +2,8 @@
 
 The host has an IOMMU, so that `vfio-pci` serves its functions as on real hardware:
 
-    two NVMe controllers of one namespace, two virtio-blk of one image, two e1000 on one network,
-    edu
+    two NVMe controllers of one namespace, two virtio-blk of one image, two edu,
+    two e1000 of one address on a network with a third
 
 Its root file system is the real host's, so the program and its interpreter are where they are here;
 what is written there is gone at the end. A folder holds image files, logs and the program's script.
@@ -11,7 +11,8 @@ what is written there is gone at the end. A folder holds image files, logs and t
 
 import shlex
 import subprocess
-from collections.abc import Mapping, Sequence
+import time
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from importlib.resources import files
 from pathlib import Path
@@ -29,7 +30,9 @@ MODULES = (
 )
 MEMORY_BYTES = 2 << 30
 IMAGE_BYTES = 64 << 20
+NIC_MAC, PEER_MAC = "52:54:00:12:34:56", "52:54:00:aa:bb:cc"
 DEADLINE_S = 300.0
+POLL_S = 0.1
 _EXIT = "FERRY exit "
 _COMMAND_LINE = (
     "console=ttyS0 panic=-1 quiet loglevel=4 intel_iommu=on iommu=pt "
@@ -57,8 +60,10 @@ def run_in_l1(
     program: Sequence[str],
     variables: Mapping[str, str],
     deadline_s: float = DEADLINE_S,
+    on_line: Callable[[str], None] = lambda line: None,
 ) -> Outcome:
-    """Run `program`, with environment `variables`, as root in a host that is started for it.
+    """Run `program`, with environment `variables`, as root in a host that is started for it;
+    `on_line` is given each line as it is printed there.
 
     Raises `MachineError` if the host does not come to an end by itself in time.
     """
@@ -76,7 +81,7 @@ def run_in_l1(
             command, stdin=subprocess.DEVNULL, stdout=log, stderr=subprocess.STDOUT
         )
     try:
-        process.wait(deadline_s)
+        _follow(process, report, deadline_s, on_line)
     except subprocess.TimeoutExpired as error:
         raise MachineError(f"L1 is not done after {deadline_s:g} s: {_tail(console)}") from error
     finally:
@@ -86,6 +91,30 @@ def run_in_l1(
     if not found:
         raise MachineError(f"L1 ended early: {_tail(folder / 'qemu.log')} {_tail(console)}")
     return Outcome(int(status), output, console.read_text(errors="replace"))
+
+
+def _follow(
+    process: "subprocess.Popen[bytes]",
+    report: Path,
+    deadline_s: float,
+    on_line: Callable[[str], None],
+) -> None:
+    """Until it has ended. Raises `subprocess.TimeoutExpired`."""
+    end = time.monotonic() + deadline_s
+    rest = b""
+    report.touch()
+    with report.open("rb") as log:
+        while True:
+            ended = process.poll() is not None
+            *lines, rest = (rest + log.read()).split(b"\n")
+            for line in lines:
+                if not line.startswith(_EXIT.encode()):
+                    on_line(line.decode(errors="replace"))
+            if ended:
+                return
+            if time.monotonic() > end:
+                raise subprocess.TimeoutExpired(process.args, deadline_s)
+            time.sleep(POLL_S)
 
 
 def build(environment: Environment) -> bytes:
@@ -123,12 +152,24 @@ def _arguments(environment: Environment, folder: Path, initramfs: Path, script: 
         *("-device", "nvme-ns,drive=namespace,nsid=1,shared=on,bus=nvme0"),
         *_disk("disk0", disk),
         *_disk("disk1", disk),
-        *("-netdev", "hubport,id=net0,hubid=0", "-netdev", "hubport,id=net1,hubid=0"),
-        *("-device", "e1000,netdev=net0,mac=52:54:00:00:00:01"),
-        *("-device", "e1000,netdev=net1,mac=52:54:00:00:00:02"),
-        *("-device", "edu"),
+        # A NIC and the one that goes on in its place have one address.
+        *_nic("net0", NIC_MAC),
+        *_nic("net1", NIC_MAC),
+        *_nic("net2", PEER_MAC),
+        # It can be reset only with the bus that it is alone on.
+        *_behind_a_port("edu", 1),
+        *_behind_a_port("edu", 2),
         *("-serial", f"file:{folder / 'console.log'}", "-serial", f"file:{folder / 'report.log'}"),
     ]
+
+
+def _behind_a_port(device: str, number: int) -> list[str]:
+    port = f"pcie-root-port,id=port{number},chassis={number}"
+    return ["-device", port, "-device", f"{device},bus=port{number}"]
+
+
+def _nic(name: str, mac: str) -> list[str]:
+    return ["-netdev", f"hubport,id={name},hubid=0", "-device", f"e1000,netdev={name},mac={mac}"]
 
 
 def _disk(name: str, image: Path) -> list[str]:

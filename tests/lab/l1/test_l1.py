@@ -8,9 +8,12 @@ from typing import Any
 
 import pytest
 
+from ferry.errors import Exit
+from lab.l1 import demo
 from lab.l1.host import build, run_in_l1
 from lab.qemu.environment import Environment
 
+MOVES_IN_L1 = [("nvme", {"registers": "v2", "dirty": "logging"})]
 HOUSE = Path(__file__).parents[3]
 
 pytestmark = [pytest.mark.qemu]
@@ -53,10 +56,36 @@ def test_i4_a_guests_queues_go_on_at_another_controller_behind_vfio_pci(
 
 @pytest.mark.full
 @pytest.mark.timeout(500)
-def test_a_guest_moves_between_gateways_that_own_functions_of_the_host(
+def test_i4_gateways_that_own_functions_keep_them_from_memory_that_is_not_theirs(
     environment: Environment, short_path: Path
 ) -> None:
+    """A guest's NVMe controller goes on at another one, after moves that ended in each phase."""
     result = run_script(environment, short_path, "gateways_in_l1.py")
-    assert result["drivers"] == ["vfio-pci", "vfio-pci"]
-    assert result["drivers after"] == ["nvme", "nvme"]
-    assert result["ends"] == [0, 0]
+    for kind, driver in (("nvme", "nvme"), ("edu", None), ("e1000", "e1000")):
+        drivers = [[driver] * 2, ["vfio-pci"] * 2, [driver] * 2]
+        assert result[kind]["drivers"] == drivers
+        assert result[kind]["ends"] == [0, 0]
+    assert result["edu"]["reached"] == {
+        "source in passthrough": True,
+        "target in standby": False,
+        "source stopped": False,
+        "source released": False,
+        "target owns": False,
+        "target started": True,
+    }
+    assert result["e1000"]["carried"] == {"divergences": {}}
+
+
+@pytest.mark.full
+@pytest.mark.timeout(1000)
+def test_the_demonstration(environment: Environment, capsys: pytest.CaptureFixture[str]) -> None:
+    """A guest under load goes on at another function, and reads back all that it ever wrote."""
+    code = demo.run(demo.Options(json=True))
+    lines = capsys.readouterr().out.splitlines()
+    reports = [json.loads(line) for line in lines if '"event": "report"' in line]
+    assert code == Exit.OK, lines[-20:]
+    assert [report["methods"] for report in reports] == [[methods] for _, methods in MOVES_IN_L1]
+    assert [kind for kind, _ in MOVES_IN_L1] == [*demo.KINDS]
+    for report in reports:
+        assert report["sound"]
+        assert report["guest"]["migrations"] == 1

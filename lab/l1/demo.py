@@ -1,0 +1,91 @@
+"""`vfio-ferry demo-hardware`: a guest moves between functions of a host, by the host's own VFIO.
+
+The host is emulated, with an IOMMU and QEMU's own controllers (`lab.l1.host`). In it `vfio-ferry
+demo` runs once for each kind of device, with gateways that own functions behind the stock
+`vfio-pci`, and prints its report.
+"""
+
+import os
+import subprocess
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+import lab
+from ferry.config import option
+from ferry.errors import LocalError
+from ferry.progress import Reporter
+from lab.demo import working_folder
+from lab.l1.host import run_in_l1
+from lab.qemu.environment import prepare
+from transport.user_cache import CACHE_VARIABLE, default_cache
+
+KINDS = ("nvme",)
+DEADLINE_S = 900.0
+"""On an idle machine of two cores it takes a third of that."""
+ANY_PROCESSOR = {"NUMBA_CPU_NAME": "generic"}
+"""An emulated processor takes minutes to compile what the real one does in seconds."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Options:
+    device: tuple[str, ...] = option(
+        "what moves, one after the other (default: all)", (), repeat=True, choices=KINDS
+    )
+    cache: str | None = option("folder of the QEMU that is made where there is none", None)
+    mirror: str | None = option("URI of the Debian archive that it is made from", None)
+    folder: str | None = option(
+        "keep the emulated host's logs here (default: a temporary one)", None
+    )
+    json: bool = option("print events as JSON lines", False)
+
+
+def run(options: Options) -> int:
+    reporter = Reporter("demo-hardware", as_json=options.json)
+
+    def say(text: str) -> None:
+        reporter.event("message", text=text)
+
+    environment = prepare(
+        say,
+        cache=Path(options.cache).absolute() if options.cache else None,
+        mirror=options.mirror,
+    )
+    compile_kernels()
+    say("starting a host with an IOMMU; all that follows happens there, slowly")
+    words = [*(options.device or KINDS), *(["--json"] if options.json else [])]
+    with working_folder(options.folder) as folder:
+        outcome = run_in_l1(
+            environment,
+            folder.absolute(),
+            (sys.executable, "-m", "lab.l1.inside", *words),
+            variables(),
+            DEADLINE_S,
+            on_line=lambda line: print(line, flush=True),
+        )
+    return outcome.status
+
+
+def variables() -> dict[str, str]:
+    """The environment in which the product runs in the emulated host as it does here."""
+    return {
+        "PYTHONPATH": str(Path(lab.__file__).parents[1]),
+        "PATH": os.environ["PATH"],
+        "HOME": "/root",
+        CACHE_VARIABLE: str(default_cache()),
+        **ANY_PROCESSOR,
+    }
+
+
+def compile_kernels() -> None:
+    """Compile what the emulated host needs, unless it is there. Raises `LocalError`."""
+    program = "from transport.kernels.load import warm_up; warm_up()"
+    done = subprocess.run(
+        [sys.executable, "-c", program],
+        env={**os.environ, **variables(), "HOME": str(Path.home())},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    if done.returncode:
+        raise LocalError(f"the kernels cannot be compiled: {done.stderr[-500:]}")
