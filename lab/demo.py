@@ -7,6 +7,7 @@ target, and reads back everything that it ever wrote. `lab.qemu.demo` does the s
 import contextlib
 import tempfile
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -26,6 +27,12 @@ FAULTS = (
     *("device_resets", "device_reconnects"),
 )
 """Counters of the guest that are zero if the migration went unnoticed."""
+FUNCTION: tuple[str, ...] = option(
+    "in place of device processes: the function of this machine that serves the disk at host a, "
+    "then that of host b; what is on the disk is overwritten",
+    (),
+    repeat=True,
+)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -38,12 +45,7 @@ class Options:
         "virtio",
         choices=("virtio", "nvme"),
     )
-    function: tuple[str, ...] = option(
-        "in place of device processes: the function of this machine that serves the disk at host "
-        "a, then that of host b; what is on the disk is overwritten",
-        (),
-        repeat=True,
-    )
+    function: tuple[str, ...] = FUNCTION
     registers: str = option("how register state moves", "replay", choices=("v2", "replay"))
     dirty: str = option(
         "how dirty pages are found", "logging", choices=("logging", "message", "scan")
@@ -59,8 +61,7 @@ class Options:
 
 def run(options: Options) -> int:
     reporter = Reporter("demo", as_json=options.json)
-    if options.function and len(options.function) != 2:
-        raise LocalError("name two functions, one for each host")
+    check_functions(options.function)
     with working_folder(options.folder) as folder:
         nvme = options.device == "nvme"
         disk = "nvme" if nvme else "virtio-blk"
@@ -80,6 +81,12 @@ def run(options: Options) -> int:
             for host, function in zip(bed.hosts.values(), options.function, strict=False):
                 host.function = function
             return _demonstrate(bed, options, reporter)
+
+
+def check_functions(functions: tuple[str, ...]) -> None:
+    """Raises `LocalError` unless each host has one, or none has."""
+    if len(functions) not in (0, 2):
+        raise LocalError("name two functions, one for each host")
 
 
 def device_flags(registers: str, dirty: str) -> list[str]:
@@ -132,8 +139,12 @@ def _demonstrate(bed: Testbed, options: Options, reporter: Reporter) -> Exit:
 
     say("starting two hosts: device, gateway and guest on each")
     a, b = bed.hosts["a"], bed.hosts["b"]
-    bed.start_host(a, incoming=False)
-    bed.start_host(b, incoming=True)
+    with ThreadPoolExecutor() as pool:
+        for started in (
+            pool.submit(bed.start_host, a, incoming=False),
+            pool.submit(bed.start_host, b, incoming=True),
+        ):
+            started.result()
     before = bed.wait_operations(a, BEFORE_OPERATIONS)
     say(f"the guest runs on host a: {_io_text(before)}")
     receive = bed.receive(b, on_event=tell)

@@ -8,12 +8,15 @@ import shutil
 import sys
 import tempfile
 from pathlib import Path
+from typing import Any
 
 from lab import demo
+from lab.qemu import demo as with_linux
 from sync.vfio.sysfs import PciFunction, host_functions
 from transport.kernels.cache import digest
 from transport.user_cache import CACHE_VARIABLE, default_cache
 
+LINUX_BYTES = 192 << 20
 IDENTITIES = {"nvme": (0x1B36, 0x0010), "virtio": (0x1AF4, 0x1042)}
 """Vendor and device of QEMU's, by kind."""
 
@@ -33,16 +36,23 @@ def take_kernels() -> None:
 
 
 def main(words: list[str]) -> int:
+    cache = default_cache()
     take_kernels()
     for kind in (word for word in words if word != "--json"):
         print(f"--- {kind} ---", flush=True)
-        code = demo.run(
-            demo.Options(
-                device=kind,
-                function=tuple(each.address for each in functions(kind)),
-                json="--json" in words,
+        device, _, linux = kind.partition("-")
+        addresses = tuple(each.address for each in functions(device))
+        common: dict[str, Any] = {
+            "device": device,
+            "function": addresses,
+            "json": "--json" in words,
+        }
+        if linux:
+            code = with_linux.run(
+                with_linux.Options(**common, memory=LINUX_BYTES, writes=20, cache=str(cache))
             )
-        )
+        else:
+            code = demo.run(demo.Options(**common))
         if code:
             return code
     return 0

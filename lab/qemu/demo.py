@@ -17,7 +17,15 @@ from ferry.config import option, positive, size
 from ferry.errors import Exit
 from ferry.migration.report import Report
 from ferry.progress import Reporter
-from lab.demo import device_flags, relay, report_of, verdict_on, working_folder
+from lab.demo import (
+    FUNCTION,
+    check_functions,
+    device_flags,
+    relay,
+    report_of,
+    verdict_on,
+    working_folder,
+)
 from lab.qemu.environment import prepare
 from lab.qemu.errors import GuestReportError
 from lab.qemu.initramfs import cached_initramfs
@@ -26,10 +34,11 @@ from lab.qemu.two_hosts import Case, Rig
 from lab.testbed import Setup, Testbed
 
 MIB = 1 << 20
-LOAD_S = 120.0
-"""Until the guest's load runs: an emulated processor boots within 10 s on an idle machine."""
-RUN_S = 60.0
-END_S = 60.0
+LOAD_S = 600.0
+"""Until the guest's load runs: an emulated processor boots within 10 s on an idle machine, and one
+that an emulated processor emulates in minutes."""
+RUN_S = 300.0
+END_S = 300.0
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -41,6 +50,7 @@ class Options:
         "virtio",
         choices=("virtio", "nvme"),
     )
+    function: tuple[str, ...] = FUNCTION
     registers: str = option("how register state moves", "replay", choices=("v2", "replay"))
     dirty: str = option(
         "how dirty pages are found", "logging", choices=("logging", "message", "scan")
@@ -73,15 +83,19 @@ def run(options: Options) -> int:
     cache = Path(options.cache).absolute() if options.cache else None
     environment = prepare(say, cache=cache, mirror=options.mirror)
     initramfs = cached_initramfs(environment, cache)
+    check_functions(options.function)
     if options.device == "nvme":
         case = Case("v2", "queues", options.irq, options.root_port, loads=("nvme",))
-        setup = Setup(gateway=("--queues",), image_bytes=options.disk)
+        flag = "--bind" if options.function else "--queues"
+        setup = Setup(gateway=(flag,), image_bytes=options.disk)
     else:
         case = Case(options.registers, options.dirty, options.irq, options.root_port)
         flags = tuple(device_flags(case.registers, case.dirty))
         setup = Setup(device=flags, image_bytes=options.disk)
     with working_folder(options.folder) as folder, Testbed(folder.absolute(), setup) as bed:
         rig = Rig(bed, environment, initramfs, case, options.memory)
+        for host, function in zip(rig.hosts.values(), options.function, strict=False):
+            host.function = function
         report = trio.run(_demonstrate, rig, options, reporter)
     return conclude(report, rig.guest, case, reporter)
 

@@ -19,7 +19,7 @@ from lab.qemu.machine import CONSOLE_LOG, Guest, Machine, MachineSpec, VfioUserD
 from lab.qemu.report import GuestReport
 from lab.testbed import Host, Process, Testbed, TestbedError
 
-MIGRATION_S = 90.0
+MIGRATION_S = 240.0
 LOOK_S = 0.02
 """How often the guest's report is read while it migrates: its longest silence is told as exact."""
 SLOT = 4
@@ -105,7 +105,7 @@ class Rig:
     async def start(self, stack: AsyncExitStack, name: str, *, incoming: bool) -> Machine:
         """QEMU on host `name`, and its devices and gateways where they do not run yet."""
         host = self.hosts[name]
-        if host.device is None:
+        if host.gateway is None:
             await trio.to_thread.run_sync(self._start_devices, host)
         spec = MachineSpec(
             host.machine_folder,
@@ -127,9 +127,9 @@ class Rig:
         for load, unit in [(first, host), *((load, host.add_unit(load)) for load in others)]:
             if load == "net":
                 self.bed.start_nic(unit, self.hub, *self.case.device_flags)
-            elif load == "nvme":
+            elif load == "nvme" and not unit.function:
                 self.bed.start_nvme(unit)
-            else:
+            elif not unit.function:
                 self.bed.start_device(unit)
             self.bed.start_gateway(unit)
 
