@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ferry.config import option, positive, size
+from ferry.config import natural, option, positive, size
 from ferry.errors import Exit, LocalError
 from ferry.migration.report import Report
 from ferry.progress import Reporter, bytes_text
@@ -52,6 +52,9 @@ class Options:
     )
     irq: str = option("how the device interrupts", "msix", choices=("msix", "intx"))
     queue_depth: int = option("requests that the guest keeps in flight", 16, parse=positive)
+    iops: int = option(
+        "requests of the guest a second; 0: as many as its device takes", 0, parse=natural
+    )
     downtime_limit: int = option("how long the guest may stand still, in ms", 300, parse=positive)
     folder: str | None = option(
         "keep sockets, logs and the disk here (default: a temporary one)", None
@@ -73,6 +76,7 @@ def run(options: Options) -> int:
             guest=(
                 *("--high-size", str(options.memory - 32 * MIB), "--disk", disk),
                 *("--queue-depth", str(options.queue_depth), "--irq", options.irq),
+                *("--iops", str(options.iops)),
             ),
             disk=disk,
             image_bytes=options.disk,
@@ -145,9 +149,9 @@ def _demonstrate(bed: Testbed, options: Options, reporter: Reporter) -> Exit:
             pool.submit(bed.start_host, b, incoming=True),
         ):
             started.result()
+    receive = bed.receive(b, on_event=tell)
     before = bed.wait_operations(a, BEFORE_OPERATIONS)
     say(f"the guest runs on host a: {_io_text(before)}")
-    receive = bed.receive(b, on_event=tell)
     flags = ["--verify", "all"]
     if options.device != "nvme" and not options.function:
         flags += ["--registers", options.registers, "--dirty", options.dirty]
