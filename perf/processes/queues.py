@@ -194,7 +194,7 @@ async def log_ms(guest: Guest, control: Path, rounds: int) -> float:
     """How long it takes to collect what the queues say is dirty, in milliseconds, at the median."""
     times = []
     async with await GatewayClient.connect(control, role=ClientRole.SOURCE) as gateway:
-        mediation = await gateway.mediate(tracker="logging", capture=False)
+        mediation = await gateway.mediate(tracker="queues", capture=False)
         for descriptor in mediation.dirty:
             os.close(descriptor)
         for _ in range(rounds):

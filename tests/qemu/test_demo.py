@@ -71,7 +71,7 @@ def test_whatever_the_guest_noticed_is_a_failure(line: bytes, told: str) -> None
     ("device", "methods"),
     [
         ("virtio", {"registers": "replay", "dirty": "logging"}),
-        ("nvme", {"registers": "v2", "dirty": "logging"}),
+        ("nvme", {"registers": "v2", "dirty": "queues"}),
     ],
 )
 def test_the_demonstration(environment: Environment, device: str, methods: dict[str, str]) -> None:

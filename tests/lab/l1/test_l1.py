@@ -13,7 +13,7 @@ from lab.l1 import demo
 from lab.l1.host import build, run_in_l1
 from lab.qemu.environment import Environment
 
-MOVES_IN_L1 = [("nvme", {"registers": "v2", "dirty": "logging"})]
+MOVES_IN_L1 = [("nvme", {"registers": "v2", "dirty": "queues"})]
 HOUSE = Path(__file__).parents[3]
 
 pytestmark = [pytest.mark.qemu]
