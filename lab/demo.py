@@ -19,8 +19,7 @@ from ferry.progress import Reporter, bytes_text
 from lab.testbed import Process, Setup, Testbed
 
 MIGRATION_S = 240.0
-BEFORE_OPERATIONS = 3000
-AFTER_OPERATIONS = 3000
+WORK_S = 150.0
 MIB = 1 << 20
 FAULTS = (
     *("checksum_errors", "buffer_errors", "io_errors", "access_errors"),
@@ -54,6 +53,9 @@ class Options:
     queue_depth: int = option("requests that the guest keeps in flight", 16, parse=positive)
     iops: int = option(
         "requests of the guest a second; 0: as many as its device takes", 0, parse=natural
+    )
+    operations: int = option(
+        "requests of the guest before the migration and after", 3000, parse=positive
     )
     downtime_limit: int = option("how long the guest may stand still, in ms", 300, parse=positive)
     folder: str | None = option(
@@ -150,7 +152,7 @@ def _demonstrate(bed: Testbed, options: Options, reporter: Reporter) -> Exit:
         ):
             started.result()
     receive = bed.receive(b, on_event=tell)
-    before = bed.wait_operations(a, BEFORE_OPERATIONS)
+    before = bed.wait_operations(a, options.operations, WORK_S)
     say(f"the guest runs on host a: {_io_text(before)}")
     flags = ["--verify", "all"]
     if options.device != "nvme" and not options.function:
@@ -163,9 +165,9 @@ def _demonstrate(bed: Testbed, options: Options, reporter: Reporter) -> Exit:
         for process in (send, receive):
             say(f"{process.name}: {process.tail()}")
         return Exit(codes[0] or codes[1])
-    bed.wait_operations(b, AFTER_OPERATIONS)
+    bed.wait_operations(b, options.operations, WORK_S)
     say("the guest has gone on at host b; it now reads back all that it ever wrote")
-    after = bed.verify(b)
+    after = bed.verify(b, WORK_S)
     return _conclude(send, after, reporter)
 
 

@@ -16,8 +16,8 @@ from sync.vfio.sysfs import PciFunction, host_functions
 from transport.kernels.cache import digest
 from transport.user_cache import CACHE_VARIABLE, default_cache
 
-IOPS = 300
-"""More would leave no processor to the rest."""
+LOAD: dict[str, Any] = {"iops": 40, "operations": 300, "queue_depth": 7}
+"""Of the small guest: more would leave no processor to the rest."""
 LINUX_BYTES = 192 << 20
 IDENTITIES = {"nvme": (0x1B36, 0x0010), "virtio": (0x1AF4, 0x1042)}
 """Vendor and device of QEMU's, by kind."""
@@ -54,7 +54,7 @@ def main(words: list[str]) -> int:
                 with_linux.Options(**common, memory=LINUX_BYTES, writes=20, cache=str(cache))
             )
         else:
-            code = demo.run(demo.Options(**common, iops=IOPS))
+            code = demo.run(demo.Options(**common, **LOAD))
         if code:
             return code
     return 0
