@@ -20,7 +20,7 @@ from lab.l1.host import run_in_l1
 from lab.qemu.environment import prepare
 from transport.user_cache import CACHE_VARIABLE, default_cache
 
-KINDS = ("nvme",)
+KINDS = ("nvme", "virtio")
 WITH_LINUX = "nvme-linux"
 """A stock QEMU and a stock Linux in the emulated host: emulation in emulation."""
 DEADLINE_S = 1800.0
