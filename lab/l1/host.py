@@ -152,24 +152,25 @@ def _arguments(environment: Environment, folder: Path, initramfs: Path, script: 
         *("-device", "nvme-ns,drive=namespace,nsid=1,shared=on,bus=nvme0"),
         *_disk("disk0", disk),
         *_disk("disk1", disk),
+        # These can be reset only with the bus that they are alone on.
+        *_behind_a_port(1, "edu"),
+        *_behind_a_port(2, "edu"),
         # A NIC and the one that goes on in its place have one address.
-        *_nic("net0", NIC_MAC),
-        *_nic("net1", NIC_MAC),
-        *_nic("net2", PEER_MAC),
-        # It can be reset only with the bus that it is alone on.
-        *_behind_a_port("edu", 1),
-        *_behind_a_port("edu", 2),
+        *_network("net0", "net1", "net2"),
+        *_behind_a_port(3, f"e1000,netdev=net0,mac={NIC_MAC}"),
+        *_behind_a_port(4, f"e1000,netdev=net1,mac={NIC_MAC}"),
+        *("-device", f"e1000,netdev=net2,mac={PEER_MAC}"),
         *("-serial", f"file:{folder / 'console.log'}", "-serial", f"file:{folder / 'report.log'}"),
     ]
 
 
-def _behind_a_port(device: str, number: int) -> list[str]:
+def _behind_a_port(number: int, device: str) -> list[str]:
     port = f"pcie-root-port,id=port{number},chassis={number}"
     return ["-device", port, "-device", f"{device},bus=port{number}"]
 
 
-def _nic(name: str, mac: str) -> list[str]:
-    return ["-netdev", f"hubport,id={name},hubid=0", "-device", f"e1000,netdev={name},mac={mac}"]
+def _network(*names: str) -> list[str]:
+    return [word for name in names for word in ("-netdev", f"hubport,id={name},hubid=0")]
 
 
 def _disk(name: str, image: Path) -> list[str]:

@@ -86,18 +86,18 @@ class Nic(Driver):
     def traffic(self, numbers: range) -> None:
         """Both ways. Frames that came while nobody listened may come again, for the network keeps
         them for a NIC that takes none."""
-        wanted, got = {frame(1000 + number) for number in numbers}, set[bytes]()
+        end = time.monotonic() + DEADLINE_S + len(numbers)
         for number in numbers:
-            data = frame(number, 60 + number % 40, PEER, MAC)
+            data, answer = frame(number, 60 + number % 40, PEER, MAC), frame(1000 + number)
             self.queue(self.legacy(data, 2048 * (number % 16)))
             self.kick()
             assert self.machine.link.next() == data
-            self.machine.link.deliver(frame(1000 + number))
-        end = time.monotonic() + DEADLINE_S
-        while not wanted <= got:
-            assert time.monotonic() < end, f"{len(wanted - got)} frames do not arrive"
-            self.wait()
-            got |= set(self.received())
+            self.machine.link.deliver(answer)
+            got: list[bytes] = []
+            while answer not in got:
+                assert time.monotonic() < end, f"frame {number} does not arrive"
+                self.wait()
+                got += self.received()
 
 
 async def carry_over(source: Served, target: Served, peer: PciFunction) -> dict[str, object]:

@@ -84,7 +84,6 @@ async def try_to_reach(source: Served, target: Served) -> dict[str, bool]:
         await at_source.stop(fence=True)
         await a.by_itself("source stopped", at_source)
         await at_source.release("edu")
-        await a.by_itself("source released", at_source)
         await at_target.own("edu")
         await b.by_itself("target owns", at_target)
         await at_target.start()

@@ -86,7 +86,7 @@ def main() -> None:
     found = [each for each in functions if (each.view().vendor, each.view().device) == IDENTITY]
     with pair(found, edu) as (source, target):
         edu["reached"] = trio.run(try_to_reach, source, target)
-    *found, peer = (
+    peer, *found = (
         each for each in functions if (each.view().vendor, each.view().device) == e1000.IDENTITY
     )
     with pair(found, nic) as (source, target):

@@ -69,7 +69,6 @@ def test_i4_gateways_that_own_functions_keep_them_from_memory_that_is_not_theirs
         "source in passthrough": True,
         "target in standby": False,
         "source stopped": False,
-        "source released": False,
         "target owns": False,
         "target started": True,
     }
