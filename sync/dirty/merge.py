@@ -11,7 +11,7 @@ from sync.dirty.tracker import Bitmap, DirtyError, Tracker, n_words
 
 
 class MergedTrackers:
-    """What `Tracker` offers, of all of `trackers` together."""
+    """A tracker that is all of `trackers` together."""
 
     def __init__(self, trackers: Sequence[Tracker]) -> None:
         if len({tracker.n_pages for tracker in trackers}) != 1:
@@ -25,7 +25,7 @@ class MergedTrackers:
 
     @property
     def page_size(self) -> int:
-        """That of the coarsest tracker, in bytes."""
+        """Bytes of a page of the coarsest tracker."""
         return max(tracker.page_size for tracker in self._trackers)
 
     @property
@@ -38,7 +38,7 @@ class MergedTrackers:
         return touched
 
     async def collect(self) -> Bitmap:
-        """See `Tracker.collect`."""
+        """The pages that any device wrote since the last call, as a bitmap (`Tracker.collect`)."""
         for tracker in self._trackers:
             self._found |= await tracker.collect()
         found = self._found

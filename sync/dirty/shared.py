@@ -14,7 +14,7 @@ from sync.dirty.tracker import Bitmap, DirtyError, DirtyPort, Mediation, Tracker
 
 
 class SharedBitmapTracker(Tracker):
-    """What `LoggingTracker` and `MessageTracker` have in common."""
+    """A tracker whose bits the gateway writes into a bitmap that both map."""
 
     def __init__(self, port: DirtyPort, n_pages: int) -> None:
         super().__init__(n_pages)

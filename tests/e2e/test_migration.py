@@ -95,6 +95,7 @@ def test_intx(tmp_path: Path, registers: str) -> None:
         assert_sound(bed, b)
 
 
+@pytest.mark.full
 def test_a_device_that_logs_coarse_pages(tmp_path: Path) -> None:
     method = Method("replay", "logging")
     with new_bed(tmp_path, small_setup(method, device=("--logging", "64K"))) as bed:
@@ -116,6 +117,7 @@ def test_there_and_back_again(tmp_path: Path) -> None:
         assert_sound(bed, a)
 
 
+@pytest.mark.full
 def test_a_sender_whose_output_nobody_takes(tmp_path: Path) -> None:
     method = Method("replay", "logging")
     with new_bed(tmp_path, small_setup(method)) as bed:
@@ -139,6 +141,7 @@ def test_a_sender_whose_output_nobody_takes(tmp_path: Path) -> None:
         assert_sound(bed, b)
 
 
+@pytest.mark.full
 def test_a_link_with_a_bandwidth_limit(tmp_path: Path) -> None:
     method = Method("replay", "logging")
     with new_bed(tmp_path, small_setup(method, "--iops", "300")) as bed:
