@@ -150,9 +150,10 @@ def _arguments(environment: Environment, folder: Path, initramfs: Path, script: 
         *("-device", "nvme,id=nvme1,subsys=subsystem,serial=ferry"),
         *("-drive", f"if=none,id=namespace,file={nvme},format=raw"),
         *("-device", "nvme-ns,drive=namespace,nsid=1,shared=on,bus=nvme0"),
-        *_disk("disk0", disk),
-        *_disk("disk1", disk),
-        # These can be reset only with the bus that they are alone on.
+        # Below a port a virtio device has a reset of its own; the others can be reset only with the
+        # bus that they are alone on.
+        *_disk(5, "disk0", disk),
+        *_disk(6, "disk1", disk),
         *_behind_a_port(1, "edu"),
         *_behind_a_port(2, "edu"),
         # A NIC and the one that goes on in its place have one address.
@@ -173,10 +174,10 @@ def _network(*names: str) -> list[str]:
     return [word for name in names for word in ("-netdev", f"hubport,id={name},hubid=0")]
 
 
-def _disk(name: str, image: Path) -> list[str]:
+def _disk(port: int, name: str, image: Path) -> list[str]:
     drive = f"if=none,id={name},file.filename={image},file.locking=off,format=raw"
     device = f"virtio-blk-pci,drive={name},disable-legacy=on,iommu_platform=on,share-rw=on"
-    return ["-drive", drive, "-device", device]
+    return ["-drive", drive, *_behind_a_port(port, device)]
 
 
 def _tail(path: Path) -> str:
