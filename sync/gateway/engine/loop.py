@@ -14,9 +14,7 @@ its answer, or one look of a `_tick`; what the system is short of is asked for a
 import os
 import select
 import socket
-import threading
 import time
-from collections import deque
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
@@ -24,15 +22,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from sync.errors import SyncError
-from sync.gateway.control.info import GatewayInfo, Recovery, Upgraded, VmmConnection
+from sync.gateway.control.info import GatewayInfo, Upgraded, VmmConnection
 from sync.gateway.control.peer import ControlPeer
 from sync.gateway.control.server import ControlServer
-from sync.gateway.control.take_back import take_back
 from sync.gateway.datapath.peer import Handler, Peer
 from sync.gateway.datapath.relay import Buffer, Send
 from sync.gateway.engine import jobs
 from sync.gateway.engine.busy_poll import WINDOW_S, BusyPoll, usable_window_s
-from sync.gateway.engine.core import Armed, Core, Limits
+from sync.gateway.engine.core import Core, Limits
 from sync.gateway.engine.device_handshake import MAX_DATA_BYTES
 from sync.gateway.engine.device_link import DeviceLink
 from sync.gateway.engine.inheritance import (
@@ -48,6 +45,7 @@ from sync.gateway.engine.listener import Listener
 from sync.gateway.engine.records import Records
 from sync.gateway.engine.records_file import RecordsFile
 from sync.gateway.engine.succession import START_S, Heir
+from sync.gateway.engine.vmm_recovery import VmmRecovery
 from sync.gateway.errors import (
     AnotherDevice,
     DeviceLost,
@@ -56,7 +54,7 @@ from sync.gateway.errors import (
     UpgradeFailed,
     told,
 )
-from sync.peer_process import PeerProcess, peer_pid, pid_namespace
+from sync.peer_process import peer_pid, pid_namespace
 from sync.registers.find import Origin
 from sync.vfio_user.errors import Disconnected, ProtocolError
 from sync.vfio_user.framing import close_fds
@@ -70,7 +68,6 @@ from sync.vfio_user.protocol import (
     encode_message,
     message_limit_bytes,
 )
-from sync.vmm import recover
 
 if TYPE_CHECKING:
     from sync.vfio.endpoint import HostEndpoint
@@ -79,9 +76,6 @@ TICK_S = 0.05
 """Deadlines are kept to within this."""
 IDLE_TICKS = 10
 """Without a device or a deadline under way the loop wakes up this much more rarely."""
-RECOVERY_S = 600.0
-"""How long a VMM is tried to be brought back, attempt after attempt."""
-RECOVERY_PAUSE_S = 1.0
 STANDSTILL_S = 0.5
 """A turn of the loop that takes so much longer than it waits is one in which it stood still."""
 RETRY_S = 0.1
@@ -171,13 +165,9 @@ class Gateway:
         self._clients: list[ControlPeer] = []
         self._answered: list[ControlPeer] = []
         """Clients that have something to send, or may have something to ask."""
-        self._hung: PeerProcess | None = None
-        """A controller that was cut off for its silence, until the VMM is brought back."""
-        self._recoveries: deque[Recovery] = deque()
-        self._to_recover: Callable[[], None] | None = None
-        """Starts a recovery for which there was no thread."""
-        self._recover_at = 0.0
-        self._recovering: threading.Thread | None = None
+        self._recovery = VmmRecovery(
+            self._clock, lambda: self.core.custody.migrations, self._wake_up
+        )
         self._heir: Heir | None = None
         """The process that is to take this one's place."""
         self._heir_ended: Callable[[Upgraded | GatewayError], None] = lambda outcome: None
@@ -207,7 +197,8 @@ class Gateway:
                 self._close_listeners()
             raise
         records = Records(time.time, self._records.append, self._records.records)
-        self.core = Core(options.limits, self._clock, log, self._recover, records, options.origins)
+        recover = self._recovery.start
+        self.core = Core(options.limits, self._clock, log, recover, records, options.origins)
         self.core.hand_on = self._hand_on
         self.core.sockets = self
         self._server = ControlServer(self.core)
@@ -218,7 +209,7 @@ class Gateway:
             self.core.expire,
             self._look_after_vmm,
             self._look_after_clients,
-            self._look_after_recovery,
+            self._recovery.look,
             self._look_after_heir,
             self._try_again,
             lambda now: self._flush(),
@@ -274,14 +265,17 @@ class Gateway:
     def stop(self) -> None:
         """Has `run` return. May be called from another thread or a signal handler."""
         self._stopping = True
-        with suppress(OSError, ValueError):  # it may have ended meanwhile
-            os.eventfd_write(self._wake, 1)
+        self._wake_up()
 
     def upgrade(self) -> None:
         """Has the process be replaced by what its command starts. May be called from another thread
         or a signal handler."""
         self._upgrade_asked = True
-        with suppress(OSError, ValueError):
+        self._wake_up()
+
+    def _wake_up(self) -> None:
+        """Has the loop look at what another thread has left for it."""
+        with suppress(OSError, ValueError):  # it may have ended meanwhile
             os.eventfd_write(self._wake, 1)
 
     def close(self) -> None:
@@ -293,7 +287,7 @@ class Gateway:
             self._forget(client.fileno())
             client.close()
         self._clients.clear()
-        self._forget_hung()
+        self._recovery.close()
         self._drop_session()
         if self.core.link is not None:
             if self.handed_on:
@@ -343,13 +337,8 @@ class Gateway:
         self._answered.extend(client for client in self._clients if client.wants_write)
         holder = self.core.silent_holder(now)
         if isinstance(holder, ControlPeer):
-            self._forget_hung()
-            self._hung = holder.take_process()
+            self._recovery.blame(holder.take_process())
             self._client_gone(holder, "it kept the guest's device and said nothing")
-
-    def _look_after_recovery(self, now: float) -> None:
-        if self._to_recover is not None and now >= self._recover_at:
-            self._to_recover()
 
     def _try_again(self, now: float) -> None:
         """What the system was short of something for."""
@@ -413,8 +402,8 @@ class Gateway:
     def _woken(self, events: int) -> None:
         with suppress(OSError):
             os.eventfd_read(self._wake)
-        while self._recoveries:
-            self.core.recovered(self._recoveries.popleft())
+        for outcome in self._recovery.outcomes():
+            self.core.recovered(outcome)
         if self._upgrade_asked:
             self._upgrade_asked = False
             self._hand_on(lambda outcome: None)
@@ -532,17 +521,7 @@ class Gateway:
         self._device_gone(reason)
 
     def _on_next(self, events: int) -> None:
-        peer = self._next
-        if peer is None:
-            return
-        try:
-            if events & _OUT:
-                peer.drain()
-            if events & ~_OUT:
-                peer.receive()
-        except (Disconnected, ProtocolError) as error:
-            self._next_gone(error)
-        self._flush()
+        self._exchange(self._next, events, self._next_gone)
 
     def _next_gone(self, error: SyncError) -> None:
         """What is left of its job says why, and has its connection dropped."""
@@ -595,22 +574,13 @@ class Gateway:
         return True
 
     def _on_device(self, events: int) -> None:
-        self._from_device(self._device, events)
+        self._exchange(self._device, events, self._device_failed)
 
     def _on_twin(self, events: int) -> None:
-        self._from_device(self._twin, events)
+        self._exchange(self._twin, events, self._device_failed)
 
-    def _from_device(self, peer: "Peer | HostEndpoint | None", events: int) -> None:
-        if peer is None:
-            return
-        try:
-            if events & _OUT:
-                peer.drain()
-            if events & ~_OUT:
-                peer.receive()
-        except (Disconnected, ProtocolError) as error:
-            self._device_gone(str(error))
-        self._flush()
+    def _device_failed(self, error: SyncError) -> None:
+        self._device_gone(str(error))
 
     def _device_gone(self, reason: str) -> None:
         was_ready = self.core.ready
@@ -669,17 +639,7 @@ class Gateway:
         self._vmm.send(encode_message(message_id, Command.VERSION, answer.pack(), reply=True))
 
     def _on_vmm(self, events: int) -> None:
-        peer = self._vmm
-        if peer is None:
-            return
-        try:
-            if events & _OUT:
-                peer.drain()
-            if events & ~_OUT:
-                peer.receive()
-        except (Disconnected, ProtocolError) as error:
-            self._vmm_gone(str(error))
-        self._flush()
+        self._exchange(self._vmm, events, lambda error: self._vmm_gone(str(error)))
 
     def _vmm_gone(self, reason: str) -> None:
         """Ends the VMM's session, and has the device connected anew: so it drops the VMM's memory
@@ -719,6 +679,24 @@ class Gateway:
         self._device_fault = ""
 
     # --- what has to be sent, and what may be read ---
+
+    def _exchange(
+        self,
+        peer: "Peer | HostEndpoint | None",
+        events: int,
+        gone: Callable[[SyncError], None],
+    ) -> None:
+        """Sends to `peer` what it takes now, and hands on what it has said; `gone` if it ends."""
+        if peer is None:
+            return
+        try:
+            if events & _OUT:
+                peer.drain()
+            if events & ~_OUT:
+                peer.receive()
+        except (Disconnected, ProtocolError) as error:
+            gone(error)
+        self._flush()
 
     def _flush(self) -> None:
         """Sends what the event that was just handled has left behind, whatever it was."""
@@ -851,12 +829,11 @@ class Gateway:
 
     def _check_hand_on(self) -> None:
         why_not = self.core.why_not_hand_on()
-        recovering = self._recovering is not None and self._recovering.is_alive()
         if self._options.host_function:
             why_not = "a function of the host, or a device that moves by its queues, stays with it"
         elif not self._options.command or os.getpid() == 1:
             why_not = "as process 1 it cannot end; run it below an init (`docker run --init`)"
-        elif recovering or self._to_recover is not None:
+        elif self._recovery.under_way:
             why_not = "its VMM is being resumed"
         elif self._vmm_deadline is not None:
             why_not = "a VMM is just connecting: try again"
@@ -1037,89 +1014,6 @@ class Gateway:
             except (Disconnected, ProtocolError) as error:
                 gone(str(error))
         self._flush()
-
-    # --- bringing a VMM back ---
-
-    def _forget_hung(self) -> None:
-        if self._hung is not None:
-            self._hung.close()
-            self._hung = None
-
-    def _recover(self, armed: Armed, session: str, proof: str) -> None:
-        if not armed.may_end_holder:
-            self._forget_hung()
-        hung, self._hung = self._hung, None
-        begun = self.core.custody.migrations
-        until = self._clock() + RECOVERY_S
-
-        def wanted() -> bool:
-            """Whether the guest is still as that migration has left it."""
-            same = recover.socket_made(armed.qmp_path) in (None, armed.qmp_made)
-            untouched = self.core.custody.migrations == begun
-            return untouched and (same or armed.qmp_made is None) and not self._stopping
-
-        def start() -> None:
-            self._to_recover = None
-            try:
-                self._recovering = threading.Thread(
-                    target=self._recover_now,
-                    args=(armed, session, proof, hung, wanted),
-                    name="recovery",
-                    daemon=True,
-                )
-                self._recovering.start()
-            except RuntimeError as error:
-                self.core.recovered(Recovery("lease-lost", False, str(error)))
-                if wanted() and self._clock() < until:
-                    self._to_recover = start
-                    self._recover_at = self._clock() + RECOVERY_PAUSE_S
-
-        start()
-
-    def _recover_now(
-        self,
-        armed: Armed,
-        session: str,
-        proof: str,
-        hung: PeerProcess | None,
-        wanted: Callable[[], bool],
-    ) -> None:
-        """Tries again until it succeeds or is not wanted; for `RECOVERY_S` at most."""
-        end_holder = hung.kill if hung is not None else None
-        shut = ""
-        for path in armed.companions:
-            try:
-                take_back(path, session, proof, armed.deadline_s, end_holder)
-            except Exception as error:
-                # It lets no access through: the guest goes on without that device.
-                shut += f"; its device behind {path} is not back: {error}"
-        until = self._clock() + RECOVERY_S
-        told = ""
-        while True:
-            try:
-                done = recover.recover_source(
-                    armed.qmp_path,
-                    armed.deadline_s,
-                    armed.put_back,
-                    ran=armed.ran,
-                    end_holder=end_holder,
-                    wanted=wanted,
-                )
-                outcome = Recovery("lease-lost", True, done + shut)
-            except Exception as error:
-                outcome = Recovery("lease-lost", False, f"{type(error).__name__}: {error}")
-            if outcome.message != told:
-                told = outcome.message
-                self._recoveries.append(outcome)
-                with suppress(OSError, ValueError):  # it may have ended meanwhile
-                    os.eventfd_write(self._wake, 1)
-            if outcome.ok or self._clock() > until:
-                break
-            time.sleep(RECOVERY_PAUSE_S)
-            if not wanted():
-                break
-        if hung is not None:
-            hung.close()
 
 
 def _listening_at(path: Path) -> VmmConnection:

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import trio
 
-import sync.gateway.engine.loop
+import sync.gateway.engine.vmm_recovery
 import sync.vmm.recover
 from sync.gateway.control.client import GatewayClient
 from sync.gateway.engine.custody import ClientRole
@@ -393,7 +393,7 @@ def test_i7_i8_a_guest_is_resumed_unless_somebody_has_moved_it_since(
     qmp.touch()
     vmm = UnreachableVmm()
     monkeypatch.setattr(sync.vmm.recover, "recover_source", vmm.recover)
-    monkeypatch.setattr(sync.gateway.engine.loop, "RECOVERY_PAUSE_S", 0.01)
+    monkeypatch.setattr(sync.gateway.engine.vmm_recovery, "RECOVERY_PAUSE_S", 0.01)
     house = make_house()
     house.serve(make_device())
     house.vmm()
