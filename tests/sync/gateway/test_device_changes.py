@@ -30,7 +30,7 @@ from sync.gateway.engine.loop import Gateway, GatewayOptions
 from sync.gateway.errors import AnotherDevice, NewDeviceUnreachable
 from sync.registers.find import load_profiles
 from sync.vfio_user.errors import VfioUserError
-from sync.vfio_user.protocol import DmaMap, IrqSet, SetIrqs
+from sync.vfio_user.protocol import DmaMap, DmaUnmap, IrqSet, SetIrqs
 from tests.lab.devices.e1000_driver import (
     BAR,
     CONFIG,
@@ -247,6 +247,33 @@ def test_a_network_card_is_replaced_in_the_middle_of_its_rings(tmp_path: Path) -
                 here.end(0)
         assert driver.r(GPTC) == driver.r(GPRC) == number
         assert driver.r(MTA + 4) == 0x1234
+
+
+class MemoryTold(E1000):
+    """A NIC that notes into `log` when it is given guest memory, and when it is taken from it."""
+
+    def __init__(self, link: FakeLink, log: list[str], name: str) -> None:
+        super().__init__(link, MAC)
+        self._told, self._name = log, name
+
+    def dma_map(self, region: DmaMap, fd: int | None) -> None:
+        self._told.append(f"{self._name} has memory")
+        super().dma_map(region, fd)
+
+    def dma_unmap(self, request: DmaUnmap) -> None:
+        super().dma_unmap(request)
+        self._told.append(f"{self._name} has none")
+
+
+def test_i4_the_replaced_device_has_no_memory_before_the_new_one_has(tmp_path: Path) -> None:
+    log: list[str] = []
+    names = iter(("old", "new"))
+    with site(tmp_path, lambda: MemoryTold(FakeLink(), log, next(names)), Limits()) as here:
+        driver = Driver(Card(here))
+        driver.begin()
+        here.start(None, "new")
+        here.replace("new")
+        assert log == ["old has memory", "old has none", "new has memory"]
 
 
 def test_a_network_card_that_died_comes_back_silent_and_its_driver_resets_it(
