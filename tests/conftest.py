@@ -3,8 +3,9 @@
 Tests with a real QEMU are skipped where none can be had, but not in CI.
 """
 
+import gc
 import signal
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
@@ -24,6 +25,21 @@ settings.register_profile(
     "house", deadline=None, suppress_health_check=[HealthCheck.too_slow], derandomize=False
 )
 settings.load_profile("house")
+
+
+@pytest.fixture
+def open_fds() -> Iterator[Callable[[], int]]:
+    """A function that counts the descriptors this process has open. What tests before have left is
+    closed before or after this one; what nobody has any more of this one does not count."""
+
+    def count() -> int:
+        gc.collect()
+        return len(list(Path("/proc/self/fd").iterdir()))
+
+    gc.collect()
+    gc.freeze()  # a collection then looks at this test's objects only
+    yield count
+    gc.unfreeze()
 
 
 @pytest.fixture(scope="session")

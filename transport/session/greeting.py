@@ -5,12 +5,15 @@ Owns what may happen when. Pure: events and the time in, actions out; sockets ar
 
     sender    CALLING, UNSUITED ── connected ──► GREETING ── first sign of life ──► HEARD
               HEARD or GREETING ── accepted ──► OPENING ── tunnel welcome ──► OPEN
+                └── lost ──► CALLING
     receiver  LISTENING ── HELLO ──► GREETED ── user ──► ACCEPTING ── answer sent ──► OPEN
                   ▲                     └────── user ──► REFUSING
                   └───────────── answer sent ────────────────┘
 
-From HEARD or GREETED on, a lost connection, silence or BYE ends the session; before, a sender goes
-on calling until its time is up. While the session is held, a lost link is made anew instead::
+From OPENING or GREETED on, a lost connection, silence or BYE ends the session; before, a sender
+whose connection ends goes on calling until its time is up: no session is lost yet, and it may
+have greeted a receiver that gives way to the next one. While the session is held, a lost link is
+made anew instead::
 
     both      OPEN ── hold ──► HELD ── release ──► OPEN
     sender    HELD ── lost ──► LOST ── connected ──► RESUMING ── resumed ──► REJOINING ──► HELD
@@ -261,7 +264,8 @@ def _call(own: State, end: Action, *farewell: Action) -> dict[Event, Transition]
     """What is common to the states of a sender that has heard nothing: connections may fail."""
     return (
         _on([_E.CONNECTED], _S.GREETING, _A.SEND_HELLO)
-        | _on([_E.UNSUITED, _E.CONNECTION_LOST], own)
+        # A loss may be suspected of the connection before this one.
+        | _on([_E.UNSUITED, _E.CONNECTION_LOST, _E.LOSS], own)
         | _on([_E.TIMEOUT], _S.ENDED, end)
         | _on([_E.LEAVE, _E.FAIL], _S.ENDED, *farewell)
     )
@@ -347,8 +351,10 @@ SENDER: Final[Table] = {
     _S.GREETING: _call(_S.GREETING, _A.END_MUTE, _A.SAY_FAREWELL) | _verdict(),
     _S.HEARD: (
         _live(_S.HEARD, _A.SAY_FAREWELL)
-        | _reachable(_S.HEARD)
         | _verdict()
+        | _on([_E.UNSUITED], _S.HEARD)
+        | _on([_E.CONNECTED], _S.GREETING, _A.SEND_HELLO)
+        | _on([_E.LOSS], _S.CALLING)
         | _on([_E.TIMEOUT], _S.ENDED, _A.END_UNDECIDED)
     ),
     _S.OPENING: (

@@ -150,11 +150,14 @@ class Shared:
             return self._suspicion is not None
 
     def check_suspicion(self, now: float) -> tuple[float, PeerLost | None]:
-        """When to look again, and the suspected loss once its grace is over."""
+        """When to look again, and the suspected loss, once, as soon as its grace is over."""
         if self._suspicion is None:
             return float("inf"), None
         when, error = self._suspicion
-        return when, error if now >= when else None
+        if now < when:
+            return when, None
+        self._suspicion = None
+        return when, error
 
     def lose_link(self, why: str, now: float) -> None:
         """The link is lost, and to be made anew."""

@@ -51,10 +51,6 @@ def start(tmp_path: Path) -> Iterator[Callable[..., Any]]:
         process.communicate()
 
 
-def count_files() -> int:
-    return sum(1 for _ in Path("/proc/self/fd").iterdir())
-
-
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 @pytest.mark.parametrize("busy", [False, True], ids=["idle", "busy"])
 def test_a_device_process_serves_until_it_is_told_to_stop(
@@ -100,16 +96,16 @@ def test_a_socket_that_cannot_be_made(host: Host, tmp_path: Path) -> None:
     ],
 )
 def test_options_that_make_no_sense(
-    host: Host, tmp_path: Path, wrong: dict[str, int | str]
+    host: Host, tmp_path: Path, open_fds: Callable[[], int], wrong: dict[str, int | str]
 ) -> None:
     fields: dict[str, Any] = {
         "socket_path": tmp_path / "dev.sock",
         "image_path": host.image(),
     } | wrong
-    open_files = count_files()
+    before = open_fds()
     with pytest.raises(DeviceError):
         build(DeviceOptions(**fields))
-    assert count_files() == open_files
+    assert open_fds() == before
 
 
 def test_options_cannot_be_changed(host: Host) -> None:

@@ -6,7 +6,6 @@ and controllers before it, all over sockets.
 """
 
 import errno
-import gc
 import os
 import random
 import threading
@@ -398,13 +397,6 @@ def pause() -> Pause:
 @pytest.fixture
 def make_device() -> type[ServedDevice]:
     return ServedDevice
-
-
-@pytest.fixture
-def descriptors() -> Callable[[], int]:
-    """A function that counts the descriptors this process has open."""
-    gc.collect()  # what earlier tests have left is closed now, and not in between
-    return lambda: len(list(Path("/proc/self/fd").iterdir()))
 
 
 @pytest.fixture

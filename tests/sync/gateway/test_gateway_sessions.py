@@ -403,7 +403,7 @@ def test_requests_are_refused_with_a_reason(
 def test_many_regions_are_handed_out_in_parts(
     make_house: Callable[..., House],
     make_device: type[ServedDevice],
-    descriptors: Callable[[], int],
+    open_fds: Callable[[], int],
     wait_until: Callable[[Callable[[], bool]], None],
 ) -> None:
     house, device = make_house(), make_device()
@@ -415,11 +415,11 @@ def test_many_regions_are_handed_out_in_parts(
 
     async def main() -> None:
         async with await GatewayClient.connect(house.control_path) as gateway:
-            before = descriptors()
+            before = open_fds()
             regions = await gateway.memory()
             assert [region.iova for region in regions] == [n * 2 * PAGE for n in range(150)]
             # The gateway, in this same process, closes its own copies behind the answer.
-            wait_until(lambda: descriptors() == before + 150)
+            wait_until(lambda: open_fds() == before + 150)
             with GuestMemory.map(regions) as memory:
                 assert memory.n_pages == 150
             for region in regions:

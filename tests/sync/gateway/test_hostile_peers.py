@@ -31,14 +31,14 @@ from tests.sync.gateway.raw_peers import PAGE, connect_raw, has_ended, new_ram, 
 def test_i9_a_hostile_controller_is_cut_off_and_nobody_else_notices(
     make_house: Callable[..., House],
     make_device: type[ServedDevice],
-    descriptors: Callable[[], int],
+    open_fds: Callable[[], int],
     rng: random.Random,
 ) -> None:
     house = make_house()
     house.serve(make_device())
     vmm = house.vmm()
     vmm.region_read(0, 0, 4)
-    before = descriptors()
+    before = open_fds()
     attacks = [
         struct.pack("<II", 1 << 31, 0),
         struct.pack("<II", 2, MAX_BLOB_BYTES + 1) + b"{}",
@@ -56,7 +56,7 @@ def test_i9_a_hostile_controller_is_cut_off_and_nobody_else_notices(
         sock.sendmsg([encode({"op": "status"})], [rights])
         assert has_ended(sock)
     assert vmm.region_read(0, 0, 4) == bytes(4)
-    assert descriptors() == before
+    assert open_fds() == before
 
 
 def test_i9_nonsense_requests_are_answered_with_an_error(
@@ -220,13 +220,13 @@ def test_i9_malformed_answers_to_a_job_cost_the_job(
 def test_no_descriptor_is_left_behind(
     make_house: Callable[..., House],
     make_device: type[ServedDevice],
-    descriptors: Callable[[], int],
+    open_fds: Callable[[], int],
     wait_until: Callable[[Callable[[], bool]], None],
 ) -> None:
     house, device = make_house(), make_device()
     house.serve(device)
     house.wait_event("device-connected")
-    before = descriptors()
+    before = open_fds()
     ram = new_ram(4)
     for number in range(3):
         vmm = house.vmm()
@@ -249,4 +249,4 @@ def test_no_descriptor_is_left_behind(
         house.wait_event("vmm-lost", number + 1)
         house.wait_event("device-connected", number + 2)
     os.close(ram)
-    wait_until(lambda: descriptors() == before)
+    wait_until(lambda: open_fds() == before)

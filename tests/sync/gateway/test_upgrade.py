@@ -322,19 +322,19 @@ def test_what_cannot_be_is_refused_by_name(
     function: str,
     command: tuple[str, ...],
     words: str,
-    descriptors: Callable[[], int],
+    open_fds: Callable[[], int],
 ) -> None:
     options = GatewayOptions(
         *(tmp_path / "vmm", tmp_path / "device", tmp_path / "control"),
         host_function=function,
         command=command,
     )
-    before = descriptors()
+    before = open_fds()
     gateway, told = Gateway(options, lambda *_, **__: None), list[object]()
     gateway._hand_on(told.append)
     assert len(told) == 1 and isinstance(told[0], UpgradeFailed) and words in str(told[0])
     gateway.close()
-    assert descriptors() == before
+    assert open_fds() == before
 
 
 def test_a_gateway_without_a_device_can_be_replaced(tmp_path: Path) -> None:

@@ -1,5 +1,5 @@
-"""What the vfio-user tests share: a small device that keeps a record, a server in a thread, a raw
-socket that speaks no protocol of its own, and a look at the open descriptors."""
+"""What the vfio-user tests share: a small device that keeps a record, a server in a thread, and a
+raw socket that speaks no protocol of its own."""
 
 import contextlib
 import os
@@ -205,9 +205,3 @@ def connect_raw(served: Path) -> Iterator[Callable[[], RawPeer]]:
     yield connect
     for peer in peers:
         peer.close()
-
-
-@pytest.fixture
-def open_fds() -> Callable[[], int]:
-    """A function that counts the descriptors this process has open."""
-    return lambda: len(list(Path("/proc/self/fd").iterdir()))

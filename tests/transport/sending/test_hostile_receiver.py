@@ -316,7 +316,7 @@ def test_i9_a_receiver_that_leaves_with_a_strange_reason_is_quoted_printably() -
 def test_i9_a_receiver_whose_message_never_ends_is_cut_off(raw_zmtp: Any) -> None:
     def flood(listener: socket.socket) -> int:
         connection = raw_zmtp.accept(listener)
-        # The first message counts as an answer, so that the loss is final.
+        # A sign of life: then it is the receiver's verdict that is waited for.
         pong = Pong(0).pack()
         connection.sendall(b"\x00" + bytes([len(pong)]) + pong)
         return int(raw_zmtp.flood_until_shut(connection))
@@ -327,9 +327,10 @@ def test_i9_a_receiver_whose_message_never_ends_is_cut_off(raw_zmtp: Any) -> Non
             listener.listen()
             url = f"tcp://127.0.0.1:{listener.getsockname()[1]}"
             async with trio.open_nursery() as nursery:
-                nursery.start_soon(trio.to_thread.run_sync, flood, listener)
-                with pytest.raises(PeerLost):
-                    async with open_sender(url, os.urandom(16), b""):
+                nursery.start_soon(trio.to_thread.run_sync, flood, listener)  # which ends
+                with pytest.raises(PeerUnreachable):
+                    options = SenderOptions(connect_timeout_s=0.5)
+                    async with open_sender(url, os.urandom(16), b"", options):
                         pass
 
     run_trio(scenario)

@@ -114,6 +114,7 @@ def test_each_stage_of_the_greeting_has_a_time_of_its_own() -> None:
         ([Event.UNSUITED, Event.CONNECTED], Action.END_MUTE),
         ([Event.CONNECTED, Event.CONNECTION_LOST], Action.END_MUTE),
         ([Event.CONNECTED, Event.ALIVE], Action.END_UNDECIDED),
+        ([Event.CONNECTED, Event.ALIVE, Event.CONNECTION_LOST, Event.LOSS], Action.END_NOBODY),
         ([Event.CONNECTED, Event.ACCEPTED], Action.END_SHUT_OUT),
     ],
 )
@@ -166,6 +167,7 @@ class Side:
         return self.greeting.state is State.ENDED
 
 
+UNANSWERED = (State.CALLING, State.GREETING, State.HEARD)
 STEPS = [
     *(("sender", step) for step in ("connect", "hear", "lose", "tunnel", "ping", "talk")),
     *(("receiver", step) for step in ("hear", "accept", "refuse", "sent", "talk")),
@@ -208,7 +210,7 @@ def test_two_sides_agree_on_what_became_of_a_session(moves: list[tuple[str, str]
                         side.says.append("pong")
             case "sender", "connect" if not heard and "hello" not in sender.says:
                 side.handle(Event.CONNECTED)
-            case "sender", "lose" if side.greeting.state in (State.CALLING, State.GREETING):
+            case "sender", "lose" if side.greeting.state in UNANSWERED:
                 side.handle(Event.CONNECTION_LOST)
             case "sender", "tunnel" if heard == ["accepted"]:
                 side.handle(Event.TUNNEL_CONNECTED)

@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 import trio
+import zmq
 
 from tests.transport import running
 from transport.receiver import open_receiver
@@ -25,7 +26,7 @@ from transport.wire.errors import (
     PeerUnreachable,
     VersionMismatch,
 )
-from transport.wire.records import MAX_RECORD_BYTES
+from transport.wire.records import MAX_RECORD_BYTES, MessageType, Ping, Pong, message_type
 
 DEADLINE_S = 10
 run_trio = partial(running.run_trio, deadline_s=DEADLINE_S)
@@ -368,6 +369,42 @@ def test_an_answer_that_never_comes_ends_the_greeting() -> None:
                     receiver.url, os.urandom(16), b"", SenderOptions(greeting_timeout_s=0.2)
                 ):
                     pass
+
+    run_trio(scenario)
+
+
+def test_a_receiver_that_leaves_before_its_verdict_makes_room_for_the_next(
+    socket_folder: Path,
+) -> None:
+    """One that has turned somebody away may take a greeting in its last moment."""
+    url = f"ipc://{socket_folder}/link"
+
+    def show_life_and_leave(router: zmq.Socket[bytes]) -> None:
+        while True:
+            identity, message = router.recv_multipart()
+            if message_type(message) == MessageType.PING:
+                router.send_multipart((identity, Pong(Ping.unpack(message).value).pack()))
+                router.close(linger=DEADLINE_S * 1000)
+                return
+
+    async def scenario() -> None:
+        with zmq.Context() as context:
+            router = context.socket(zmq.ROUTER)
+            router.bind(url)
+            async with trio.open_nursery() as nursery:
+
+                async def next_one() -> None:
+                    await trio.to_thread.run_sync(show_life_and_leave, router)
+                    await trio.to_thread.run_sync(context.term)
+                    async with open_receiver(url) as receiver:
+                        await receiver.wait_hello()
+                        await receiver.accept(b"come in")
+                        await receiver.receive_record()
+
+                nursery.start_soon(next_one)
+                async with open_sender(url, os.urandom(16), b"") as sender:
+                    assert sender.hello_reply == b"come in"
+                    await sender.send_record(1, b"", flush=True)
 
     run_trio(scenario)
 

@@ -2,8 +2,8 @@
 
 import os
 import threading
+from collections.abc import Callable
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -21,10 +21,6 @@ from transport.wire.records import MAX_RECORD_BYTES
 
 DEADLINE_S = 10
 run_trio = partial(running.run_trio, deadline_s=DEADLINE_S)
-
-
-def open_descriptors() -> int:
-    return len(list(Path("/proc/self/fd").iterdir()))
 
 
 def ferry_threads() -> set[str]:
@@ -223,16 +219,18 @@ async def _welcome(receiver: Receiver) -> None:
     await receiver.accept(b"")
 
 
-def test_a_session_leaves_no_thread_and_no_descriptor(bind_url: str, link_pair: Any) -> None:
+def test_a_session_leaves_no_thread_and_no_descriptor(
+    bind_url: str, link_pair: Any, open_fds: Callable[[], int]
+) -> None:
     async def scenario() -> None:
         async with link_pair(bind_url, n_pages=100) as pair:
             await pair.sender.send_round(np.arange(100, dtype=np.uint32), 1)
         assert not ferry_threads()
 
     run_trio(scenario)  # what the first session loads for good does not count
-    before = open_descriptors()
+    before = open_fds()
     run_trio(scenario)
-    assert open_descriptors() == before
+    assert open_fds() == before
 
 
 def test_ipv6_is_spoken_where_the_url_says_so(link_pair: Any) -> None:

@@ -52,18 +52,18 @@ def test_i10_a_client_that_does_not_read_is_given_up(pair: Pair) -> None:
 
 
 def test_descriptors_in_a_request_are_an_error_and_no_leak(
-    pair: Pair, descriptors: Callable[[], int]
+    pair: Pair, open_fds: Callable[[], int]
 ) -> None:
     peer, client, _ = pair
-    before = descriptors()
+    before = open_fds()
     socket.send_fds(client, [encode({"op": "status"})], [0])
     with pytest.raises(ControlProtocolError):
         peer.receive()
     peer.close()
-    assert descriptors() == before - 1
+    assert open_fds() == before - 1
 
 
-def test_the_end_of_the_stream(pair: Pair, descriptors: Callable[[], int]) -> None:
+def test_the_end_of_the_stream(pair: Pair, open_fds: Callable[[], int]) -> None:
     peer, client, _ = pair
     client.close()
     assert not peer.receive()

@@ -70,8 +70,8 @@ def test_nothing_over_the_limits_is_sent() -> None:
         encode({}, bytes(MAX_BLOB_BYTES + 1))
 
 
-def test_descriptors_belong_to_the_message_they_came_with(descriptors: Callable[[], int]) -> None:
-    before = descriptors()
+def test_descriptors_belong_to_the_message_they_came_with(open_fds: Callable[[], int]) -> None:
+    before = open_fds()
     decoder = ControlDecoder(2)
     first, second = encode({"n": 1}), encode({"n": 2}, b"blob")
     decoder.feed(first + second[:5], [os.dup(0)])
@@ -86,7 +86,7 @@ def test_descriptors_belong_to_the_message_they_came_with(descriptors: Callable[
     with pytest.raises(ControlProtocolError):
         decoder.feed(b"", [os.dup(0) for _ in range(3)])
     decoder.close()
-    assert descriptors() == before
+    assert open_fds() == before
 
 
 def test_every_error_crosses_the_socket_as_itself() -> None:

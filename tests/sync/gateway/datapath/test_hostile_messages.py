@@ -49,13 +49,13 @@ def _enter(bench: Bench, state: CustodyState) -> None:
 )
 def test_i9_any_message_of_a_vmm_in_any_state(
     make_bench: Callable[..., Bench],
-    descriptors: Callable[[], int],
+    open_fds: Callable[[], int],
     state: CustodyState,
     messages: list[tuple[Command | int, bytes, int, int, bool]],
 ) -> None:
     ram = os.memfd_create("ram")
     os.ftruncate(ram, PAGE)
-    before = descriptors()
+    before = open_fds()
     bench = make_bench(v2=True, logging=True)
     os.close(bench.share(0x10000, PAGE))
     _enter(bench, state)
@@ -72,7 +72,7 @@ def test_i9_any_message_of_a_vmm_in_any_state(
     else:
         assert relay.vmm_error is not None or not relay.holding
     bench.close()
-    assert descriptors() == before
+    assert open_fds() == before
     os.close(ram)
 
 
@@ -85,7 +85,7 @@ def test_i9_any_message_of_a_vmm_in_any_state(
 )
 def test_i9_any_message_of_a_device_in_any_state(
     make_bench: Callable[..., Bench],
-    descriptors: Callable[[], int],
+    open_fds: Callable[[], int],
     state: CustodyState,
     messages: list[tuple[Command | int, bytes, int, int, bool]],
     asked: list[Command | int],
@@ -93,7 +93,7 @@ def test_i9_any_message_of_a_device_in_any_state(
     """Replies of any length and with any errno to what the VMM has asked, and commands of its
     own."""
     ram = os.memfd_create("ram")
-    before = descriptors()
+    before = open_fds()
     bench = make_bench()
     os.close(bench.share(0x10000, PAGE))
     _enter(bench, state)
@@ -111,5 +111,5 @@ def test_i9_any_message_of_a_device_in_any_state(
     except ProtocolError:
         pass
     bench.close()
-    assert descriptors() == before
+    assert open_fds() == before
     os.close(ram)

@@ -37,14 +37,14 @@ def _count(event: int) -> int:
 
 
 @pytest.fixture
-def wires(descriptors: Callable[[], int]) -> Iterator[Wires]:
-    before = descriptors()
+def wires(open_fds: Callable[[], int]) -> Iterator[Wires]:
+    before = open_fds()
     wires = Wires()
     yield wires
     wires.interrupts.close()
     for event in wires.events:
         os.close(event)
-    assert descriptors() == before
+    assert open_fds() == before
 
 
 def test_every_vector_is_fired_once(wires: Wires) -> None:

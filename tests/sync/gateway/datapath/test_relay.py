@@ -269,10 +269,10 @@ def test_a_second_version_is_a_protocol_error(make_bench: Callable[..., Bench]) 
 
 
 def test_memory_is_shared_with_its_descriptor_and_can_be_taken_back(
-    make_bench: Callable[..., Bench], descriptors: Callable[[], int]
+    make_bench: Callable[..., Bench], open_fds: Callable[[], int]
 ) -> None:
     bench = make_bench()
-    before = descriptors()
+    before = open_fds()
     fd = bench.share(0x10000, PAGE)
     assert bench.device.mapped == {0x10000: (DmaMap(3, 0, 0x10000, PAGE), True)}
     error, _ = bench.ask(Command.DMA_MAP, DmaMap(3, 0, 0x10800, PAGE).pack(), fds=(fd,))
@@ -282,14 +282,14 @@ def test_memory_is_shared_with_its_descriptor_and_can_be_taken_back(
     assert bench.ask(Command.DMA_UNMAP, DmaUnmap(0, 0x10000, PAGE).pack())[0] == errno.ENOENT
     assert bench.device.mapped == {}
     os.close(fd)
-    assert descriptors() == before
+    assert open_fds() == before
 
 
 def test_memory_that_the_device_refuses_is_not_kept(
-    make_bench: Callable[..., Bench], descriptors: Callable[[], int]
+    make_bench: Callable[..., Bench], open_fds: Callable[[], int]
 ) -> None:
     bench = make_bench()
-    before = descriptors()
+    before = open_fds()
     bench.device.refuse[Command.DMA_MAP] = errno.ENOMEM
     fd = os.memfd_create("ram")
     os.ftruncate(fd, PAGE)
@@ -297,7 +297,7 @@ def test_memory_that_the_device_refuses_is_not_kept(
     assert error == errno.ENOMEM
     assert bench.link.memory.regions == []
     os.close(fd)
-    assert descriptors() == before
+    assert open_fds() == before
 
 
 def test_unmap_and_map_may_be_pipelined(make_bench: Callable[..., Bench]) -> None:
@@ -344,14 +344,14 @@ def test_posted_set_up_commands_are_followed_and_not_answered(
 @settings(deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 def test_i9_no_bytes_of_a_vmm_leak_a_descriptor_or_break_the_relay(
     make_bench: Callable[..., Bench],
-    descriptors: Callable[[], int],
+    open_fds: Callable[[], int],
     command: int,
     body: bytes,
     n_fds: int,
     posted: bool,
 ) -> None:
     fd = os.memfd_create("ram")
-    before = descriptors()
+    before = open_fds()
     bench = make_bench()
     try:
         bench.vmm(command, body, posted=posted, fds=(fd,) * n_fds)
@@ -361,7 +361,7 @@ def test_i9_no_bytes_of_a_vmm_leak_a_descriptor_or_break_the_relay(
     else:
         assert not bench.link.relay.holding
     bench.close()
-    assert descriptors() == before
+    assert open_fds() == before
     os.close(fd)
 
 

@@ -131,10 +131,10 @@ def test_i9_any_answer_ends_in_facts_or_a_typed_error(
 
 
 def test_a_twin_socket_that_is_not_wanted_is_closed(
-    make_bench: Callable[..., Bench], descriptors: Callable[[], int]
+    make_bench: Callable[..., Bench], open_fds: Callable[[], int]
 ) -> None:
     bench = make_bench()
-    before = descriptors()
+    before = open_fds()
     ours, theirs = socket.socketpair()
     link = _shake(bench.device, twin=os.dup(theirs.fileno()))
     assert link.facts.twin == -1
@@ -145,7 +145,7 @@ def test_a_twin_socket_that_is_not_wanted_is_closed(
     link.close()
     for end in (ours, theirs):
         end.close()
-    assert descriptors() == before
+    assert open_fds() == before
 
 
 def test_a_status_crosses_the_socket_unchanged(make_bench: Callable[..., Bench]) -> None:

@@ -94,9 +94,9 @@ def _new_link() -> DeviceLink:
 
 @pytest.mark.parametrize("state", ["passthrough", "shut"])
 def test_a_link_stands_where_the_other_stood(
-    make_bench: Callable[..., Bench], descriptors: Callable[[], int], state: str
+    make_bench: Callable[..., Bench], open_fds: Callable[[], int], state: str
 ) -> None:
-    before = descriptors()
+    before = open_fds()
     bench = make_bench()
     link, custody = bench.link, bench.custody
     for address, flags, shared in ((0x10000, 3, True), (0x20000, 1, True), (0x40000, 3, False)):
@@ -144,7 +144,7 @@ def test_a_link_stands_where_the_other_stood(
     new.close()
     bench.close()
     os.close(event)
-    assert descriptors() == before
+    assert open_fds() == before
 
 
 def test_what_has_to_end_first_is_refused(make_bench: Callable[..., Bench]) -> None:

@@ -152,12 +152,12 @@ def test_a_job_that_holds_nobody_up_only_fails_itself(table: Table) -> None:
 
 
 def test_the_descriptors_of_an_answer_that_nobody_takes_are_closed(
-    table: Table, descriptors: Callable[[], int]
+    table: Table, open_fds: Callable[[], int]
 ) -> None:
     def job() -> Job[None]:
         yield [Call(1), Call(2)]
 
-    before = descriptors()
+    before = open_fds()
 
     def answer_with_descriptor() -> None:
         number, command, *_ = HEADER.unpack_from(table.sent.pop(0))
@@ -172,7 +172,7 @@ def test_the_descriptors_of_an_answer_that_nobody_takes_are_closed(
     answer_with_descriptor()
     table.runner.abort(DeviceLost("gone"))
     answer_with_descriptor()
-    assert descriptors() == before
+    assert open_fds() == before
 
 
 def test_a_job_waits_until_the_vmms_own_changes_are_through(table: Table) -> None:
