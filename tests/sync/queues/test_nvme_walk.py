@@ -2,6 +2,7 @@
 that is written from the specification and shares no code."""
 
 import struct
+from itertools import product
 
 import pytest
 from hypothesis import given, settings
@@ -35,6 +36,7 @@ def finish(world: World) -> None:
         world.target.event()
         driver.take(driver.cqs[0])
     assert not driver.asked
+    assert world.unnamed_pages_are_untouched()
 
 
 @given(
@@ -116,13 +118,19 @@ def fill(world: World, sq: object, count: int) -> None:
             world.here.step()
 
 
-@pytest.mark.parametrize("size", [2, 3, 16])
-def test_every_position_of_a_ring_in_both_phases(size: int) -> None:
-    for position in range(2 * size + 2):
+@pytest.mark.parametrize(
+    ("size", "in_flight"),
+    [*product([2, 3, 17], [0, 1, 2, 7, 16]), (1024, 0), (1024, 16)],
+)
+def test_every_position_of_a_ring_in_both_phases(size: int, in_flight: int) -> None:
+    """All of them, but of the largest ring only those around a wrap."""
+    around = [at + step for at in (0, size, 2 * size) for step in (-1, 0, 1)]
+    for position in range(2 * size + 2) if size < 64 else [at for at in around if at >= 0]:
         world = World(position)
         world.driver.enable(8, 8)
         world.create(1, size, [size])
-        world.work(world.driver.sqs[1], position)
+        world.work(world.driver.sqs[1], position, depth=min(size, 16))
+        fill(world, world.driver.sqs[1], in_flight)
         world.come_to_rest()
         world.switch()
         finish(world)
@@ -170,6 +178,27 @@ def test_completions_that_the_driver_has_not_taken_stay_there(walks_ahead: bool)
             assert (queue.tail - queue.head) % 5 == unconsumed
             assert world.on_target.signals == [1]
             finish(world)
+
+
+def test_i8_a_walk_that_ends_at_any_of_its_commands_leaves_the_guest_alone() -> None:
+    """Ahead of time or in the pause: the guest goes on at the source, and moves the next time."""
+    step, done = 0, False
+    while not done:
+        world = World(step)
+        world.driver.enable(6, 5)
+        world.create(1, 5, [4])
+        world.driver.submit(world.driver.sqs[0], 0x0C)
+        world.here.run()
+        world.work(world.driver.sqs[1], 7)
+        before = bytes(world.memory.bytes)
+        done = world.abort(step)
+        assert bytes(world.memory.bytes) == before
+        world.work(world.driver.sqs[1], 3)
+        world.come_to_rest()
+        world.switch()
+        finish(world)
+        step += 1
+    assert step > 30
 
 
 def test_a_queue_may_be_used_before_its_making_was_acknowledged() -> None:

@@ -255,7 +255,7 @@ class World:
 @given(
     seed=st.integers(0, 1 << 32),
     kind=st.sampled_from([2, 2, 4]),
-    sizes=st.lists(st.sampled_from([4, 8, 16, 64, 256]), min_size=1, max_size=3),
+    sizes=st.lists(st.sampled_from([2, 4, 8, 16, 64, 256, 1024]), min_size=1, max_size=3),
     features=st.sampled_from(FEATURES),
     begins=st.lists(st.integers(0, 700), min_size=3, max_size=3),
     before=st.integers(0, 9),

@@ -1,9 +1,11 @@
 """A guest with a driver, two model controllers, and an executor of plans."""
 
+import contextlib
 import random
 import struct
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
+from itertools import chain, islice
 
 from sync.queues.errors import MemoryUnreadable
 from sync.queues.interface import (
@@ -11,6 +13,7 @@ from sync.queues.interface import (
     AwaitRegister,
     Command,
     MapScratch,
+    Plan,
     ReadMemory,
     ReadRegister,
     ResetFunction,
@@ -83,12 +86,12 @@ class GuestMemory:
 
     def __init__(self) -> None:
         self.bytes = bytearray(CANARY * GUEST_PAGES)
-        self._free = GUEST_IOVA
+        self.free = GUEST_IOVA
 
     def allocate(self, length: int) -> int:
-        iova = self._free
-        self._free += -(-length // PAGE) * PAGE
-        assert self._free <= GUEST_IOVA + len(self.bytes)
+        iova = self.free
+        self.free += -(-length // PAGE) * PAGE
+        assert self.free <= GUEST_IOVA + len(self.bytes)
         at = iova - GUEST_IOVA
         self.bytes[at : at + length] = bytes(length)
         return iova
@@ -285,6 +288,30 @@ class World:
         self.source.run()
         self.watch.look()
         assert self.watch.rest() is Rest.AT_REST
+
+    def abort(self, steps: int) -> bool:
+        """The walk, ahead of time and in the pause, ends behind so many of its commands, and the
+        target is reset. Whether it had fewer."""
+        state = self.watch.state()
+        commands = chain(*(self._each(plan(state)) for plan in (self.walk.ahead, self.walk.finish)))
+        fewer = sum(1 for _ in islice(commands, steps)) < steps
+        self.target.space.pages.clear()
+        self.target.function_reset()
+        self.walk = NVME.walk(self.target_inventory)
+        return fewer
+
+    def _each(self, plan: Plan[None]) -> Iterator[None]:
+        with contextlib.suppress(StopIteration):
+            command = next(plan)
+            while True:
+                answer = self.on_target(command)
+                yield
+                command = plan.send(answer)
+
+    def unnamed_pages_are_untouched(self) -> bool:
+        """Those that no command of the guest has named (the last one is for its admin commands)."""
+        free = self.memory.bytes[self.memory.free - GUEST_IOVA : -PAGE]
+        return free == CANARY * (len(free) // PAGE)
 
     def switch(self) -> None:
         """Memory and accesses go to the target, as after the commit."""
