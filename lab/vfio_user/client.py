@@ -47,7 +47,6 @@ from sync.vfio_user.protocol import (
     WriteMultiReply,
     message_limit_bytes,
 )
-from sync.vfio_user.sockets import connect_unix
 
 CLIENT_CAPABILITIES: Final = Capabilities(
     max_msg_fds=16, twin_socket=TwinSocket(supported=True), write_multiple=True
@@ -96,7 +95,7 @@ class Client:
         self._twin: Channel | None = None
         self._dma_thread: threading.Thread | None = None
         self._main = Channel(
-            connect_unix(socket_path, timeout_s),
+            _connected(socket_path, timeout_s),
             self._limit_bytes,
             capabilities.max_msg_fds,
             serves=serves_dma,
@@ -402,3 +401,15 @@ def _nothing(body: bytes) -> None:
     """Unpack a reply without a body."""
     if body:
         raise ProtocolError(f"reply with {len(body)} bytes, none expected")
+
+
+def _connected(path: str | Path, timeout_s: float) -> socket.socket:
+    """A stream socket connected to `path`, with that timeout. Raises OSError."""
+    sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+    try:
+        sock.settimeout(timeout_s)
+        sock.connect(str(path))
+    except BaseException:
+        sock.close()
+        raise
+    return sock

@@ -7,11 +7,11 @@ import numpy as np
 import numpy.typing as npt
 
 from perf.benchmark import Context, Measurement, cpu_seconds
-from transport.kernels.bitmap import bitmap_to_indices, bitmap_to_runs, count
+from transport.kernels.bitmap import bitmap_to_indices, count
 
 GIB = 1 << 30
 DENSITIES = (0.0, 0.001, 0.01, 0.5)
-SCANS = {"count": count, "to_indices": bitmap_to_indices, "to_runs": bitmap_to_runs}
+SCANS = {"count": count, "to_indices": bitmap_to_indices}
 
 Words = npt.NDArray[np.uint64]
 

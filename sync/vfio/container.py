@@ -12,7 +12,6 @@ from sync.vfio.sysfs import PciFunction
 from sync.vfio.uapi import GroupFlags, Ioctl
 
 CONTAINER = "/dev/vfio/vfio"
-_MAX_INFO_BYTES = 1 << 16
 
 
 class Container:
@@ -41,28 +40,6 @@ class Container:
         self._handles.ioctl("unmap memory", self._fd, Ioctl.IOMMU_UNMAP_DMA, argument)
         unmapped: int = uapi.DMA_UNMAP.unpack(argument)[3]
         return unmapped
-
-    def usable_iovas(self) -> list[tuple[int, int]]:
-        """First and last address of each range that can be mapped; none if the kernel is silent."""
-        fixed = bytearray(uapi.IOMMU_INFO.pack(uapi.IOMMU_INFO.size, 0, 0, 0))
-        self._handles.ioctl("describe the IOMMU", self._fd, Ioctl.IOMMU_GET_INFO, fixed)
-        size = uapi.IOMMU_INFO.unpack(fixed)[0]
-        if not uapi.IOMMU_INFO.size < size <= _MAX_INFO_BYTES:
-            return []
-        info = bytearray(size)
-        uapi.IOMMU_INFO.pack_into(info, 0, size, 0, 0, 0)
-        self._handles.ioctl("describe the IOMMU", self._fd, Ioctl.IOMMU_GET_INFO, info)
-        _, flags, _, at = uapi.IOMMU_INFO.unpack_from(info)
-        while flags & uapi.IOMMU_INFO_CAPS and at:
-            kind, _, following = uapi.CAPABILITY.unpack_from(info, at)
-            if kind == uapi.CAP_IOVA_RANGE:
-                content = at + uapi.CAPABILITY.size
-                count, _ = uapi.IOVA_RANGES.unpack_from(info, content)
-                start = content + uapi.IOVA_RANGES.size
-                end = start + count * uapi.IOVA_RANGE.size
-                return list(uapi.IOVA_RANGE.iter_unpack(info[start:end]))
-            at = following if following > at else 0
-        return []
 
     @staticmethod
     def _open(handles: Handles) -> int:

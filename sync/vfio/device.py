@@ -124,10 +124,6 @@ class VfioDevice:
         if unmapped != length:
             raise VfioError(f"of {length} bytes at {iova:#x}, {unmapped} could be unmapped")
 
-    def usable_iovas(self) -> list[tuple[int, int]]:
-        """First and last address of each range that can be mapped; none if the kernel is silent."""
-        return self.iommu.usable_iovas()
-
     # Interrupts.
 
     def set_irqs(self, index: IrqIndex, fds: Sequence[int], start: int = 0) -> None:

@@ -3,11 +3,8 @@
 Source: Linux, include/uapi/linux/iommufd.h and Documentation/userspace-api/iommufd.rst (6.12).
 """
 
-import ctypes
-import errno
-
 from sync.vfio import uapi
-from sync.vfio.errors import NoVfio, VfioError
+from sync.vfio.errors import NoVfio
 from sync.vfio.handles import Handles
 from sync.vfio.sysfs import PciFunction
 from sync.vfio.uapi import Ioctl, IommuIoctl
@@ -64,26 +61,6 @@ class IommuFd:
         self._call("unmap memory", IommuIoctl.IOAS_UNMAP, argument)
         unmapped: int = uapi.IOAS_UNMAP.unpack(argument)[3]
         return unmapped
-
-    def usable_iovas(self) -> list[tuple[int, int]]:
-        """First and last address of each range that can be mapped."""
-        count = 0
-        while True:
-            ranges = (ctypes.c_uint64 * (2 * count))()
-            argument = bytearray(
-                uapi.IOAS_IOVA_RANGES.pack(
-                    uapi.IOAS_IOVA_RANGES.size, self._space, count, ctypes.addressof(ranges), 0
-                )
-            )
-            try:
-                self._handles.kernel.ioctl(self._fd, IommuIoctl.IOAS_IOVA_RANGES, argument)
-            except OSError as error:
-                wanted = uapi.IOAS_IOVA_RANGES.unpack(argument)[2]
-                if error.errno == errno.EMSGSIZE and count < wanted <= uapi.MAX_IOVA_RANGES:
-                    count = wanted
-                    continue
-                raise VfioError(f"{self._handles.name}: the IOMMU says no ranges") from error
-            return list(zip(ranges[::2], ranges[1::2], strict=True))
 
     def set_log(self, on: bool) -> None:
         """Whether it is noted what is written."""

@@ -28,7 +28,6 @@ class Ioctl(IntEnum):
     DEVICE_GET_IRQ_INFO = _request(9)
     DEVICE_SET_IRQS = _request(10)
     DEVICE_RESET = _request(11)
-    IOMMU_GET_INFO = _request(12)
     IOMMU_MAP_DMA = _request(13)
     IOMMU_UNMAP_DMA = _request(14)
     DEVICE_FEATURE = _request(17)
@@ -41,7 +40,6 @@ class IommuIoctl(IntEnum):
     """Requests of iommufd."""
 
     IOAS_ALLOC = ord(";") << 8 | 0x81
-    IOAS_IOVA_RANGES = ord(";") << 8 | 0x84
     IOAS_MAP = ord(";") << 8 | 0x85
     IOAS_UNMAP = ord(";") << 8 | 0x86
     HWPT_ALLOC = ord(";") << 8 | 0x89
@@ -68,7 +66,6 @@ class DeviceFeature(IntEnum):
 
 class GroupFlags(IntFlag):
     VIABLE = 1 << 0
-    CONTAINER_SET = 1 << 1
 
 
 class DeviceFlags(IntFlag):
@@ -125,15 +122,6 @@ DMA_MAP = struct.Struct("=IIQQQ")
 """argsz, flags, vaddr, iova, size."""
 DMA_UNMAP = struct.Struct("=IIQQ")
 """argsz, flags, iova, size."""
-IOMMU_INFO = struct.Struct("=IIQI4x")
-"""argsz, flags, iova_pgsizes, cap_offset."""
-IOMMU_INFO_CAPS = 1 << 1
-CAPABILITY = struct.Struct("=HHI")
-"""id, version, offset of the next one."""
-CAP_IOVA_RANGE = 1
-IOVA_RANGES = struct.Struct("=II")
-"""nr_iovas, reserved; pairs of the first and the last address behind it."""
-IOVA_RANGE = struct.Struct("=QQ")
 FEATURE = struct.Struct("=II")
 """argsz, flags; data behind it."""
 
@@ -157,9 +145,6 @@ ATTACH_PT = struct.Struct("=III")
 """argsz, flags, pt_id."""
 IOAS_ALLOC = struct.Struct("=III")
 """size, flags, out_ioas_id."""
-IOAS_IOVA_RANGES = struct.Struct("=III4xQQ")
-"""size, ioas_id, num_iovas, address of the ranges, out_iova_alignment."""
-MAX_IOVA_RANGES = 1 << 12
 IOAS_MAP = struct.Struct("=III4xQQQ")
 """size, flags, ioas_id, user_va, length, iova."""
 IOAS_UNMAP = struct.Struct("=IIQQ")

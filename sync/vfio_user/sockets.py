@@ -1,4 +1,4 @@
-"""UNIX sockets that only their owner may use: listening and connecting."""
+"""UNIX sockets that only their owner may use: listening."""
 
 import contextlib
 import errno
@@ -46,18 +46,6 @@ def file_identity(path: str | Path) -> tuple[int, int]:
     """Return (device, inode) of the file at `path`."""
     status = Path(path).lstat()
     return status.st_dev, status.st_ino
-
-
-def connect_unix(path: str | Path, timeout_s: float) -> socket.socket:
-    """Return a stream socket connected to `path`, still with that timeout. Raises OSError."""
-    sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
-    try:
-        sock.settimeout(timeout_s)
-        sock.connect(str(path))
-    except BaseException:
-        sock.close()
-        raise
-    return sock
 
 
 def _is_abandoned(path: str | Path) -> bool:

@@ -314,30 +314,6 @@ class PciPlatform:
         return msix
 
 
-async def save_platform(vmm: Vmm, qmp_path: str) -> bytes:
-    """`PciPlatform.save` in one go; empty where there is nothing to save."""
-    platform = await PciPlatform.attach(vmm, qmp_path)
-    if platform is None:
-        return b""
-    try:
-        return await platform.save()
-    finally:
-        await platform.aclose()
-
-
-async def restore_platform(vmm: Vmm, qmp_path: str, blob: bytes) -> None:
-    """`PciPlatform.restore` in one go. Raises `PlatformError` if there is nothing to restore to."""
-    if not blob:
-        return
-    platform = await PciPlatform.attach(vmm, qmp_path)
-    if platform is None:
-        raise PlatformError(f"the source's VMM has {DRIVER} devices, the one here has none")
-    try:
-        await platform.restore(blob)
-    finally:
-        await platform.aclose()
-
-
 def _restoring(function: Function, msix: Msix | None) -> list[str]:
     """The commands that give `function` its state.
 

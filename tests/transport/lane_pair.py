@@ -9,7 +9,7 @@ from transport.kernels.digests import digest_all
 from transport.receiving.decoder import Applied, Decoder
 from transport.sending.encoder import EncodedFrame, Encoder
 from transport.sending.replica import Replica
-from transport.wire.frames import DEFAULT_FRAME_BYTES, lane_of
+from transport.wire.frames import DEFAULT_FRAME_BYTES
 
 SEED = 0x0123456789ABCDEF
 N_PAGES = 200  # several stripes
@@ -100,6 +100,11 @@ def rewrite(page: np.ndarray, how: str, number: int) -> None:
 REWRITES = [
     *("zero", "random", "shared", "text", "byte", "scattered", "stretch", "moved", "not at all")
 ]
+
+
+def lane_of(page: int, lanes: int) -> int:
+    """The lane that carries `page`, of which 64 neighbours keep together."""
+    return page // 64 % lanes
 
 
 def check_cache(replica: Replica) -> None:

@@ -81,24 +81,3 @@ def prefetch(_context, address):  # type: ignore[no-untyped-def]
         return context.get_dummy_value()
 
     return types.void(types.uintp), generate
-
-
-@_instruction
-def store_sums(_context, address, first, numbers):  # type: ignore[no-untyped-def]
-    """Store at `address` eight uint32: `first` plus each byte of `numbers`, lowest byte first.
-
-    (address uintp, first uint32, numbers uint64). A vector, which numba makes of no such loop.
-    """
-
-    def generate(context: Any, builder: Any, _signature: Any, values: Any) -> Any:
-        i32 = ir.IntType(32)
-        vector = ir.VectorType(i32, 8)
-        nothing = ir.Constant(vector, ir.Undefined)
-        lane = builder.insert_element(nothing, values[1], i32(0))
-        splat = builder.shuffle_vector(lane, nothing, ir.Constant(vector, [0] * 8))
-        narrow = builder.bitcast(values[2], ir.VectorType(ir.IntType(8), 8))
-        sums = builder.add(builder.zext(narrow, vector), splat)
-        builder.store(sums, builder.inttoptr(values[0], vector.as_pointer()), align=4)
-        return context.get_dummy_value()
-
-    return types.void(types.uintp, types.uint32, types.uint64), generate

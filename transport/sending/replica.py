@@ -73,16 +73,6 @@ class Replica:
         """Lanes among which the pages are dealt."""
         return self._lanes
 
-    @property
-    def cached_pages(self) -> int:
-        """Pages whose snapshot the cache can hold, all lanes together."""
-        return self._owners.size
-
-    @property
-    def known_pages(self) -> int:
-        """Pages whose digest is known."""
-        return int(np.count_nonzero(self._digests != UNKNOWN))
-
     def knowledge_of_lane(self, lane: int) -> Knowledge:
         """The arrays as the encoding kernel of `lane` wants them. For one `Encoder`."""
         return Knowledge(

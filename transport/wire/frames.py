@@ -102,11 +102,6 @@ class PageKind(IntEnum):
 FIRST_KIND_WITH_BASE: Final = PageKind.DELTA
 
 
-def lane_of(index: int, lanes: int) -> int:
-    """The lane, of `lanes`, that carries page `index` for the whole migration."""
-    return index // STRIPE_PAGES % lanes
-
-
 def split_by_lane(indices: npt.NDArray[np.uint32], lanes: int) -> list[npt.NDArray[np.uint32]]:
     """Deal page indices (uint32, 1-D) to `lanes` lanes; order is kept within each."""
     if lanes == 1:

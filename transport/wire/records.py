@@ -98,7 +98,6 @@ MIN_PEER_TIMEOUT_MS = 500
 pings cost more than they tell."""
 MAX_RESUME_MS = 3_600_000
 """Longest time that a lost link may be waited for: an hour."""
-MAX_LINK = 0xFFFFFFFF
 MAX_REASON_BYTES = 512
 """Text of a BYE, which a person reads."""
 MAX_COMPARE_PAGES = 16384

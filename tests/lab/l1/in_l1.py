@@ -159,7 +159,6 @@ def main() -> None:
         "functions": [function.address for function in functions],
         "drivers before": before,
         "differences": differences,
-        "usable iovas": source.usable_iovas(),
         "regions": {index: region.size for index, region in source.regions.items()},
         "vectors": {index.name: count for index, count in source.vectors.items()},
         "migration v2": source.has_feature(1, FeatureFlags.GET),

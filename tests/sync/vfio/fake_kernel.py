@@ -33,7 +33,6 @@ class FakeKernel:
         self.container_of_group: int | None = None
         self.iommu: int | None = None
         self.features: set[int] = set()
-        self.ranges = [(0, 0xFEDF_FFFF), (0xFEF0_0000, (1 << 39) - 1)]
 
     def open(self, path: str) -> int:
         if path in self.missing:
@@ -75,7 +74,6 @@ class FakeKernel:
             (CONTAINER, 0): lambda _: self.version,
             (CONTAINER, 1): lambda kind: self.type1 if kind == 3 else 0,
             (CONTAINER, 2): self._set_iommu,
-            (CONTAINER, 12): self._iommu_info,
             (CONTAINER, 13): self._map,
             (CONTAINER, 14): self._unmap,
             (GROUP, 3): self._status,
@@ -97,18 +95,6 @@ class FakeKernel:
         if self.set_iommu_error:
             raise OSError(self.set_iommu_error, "not permitted")
         self.iommu = kind
-
-    def _iommu_info(self, info: bytearray) -> None:
-        assert self.iommu == 3
-        caps = struct.pack("=HHI", 3, 1, 0x20 + 8) + struct.pack("=HHIII", 1, 2, 0, 2, 0)
-        caps = struct.pack("=HHI", 3, 1, 32) + caps[8:]
-        full = 24 + len(caps) + 32
-        (size,) = struct.unpack_from("=I", info)
-        struct.pack_into("=IIQI", info, 0, full, 3, 0x1000, 24 if size >= full else 0)
-        if size >= full:
-            info[24 : 24 + len(caps)] = caps
-            for number, each in enumerate(self.ranges):
-                struct.pack_into("=QQ", info, 24 + len(caps) + 16 * number, *each)
 
     def _map(self, argument: bytes) -> None:
         size, flags, address, iova, length = struct.unpack("=IIQQQ", argument)

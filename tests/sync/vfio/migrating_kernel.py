@@ -162,14 +162,6 @@ class MigratingKernel(FakeKernel):
         assert size == len(argument)
         if number == 0x81:
             struct.pack_into("=I", argument, 8, 11)
-        elif number == 0x84:
-            _, space, count, reserved, address, _ = struct.unpack("=IIIIQQ", argument)
-            assert space == 11 and not reserved
-            struct.pack_into("=I", argument, 8, len(self.ranges))
-            if count < len(self.ranges):
-                raise OSError(errno.EMSGSIZE, "more")
-            for at, each in enumerate(self.ranges):
-                ctypes.memmove(address + 16 * at, struct.pack("=QQ", *each), 16)
         elif number == 0x85:
             _, flags, space, reserved, address, length, iova = struct.unpack("=IIIIQQQ", argument)
             assert space == 11 and flags & 1 and not reserved and iova not in self.mapped

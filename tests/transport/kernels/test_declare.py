@@ -43,8 +43,6 @@ def test_other_threads_run_while_a_kernel_does() -> None:
 
 def uses_every_instruction(word: Any) -> Any:
     externals.prefetch(word)
-    if word == 7:  # no address
-        externals.store_sums(word, 1, word)
     return externals.count_ones(word) * 100 + externals.trailing_zeros(word)
 
 

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from transport.kernels import clib
-from transport.kernels.bitmap import _assign, _count
+from transport.kernels.bitmap import _count, _set
 from transport.kernels.digests import _digest_pages
 from transport.kernels.load import warm_up
 from transport.wire.errors import TransportError
@@ -79,10 +79,10 @@ def test_what_is_no_array_of_the_signature_is_refused(unfit: object) -> None:
 def test_a_kernel_writes_to_no_array_that_is_readonly() -> None:
     pages = np.zeros(1, np.uint32)
     bitmap = WORDS.copy()
-    assert _assign(bitmap, pages, 256, True) == 1
+    assert _set(bitmap, pages, 256) == 1
     bitmap.flags.writeable = False
     with pytest.raises(TypeError):
-        _assign(bitmap, pages, 256, False)
+        _set(bitmap, pages, 256)
     assert bitmap[0] == 1
 
 
