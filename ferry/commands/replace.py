@@ -78,10 +78,19 @@ async def _replace(options: Options, gateway_path: str, device_path: str, out: R
         enter(Phase.SWITCHING)
         with trio.CancelScope(shield=True):
             done = await gateway.switch_device()
+            option = (await gateway.status()).device_option
+    text = (
+        f"the guest has the device at {device_path}, moved by {by}; its accesses waited for "
+        f"{done.held_ms:.0f} ms. The old device can be ended"
+    )
+    if option != device_path:
+        text += (
+            f". The gateway's --device is still {option}: change it to {device_path} before another"
+            " gateway is started"
+        )
     out.event(
         "replaced",
-        text=f"the guest has the device at {device_path}, moved by {by}; its accesses waited for "
-        f"{done.held_ms:.0f} ms. The old device can be ended",
+        text=text,
         device=device_path,
         native=done.native,
         held_ms=done.held_ms,

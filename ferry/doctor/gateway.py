@@ -90,10 +90,10 @@ async def _findings(name: str, path: str, gateway: GatewayClient, wish: Wish) ->
         outcome = "went well" if info.last_recovery.ok else "failed"
         text = f"it had to bring its VMM back by itself, which {outcome}: "
         found.append(note(name, f"{text}{info.last_recovery.message}"))
+    if replaced := _replaced(name, info):
+        found.append(replaced)
     if not info.device_connected:
-        found.append(
-            problem(name, "it has no device", "start the device at the gateway's --device")
-        )
+        found.append(problem(name, "it has no device", f"start the device at {info.device_path}"))
         return found
     found += _device(info, wish, gateway)
     if hidden := _hidden(info):
@@ -125,6 +125,15 @@ def _state(name: str, info: GatewayInfo) -> Finding:
         text = f"the VMM waited for session {info.session}, which is fenced"
         return problem(name, text, "restart the VMM before the next attempt")
     return ok(name, "free, its device in passthrough")
+
+
+def _replaced(name: str, info: GatewayInfo) -> Finding | None:
+    """The device is elsewhere than where another gateway of the same options would look for it."""
+    if info.device_path == info.device_option:
+        return None
+    text = f"its device was replaced by the one at {info.device_path}; --device is still "
+    advice = f"change --device to {info.device_path} before another gateway is started"
+    return note(name, text + info.device_option, advice)
 
 
 def _device(info: GatewayInfo, wish: Wish, gateway: GatewayClient) -> list[Finding]:

@@ -38,7 +38,6 @@ from sync.vfio.native_migration import NativeMigration, supported
 from sync.vfio.queue_migration import QueueMigration
 from sync.vfio.sysfs import PciFunction
 from sync.vfio.uapi import IrqIndex
-from sync.vfio.user_device import DEADLINE_S as ANSWER_S
 from sync.vfio.user_device import UserDevice
 from sync.vfio_user.protocol import (
     FLAG_NO_REPLY,
@@ -545,15 +544,12 @@ class HostEndpoint:
         return self._migration
 
 
-def open_endpoint(
-    address: str, log: Callable[..., None], deadline_s: float = ANSWER_S
-) -> HostEndpoint:
+def open_endpoint(address: str, log: Callable[..., None]) -> HostEndpoint:
     """The function at `address`, which vfio-pci has, by iommufd if that stands in front; or the
-    device process at this path, which has to say within `deadline_s` what it is. Raises
-    `VfioError`."""
+    device process at this path. Raises `VfioError`."""
     device: VfioDevice | UserDevice
     if address.startswith("/"):
-        device = UserDevice(Path(address), deadline_s)
+        device = UserDevice(Path(address))
     else:
         function = PciFunction(address.removeprefix(BY_IOMMUFD))
         device = VfioDevice(function, iommufd=address.startswith(BY_IOMMUFD))

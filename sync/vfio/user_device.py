@@ -58,13 +58,12 @@ class UserDevice:
     Raises `VfioError` and what is derived from it, here and in every method.
     """
 
-    def __init__(self, path: Path, deadline_s: float = DEADLINE_S) -> None:
-        """`deadline_s`: for each answer until it has said what it is."""
+    def __init__(self, path: Path) -> None:
         self.name = str(path)
         self.lost = False
         """Whether the connection is of no use any more."""
         self._socket = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
-        self._socket.settimeout(deadline_s)
+        self._socket.settimeout(DEADLINE_S)
         self._framer = Framer(message_limit_bytes(_MAX_TRANSFER_BYTES))
         try:
             self._socket.connect(os.fspath(path))
@@ -72,7 +71,6 @@ class UserDevice:
             answer = self._ask(Command.VERSION, Version(capabilities=offer).pack())
             self._max_fds = Version.unpack(answer).capabilities.max_msg_fds
             self._describe()
-            self._socket.settimeout(DEADLINE_S)
         except OSError as error:
             self._socket.close()
             raise NoFunction(f"no device at {path}: {error.strerror}") from error

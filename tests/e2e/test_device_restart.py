@@ -101,6 +101,7 @@ def test_a_device_is_replaced_under_load(tmp_path: Path, registers: str, times: 
             assert command.wait(30) == Exit.OK, command.tail()
             done = command.wait_event("replaced")
             assert done["native"] is (registers == "v2")
+            assert f"change it to {unit.device_socket}" in done["text"]
             assert old is not None
             old.kill()
             old = unit.device

@@ -102,6 +102,11 @@ class GatewayInfo:
     device_connected: bool
     device_absence: str
     """Why the guest's device is not there; '' if it is, or if no guest waits for it."""
+    device_path: str
+    """Where it reaches its device: a socket, or a function of the host."""
+    device_option: str
+    """The `--device` of its process, where the next gateway finds its device: another place after a
+    replacement."""
     comebacks: int
     """How often another process of the device has taken its place for the VMM that is connected."""
     vmm_connected: bool

@@ -21,7 +21,7 @@ from sync.gateway.engine.records import NO_TERMS, Fate, Terms
 from sync.registers.record import RECORD_BYTES
 from sync.vfio_user.protocol import MigrationState
 
-VERSION = 5
+VERSION = 6
 
 MAX_JOURNAL_RECORDS = MAX_BLOB_BYTES // RECORD_BYTES
 MAX_RECOVERY_S = 600.0

@@ -73,8 +73,9 @@ class Limits:
 class Sockets(Protocol):
     """What the core has done with the sockets of devices."""
 
-    def open_next(self, path: str) -> Send:
-        """Connects to a new device. Raises OSError, `SyncError`."""
+    def open_next(self, path: str, opened: Callable[[Send | SyncError], None]) -> None:
+        """Connects to a new device; `opened` is told at once or later. Raises OSError,
+        `SyncError`."""
 
     def hear_next(self, handler: Handler) -> None:
         """What the new device says goes to `handler`."""
@@ -165,6 +166,8 @@ class Core:
         self.absence = ""
         """Why the device is not there, if it is waited for."""
         self._away_since = 0.0
+        self.device_path = self.device_option = ""
+        """As in a status; kept by whoever has the sockets."""
         self.limits = limits
         self.clock = clock
         self.custody = Custody(records)
@@ -373,11 +376,30 @@ class Core:
         if self.replacement is not None:
             raise WrongState("the device is being replaced")
         comeback.check_replaceable(link)
+        lease = self.lease
+
+        def opened(to_device: Send | SyncError) -> None:
+            if isinstance(to_device, SyncError):
+                done(NewDeviceUnreachable(f"no new device at {path}: {to_device}"))
+            elif link is not self.link or not self.ready or lease is not self.lease:
+                self.sockets.drop_next()
+                done(DeviceLost("the guest's device, or who wanted another one, has gone"))
+            else:
+                self._prepare(link, path, to_device, done)
+
         try:
-            to_device = self.sockets.open_next(path)
+            self.sockets.open_next(path, opened)
         except (OSError, SyncError) as error:
             reason = (error.strerror if isinstance(error, OSError) else None) or str(error)
             raise NewDeviceUnreachable(f"no new device at {path}: {reason}") from error
+
+    def _prepare(
+        self,
+        link: DeviceLink,
+        path: str,
+        to_device: Send,
+        done: Callable[[SyncError | None], None],
+    ) -> None:
         successor = Successor(link, to_device, self.clock, self.limits.comeback_step_s)
         self.sockets.hear_next(successor.relay.from_device)
         self.replacement = Replacement(
@@ -707,6 +729,8 @@ class Core:
             },
             device_connected=self.ready,
             device_absence=self.absence,
+            device_path=self.device_path,
+            device_option=self.device_option,
             comebacks=link.comebacks if link else 0,
             vmm_connected=custody.vmm_connected,
             vmm=self.vmm,

@@ -42,6 +42,7 @@ from sync.gateway.engine.inheritance import (
 )
 from sync.gateway.engine.keeper import LOOK_S
 from sync.gateway.engine.listener import Listener
+from sync.gateway.engine.opening import Opening
 from sync.gateway.engine.records import Records
 from sync.gateway.engine.records_file import RecordsFile
 from sync.gateway.engine.succession import START_S, Heir
@@ -52,6 +53,7 @@ from sync.gateway.errors import (
     GatewayError,
     Unsupported,
     UpgradeFailed,
+    WrongState,
     told,
 )
 from sync.peer_process import peer_pid, pid_namespace
@@ -80,8 +82,6 @@ STANDSTILL_S = 0.5
 """A turn of the loop that takes so much longer than it waits is one in which it stood still."""
 RETRY_S = 0.1
 """The pause between two attempts to connect to the device."""
-COMEBACK_S = 0.5
-"""A device process that is to come back says what it is within this time, for each answer."""
 REOPEN_S = 5.0
 """The same for a function of the host that could not be opened."""
 GREETING_S = 5.0
@@ -155,10 +155,6 @@ class Gateway:
         self._link: DeviceLink | None = None
         self._next: Peer | HostEndpoint | None = None
         """A device that is to take the place of the one that is gone."""
-        self._device_path = options.device_path
-        self._function = options.host_function
-        """What `device_path` and `host_function` were at first; a device that is replaced has
-        another."""
         self._retry_at = 0.0
         self._device_fault = ""
         """Why the device cannot be used; found while its own message was being handled."""
@@ -168,6 +164,7 @@ class Gateway:
         self._recovery = VmmRecovery(
             self._clock, lambda: self.core.custody.migrations, self._wake_up
         )
+        self._opening: Opening[HostEndpoint] = Opening(self._wake_up)
         self._heir: Heir | None = None
         """The process that is to take this one's place."""
         self._heir_ended: Callable[[Upgraded | GatewayError], None] = lambda outcome: None
@@ -201,6 +198,8 @@ class Gateway:
         self.core = Core(options.limits, self._clock, log, recover, records, options.origins)
         self.core.hand_on = self._hand_on
         self.core.sockets = self
+        self.core.device_option = _absolute(options.device_path) or options.host_function
+        self.core.device_path = self.core.device_option
         self._server = ControlServer(self.core)
         self._looks: tuple[Callable[[float], object], ...] = (
             options.heartbeat,
@@ -288,6 +287,7 @@ class Gateway:
             client.close()
         self._clients.clear()
         self._recovery.close()
+        self._opening.close()
         self._drop_session()
         if self.core.link is not None:
             if self.handed_on:
@@ -326,7 +326,8 @@ class Gateway:
         return TICK_S if self._device is None or deadlines else TICK_S * IDLE_TICKS
 
     def _look_for_device(self, now: float) -> None:
-        if self._device is None and self._next is None and now >= self._retry_at:
+        wanted = self._device is None and self._next is None and not self._opening.busy
+        if wanted and now >= self._retry_at:
             self._connect_device(now)
 
     def _look_after_vmm(self, now: float) -> None:
@@ -404,6 +405,8 @@ class Gateway:
             os.eventfd_read(self._wake)
         for outcome in self._recovery.outcomes():
             self.core.recovered(outcome)
+        self._opening.tell()
+        self._flush()
         if self._upgrade_asked:
             self._upgrade_asked = False
             self._hand_on(lambda outcome: None)
@@ -414,34 +417,42 @@ class Gateway:
 
     def _connect_device(self, now: float) -> None:
         self._retry_at = now + RETRY_S
-        if self._device_path is None:
-            self._open_function(now)
+        if self._options.host_function:
+            self._open_function()
             return
         with suppress(OSError):
-            peer = _connected(self._device_path)
+            peer = _connected(Path(self.core.device_path))
             try:
                 self._use_device(peer)
             except OSError:
                 peer.close()
 
-    def _open_function(self, now: float) -> None:
-        # Only here: a gateway of a device process stays as small as it is.
-        from sync.vfio.endpoint import open_endpoint
-        from sync.vfio.user_device import DEADLINE_S
-
+    def _open_function(self) -> None:
         awaited = self._link is not None
-        try:
-            deadline_s = COMEBACK_S if awaited else DEADLINE_S
-            endpoint = open_endpoint(self._function, self._log, deadline_s)
-        except SyncError as error:
-            if not awaited:
-                self._log("device-unusable", reason=str(error))
-            self._retry_at = now + (COMEBACK_S if awaited else REOPEN_S)
-            return
-        try:
-            self._use_device(endpoint)
-        except OSError:
-            endpoint.close()
+
+        def opened(outcome: "HostEndpoint | SyncError") -> None:
+            if isinstance(outcome, SyncError):
+                if not awaited:
+                    self._log("device-unusable", reason=str(outcome))
+                self._retry_at = self._clock() + (RETRY_S if awaited else REOPEN_S)
+                return
+            try:
+                self._use_device(outcome)
+            except OSError:
+                outcome.close()
+
+        self._begin_opening(self.core.device_path, opened)
+
+    def _begin_opening(
+        self, address: str, opened: "Callable[[HostEndpoint | SyncError], None]"
+    ) -> None:
+        def opens() -> "HostEndpoint":
+            # Only here: a gateway of a device process stays as small as it is.
+            from sync.vfio.endpoint import open_endpoint
+
+            return open_endpoint(address, self._log)
+
+        self._opening.begin(opens, opened)
 
     def _use_device(self, peer: "Peer | HostEndpoint") -> None:
         """Takes a device; raises OSError if it cannot."""
@@ -487,27 +498,34 @@ class Gateway:
         self._watch(peer.fileno(), self._on_next)
         self._next = peer
 
-    def open_next(self, path: str) -> Send:
-        if not self._options.host_function:
-            peer: Peer | HostEndpoint = _connected(Path(path))
-        elif self._options.host_function.startswith("/"):
-            from sync.vfio.endpoint import open_endpoint
+    def open_next(self, path: str, opened: Callable[[Send | SyncError], None]) -> None:
+        def connected(peer: "Peer | HostEndpoint | SyncError") -> None:
+            if isinstance(peer, SyncError):
+                opened(peer)
+                return
+            try:
+                self._set_next(peer)
+            except OSError as error:
+                peer.close()
+                opened(told(error))
+                return
+            opened(peer.send)
 
-            peer = open_endpoint(path, self._log)
-        else:
+        if not self._options.host_function:
+            connected(_connected(Path(path)))
+        elif not self._options.host_function.startswith("/"):
             raise Unsupported("a function of the host has no other process that could replace it")
-        self._set_next(peer)
-        return peer.send
+        elif self._opening.busy:
+            raise WrongState("another device is just being connected: try again")
+        else:
+            self._begin_opening(path, connected)
 
     def hear_next(self, handler: Handler) -> None:
         assert self._next is not None
         self._next.handler = handler
 
     def adopt_next(self, path: str) -> None:
-        if self._device_path is not None:
-            self._device_path = Path(path)
-        else:
-            self._function = path
+        self.core.device_path = path
         self._drop_device()
         self._take_next()
 
@@ -927,7 +945,7 @@ class Gateway:
             vmm_path=str(self._options.vmm_path.absolute()),
             control_path=str(self._options.control_path.absolute()),
             device_path=_absolute(self._options.device_path),
-            device_path_now=_absolute(self._device_path),
+            device_path_now=self.core.device_path,
             vmm_listener=listening(vmm),
             control_listener=listening(control),
             records=estate.put(self._records.fileno()),
@@ -952,12 +970,17 @@ class Gateway:
         """Raises `UpgradeFailed` if this process was told of other places."""
         state, options = heir.state, self._options
         for option, ours, theirs in (
-            ("--control", str(options.control_path.absolute()), state.control_path),
-            ("--listen", str(options.vmm_path.absolute()), state.vmm_path),
-            ("--device", _absolute(options.device_path), state.device_path),
+            ("--control", str(options.control_path.absolute()), {state.control_path}),
+            ("--listen", str(options.vmm_path.absolute()), {state.vmm_path}),
+            (
+                "--device",
+                _absolute(options.device_path),
+                {state.device_path_now, state.device_path},
+            ),
         ):
-            if ours != theirs:
-                raise UpgradeFailed(f"{option} is {ours} in its command, and was {theirs}")
+            if ours not in theirs:
+                was = " or ".join(sorted(theirs))
+                raise UpgradeFailed(f"{option} is {ours} in its command, and was {was}")
         places = (state.control_listener, state.vmm_listener)
         for (path, comes), place in zip(self._entrances, places, strict=True):
             passed = socket.socket(fileno=heir.file(place.socket))
@@ -967,7 +990,7 @@ class Gateway:
     def _inherit(self, heir: Inherited) -> None:
         state = heir.state
         self._inherited_at = state.held_since
-        self._device_path = Path(state.device_path_now)
+        self.core.device_path = state.device_path_now
 
         def connected(was: Connection | None, on_event: Callable[[int], None]) -> Peer | None:
             if was is None:

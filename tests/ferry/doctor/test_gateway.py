@@ -43,6 +43,15 @@ class Leased:
         return b""
 
 
+def test_a_device_that_was_replaced_is_told_as_long_as_the_option_names_another() -> None:
+    info: Any = SimpleNamespace(device_path="/run/new", device_option="/run/old")
+    found = gateway._replaced("gateway", info)
+    assert found is not None and found.level == "note"
+    assert "change --device to /run/new" in found.advice and "/run/old" in found.text
+    info.device_option = "/run/new"
+    assert gateway._replaced("gateway", info) is None
+
+
 @pytest.mark.parametrize(
     ("flags", "told"), [({0: 7, 1: 3, 2: 4}, "region 0, 2 for mmap"), ({0: 3}, "")]
 )

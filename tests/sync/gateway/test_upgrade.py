@@ -19,7 +19,14 @@ from lab.children import start_child
 from lab.vfio_user.client import Client
 from lab.vfio_user.server import Server
 from sync.gateway.control.blocking import BlockingClient, upgrade
-from sync.gateway.control.requests import Mediate, Memory, Passthrough, Status
+from sync.gateway.control.requests import (
+    Mediate,
+    Memory,
+    Passthrough,
+    PrepareDevice,
+    Status,
+    SwitchDevice,
+)
 from sync.gateway.engine.custody import ClientRole
 from sync.gateway.engine.loop import Gateway, GatewayOptions
 from sync.gateway.errors import GatewayError, UpgradeFailed
@@ -73,7 +80,7 @@ def full(version: str, told: str) -> Any:
 class Bed:
     """A gateway as a process whose program can be changed, a device and a VMM in this one."""
 
-    def __init__(self, folder: Path, first: str = GOOD) -> None:
+    def __init__(self, folder: Path, first: str = GOOD, *, v2: bool = False) -> None:
         self.folder = folder
         self.program = folder / "vfio-ferry"
         self.control = str(folder / "control")
@@ -87,7 +94,7 @@ class Bed:
             stdout=self._log,
             env=os.environ | {"NOTIFY_SOCKET": str(folder / "manager")},
         )
-        self.device = ServedDevice()
+        self.device = ServedDevice(v2=v2)
         self._server = Server(folder / "device", self.device)
         self._thread = threading.Thread(target=self._server.serve_forever, daemon=True)
         self._thread.start()
@@ -354,6 +361,50 @@ def test_a_gateway_without_a_device_can_be_replaced(tmp_path: Path) -> None:
     process.communicate(timeout=WAIT_S)
     assert process.returncode == 0
     assert not (tmp_path / "vmm").exists(), "the last one removes the sockets"
+    server.close()
+    thread.join(WAIT_S)
+
+
+OTHER_DEVICE = """
+if heir:
+    before = GatewayOptions
+    def GatewayOptions(vmm, device, control, **more):
+        return before(vmm, device.with_name({name!r}), control, **more)
+"""
+
+
+def test_a_gateway_whose_device_was_replaced_goes_on_with_it_whatever_its_command_says(
+    tmp_path: Path,
+) -> None:
+    """The command may have been changed to the new device, as it should be, or not yet."""
+    bed = Bed(tmp_path, v2=True)
+    device = ServedDevice(v2=True)
+    server = Server(bed.folder / "new", device)
+    thread = threading.Thread(target=server.serve_forever, daemon=True)
+    thread.start()
+    with BlockingClient(bed.control, WAIT_S, ClientRole.SOURCE) as gateway:
+        gateway.call(PrepareDevice(str(bed.folder / "new")))
+        gateway.call(SwitchDevice())
+    bed.device = device
+    bed.check(b"here")
+
+    def places() -> tuple[str, str]:
+        with BlockingClient(bed.control, WAIT_S) as gateway:
+            info = gateway.call(Status())
+        return Path(info.device_path).name, Path(info.device_option).name
+
+    assert places() == ("new", "device")
+    upgrade(bed.control, WAIT_S)
+    bed.check(b"more")
+    assert places() == ("new", "device")
+    bed.install(OTHER_DEVICE.format(name="other"))
+    with pytest.raises(UpgradeFailed, match=r"--device is .*other in its command, and was .*new"):
+        upgrade(bed.control, WAIT_S)
+    bed.install(OTHER_DEVICE.format(name="new"))
+    upgrade(bed.control, WAIT_S)
+    bed.check(b"then")
+    assert places() == ("new", "new")
+    bed.close()
     server.close()
     thread.join(WAIT_S)
 

@@ -1,6 +1,7 @@
 """The gateway with a function of the host in place of a device process: a guest moves from one
 gateway to another by the requests that `send` and `receive` make."""
 
+import socket
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -23,6 +24,7 @@ from sync.gateway.control.client import GatewayClient
 from sync.gateway.engine.core import Limits
 from sync.gateway.engine.custody import ClientRole
 from sync.gateway.engine.loop import Gateway, GatewayOptions
+from sync.gateway.errors import GatewayError, NewDeviceUnreachable
 from sync.registers.choose import source_for, target_for
 from sync.registers.errors import IdentityMismatch
 from sync.vfio.device import VfioDevice
@@ -93,7 +95,7 @@ NvmeHosts = tuple[NvmeHost, NvmeHost]
 def hosts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[NvmeHosts]:
     functions: dict[str, NvmeHost] = {}
 
-    def open_endpoint(address: str, log: Callable[..., None], _: float) -> HostEndpoint:
+    def open_endpoint(address: str, log: Callable[..., None]) -> HostEndpoint:
         return functions[address].open(log)
 
     monkeypatch.setattr("sync.vfio.endpoint.open_endpoint", open_endpoint)
@@ -168,7 +170,7 @@ def test_a_gateway_is_alive_while_a_device_takes_its_time_to_get_ready(
     function = PciFunction(ADDRESS, tmp_path / "sys")
     monkeypatch.setattr(
         "sync.vfio.endpoint.open_endpoint",
-        lambda address, log, _: HostEndpoint(VfioDevice(function, kernel), log),
+        lambda address, log: HostEndpoint(VfioDevice(function, kernel), log),
     )
     events: list[str] = []
     beats: list[float] = []
@@ -260,9 +262,7 @@ def test_a_check_tells_what_the_target_holds_instead(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     functions: dict[str, NvmeHost] = {}
-    monkeypatch.setattr(
-        "sync.vfio.endpoint.open_endpoint", lambda at, log, _: functions[at].open(log)
-    )
+    monkeypatch.setattr("sync.vfio.endpoint.open_endpoint", lambda at, log: functions[at].open(log))
     kernels = ModelKernel({}), ModelKernel({})
     kernels[1].controller.n_blocks = 8192
     with (
@@ -352,6 +352,17 @@ class ServedHost:
             thread.start()
         self.vmm = Vmm(folder / "vmm")
 
+    def replace(self, name: str) -> None:
+        """`vfio-ferry replace --device NAME`."""
+
+        async def ask() -> None:
+            path = self.folder / "control"
+            async with await GatewayClient.connect(path, role=ClientRole.SOURCE) as gateway:
+                await gateway.prepare_device(str(self.folder / name))
+                await gateway.switch_device()
+
+        trio.run(ask)
+
     def renew(self, device: NvmeController | VirtioBlk) -> None:
         """The device goes with all that it knows, and another one takes its place."""
         self.server.close()
@@ -361,6 +372,15 @@ class ServedHost:
         self.server = Server(self.folder / "device", device)
         self.threads[0] = threading.Thread(target=self.server.serve_forever)
         self.threads[0].start()
+
+    def take(
+        self, device: NvmeController | VirtioBlk, server: Server, thread: threading.Thread
+    ) -> None:
+        """The device that `server` has is the guest's from here on; the one before is ended."""
+        self.server.close()
+        self.threads[0].join(20)
+        self.device.close()
+        self.device, self.server, self.threads[0] = device, server, thread
 
     def close(self) -> None:
         self.vmm.close()
@@ -409,9 +429,7 @@ def test_a_guest_moves_between_virtio_functions_of_the_host(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     functions: dict[str, Host[VirtioKernel]] = {}
-    monkeypatch.setattr(
-        "sync.vfio.endpoint.open_endpoint", lambda at, log, _: functions[at].open(log)
-    )
+    monkeypatch.setattr("sync.vfio.endpoint.open_endpoint", lambda at, log: functions[at].open(log))
     blocks: dict[int, bytes] = {}
     with (
         _closing(Host(tmp_path / "a", VirtioKernel(blocks), functions)) as source,
@@ -448,6 +466,69 @@ def test_a_guest_goes_on_with_the_next_process_of_its_device(tmp_path: Path) -> 
         guest.work(20)
 
 
+@pytest.mark.parametrize("kind", ["nvme", "virtio"])
+def test_a_device_that_moves_by_its_queues_is_replaced_with_work_under_way(
+    tmp_path: Path, kind: str
+) -> None:
+    image = tmp_path / "image"
+    image.write_bytes(bytes(1 << 20))
+
+    def build() -> NvmeController | VirtioBlk:
+        return NvmeController([Disk(image)]) if kind == "nvme" else VirtioBlk(Disk(image))
+
+    with closing(ServedHost(tmp_path / "a", build())) as host:
+        guest: Guest | VirtioGuest = Guest(host) if kind == "nvme" else VirtioGuest(host)
+        guest.start()
+        for number in range(3):
+            guest.work(20)
+            if isinstance(guest, Guest):
+                guest.ask(5)
+            device = build()
+            server = Server(host.folder / f"new{number}", device)
+            thread = threading.Thread(target=server.serve_forever)
+            thread.start()
+            host.replace(f"new{number}")
+            host.take(device, server, thread)
+            if isinstance(guest, Guest):
+                guest.take_all()
+        guest.work(20)
+        assert host.events.count("device-replaced") == 3
+        assert "device-away" not in host.events
+
+
+def test_i9_a_guest_is_served_while_who_is_to_replace_its_device_says_nothing(
+    tmp_path: Path,
+) -> None:
+    image = tmp_path / "image"
+    image.write_bytes(bytes(1 << 20))
+    with (
+        closing(ServedHost(tmp_path / "a", NvmeController([Disk(image)]))) as host,
+        socket.socket(socket.AF_UNIX) as mute,
+    ):
+        guest = Guest(host)
+        guest.start()
+        mute.bind(str(host.folder / "mute"))
+        mute.listen()
+        ended: list[Exception] = []
+
+        def replace() -> None:
+            try:
+                host.replace("mute")
+            except GatewayError as error:
+                ended.append(error)
+
+        asking = threading.Thread(target=replace)
+        asking.start()
+        asked, _ = mute.accept()
+        asked.recv(1)
+        guest.work(5)
+        assert not ended
+        asked.close()
+        asking.join(20)
+        assert isinstance(ended[0], NewDeviceUnreachable)
+        guest.work(5)
+
+
 def test_a_gateway_goes_on_when_its_vmm_went(hosts: NvmeHosts) -> None:
     source, _ = hosts
     source.vmm.region_read(0, 0, 8)
@@ -462,7 +543,7 @@ def test_a_gateway_goes_on_when_its_vmm_went(hosts: NvmeHosts) -> None:
 def test_a_function_that_cannot_be_opened_is_told_and_tried_again(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def refused(address: str, log: Callable[..., None], _: float) -> HostEndpoint:
+    def refused(address: str, log: Callable[..., None]) -> HostEndpoint:
         raise NoFunction(f"there is no {address}")
 
     monkeypatch.setattr("sync.vfio.endpoint.open_endpoint", refused)
