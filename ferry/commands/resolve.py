@@ -6,13 +6,15 @@ or that it never will. Of either it gives a proof, and only with that the source
 """
 
 from collections.abc import Awaitable, Callable, Mapping, Sequence
-from contextlib import suppress
+from contextlib import AsyncExitStack, suppress
 from dataclasses import dataclass
+from functools import partial
 
 import trio
 
 from ferry.config import option, socket_path
 from ferry.errors import ConfigError, Exit, FerryError
+from ferry.migration.belonging import prove_one_vm
 from ferry.progress import Reporter
 from sync.gateway.control.client import GatewayClient
 from sync.gateway.control.requests import Verdict
@@ -20,6 +22,7 @@ from sync.gateway.engine.custody import ClientRole
 from sync.gateway.engine.records import COMMITTED, FENCED, Fate
 from sync.gateway.errors import GatewayError, UnknownSession
 from sync.vmm.driver import Vmm
+from sync.vmm.errors import VmmGone
 from sync.vmm.recover import recover_source
 
 DEADLINE_S = 10.0
@@ -61,6 +64,10 @@ class Options:
         "source only: take the guest back without a proof. You vouch that it runs nowhere else and"
         " never will: the other host is off for good, or its VMM was ended and the guest did not"
         " move on",
+        False,
+    )
+    vouch_one_vm: bool = option(
+        "you vouch that --gateway and --qmp are of one VM, where nothing on this host can prove it",
         False,
     )
     end_vmm: bool = option(
@@ -140,7 +147,7 @@ async def _settle_target(options: Options, reporter: Reporter, found: Verdict) -
     if found.fate is Fate.STANDBY:
         raise Unresolvable(f"session {session} is still being settled here: ask again")
     if found.fate in (Fate.OWNED, Fate.ABOUT_TO_RUN):
-        await _complete(options, session)
+        await _complete(options, found)
         found = await _deciding(options.gateway, session)
     if found.fate is not Fate.FENCED:
         text = f"committed: session {session} brought the guest here, where it may have run"
@@ -153,9 +160,10 @@ async def _settle_target(options: Options, reporter: Reporter, found: Verdict) -
     return _tell(reporter, found, outcome, text, found.proof)
 
 
-async def _complete(options: Options, session: str) -> None:
+async def _complete(options: Options, found: Verdict) -> None:
     """Starts what the commit reached but nobody was left to start, the deciding gateway first: it
     puts it on record before any device moves. A session whose VMM is gone has settled by itself."""
+    session = found.session
     waiting: list[tuple[bool, str]] = []
     has_vmm = False
     for path in options.gateway:
@@ -171,13 +179,14 @@ async def _complete(options: Options, session: str) -> None:
     if qmp is None:
         raise ConfigError("--qmp is missing: the guest has to be set running")
     async with await Vmm.connect(qmp) as vmm:
+        await _prove_one_vm(options, vmm)
         state = await vmm.run_state()
         for _, path in sorted(waiting):
             async with await GatewayClient.connect(
                 path, role=ClientRole.TARGET, session=session
             ) as gateway:
                 await gateway.start()
-        if state == "paused":
+        if state == "paused" and found.ran:
             await vmm.resume()
     for path in options.gateway:
         async with await GatewayClient.connect(
@@ -185,6 +194,28 @@ async def _complete(options: Options, session: str) -> None:
         ) as gateway:
             with suppress(GatewayError):
                 await gateway.running(session)
+
+
+async def _prove_one_vm(options: Options, vmm: Vmm) -> None:
+    """Raises `Mismatch` unless `vmm` is that of the gateways, or somebody vouches for it (I11)."""
+    async with AsyncExitStack() as stack:
+        gateways = [
+            await stack.enter_async_context(await GatewayClient.connect(path))
+            for path in options.gateway
+        ]
+        await prove_one_vm(options.gateway, gateways, vmm, vouched=options.vouch_one_vm)
+
+
+async def _prove_vmm(options: Options) -> None:
+    if options.qmp is not None:
+        async with await Vmm.connect(options.qmp) as vmm:
+            await _prove_one_vm(options, vmm)
+
+
+async def _prove_vmm_if_there(options: Options) -> None:
+    """Before a record is changed; one that is gone is told afterwards."""
+    with suppress(VmmGone):
+        await _prove_vmm(options)
 
 
 async def _end_vmm(options: Options) -> str:
@@ -195,6 +226,7 @@ async def _end_vmm(options: Options) -> str:
     if options.qmp is None:
         raise ConfigError("--qmp is missing: which VMM is to be ended?")
     async with await Vmm.connect(options.qmp) as vmm:
+        await _prove_one_vm(options, vmm)
         state = await vmm.run_state()
         if state != "inmigrate":
             return f". Its VMM is {state}, it waits no more: it was not ended"
@@ -218,10 +250,12 @@ async def _settle_source(options: Options, reporter: Reporter, found: Verdict) -
         if word == COMMITTED:
             await _each(options.gateway, session, _note_moved(session, options.verdict))
         elif word == FENCED:
+            await _prove_vmm_if_there(options)
             await _take_back(options.gateway, session, options.verdict)
         else:
             raise ConfigError(f"--verdict has to begin with {FENCED} or {COMMITTED}")
     elif found.fate in _TO_VOUCH and options.vouch_the_other_host_is_gone:
+        await _prove_vmm_if_there(options)
         await _vouch(options.gateway, session)
     found = await _deciding(options.gateway, session)
     if found.fate is Fate.RELEASED:
@@ -259,7 +293,9 @@ async def _run_again(options: Options, reporter: Reporter, found: Verdict) -> Ex
         return _tell(reporter, found, "kept", text)
     done = "start it when the guest is to run"
     if options.qmp is not None:
-        done = await trio.to_thread.run_sync(recover_source, options.qmp, DEADLINE_S)
+        await _prove_vmm(options)
+        recover = partial(recover_source, options.qmp, DEADLINE_S, ran=found.ran)
+        done = await trio.to_thread.run_sync(recover)
     elif found.fate is Fate.LEAVING:
         raise ConfigError("--qmp is missing: the guest has to be set running")
     text = f"this side owns the guest; its VMM: {done}"

@@ -7,6 +7,7 @@ Process ids say less, since a manager may have made a socket for a VMM.
 
 import os
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -14,6 +15,7 @@ from ferry.errors import Mismatch
 from ferry.migration.devices import memory_of
 from sync.gateway.control.client import GatewayClient
 from sync.gateway.control.info import VmmConnection
+from sync.gateway.errors import NoDevice
 from sync.peer_process import pid_namespace
 from sync.vmm.devices import VmmDevice, list_devices
 from sync.vmm.driver import Vmm
@@ -151,8 +153,10 @@ def _sockets_text(vmm: VmmFacts) -> str:
 async def _gateway_facts(path: str, gateway: GatewayClient) -> GatewayFacts:
     theirs: VmmConnection = (await gateway.status()).vmm
     pid = theirs.pid if theirs.pid_namespace == pid_namespace() else 0
-    async with memory_of(gateway) as regions:
-        memory = frozenset(_file_of(os.fstat(region.fd)) for region in regions)
+    memory: frozenset[File] = frozenset()
+    with suppress(NoDevice):
+        async with memory_of(gateway) as regions:
+            memory = frozenset(_file_of(os.fstat(region.fd)) for region in regions)
     return GatewayFacts(
         control=path,
         listens_at=theirs.path,

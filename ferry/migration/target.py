@@ -300,7 +300,7 @@ class Target:
         self.runner.offer(
             {
                 Action.SEND_READY: partial(self._link.send_record, MessageKind.READY, ready),
-                Action.OWN: partial(self._own, checked, started_ms),
+                Action.OWN: partial(self._own, checked, incoming, started_ms),
                 Action.START_GUEST: partial(
                     self._start_guest, checked.devices, incoming, started_ms
                 ),
@@ -309,12 +309,16 @@ class Target:
         )
         return Event.MADE_READY
 
-    async def _own(self, checked: Checked, took_ms: dict[str, float]) -> Event:
+    async def _own(
+        self, checked: Checked, incoming: IncomingVmm, took_ms: dict[str, float]
+    ) -> Event:
         """Writes the ownership records, that of the first gateway last: it is the one that decides,
         and once it is written, all are."""
         began = time.monotonic()
+        ran = incoming.guest_was in RUNNING
         for device in reversed(checked.devices):
-            await device.gateway.own(checked.hello.session, device.registers.start_records())
+            records = device.registers.start_records()
+            await device.gateway.own(checked.hello.session, records, ran=ran)
         took_ms["own"] = (time.monotonic() - began) * 1e3
         return Event.OWNED
 

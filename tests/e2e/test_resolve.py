@@ -126,6 +126,15 @@ def test_i7_a_source_whose_gateway_died_too_stays_shut_until_it_has_the_proof(
         bed.start_gateway(a)
         assert resolve(bed, a).wait(MIGRATION_S) == Exit.IN_DOUBT
         assert bed.status(a) != "running"
+        # A slip in either command: nothing is ended, started or put on record (I11).
+        slip = resolve(bed, b, "--end-vmm", "--qmp", a.qmp_socket)
+        assert slip.wait(MIGRATION_S) == Exit.REFUSED, slip.tail()
+        assert a.guest is not None and a.guest.running
+        verdict = run_resolve(bed, b)["verdict"]
+        slip = resolve(bed, a, "--verdict", verdict, "--qmp", b.qmp_socket)
+        assert slip.wait(MIGRATION_S) == Exit.REFUSED, slip.tail()
+        assert "running" not in (bed.status(a), bed.status(b))
+        assert resolve(bed, a).wait(MIGRATION_S) == Exit.IN_DOUBT
         assert resolve_both(bed, a, b) is a
         assert_sound(bed, a)
 

@@ -71,3 +71,50 @@ def test_i7_a_guest_that_was_vouched_for_is_not_said_to_be_somewhere_else(short_
             assert not hosts.a.vmm.runs
 
     trio.run(main)
+
+
+@pytest.mark.parametrize("was", ["running", "paused"])
+def test_i12_a_guest_that_its_operator_has_paused_is_not_started_at_the_target(
+    short_path: Path, was: str
+) -> None:
+    """`receive` dies between the commit and the guest's start."""
+
+    async def main() -> None:
+        async with two_hosts(short_path, METHODS[0]) as hosts:
+
+            def on_phase(phase: str, sender: Command, receiver: Command) -> None:
+                if phase == State.PRECOPY.value:
+                    hosts.a.vmm.run_state = was
+                if phase == State.STARTING_GUEST.value:
+                    receiver.kill()
+
+            await hosts.migrate(hosts.a, on_phase)
+            settled = await hosts.resolve(hosts.b, "target")
+            assert (settled["code"], settled["outcome"]) == (Exit.OK, "committed"), settled
+            assert hosts.b.vmm.run_state == was
+
+    trio.run(main)
+
+
+@pytest.mark.parametrize("was", ["running", "paused"])
+def test_i12_nor_is_it_at_a_source_where_nobody_was_left_to_know(
+    short_path: Path, was: str
+) -> None:
+    async def main() -> None:
+        async with two_hosts(short_path, METHODS[0]) as hosts:
+            dies = die_at(hosts, State.COMMITTING, "gateway a")
+
+            def on_phase(phase: str, sender: Command, receiver: Command) -> None:
+                if phase == State.PRECOPY.value:
+                    hosts.a.vmm.run_state = was
+                dies(phase, sender, receiver)
+
+            await hosts.migrate(hosts.a, on_phase)
+            await hosts.revive(hosts.a)
+            told = await hosts.resolve(hosts.b, "target")
+            assert told["outcome"] == "fenced"
+            settled = await hosts.resolve(hosts.a, "source", told["verdict"])
+            assert (settled["code"], settled["outcome"]) == (Exit.OK, "owned"), settled
+            assert hosts.a.vmm.runs is (was == "running")
+
+    trio.run(main)

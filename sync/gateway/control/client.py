@@ -290,13 +290,14 @@ class GatewayClient:
         """passthrough -> standby: the device is reset and has no memory; nothing is owned."""
         await self._call(requests.Standby(session, terms))
 
-    async def own(self, session: str, records: bytes = b"") -> None:
-        """The commit point of the target: the ownership record, and `records` to start with.
+    async def own(self, session: str, records: bytes = b"", *, ran: bool = True) -> None:
+        """The commit point of the target: the ownership record, with whether the guest `ran` at
+        the source, and `records` to start with.
 
         The gateway keeps `records`, so that anybody can start the guest if this process is killed.
         Asked for again by the same session it changes nothing.
         """
-        await self._call(requests.Own(session, records))
+        await self._call(requests.Own(session, ran, records))
 
     async def start(self, records: bytes = b"") -> None:
         """standby -> passthrough, after `own`: memory, RUNNING, the records given to `own` and then

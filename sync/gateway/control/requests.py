@@ -178,6 +178,7 @@ class Verdict:
     fate: Fate
     decides: bool
     proof: str
+    ran: bool
     began: float
     changed: float
 
@@ -433,10 +434,13 @@ class Standby(Request[Done]):
 
 @dataclass(frozen=True, slots=True)
 class Own(Request[Done]):
+    """`ran`: the guest is to run here, as it did at the source."""
+
     op = "own"
     roles = TARGET
     states = frozenset({CustodyState.STANDBY})
     session: SessionName
+    ran: bool
     records: Blob = b""
 
 

@@ -195,6 +195,8 @@ class ControlServer:
                 "that path"
             )
         lease = self._lease()
+        if not request.ran:
+            self._core.custody.stands_still()
         lease.recovery = Armed(
             request.qmp_path,
             request.deadline_s,
@@ -245,6 +247,7 @@ class ControlServer:
             fate=record.fate,
             decides=record.terms.decides,
             proof=record.proof,
+            ran=record.ran,
             began=record.began,
             changed=record.changed,
         )
@@ -253,7 +256,7 @@ class ControlServer:
         link = self._link()
         steps.parse_records(link, request.records)
         first = not self._core.custody.owned
-        self._core.custody.own(_session(client, request.session))
+        self._core.custody.own(_session(client, request.session), ran=request.ran)
         if first:
             link.start_records = request.records
             self._core.log_state("owned")

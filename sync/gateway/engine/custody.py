@@ -226,6 +226,11 @@ class Custody:
         self.session = session
         self.migrations += 1
 
+    def stands_still(self) -> None:
+        """The guest that is leaving did not run when it was paused."""
+        if self.records.fate(self.session) is Fate.LEAVING:
+            self._settle(self.session, Fate.LEAVING, ran=False)
+
     def check_stop(self) -> None:
         """Raises what `stop` would, before anything is done to the device."""
         self._next(Event.STOP)
@@ -305,14 +310,15 @@ class Custody:
         self.owner, self.session = Owner.UNOWNED, session
         self.migrations += 1
 
-    def own(self, session: str) -> None:
-        """The commit. Asked for twice it is answered twice: the first answer may be lost."""
+    def own(self, session: str, *, ran: bool = True) -> None:
+        """The commit of a guest that `ran` at the source. Asked for twice it is answered twice: the
+        first answer may be lost."""
         if self.state is not CustodyState.STANDBY:
             raise WrongState(f"nothing can be owned in state {self.state.value!r}")
         self._refuse_fenced(session)
         self._expect(session)
         if not self.owned:
-            self._settle(session, Fate.OWNED)
+            self._settle(session, Fate.OWNED, ran=ran)
         self.owner = Owner.OWNED
 
     def check_start(self) -> None:
@@ -405,8 +411,8 @@ class Custody:
         except OSError as error:
             raise NotRecorded(f"session {session} cannot be recorded: {error.strerror}") from error
 
-    def _settle(self, session: str, fate: Fate) -> None:
+    def _settle(self, session: str, fate: Fate, *, ran: bool = True) -> None:
         try:
-            self.records.settle(session, fate)
+            self.records.settle(session, fate, ran=ran)
         except OSError as error:
             raise NotRecorded(f"{fate.value!r} cannot be recorded: {error.strerror}") from error

@@ -93,6 +93,8 @@ class SessionRecord:
     terms: Terms
     began: float
     changed: float
+    ran: bool = True
+    """Whether the guest ran until it was paused for the session: else it is left as it is (I12)."""
 
     @property
     def proof(self) -> str:
@@ -151,11 +153,13 @@ class Records:
         now = self._clock()
         self._write(SessionRecord(session, role, fate, terms, now, now))
 
-    def settle(self, session: str, fate: Fate) -> None:
-        """Writes what became of a session that has a record. Raises what `keep` does."""
+    def settle(self, session: str, fate: Fate, *, ran: bool = True) -> None:
+        """Writes what became of a session that has a record, and that its guest did not run.
+        Raises what `keep` does."""
         record = self._by_session[session]
-        if record.fate is not fate:
-            self._write(replace(record, fate=fate, changed=self._clock()))
+        ran = ran and record.ran
+        if record.fate is not fate or record.ran is not ran:
+            self._write(replace(record, fate=fate, changed=self._clock(), ran=ran))
 
     def end(self, session: str) -> None:
         """The gateway's life, or that of the VMM's connection, has ended in this session. Never

@@ -143,6 +143,7 @@ FIELDS: dict[tuple[str, str], tuple[st.SearchStrategy[Any], list[Any]]] = {
     ("standby", "terms"): (TERMS, NO_TERMS),
     ("running", "session"): (SESSIONS, NO_SESSIONS),
     ("own", "session"): (SESSIONS, NO_SESSIONS),
+    ("own", "ran"): (st.booleans(), [None, 0, 1, "true", []]),
     ("fence", "session"): (SESSIONS, NO_SESSIONS),
 }
 """What a field of the JSON object may be, and what it may not."""
