@@ -7,6 +7,7 @@ that numba and the kernels of `send` and `receive` need.
 import dataclasses
 import importlib
 import importlib.metadata
+import io
 import os
 import sys
 from collections.abc import Callable, Mapping
@@ -131,6 +132,9 @@ def _open_what_is_closed() -> None:
     for name in ("stdout", "stderr"):
         if getattr(sys, name) is None:
             setattr(sys, name, os.fdopen(os.open(os.devnull, os.O_WRONLY), "w"))
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        # A path need not be text in any encoding.
+        sys.stdout.reconfigure(errors="backslashreplace")
 
 
 def _print_exit_codes() -> int:

@@ -6,12 +6,14 @@ parser, so that a value is refused with the same words wherever it came from.
 """
 
 import argparse
+import contextlib
 import dataclasses
 import difflib
 import os
 import re
 import tomllib
 from collections.abc import Callable, Iterable, Sequence
+from ipaddress import IPv6Address
 from pathlib import Path
 from typing import Any, NoReturn, TypeVar
 
@@ -76,6 +78,13 @@ def natural(text: str) -> int:
     return int(text)
 
 
+def milliseconds(text: str) -> int:
+    """A time of at least 1 ms and at most an hour."""
+    if not text.isdecimal() or not 1 <= int(text) <= 3600_000:
+        raise ValueError("a whole number of milliseconds, from 1 to 3600000")
+    return int(text)
+
+
 def port(text: str) -> int:
     """A TCP port of one's own choice."""
     if not text.isdecimal() or not 1 <= int(text) <= 65535:
@@ -118,10 +127,21 @@ def share(text: str) -> float:
 
 def endpoint(text: str) -> str:
     """An address for the link: `tcp://HOST:PORT` or `ipc://` and an absolute path."""
-    match = re.fullmatch(r"tcp://[^/\s]+:(\d{1,5})|ipc:///\S+", text)
-    if not match or (match[1] and int(match[1]) > 65535):
-        raise ValueError("an endpoint like tcp://HOST:PORT or ipc:///run/ferry.sock")
+    match = re.fullmatch(r"tcp://([^/\s]+):(\d{1,5})|ipc:///\S+", text)
+    if not match or (match[2] and int(match[2]) > 65535) or not _is_host(match[1] or "localhost"):
+        raise ValueError(
+            "an endpoint like tcp://HOST:PORT, tcp://[IPV6]:PORT or ipc:///run/ferry.sock"
+        )
     return text
+
+
+def _is_host(text: str) -> bool:
+    """Whether it is a name, an address, or an IPv6 address in brackets as URLs have it."""
+    if text.startswith("["):
+        with contextlib.suppress(ValueError):
+            return text.endswith("]") and bool(IPv6Address(text[1:-1]))
+        return False
+    return not re.search(r"[\[\]:@]", text)
 
 
 def socket_path(text: str) -> str:
@@ -159,7 +179,14 @@ def option(
     return dataclasses.field(default=default, metadata=metadata)
 
 
-_UNITS = {"size": "BYTES", "log_page": "BYTES", "rate": "BYTES/s", "seconds": "SECONDS"}
+_UNITS = {
+    "size": "BYTES",
+    "log_page": "BYTES",
+    "journal_bytes": "BYTES",
+    "rate": "BYTES/s",
+    "seconds": "SECONDS",
+    "milliseconds": "MS",
+}
 
 
 def flag_of(field: "dataclasses.Field[Any]") -> str:
@@ -283,7 +310,10 @@ def _value(field: "dataclasses.Field[Any]", raw: Any, where: str) -> Any:
         return raw
     if meta["repeat"]:
         items = raw if isinstance(raw, list) else [raw]
-        return tuple(_single(meta, item, where) for item in items)
+        values = tuple(_single(meta, item, where) for item in items)
+        for again in (each for number, each in enumerate(values) if each in values[:number]):
+            raise ConfigError(f"{where} names {again!r} twice")
+        return values
     return _single(meta, raw, where)
 
 

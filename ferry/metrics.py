@@ -29,8 +29,8 @@ GATEWAY_INTERVAL_S = 10.0
 class _Outlet:
     """Where the metrics of one process are told: in a file, at a port, or both.
 
-    Raises `LocalError` if the client library of Prometheus is not there, OSError if the file cannot
-    be written or the port is taken.
+    Raises `LocalError` if the client library of Prometheus is not there or the file cannot be
+    written, OSError if the port is taken.
     """
 
     def __init__(self, path: str | None, port: int | None) -> None:
@@ -43,12 +43,20 @@ class _Outlet:
         self.client: Any = prometheus_client
         self.registry = prometheus_client.CollectorRegistry()
         self._path = path
-        self.write()
+        try:
+            self._write_file()
+        except OSError as error:
+            raise LocalError(f"cannot write {path}: {error.strerror}") from error
         if port is not None:
             prometheus_client.start_http_server(port, "127.0.0.1", self.registry)
 
     def write(self) -> None:
-        """Writes the file, if there is one."""
+        """Writes the file, if there is one. That it cannot be written any more, as on a full disk,
+        is no reason to end what it tells of."""
+        with contextlib.suppress(OSError):
+            self._write_file()
+
+    def _write_file(self) -> None:
         if self._path is not None:
             self.client.write_to_textfile(self._path, self.registry)
 
@@ -89,7 +97,7 @@ class GatewayMetrics:
             self.write(self._found.get())
 
     def write(self, info: "GatewayInfo") -> None:
-        """Writes the file; that it cannot be written now is no reason to end."""
+        """Writes the file with what a gateway's status says."""
         self._state.clear()
         self._state.labels(info.state, info.owner).set(1)
         self._device.set(info.device_connected)
@@ -99,8 +107,7 @@ class GatewayMetrics:
         self._dropped.set(info.dropped_writes)
         self._memory.set(info.memory_pages * PAGE_BYTES)
         self._written.set_to_current_time()
-        with contextlib.suppress(OSError):
-            self._outlet.write()
+        self._outlet.write()
 
 
 class MigrationMetrics:

@@ -15,13 +15,14 @@ from sync.gateway.datapath.journal import DEFAULT_RECORDS
 from sync.gateway.engine.busy_poll import WINDOW_S
 from sync.gateway.engine.core import Limits
 from sync.gateway.engine.succession import START_S
-from sync.gateway.errors import GatewayUnreachable
+from sync.gateway.errors import ControlProtocolError, GatewayUnreachable
 from sync.gateway.main import GatewayOptions
 from sync.gateway.main import run as run_gateway
 from sync.registers.find import load_profiles
 from sync.registers.record import RECORD_BYTES
 
 MAX_BUSY_POLL_US = 1000
+MIN_JOURNAL_BYTES, MAX_JOURNAL_BYTES = 64 << 10, 4 << 30
 UPGRADE_S = START_S + 15.0
 """The gateway has answered by then."""
 HOST_FUNCTION, BY_IOMMUFD = "vfio:", "iommufd:"
@@ -33,6 +34,14 @@ def busy_poll(text: str) -> int:
     value = natural(text)
     if value > MAX_BUSY_POLL_US:
         raise ValueError(f"at most {MAX_BUSY_POLL_US}")
+    return value
+
+
+def journal_bytes(text: str) -> int:
+    """Memory for register accesses, in bytes."""
+    value = size(text)
+    if not MIN_JOURNAL_BYTES <= value <= MAX_JOURNAL_BYTES:
+        raise ValueError("from 64K to 4G")
     return value
 
 
@@ -58,7 +67,7 @@ class Options:
         "memory for register accesses that send has not taken; when it is full, the migration"
         " fails and the guest goes on",
         DEFAULT_RECORDS * RECORD_BYTES,
-        parse=size,
+        parse=journal_bytes,
     )
     profile: tuple[str, ...] = option(
         "a device profile, or a folder of them, beside the built-in ones: by it the device comes"
@@ -113,7 +122,14 @@ def _upgrade(options: Options) -> int:
     try:
         done = upgrade(options.control, UPGRADE_S)
     except OSError as error:
-        raise GatewayUnreachable(f"no gateway answers at {options.control}: {error}") from error
+        why_not = error.strerror or "it says nothing"
+        raise GatewayUnreachable(
+            f"no gateway answers at {options.control} ({why_not}): is it running?"
+        ) from error
+    except ControlProtocolError as error:
+        raise GatewayUnreachable(
+            f"what listens at {options.control} does not answer as a gateway does"
+        ) from error
     text = f"the gateway is process {done.pid} now"
     Reporter("gateway", as_json=options.json).event("message", text=text)
     return Exit.OK

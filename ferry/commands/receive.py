@@ -31,6 +31,7 @@ from transport.receiver import ReceiverOptions, open_receiver
 
 FENCED = "This side has fenced the session and will never start the guest."
 RESTART = "Restart the target's VMM before the next attempt."
+UNTOUCHED = "Nothing here was touched: `vfio-ferry receive` can be started again as it was."
 ADVICE = {
     HandoverState.ABORTED: f"{FENCED} {RESTART}",
     HandoverState.IN_DOUBT: (
@@ -54,8 +55,10 @@ NEXT_VMM_S = 1.0
 """How often `--keep` looks for the next VMM."""
 
 
-def _advice(target: Target) -> dict[HandoverState, str]:
+def advice_of(target: Target) -> dict[HandoverState, str]:
     """What this side knows: not what became of the source, which may have died in any state."""
+    if not target.touched:
+        return ADVICE | {HandoverState.ABORTED: UNTOUCHED}
     if not target.proof:
         return ADVICE
     text = (
@@ -140,7 +143,7 @@ async def _receive_guest(
                 reporter.event("refused", reason=reason, exit_name=code.name.lower())
     if state is HandoverState.COMMITTED:
         return _code(target)
-    return conclude(reporter, state, target.runner, _advice(target))
+    return conclude(reporter, state, target.runner, advice_of(target))
 
 
 def _code(target: Target) -> Exit:

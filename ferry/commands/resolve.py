@@ -267,6 +267,8 @@ async def _settle_source(options: Options, reporter: Reporter, found: Verdict) -
             "--vouch-the-other-host-is-gone",
             outcome="in-doubt",
             session=session,
+            exit_code=int(Exit.IN_DOUBT),
+            exit_name=Exit.IN_DOUBT.name.lower(),
         )
         return Exit.IN_DOUBT
     if found.fate is Fate.MOVED:

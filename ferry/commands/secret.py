@@ -35,8 +35,11 @@ def run(options: Options) -> int:
         _make(options.output, secrets.token_hex(SECRET_BYTES), 0o600)
         print(f"{options.output} is made; copy it to the other host, over a channel that is secure")
     elif options.identity is not None and options.output is None:
+        host = options.host or socket.gethostname()
+        if len(host.split()) != 1 or "#" in host:
+            raise ConfigError(f"--host is {host!r}; it has to be one word, as --to has it")
         own = new_key()
-        line = f"{public_key(own).hex()} {options.host or socket.gethostname()}"
+        line = f"{public_key(own).hex()} {host}"
         public = f"{options.identity}.pub"
         _make(public, line, 0o644)
         _make(options.identity, f"{IDENTITY} {own.hex()}", 0o600)

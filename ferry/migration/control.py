@@ -17,7 +17,7 @@ from typing import Any
 
 import trio
 
-from ferry.config import positive, rate
+from ferry.config import milliseconds, rate
 from ferry.errors import ConfigError, LocalError
 from ferry.exit_codes import describe
 from ferry.migration.send_options import Options
@@ -31,7 +31,7 @@ ANSWER_S = 10.0
 
 _SETTINGS: dict[str, Callable[[str], Any]] = {
     "bandwidth": lambda text: None if text == "none" else rate(text),
-    "downtime_limit": positive,
+    "downtime_limit": milliseconds,
     "on_stall": str,
 }
 

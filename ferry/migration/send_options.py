@@ -6,6 +6,7 @@ from typing import Literal
 from ferry.config import (
     endpoint,
     log_page,
+    milliseconds,
     natural,
     option,
     port,
@@ -53,7 +54,7 @@ class Options:
     to: str = option("where `receive` listens: tcp://HOST:PORT or ipc://PATH", parse=endpoint)
     qmp: str = option("QMP socket of the VMM", parse=socket_path)
     downtime_limit: int = option(
-        "how long the guest may stand still, in ms", int(_ROUNDS.downtime_ms), parse=positive
+        "how long the guest may stand still, in ms", int(_ROUNDS.downtime_ms), parse=milliseconds
     )
     threshold: int | None = option(
         "switch over at this many dirty pages, whatever the downtime",

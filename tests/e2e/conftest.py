@@ -27,7 +27,7 @@ def events_fit_the_schema(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     validator = jsonschema.Draft202012Validator(json.loads(SCHEMA.read_text()))
     for process in started:
         words = process.name.split()[0]
-        if words in ("send", "receive", "resolve", "gateway"):
+        if words in ("send", "receive", "resolve", "gateway", "status", "replace", "doctor"):
             for event in process.events:
                 if event["event"] != "text":
                     validator.validate(event)

@@ -178,7 +178,7 @@ def test_a_gateway_that_is_busy(tmp_path: Path) -> None:
         second = bed.send(a, b, "--connect-timeout", "1")
         code, message = ended(second)
         assert code == Exit.DEVICE
-        assert "has the lease" in message
+        assert "has the lease of this gateway" in message
         sender.resume()
         assert sender.wait(MIGRATION_S) == Exit.OK, sender.tail()
         assert receiver.wait(MIGRATION_S) == Exit.OK

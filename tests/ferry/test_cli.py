@@ -99,7 +99,14 @@ def test_events_that_nobody_takes_are_no_reason_to_stop(
         (
             ["send", "--downtime-limit", "0", "--to", "tcp://h:1", "--qmp", "q"],
             Exit.USAGE,
-            "at least 1",
+            "milliseconds",
+        ),
+        (["secret", "--identity", "/none/i", "--host", "two words"], Exit.USAGE, "one word"),
+        (["gateway", "--control", "/none/c", "--upgrade"], Exit.DEVICE, "c (No such file or dir"),
+        (
+            ["gateway", "--listen", "l", "--device", "d", "--control", "c", "--journal-size", "1"],
+            Exit.USAGE,
+            "from 64K to 4G",
         ),
         (
             ["send", "--lanes", "99", "--to", "ipc:///h", "--qmp", "q", "--gateway", "g"],
@@ -157,6 +164,23 @@ def test_a_gateway_that_is_not_there(tmp_path: Path) -> None:
     )
     assert done.returncode == Exit.DEVICE
     assert "no gateway answers" in done.stdout + done.stderr
+    assert "Traceback" not in done.stderr
+
+
+def test_a_path_that_is_no_text(tmp_path: Path) -> None:
+    nothing = os.fsdecode(os.fsencode(tmp_path) + b"/\xff")
+    done = subprocess.run(
+        [
+            *(sys.executable, "-m", "ferry.cli", "send", "--to", "tcp://127.0.0.1:1"),
+            *("--qmp", nothing, "--gateway", nothing),
+        ],
+        capture_output=True,
+        text=True,
+        env=os.environ | {"LC_ALL": "C.UTF-8", "PYTHONUNBUFFERED": ""},
+        check=False,
+    )
+    assert done.returncode == Exit.DEVICE
+    assert f"no gateway answers at {tmp_path}/\\udcff" in done.stdout
     assert "Traceback" not in done.stderr
 
 

@@ -12,6 +12,7 @@ from ferry.config import (
     add_arguments,
     endpoint,
     load,
+    milliseconds,
     option,
     positive,
     rate,
@@ -91,6 +92,37 @@ def test_what_is_required_is_asked_for() -> None:
         parse()
 
 
+def test_what_is_given_twice_is_refused(tmp_path: Path) -> None:
+    where = ("--where", "tcp://h:1")
+    with pytest.raises(ConfigError, match="--path names 'x' twice"):
+        parse(*where, "--path", "x", "--path", "y", "--path", "x")
+    path = config(tmp_path, '[thing]\npath = ["x", "x"]\n')
+    with pytest.raises(ConfigError, match=r"path in \[thing\] names 'x' twice"):
+        parse(*where, "--config", path)
+
+
+@pytest.mark.parametrize(
+    "text", ["tcp://[::1]:7100", "tcp://[fe80::1%eth0]:1", "tcp://host-1.example:7100", "tcp://*:1"]
+)
+def test_endpoints(text: str) -> None:
+    assert endpoint(text) == text
+
+
+@pytest.mark.parametrize(
+    "text", ["tcp://[::1:7100", "tcp://::1:7100", "tcp://[]:1", "tcp://[host]:1", "tcp://u@h:1"]
+)
+def test_what_is_no_host_is_no_endpoint(text: str) -> None:
+    with pytest.raises(ValueError, match=r"\[IPV6\]:PORT"):
+        endpoint(text)
+
+
+@pytest.mark.parametrize("text", ["0", "-1", "300ms", "0.3", "3600001", ""])
+def test_milliseconds_say_their_unit(text: str) -> None:
+    assert milliseconds("300") == 300
+    with pytest.raises(ValueError, match="milliseconds, from 1 to 3600000"):
+        milliseconds(text)
+
+
 @given(st.integers(0, 1 << 40), st.sampled_from(["", "K", "M", "G", "k", "KiB", "mB"]))
 def test_sizes(number: int, unit: str) -> None:
     factor = {"": 1, "k": 1 << 10, "m": 1 << 20, "g": 1 << 30}[unit[:1].lower()]
@@ -99,7 +131,7 @@ def test_sizes(number: int, unit: str) -> None:
 
 @given(st.text())
 def test_parsers_refuse_with_value_error_only(text: str) -> None:
-    for parser in (size, rate, positive, seconds, endpoint):
+    for parser in (size, rate, positive, seconds, milliseconds, endpoint):
         try:
             parser(text)
         except ValueError:

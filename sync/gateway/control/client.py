@@ -102,15 +102,19 @@ class GatewayClient:
                 f"no gateway answers at {os.fspath(path)} ({error.strerror}): is it running?"
             ) from error
         client = cls(sock)
+        no_gateway = (
+            f"what listens at {os.fspath(path)} does not answer as a gateway does: is it the path "
+            "of its --control?"
+        )
         try:
             with trio.move_on_after(HELLO_DEADLINE_S) as waiting:
                 hello = requests.ControlHello(requests.VERSION, role, session)
                 client.info = await client._call(hello)
             if waiting.cancelled_caught:
-                raise GatewayUnreachable(
-                    f"what listens at {os.fspath(path)} does not answer as a gateway does: "
-                    "is it the path of its --control?"
-                )
+                raise GatewayUnreachable(no_gateway)
+        except (ControlProtocolError, GatewayLost) as error:
+            client._close()
+            raise GatewayUnreachable(no_gateway) from error
         except BaseException:
             client._close()
             raise

@@ -157,7 +157,11 @@ class ControlServer:
             raise BadRequest("'hello' is said once")
         if request.role is not ClientRole.OBSERVER:
             if self._core.lease is not None:
-                raise LeaseHeld(f"a client that is {self._core.lease.role.value!r} has the lease")
+                holder = "send" if self._core.lease.role is ClientRole.SOURCE else "receive"
+                raise LeaseHeld(
+                    f"another process (a `{holder}`, or a `resolve`) has the lease of this "
+                    "gateway: let it end first"
+                )
             self._core.lease = Lease(client, request.role, self._core.clock())
             self._core.log_state("lease-taken", role=request.role.value)
         client.role, client.session = request.role, request.session

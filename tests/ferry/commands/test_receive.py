@@ -1,13 +1,17 @@
 """What `receive --keep` waits for between two guests."""
 
 from pathlib import Path
+from types import SimpleNamespace
+from typing import cast
 
 import pytest
 import trio
 import trio.testing
 
-from ferry.commands.receive import GOES_ON, wait_for_another
+from ferry.commands.receive import GOES_ON, advice_of, wait_for_another
 from ferry.errors import Exit
+from ferry.migration.target import Target
+from sync.handover.states import HandoverState
 from sync.vmm.recover import socket_made
 
 
@@ -38,3 +42,20 @@ def test_it_goes_on_after_what_is_settled(code: Exit) -> None:
 @pytest.mark.parametrize("code", [Exit.IN_DOUBT, Exit.BROKEN, Exit.OWNER_FAILED, Exit.INTERRUPTED])
 def test_it_ends_where_somebody_has_to_look(code: Exit) -> None:
     assert code not in GOES_ON
+
+
+@pytest.mark.parametrize(
+    ("touched", "proof", "says"),
+    [
+        (False, "", "can be started again"),
+        (True, "", "Restart the target's VMM"),
+        (True, "fenced:s:t", "--verdict fenced:s:t`. Restart the target's VMM"),
+    ],
+)
+def test_a_restart_is_asked_for_only_where_something_was_touched(
+    touched: bool, proof: str, says: str
+) -> None:
+    target = cast(Target, SimpleNamespace(touched=touched, proof=proof))
+    advice = advice_of(target)[HandoverState.ABORTED]
+    assert says in advice
+    assert ("Restart" in advice) == touched
