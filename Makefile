@@ -48,7 +48,7 @@ $(LOWEST)/ready: pyproject.toml tests/lowest_versions.py
 prepare: $(VENV)/ready
 	@# Once, and outside of any test's time. Should it fail, the tests that need it say why.
 	-$(BIN)/python -m lab.qemu prepare
-	-$(BIN)/python -c 'from transport.kernels.load import warm_up; warm_up()'
+	-$(BIN)/python -c 'from ferry.migration.kernels import warm_up_all; warm_up_all()'
 
 prepare-browser: $(VENV)/ready
 	-$(BIN)/python -m lab.browser

@@ -13,11 +13,11 @@ import trio
 
 from ferry.findings import Finding, note, ok, problem
 from ferry.host_memory import memory_available
+from ferry.migration.kernels import warm_up_all
 from ferry.progress import bytes_text
 from sync.memory import PAGE_BYTES
 from transport.kernels.clib import NativeLibraryError, addresses
 from transport.kernels.declare import CompilationFailed
-from transport.kernels.load import warm_up
 from transport.receiver import open_receiver
 from transport.user_cache import CACHE_VARIABLE
 from transport.wire.errors import EndpointError
@@ -61,7 +61,7 @@ def _kernels() -> list[Finding]:
         return [problem("C libraries", str(error))]
     found = [ok("C libraries", "LZ4 and XXH3 can be called")]
     try:
-        done = warm_up()
+        done = warm_up_all()
     except CompilationFailed as error:
         advice = "install numba again, and look at what it says"
         return [*found, problem("kernels", str(error), advice)]

@@ -1,15 +1,22 @@
 """The data plane's compiled kernels, made ready before a migration counts its time."""
 
+from collections.abc import Callable
+
 import trio
 
 from ferry.collector import collector_off
 from ferry.progress import Reporter
 from sync.vmm.stream.kernel import follow_records, signature
 from transport.kernels.declare import Kernel
-from transport.kernels.load import warm_up
+from transport.kernels.load import WarmUp, warm_up
 
 STREAM_KERNEL = Kernel(follow_records, signature())
 """The loop over the VMM's stream, kept beside the data plane's."""
+
+
+def warm_up_all(compiling: Callable[[], None] | None = None) -> WarmUp:
+    """`warm_up` for all that a migration needs."""
+    return warm_up(compiling, [STREAM_KERNEL])
 
 
 async def make_kernels_ready(reporter: Reporter) -> None:
@@ -23,9 +30,7 @@ async def make_kernels_ready(reporter: Reporter) -> None:
         reporter.event("message", text=text)
 
     with collector_off():
-        done = await trio.to_thread.run_sync(
-            warm_up, explain, [STREAM_KERNEL], abandon_on_cancel=True
-        )
+        done = await trio.to_thread.run_sync(warm_up_all, explain, abandon_on_cancel=True)
     if done.cache_hit:
         return
     text = f"the numba kernels are compiled, in {done.seconds:.1f} s"

@@ -82,7 +82,7 @@ def variables(cache: Path | None = None) -> dict[str, str]:
 
 def compile_kernels(cache: Path | None = None) -> None:
     """Compile what the emulated host needs, unless `cache` has it. Raises `LocalError`."""
-    program = "from transport.kernels.load import warm_up; warm_up()"
+    program = "from ferry.migration.kernels import warm_up_all; warm_up_all()"
     done = subprocess.run(
         [sys.executable, "-c", program],
         env={**os.environ, **variables(cache), "HOME": str(Path.home())},

@@ -15,6 +15,7 @@ from pathlib import Path
 
 import numpy as np
 
+from ferry.migration.kernels import STREAM_KERNEL
 from perf.baselines import qemu
 from perf.benchmark import Context, Measurement, cpu_seconds
 from perf.child import Cost
@@ -86,7 +87,7 @@ def _memcpy(data: memoryview, out: np.ndarray[tuple[int], np.dtype[np.uint8]]) -
 
 
 def _read(data: memoryview, chunk_bytes: int, *, take: bool) -> None:
-    reader = StreamReader(max_held_bytes=MIB, max_tail_bytes=MAX_TAIL_BYTES)
+    reader = StreamReader(max_held_bytes=MIB, max_tail_bytes=MAX_TAIL_BYTES, kernel=STREAM_KERNEL)
     for at in range(0, len(data), chunk_bytes):
         reader.feed(data[at : at + chunk_bytes])
         while (event := reader.next_event()) is not None:
@@ -117,6 +118,7 @@ def _open(image: Path, chunk_bytes: int, connection: socket.socket) -> None:
         [FileRange(0, n_pages, "image", 0)],
         max_held_bytes=16 * MIB,
         max_tail_bytes=MAX_TAIL_BYTES,
+        kernel=STREAM_KERNEL,
     )
     n_announced = 0
     for chunk in _received(connection, chunk_bytes):

@@ -31,6 +31,8 @@ PEER_TIMEOUT_S = 3.0
 RESUME_WINDOW_S = 0.5
 """A peer that was killed is waited for so long, as a lost link is."""
 CONNECT_TIMEOUT_S = 5.0
+DOWNTIME_MS = 5000
+"""A guest may stand still for ten times as long before it is taken back: no test is that slow."""
 DEADLINE_S = 60.0
 
 
@@ -201,6 +203,7 @@ class TwoHosts:
             dirty=self._method.dirty,
             lanes=1,
             connect_timeout=CONNECT_TIMEOUT_S,
+            downtime_limit=DOWNTIME_MS,
             check=check,
         )
         to_receive = receive_options.Options(

@@ -1,12 +1,9 @@
-"""The loop over records of the `ram` section: compiled, without the GIL.
+"""The loop over records of the `ram` section, to be compiled by whoever uses it.
 
 Owns no memory and no decision: it goes through the bytes of a window and stops at whatever the
-reader (`sync.vmm.stream.reader`) has to decide, with a `Status`. numba is imported when the loop
-is first asked for, so that who only imports this file does not pay for it.
+reader (`sync.vmm.stream.reader`) has to decide, with a `Status`.
 """
 
-import functools
-from collections.abc import Callable
 from enum import IntEnum, auto
 from typing import Any
 
@@ -258,16 +255,3 @@ def signature() -> tuple[Any, ...]:
         types.boolean[::1],
         types.uint8[::1],
     )
-
-
-@functools.cache
-def compiled() -> Callable[..., int]:
-    """`follow_records` as machine code, which takes some seconds on a machine's first call."""
-    import numba
-
-    types = numba.types.int64(*signature())
-    try:
-        kernel: Callable[..., int] = numba.njit(types, nogil=True, cache=True)(follow_records)
-    except RuntimeError:  # there is no folder for numba's cache
-        kernel = numba.njit(types, nogil=True)(follow_records)
-    return kernel

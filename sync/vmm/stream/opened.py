@@ -34,7 +34,7 @@ class OpenedStream:
         *,
         max_held_bytes: int,
         max_tail_bytes: int,
-        kernel: Callable[..., int] | None = None,
+        kernel: Callable[..., int],
     ) -> None:
         """`kernel`: see `StreamReader`."""
         self.reader = StreamReader(

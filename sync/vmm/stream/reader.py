@@ -45,7 +45,6 @@ from sync.vmm.stream.kernel import (
     Bytes,
     Fate,
     Status,
-    compiled,
 )
 from sync.vmm.stream.sections import Outline, Phase, RamBlock, read_blocks
 
@@ -145,12 +144,12 @@ class StreamReader:
         *,
         max_held_bytes: int,
         max_tail_bytes: int,
-        kernel: Callable[..., int] | None = None,
+        kernel: Callable[..., int],
     ) -> None:
-        """`kernel` is `follow_records`, compiled by default. ValueError for too few bytes."""
+        """`kernel` is `follow_records`, compiled. ValueError for too few bytes."""
         if max_held_bytes < MIN_HELD_BYTES:
             raise ValueError(f"fewer than {MIN_HELD_BYTES} bytes cannot hold a record")
-        self._kernel = kernel or compiled()
+        self._kernel = kernel
         self._max_held_bytes = max_held_bytes
         self._max_tail_bytes: int | None = max_tail_bytes
         self._mode = _Mode.FOLLOWING

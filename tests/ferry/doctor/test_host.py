@@ -34,7 +34,7 @@ def test_a_c_library_that_cannot_be_called_is_named_with_what_to_do(
 def test_what_became_of_the_kernels_is_told(
     monkeypatch: pytest.MonkeyPatch, done: WarmUp, level: Level, said: str
 ) -> None:
-    monkeypatch.setattr(host, "warm_up", lambda: done)
+    monkeypatch.setattr(host, "warm_up_all", lambda: done)
     _, finding = _kernels()
     assert finding.level is level
     assert said in finding.text

@@ -18,13 +18,13 @@ from transport.kernels.load import WarmUp
 
 
 def said(capsys: pytest.CaptureFixture[str], done: WarmUp, *, compiles: bool) -> list[str]:
-    def warm_up(compiling: Callable[[], None], _others: object) -> WarmUp:
+    def warm_up(compiling: Callable[[], None]) -> WarmUp:
         if compiles:
             compiling()
         return done
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(kernels, "warm_up", warm_up)
+        patch.setattr(kernels, "warm_up_all", warm_up)
         trio.run(kernels.make_kernels_ready, Reporter("send", as_json=True))
     return [json.loads(line)["text"] for line in capsys.readouterr().out.splitlines()]
 

@@ -19,6 +19,7 @@ from typing import Any
 import numpy as np
 
 from ferry.doctor.qemu_program import Qemu
+from ferry.migration.kernels import STREAM_KERNEL
 from lab.children import start_child
 from sync.memory import GuestMemory, MemoryRegion
 from sync.vmm.stream.mapping import FileRange
@@ -197,7 +198,11 @@ def migrate(source: Machine, target: Machine, folder: Path) -> Move:
         memory, ranges = stack.enter_context(source.memory())
         target_memory, _ = stack.enter_context(target.memory())
         opened = OpenedStream(
-            memory.array, ranges, max_held_bytes=MAX_HELD_BYTES, max_tail_bytes=64 * MIB
+            memory.array,
+            ranges,
+            max_held_bytes=MAX_HELD_BYTES,
+            max_tail_bytes=64 * MIB,
+            kernel=STREAM_KERNEL,
         )
         move = Move(np.zeros(memory.n_pages, np.bool_), opened.mapped, opened.carried)
         buffer = memoryview(bytearray(CHUNK_BYTES))

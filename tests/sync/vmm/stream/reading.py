@@ -3,6 +3,7 @@
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 
+from ferry.migration.kernels import STREAM_KERNEL
 from sync.vmm.stream.errors import StreamNotFollowed
 from sync.vmm.stream.kernel import follow_records
 from sync.vmm.stream.reader import (
@@ -60,7 +61,7 @@ def new_reader(
     return StreamReader(
         max_held_bytes=held_bytes,
         max_tail_bytes=tail_bytes,
-        kernel=follow_records if plain else None,
+        kernel=follow_records if plain else STREAM_KERNEL,
     )
 
 

@@ -9,6 +9,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from ferry.migration.kernels import STREAM_KERNEL
 from sync.vmm.stream.errors import MappingRefuted
 from sync.vmm.stream.mapping import MIN_MATCHES, FileRange, MappingProof, candidates
 from sync.vmm.stream.opened import OpenedStream
@@ -117,7 +118,13 @@ def _run(
     """
     blocks = [Block(b"block%d" % n, N_PAGES) for n in order]
     writer = StreamWriter(blocks)
-    stream = OpenedStream(guest.memory, guest.files, max_held_bytes=1 << 20, max_tail_bytes=1 << 16)
+    stream = OpenedStream(
+        guest.memory,
+        guest.files,
+        max_held_bytes=1 << 20,
+        max_tail_bytes=1 << 16,
+        kernel=STREAM_KERNEL,
+    )
     pages, passed = set[int](), bytearray()
 
     def feed(data: bytes) -> None:
@@ -187,7 +194,13 @@ def test_a_stale_copy_is_never_trusted_to_the_end(guest: Guest, seed: int, n_sta
         Record(b"ram", at, None if guest.page(at) == ZERO else guest.page(at))
         for at in range(N_PAGES)
     ]
-    stream = OpenedStream(other.memory, other.files, max_held_bytes=1 << 20, max_tail_bytes=1 << 16)
+    stream = OpenedStream(
+        other.memory,
+        other.files,
+        max_held_bytes=1 << 20,
+        max_tail_bytes=1 << 16,
+        kernel=STREAM_KERNEL,
+    )
     data = writer.header() + writer.setup() + writer.part(records, 3) + b"\4tail"
     stream.feed(data)
     passed = bytearray()
@@ -306,7 +319,11 @@ def test_a_block_that_no_file_can_be_is_carried_at_once() -> None:
     writer = StreamWriter([Block(b"vga.vram", 5)])
     memory = np.zeros(N_PAGES * PAGE, np.uint8)
     stream = OpenedStream(
-        memory, [FileRange(0, N_PAGES, 1, 0)], max_held_bytes=1 << 20, max_tail_bytes=100
+        memory,
+        [FileRange(0, N_PAGES, 1, 0)],
+        max_held_bytes=1 << 20,
+        max_tail_bytes=100,
+        kernel=STREAM_KERNEL,
     )
     data = writer.header() + writer.setup() + writer.part([Record(b"vga.vram", 1, b"\7" * PAGE)], 3)
     stream.feed(data + b"\0")
