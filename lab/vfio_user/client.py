@@ -37,8 +37,6 @@ from sync.vfio_user.protocol import (
     RegionAccess,
     RegionInfo,
     RegionInfoRequest,
-    RegionIoFds,
-    RegionIoFdsRequest,
     SetIrqs,
     TwinSocket,
     Version,
@@ -137,20 +135,6 @@ class Client:
         if info.index != index:
             raise self._broken(f"information on region {info.index} for {index}")
         return info, fd
-
-    def region_io_fds(self, index: int) -> tuple[RegionIoFds, list[int]]:
-        """Return a region's ioeventfds and ioregionfds; the caller owns the descriptors."""
-        info, fds = self._ask_sized(
-            Command.DEVICE_GET_REGION_IO_FDS,
-            RegionIoFdsRequest(index).argsz,
-            lambda argsz: RegionIoFdsRequest(index, argsz).pack(),
-            RegionIoFds.unpack,
-        )
-        complete = all(sub.fd_index < len(fds) for sub in info.sub_regions)
-        if info.index != index or not complete:
-            close_fds(fds)
-            raise self._broken("descriptors of another region, or not all of them")
-        return info, fds
 
     def irq_info(self, index: int) -> IrqInfo:
         info = self._ask(Command.DEVICE_GET_IRQ_INFO, IrqInfoRequest(index).pack(), IrqInfo.unpack)

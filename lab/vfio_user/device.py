@@ -12,7 +12,6 @@ from sync.vfio_user.protocol import (
     Feature,
     IrqInfo,
     RegionInfo,
-    RegionIoFds,
     SetIrqs,
     VfioUserError,
 )
@@ -52,10 +51,6 @@ class Device(ABC):
     def region_fd(self, index: int) -> int | None:
         """Return the descriptor to map a region with flag MMAP; it stays the device's own."""
         return None
-
-    def region_io_fds(self, index: int) -> tuple[RegionIoFds, list[int]]:
-        """Return ioeventfds and ioregionfds of a region; descriptors stay the device's own."""
-        return RegionIoFds(index), []
 
     def set_irqs(self, request: SetIrqs, fds: list[int]) -> None:
         """Set an interrupt action; `fds` has `request.count` descriptors, or none, with

@@ -37,6 +37,7 @@ from sync.vfio_user.protocol import (
     RegionFlags,
     RegionInfo,
     RegionInfoRequest,
+    RegionIoFds,
     RegionIoFdsRequest,
     SetIrqs,
     UnmapFlags,
@@ -281,13 +282,7 @@ class Session:
         request = RegionIoFdsRequest.unpack(message.body)
         if request.index >= len(self._regions):
             raise VfioUserError(EINVAL, f"region {request.index} does not exist")
-        info, fds = self._device.region_io_fds(request.index)
-        body = info.pack(request.argsz)
-        if len(body) < len(info.pack()):
-            return body, ()
-        if len(fds) > self._client_max_fds:
-            raise VfioUserError(EINVAL, f"the client does not take {len(fds)} descriptors")
-        return body, fds
+        return RegionIoFds(request.index).pack(), ()
 
     def _irq_info(self, message: Message) -> _Reply:
         request = IrqInfoRequest.unpack(message.body)

@@ -9,7 +9,7 @@ larger is cut to its fixed part and says in its own `argsz` how much was needed.
 import struct
 from dataclasses import dataclass
 from enum import IntEnum, IntFlag
-from typing import Final, Self
+from typing import ClassVar, Final, Self
 
 from sync.vfio_user.errors import ProtocolError
 from sync.vfio_user.wire import require_argsz, unpack_exactly, unpack_start
@@ -20,7 +20,6 @@ _CAP: Final = struct.Struct("<HHI")
 _SPARSE: Final = struct.Struct("<II")
 _AREA: Final = struct.Struct("<QQ")
 _TYPE: Final = struct.Struct("<II")
-_SUB_REGION: Final = struct.Struct("<QQIIIIQ")
 _SET_IRQS: Final = struct.Struct("<IIIII")
 
 _CAP_SPARSE_MMAP: Final = 1
@@ -93,11 +92,6 @@ PCI_NUM_REGIONS: Final = len(PciRegion)
 PCI_NUM_IRQS: Final = len(PciIrq)
 
 
-class IoFdType(IntEnum):
-    IOEVENTFD = 0
-    IOREGIONFD = 1
-
-
 @dataclass(frozen=True, slots=True)
 class DeviceInfoRequest:
     """DEVICE_GET_INFO request."""
@@ -133,20 +127,45 @@ class DeviceInfo:
 
 
 @dataclass(frozen=True, slots=True)
-class RegionInfoRequest:
-    """DEVICE_GET_REGION_INFO request."""
+class _Question:
+    """A request for what the device has under the number `index`."""
 
     index: int
-    argsz: int = _REGION.size
+    argsz: int = _INFO.size
+    COMMAND: ClassVar[str]
+    SIZE: ClassVar[int] = _INFO.size
 
     def pack(self) -> bytes:
-        return _REGION.pack(self.argsz, 0, self.index, 0, 0, 0)
+        return _INFO.pack(self.argsz, 0, self.index, 0).ljust(self.SIZE, b"\0")
 
     @classmethod
     def unpack(cls, body: bytes | memoryview) -> Self:
-        argsz, _, index, *_ = unpack_exactly(_REGION, body, "DEVICE_GET_REGION_INFO")
-        require_argsz(argsz, _REGION.size, "DEVICE_GET_REGION_INFO")
+        if len(body) != cls.SIZE:
+            raise ProtocolError(f"{cls.COMMAND} of {len(body)} bytes, expected {cls.SIZE}")
+        argsz, _, index, _ = _INFO.unpack_from(body)
+        require_argsz(argsz, cls.SIZE, cls.COMMAND)
         return cls(index, argsz)
+
+
+@dataclass(frozen=True, slots=True)
+class RegionInfoRequest(_Question):
+    """DEVICE_GET_REGION_INFO request."""
+
+    argsz: int = _REGION.size
+    COMMAND = "DEVICE_GET_REGION_INFO"
+    SIZE = _REGION.size
+
+
+class RegionIoFdsRequest(_Question):
+    """DEVICE_GET_REGION_IO_FDS request."""
+
+    COMMAND = "DEVICE_GET_REGION_IO_FDS"
+
+
+class IrqInfoRequest(_Question):
+    """DEVICE_GET_IRQ_INFO request."""
+
+    COMMAND = "DEVICE_GET_IRQ_INFO"
 
 
 @dataclass(frozen=True, slots=True)
@@ -237,93 +256,13 @@ def _unpack_caps(
 
 
 @dataclass(frozen=True, slots=True)
-class RegionIoFdsRequest:
-    """DEVICE_GET_REGION_IO_FDS request."""
-
-    index: int
-    argsz: int = _INFO.size
-
-    def pack(self) -> bytes:
-        return _INFO.pack(self.argsz, 0, self.index, 0)
-
-    @classmethod
-    def unpack(cls, body: bytes | memoryview) -> Self:
-        argsz, flags, index, count = unpack_exactly(_INFO, body, "DEVICE_GET_REGION_IO_FDS")
-        require_argsz(argsz, _INFO.size, "DEVICE_GET_REGION_IO_FDS")
-        if flags or count:
-            raise ProtocolError("DEVICE_GET_REGION_IO_FDS with flags or a count")
-        return cls(index, argsz)
-
-
-@dataclass(frozen=True, slots=True)
-class IoSubRegion:
-    """A span of a region and how it is notified: `value` is `datamatch` or `user_data` by type."""
-
-    offset: int
-    size: int
-    fd_index: int
-    type: int
-    flags: int
-    value: int
-
-
-@dataclass(frozen=True, slots=True)
 class RegionIoFds:
-    """DEVICE_GET_REGION_IO_FDS reply.
-
-    `missing_bytes`: length of the sub-regions that were cut off because of the request's `argsz`.
-    """
+    """DEVICE_GET_REGION_IO_FDS reply: no part of the region is told of by a descriptor."""
 
     index: int
-    sub_regions: tuple[IoSubRegion, ...] = ()
-    missing_bytes: int = 0
-
-    def pack(self, argsz: int | None = None) -> bytes:
-        """Return the reply body, cut to its fixed part if it is longer than `argsz`."""
-        entries = b"".join(
-            _SUB_REGION.pack(sub.offset, sub.size, sub.fd_index, sub.type, sub.flags, 0, sub.value)
-            for sub in self.sub_regions
-        )
-        full = _INFO.size + (len(entries) or self.missing_bytes)
-        count = (full - _INFO.size) // _SUB_REGION.size
-        fixed = _INFO.pack(full, 0, self.index, count)
-        return fixed if argsz is not None and full > argsz else fixed + entries
-
-    @classmethod
-    def unpack(cls, body: bytes | memoryview) -> Self:
-        argsz, _, index, count = unpack_start(_INFO, body, "DEVICE_GET_REGION_IO_FDS reply")
-        require_argsz(argsz, max(_INFO.size, len(body)), "DEVICE_GET_REGION_IO_FDS reply")
-        if argsz > len(body):
-            return cls(index, missing_bytes=argsz - _INFO.size)
-        entries = body[_INFO.size :]
-        if count == 0 and not entries:
-            return cls(index)
-        # Entries may grow in later versions, so their distance comes from the total length.
-        step, rest = divmod(len(entries), count) if count else (0, 1)
-        if rest or step < _SUB_REGION.size:
-            raise ProtocolError(f"{count} sub-regions in {len(entries)} bytes")
-        subs = []
-        for start in range(0, len(entries), step):
-            offset, size, fd_index, kind, flags, _, value = _SUB_REGION.unpack_from(entries, start)
-            subs.append(IoSubRegion(offset, size, fd_index, kind, flags, value))
-        return cls(index, tuple(subs))
-
-
-@dataclass(frozen=True, slots=True)
-class IrqInfoRequest:
-    """DEVICE_GET_IRQ_INFO request."""
-
-    index: int
-    argsz: int = _INFO.size
 
     def pack(self) -> bytes:
-        return _INFO.pack(self.argsz, 0, self.index, 0)
-
-    @classmethod
-    def unpack(cls, body: bytes | memoryview) -> Self:
-        argsz, _, index, _ = unpack_exactly(_INFO, body, "DEVICE_GET_IRQ_INFO")
-        require_argsz(argsz, _INFO.size, "DEVICE_GET_IRQ_INFO")
-        return cls(index, argsz)
+        return _INFO.pack(_INFO.size, 0, self.index, 0)
 
 
 @dataclass(frozen=True, slots=True)

@@ -23,14 +23,12 @@ from sync.vfio_user.protocol import (
     DmaMap,
     DmaUnmap,
     Feature,
-    IoSubRegion,
     IrqInfo,
     IrqSet,
     MigData,
     ProtocolError,
     RegionAccess,
     RegionInfo,
-    RegionIoFds,
     SetIrqs,
     TwinSocket,
     Version,
@@ -93,18 +91,6 @@ def test_region_mapping_brings_the_descriptor(client: Client, device: Any) -> No
     assert os.pread(fd, 6, 0) == b"shared"
     os.close(fd)
     assert client.region_mapping(0) == (RegionInfo(0, 3, 4096), None)
-
-
-def test_region_io_fds(client: Client, device: Any) -> None:
-    subs = tuple(IoSubRegion(4 * n, 4, 0, 0, 0, 0) for n in range(3))
-    device.region_io_fds = lambda index: (RegionIoFds(index, subs), [device.mapped_fd])
-    info, fds = client.region_io_fds(0)
-    assert info.sub_regions == subs
-    assert len(fds) == 1
-    os.close(fds[0])
-    device.region_io_fds = lambda index: (RegionIoFds(index, subs), [])
-    with pytest.raises(ProtocolError):
-        client.region_io_fds(0)
 
 
 def test_a_feature_larger_than_asked_for_is_asked_for_again(client: Client, device: Any) -> None:
@@ -310,7 +296,6 @@ WRONG_REPLIES: list[tuple[Callable[[Client], object], bytes]] = [
     (lambda c: c.irq_info(0), bytes(3)),
     (lambda c: c.region_info(0), RegionInfo(1, 3, 4096).pack()),
     (lambda c: c.irq_info(0), IrqInfo(1, 1, 1).pack()),
-    (lambda c: c.region_io_fds(0), RegionIoFds(1).pack()),
     (lambda c: c.region_info(0), struct.pack("<IIIIQQ", 1 << 31, 8, 0, 0, 0, 0)),
     (lambda c: c.mig_read(4), MigData(5, b"abcde").pack()),
     (lambda c: c.mig_read(4), MigData(4).pack()),

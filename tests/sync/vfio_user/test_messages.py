@@ -21,7 +21,6 @@ from sync.vfio_user.protocol import (
     Feature,
     FeatureFlags,
     FeatureIndex,
-    IoSubRegion,
     IrqInfo,
     IrqInfoRequest,
     IrqSet,
@@ -35,7 +34,6 @@ from sync.vfio_user.protocol import (
     RegionAccess,
     RegionInfo,
     RegionInfoRequest,
-    RegionIoFds,
     RegionIoFdsRequest,
     SetIrqs,
     TwinSocket,
@@ -123,12 +121,6 @@ MESSAGES: dict[type, st.SearchStrategy[Any]] = {
     )
     | st.builds(RegionInfo, u32, u32.map(lambda x: x & ~8), u64, missing_bytes=st.integers(1, 99)),
     RegionIoFdsRequest: st.builds(RegionIoFdsRequest, u32, st.integers(16, 1 << 31)),
-    RegionIoFds: st.builds(
-        RegionIoFds,
-        u32,
-        st.lists(st.builds(IoSubRegion, u64, u64, u32, u32, u32, u64), max_size=4).map(tuple),
-    )
-    | st.builds(RegionIoFds, u32, missing_bytes=st.integers(1, 9).map(lambda n: n * 40)),
     IrqInfoRequest: st.builds(IrqInfoRequest, u32, st.integers(16, 1 << 31)),
     IrqInfo: st.builds(IrqInfo, u32, u32, u32),
     SetIrqs: all_set_irqs,
@@ -226,21 +218,6 @@ LAYOUTS: list[tuple[Packable, int, dict[tuple[int, int], int]]] = [
             (56, 8): 0x2000,
             (64, 8): 0x4000,
             (72, 8): 0x1000,
-        },
-    ),
-    (
-        RegionIoFds(4, (IoSubRegion(8, 4, 1, 0, 2, 77),)),
-        56,
-        {
-            (0, 4): 56,
-            (8, 4): 4,
-            (12, 4): 1,
-            (16, 8): 8,
-            (24, 8): 4,
-            (32, 4): 1,
-            (36, 4): 0,
-            (40, 4): 2,
-            (48, 8): 77,
         },
     ),
     (IrqInfo(2, 9, 33), 16, {(0, 4): 16, (4, 4): 9, (8, 4): 2, (12, 4): 33}),
@@ -359,8 +336,6 @@ HOSTILE: list[tuple[Any, bytes]] = [
     (RegionInfo, region_with_caps(b"", 4)),
     (RegionInfo, region_with_caps(b"", 1 << 31)),
     (RegionInfo, region_with_caps(struct.pack("<HHIII", 1, 1, 0, (1 << 32) - 1, 0))),
-    (RegionIoFds, struct.pack("<IIII", 16, 0, 0, (1 << 32) - 1)),
-    (RegionIoFds, struct.pack("<IIII", 26, 0, 0, 1) + bytes(10)),
     (WriteMulti, struct.pack("<Q", (1 << 64) - 1)),
     (WriteMulti, struct.pack("<QQII", 1, 0, 0, 9) + bytes(8)),
     (LoggingControl, struct.pack("<QII", 4096, (1 << 32) - 1, 0)),
@@ -397,7 +372,6 @@ HOSTILE: list[tuple[Any, bytes]] = [
     (Feature, struct.pack("<II", 7, 1 << 16)),
     (DeviceInfoRequest, struct.pack("<IIII", 15, 0, 0, 0)),
     (RegionInfoRequest, struct.pack("<IIIIQQ", 31, 0, 0, 0, 0, 0)),
-    (RegionIoFdsRequest, struct.pack("<IIII", 16, 1, 0, 0)),
     (IrqInfoRequest, struct.pack("<IIII", 0, 0, 0, 0)),
 ]
 

@@ -21,7 +21,6 @@ from sync.vfio_user.protocol import (
     DmaUnmap,
     Feature,
     FeatureIndex,
-    IoSubRegion,
     IrqInfo,
     IrqSet,
     LoggingControl,
@@ -32,7 +31,6 @@ from sync.vfio_user.protocol import (
     RegionAccess,
     RegionInfo,
     RegionInfoRequest,
-    RegionIoFds,
     RegionIoFdsRequest,
     SetIrqs,
     Version,
@@ -72,13 +70,9 @@ def test_region_information_larger_than_argsz_is_cut(peer: Any) -> None:
     assert RegionInfo.unpack(body).region_type == (9, 8)
 
 
-def test_region_io_fds(peer: Any, device: Any) -> None:
-    subs = (IoSubRegion(0, 4, 0, 0, 0, 0), IoSubRegion(4, 4, 0, 0, 0, 0))
-    device.region_io_fds = lambda index: (RegionIoFds(index, subs), [device.mapped_fd])
-    errno, body = peer.ask(Command.DEVICE_GET_REGION_IO_FDS, RegionIoFdsRequest(0, 96).pack())
-    assert (errno, RegionIoFds.unpack(body)) == (0, RegionIoFds(0, subs))
-    errno, body = peer.ask(Command.DEVICE_GET_REGION_IO_FDS, RegionIoFdsRequest(0, 95).pack())
-    assert (errno, len(body), RegionIoFds.unpack(body).missing_bytes) == (0, 16, 80)
+def test_no_part_of_a_region_is_told_of_by_a_descriptor(peer: Any) -> None:
+    errno, body = peer.ask(Command.DEVICE_GET_REGION_IO_FDS, RegionIoFdsRequest(2, 96).pack())
+    assert (errno, body) == (0, struct.pack("<IIII", 16, 0, 2, 0))
 
 
 def test_region_access(peer: Any, device: Any) -> None:
@@ -304,7 +298,7 @@ def test_what_a_device_does_not_have_is_not_supported(
 
     for name in ("set_irqs", "reset", "feature", "migration_read", "migration_write"):
         monkeypatch.setattr(type(device), name, getattr(Device, name))
-    for name in ("dma_map", "dma_unmap", "region_io_fds", "region_fd"):
+    for name in ("dma_map", "dma_unmap", "region_fd"):
         monkeypatch.setattr(type(device), name, getattr(Device, name))
     with Client(served) as client:
         for refused in (
@@ -319,5 +313,4 @@ def test_what_a_device_does_not_have_is_not_supported(
             assert refusal.value.errno == ENOTSUP
         client.dma_map(DmaMap(3, 0, 0, PAGE), 0)
         client.dma_unmap(DmaUnmap(0, 0, PAGE))
-        assert client.region_io_fds(0) == (RegionIoFds(0), [])
         assert client.region_mapping(2)[1] is None
