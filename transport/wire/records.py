@@ -64,7 +64,7 @@ from __future__ import annotations
 import hashlib
 import hmac
 import struct
-from dataclasses import dataclass
+from dataclasses import astuple, dataclass
 from enum import IntEnum
 from typing import Any, ClassVar, Self, TypeVar
 
@@ -211,19 +211,9 @@ class SessionHello:
     payload: bytes
 
     def pack(self) -> bytes:
-        return (
-            _HELLO.pack(
-                MessageType.HELLO,
-                _MAGIC,
-                PROTOCOL_VERSION,
-                self.session,
-                self.nonce,
-                self.lanes,
-                self.frame_bytes,
-                len(self.payload),
-            )
-            + self.payload
-        )
+        fields = self.session, self.nonce, self.lanes, self.frame_bytes, len(self.payload)
+        head = _HELLO.pack(MessageType.HELLO, _MAGIC, PROTOCOL_VERSION, *fields)
+        return head + self.payload
 
     @classmethod
     def unpack(cls, message: Buffer) -> Self:
@@ -250,19 +240,9 @@ class HelloReply:
     payload: bytes
 
     def pack(self) -> bytes:
-        return (
-            _HELLO_REPLY.pack(
-                MessageType.HELLO_REPLY,
-                _MAGIC,
-                PROTOCOL_VERSION,
-                self.verdict,
-                self.window_frames,
-                self.peer_timeout_ms,
-                self.resume_ms,
-                len(self.payload),
-            )
-            + self.payload
-        )
+        limits = self.window_frames, self.peer_timeout_ms, self.resume_ms, len(self.payload)
+        start = MessageType.HELLO_REPLY, _MAGIC, PROTOCOL_VERSION, self.verdict
+        return _HELLO_REPLY.pack(*start, *limits) + self.payload
 
     @classmethod
     def unpack(cls, message: Buffer) -> Self:
@@ -292,10 +272,8 @@ class RecordMessage:
     payload: bytes
 
     def pack(self) -> bytes:
-        return (
-            _RECORD.pack(MessageType.RECORD, self.sequence, self.kind, len(self.payload))
-            + self.payload
-        )
+        head = _RECORD.pack(MessageType.RECORD, self.sequence, self.kind, len(self.payload))
+        return head + self.payload
 
     @classmethod
     def unpack(cls, message: Buffer) -> Self:
@@ -304,34 +282,39 @@ class RecordMessage:
         return cls(sequence, kind, _tail(_RECORD, message, length, MAX_RECORD_BYTES, "RECORD"))
 
 
+class _Fixed:
+    """A message that is its type and fields of fixed length, `LAYOUT`."""
+
+    TYPE: ClassVar[MessageType]
+    LAYOUT: ClassVar[struct.Struct]
+
+    def pack(self) -> bytes:
+        return self.LAYOUT.pack(self.TYPE, *astuple(self))  # type: ignore[call-overload]
+
+    @classmethod
+    def unpack(cls, message: Buffer) -> Self:
+        layout, name = cls.LAYOUT, cls.TYPE.name
+        if len(message) != layout.size:
+            raise RecordError(f"{name} has {len(message)} bytes instead of {layout.size}")
+        return cls(*layout.unpack_from(message)[1:])
+
+
 @dataclass(frozen=True, slots=True)
-class RecordCredit:
+class RecordCredit(_Fixed):
     """How many records have arrived, and the cost of those that the application has taken."""
 
     received: int
     consumed_cost: int
-
-    def pack(self) -> bytes:
-        return _TWO_U64.pack(MessageType.RECORD_CREDIT, self.received, self.consumed_cost)
-
-    @classmethod
-    def unpack(cls, message: Buffer) -> Self:
-        return cls(*_exact(_TWO_U64, message, "RECORD_CREDIT"))
+    TYPE = MessageType.RECORD_CREDIT
+    LAYOUT = _TWO_U64
 
 
 @dataclass(frozen=True, slots=True)
-class _Numbered:
-    """A message that is its type and one u64."""
+class _Numbered(_Fixed):
+    """A message that is its type and one u64, `value`."""
 
     value: int
-    TYPE: ClassVar[MessageType]
-
-    def pack(self) -> bytes:
-        return _ONE_U64.pack(self.TYPE, self.value)
-
-    @classmethod
-    def unpack(cls, message: Buffer) -> Self:
-        return cls(*_exact(_ONE_U64, message, cls.TYPE.name))
+    LAYOUT = _ONE_U64
 
 
 class Ping(_Numbered):
@@ -377,18 +360,13 @@ class TunnelHead(_Numbered):
 
 
 @dataclass(frozen=True, slots=True)
-class TunnelCredit:
+class TunnelCredit(_Fixed):
     """How many bytes of the tunnel have arrived, and how many the application has taken."""
 
     received: int
     consumed: int
-
-    def pack(self) -> bytes:
-        return _TWO_U64.pack(MessageType.TUNNEL_CREDIT, self.received, self.consumed)
-
-    @classmethod
-    def unpack(cls, message: Buffer) -> Self:
-        return cls(*_exact(_TWO_U64, message, "TUNNEL_CREDIT"))
+    TYPE = MessageType.TUNNEL_CREDIT
+    LAYOUT = _TWO_U64
 
 
 @dataclass(frozen=True, slots=True)
@@ -525,37 +503,28 @@ class CompareReply:
 
 
 @dataclass(frozen=True, slots=True)
-class Digest:
+class Digest(_Fixed):
     """What is the digest of these pages (at most `MAX_COMPARE_PAGES`)?"""
 
     request: int
     first_page: int
     n_pages: int
+    TYPE = MessageType.DIGEST
+    LAYOUT = _DIGEST
 
-    def pack(self) -> bytes:
-        return _DIGEST.pack(MessageType.DIGEST, self.request, self.first_page, self.n_pages)
-
-    @classmethod
-    def unpack(cls, message: Buffer) -> Self:
-        request, first_page, n_pages = _exact(_DIGEST, message, "DIGEST")
-        if not 1 <= n_pages <= MAX_COMPARE_PAGES:
-            raise RecordError(f"DIGEST asks for {n_pages} pages")
-        return cls(request, first_page, n_pages)
+    def __post_init__(self) -> None:
+        if not 1 <= self.n_pages <= MAX_COMPARE_PAGES:
+            raise RecordError(f"DIGEST asks for {self.n_pages} pages")
 
 
 @dataclass(frozen=True, slots=True)
-class DigestReply:
+class DigestReply(_Fixed):
     """The digest asked for, `REGION_DIGEST_BYTES` long."""
 
     request: int
     digest: bytes
-
-    def pack(self) -> bytes:
-        return _DIGEST_REPLY.pack(MessageType.DIGEST_REPLY, self.request, self.digest)
-
-    @classmethod
-    def unpack(cls, message: Buffer) -> Self:
-        return cls(*_exact(_DIGEST_REPLY, message, "DIGEST_REPLY"))
+    TYPE = MessageType.DIGEST_REPLY
+    LAYOUT = _DIGEST_REPLY
 
 
 ControlMessage = RecordMessage | RecordCredit | Ping | Pong | Attached | Bye | Hold
@@ -634,13 +603,6 @@ def _head(layout: struct.Struct, message: Buffer, name: str) -> tuple[Any, ...]:
     if len(message) < layout.size:
         raise RecordError(f"{name} is cut off after {len(message)} bytes")
     return layout.unpack_from(message)
-
-
-def _exact(layout: struct.Struct, message: Buffer, name: str) -> tuple[Any, ...]:
-    """The fields behind the type of a message of fixed length."""
-    if len(message) != layout.size:
-        raise RecordError(f"{name} has {len(message)} bytes instead of {layout.size}")
-    return layout.unpack_from(message)[1:]
 
 
 def _tail(layout: struct.Struct, message: Buffer, length: int, limit: int, name: str) -> bytes:
