@@ -9,6 +9,7 @@ QMP.
 
 import contextlib
 import json
+import os
 import signal
 import socket
 import subprocess
@@ -26,6 +27,7 @@ import trio
 from ferry.errors import FerryError
 from lab.children import start_child
 from lab.guest.control import guest_report, verify_guest
+from sync.gateway.control.blocking import upgrade
 from sync.vmm.driver import Vmm
 
 START_S = 150.0
@@ -54,6 +56,7 @@ class Process:
         self.log = log
         self.events: list[dict[str, Any]] = []
         self._news = threading.Condition()
+        self._heir = 0
         self._on_event = on_event
         with log.open("ab") as stderr:
             self._popen = start_child(
@@ -84,11 +87,16 @@ class Process:
 
     @property
     def pid(self) -> int:
-        return self._popen.pid
+        return self._heir or self._popen.pid
 
     @property
     def running(self) -> bool:
-        return self._popen.poll() is None
+        return _alive(self._heir) if self._heir else self._popen.poll() is None
+
+    def follow(self, pid: int) -> None:
+        """Process `pid` has taken the place of this one, which ends (`gateway --upgrade`)."""
+        self._heir = pid
+        self._popen.wait(START_S)
 
     def wait_event(
         self,
@@ -124,12 +132,17 @@ class Process:
 
     def signal(self, number: signal.Signals) -> None:
         with contextlib.suppress(ProcessLookupError):
-            self._popen.send_signal(number)
+            if self._heir:
+                os.kill(self._heir, number)
+            else:
+                self._popen.send_signal(number)
 
     def kill(self) -> None:
         """SIGKILL, and gone."""
         self.signal(signal.SIGKILL)
         self._popen.wait()
+        while self.running:
+            time.sleep(POLL_S)
 
     def resume(self) -> None:
         """Lets a stopped process go on."""
@@ -167,6 +180,14 @@ class Process:
         return f"exit code {code}; last events {last}; stderr {said}"
 
 
+def _alive(pid: int) -> bool:
+    try:
+        stat = Path(f"/proc/{pid}/stat").read_text()
+    except OSError:
+        return False
+    return stat.rsplit(")", 1)[1].split()[0] != "Z"
+
+
 @dataclass(frozen=True, kw_only=True)
 class Setup:
     """What the two hosts are made of. `device`, `gateway` and `guest` are flags of those
@@ -188,12 +209,14 @@ class Unit:
     folder: Path
     device: Process | None = None
     gateway: Process | None = None
+    device_name: str = "device.sock"
+    """Of the device's socket, in `folder`."""
     function: str = ""
     """PCI address of a function of this machine that is the device; empty: a process is."""
 
     @property
     def device_socket(self) -> Path:
-        return self.folder / "device.sock"
+        return self.folder / self.device_name
 
     @property
     def gateway_socket(self) -> Path:
@@ -314,6 +337,29 @@ class Testbed:
         )
         unit.gateway.wait_socket(unit.control_socket)
         return unit.gateway
+
+    def upgrade_gateway(self, unit: Unit) -> None:
+        """Raises what `upgrade` does; then the gateway that was goes on."""
+        assert unit.gateway is not None
+        unit.gateway.follow(upgrade(str(unit.control_socket), START_S).pid)
+
+    def replace_device(self, unit: Unit, name: str, *flags: str) -> Process:
+        """`vfio-ferry replace`, ended: by a disk whose socket is `name`. The old one is ended then,
+        else the new one."""
+        new = Unit(f"{name} {unit.name}", unit.folder, device_name=name)
+        self.start_device(new)
+        command = self.start(
+            f"replace {unit.name}",
+            *("replace", "--gateway", unit.control_socket, "--device", new.device_socket),
+            *("--json", *flags),
+        )
+        replaced = command.wait(START_S) == 0
+        old = unit.device if replaced else new.device
+        if replaced:
+            unit.device, unit.device_name = new.device, name
+        assert old is not None
+        old.kill()
+        return command
 
     def start_guest(self, host: Host, *, incoming: bool) -> Process:
         host.guest = self.start(

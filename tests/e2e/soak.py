@@ -18,12 +18,14 @@ import tempfile
 import time
 from collections import Counter
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
 from ferry.errors import Exit
 from lab.testbed import Host, Process, Setup, Testbed
+from sync.gateway.errors import UpgradeFailed
 from tests.e2e.cut_link import Link
 from tests.e2e.two_hosts import GUEST, METHODS, assert_sound, run_resolve, start_both
 
@@ -43,6 +45,7 @@ class Moving:
     """A migration under way, of which everything may be struck."""
 
     rng: random.Random
+    bed: Testbed
     source: Host
     target: Host
     sender: Process
@@ -75,6 +78,28 @@ def kill_target(moving: Moving) -> None:
     victim = moving.rng.choice([host.guest, host.gateway, host.device])
     assert victim is not None
     victim.kill()
+
+
+def restart_device(moving: Moving) -> None:
+    """The source's device dies, and is started again by a service manager sooner or later."""
+    device = moving.source.device
+    assert device is not None
+    device.kill()
+    time.sleep(moving.rng.random() * 2)
+    moving.bed.start_device(moving.source)
+
+
+def replace_device(moving: Moving) -> None:
+    """Either side's device is changed to another process, unless a migration has the gateway."""
+    host = moving.rng.choice([moving.source, moving.target])
+    command = moving.bed.replace_device(host, f"device{moving.rng.randrange(1 << 30)}")
+    assert command.wait(0) in (Exit.OK, Exit.DEVICE), command.tail()
+
+
+def upgrade_gateway(moving: Moving) -> None:
+    """Either side's, unless a migration has it."""
+    with suppress(UpgradeFailed):
+        moving.bed.upgrade_gateway(moving.rng.choice([moving.source, moving.target]))
 
 
 def stop_send_for_good(moving: Moving) -> None:
@@ -124,6 +149,7 @@ def shut_link(moving: Moving) -> None:
 FAULTS: tuple[Callable[[Moving], None], ...] = (
     *(nothing, kill_send, kill_receive, kill_target, stop_send_for_good, stop_somebody),
     *(interrupt, cut_link, silence_link, shut_link),
+    *(restart_device, replace_device, upgrade_gateway),
 )
 
 
@@ -176,7 +202,7 @@ class Soak:
         method = self._rng.choice(METHODS)
         to = ("--to", f"tcp://127.0.0.1:{link.proxy.port}", "--bandwidth", "20M")
         sender = self._bed.send(source, target, *method.flags, *limits, *to)
-        return Moving(self._rng, source, target, sender, receiver, link)
+        return Moving(self._rng, self._bed, source, target, sender, receiver, link)
 
     @staticmethod
     def _codes(moving: Moving, until: float) -> tuple[int, int]:

@@ -1,12 +1,15 @@
 """A hang is a death (I8): a stopped `send` costs the migration, and the guest goes on."""
 
+import itertools
 import signal
 import time
 from pathlib import Path
 
 import pytest
+from _pytest.mark import ParameterSet
 
 from ferry.errors import Exit
+from tests.e2e.test_kill import check, settle
 from tests.e2e.two_hosts import (
     MIGRATION_S,
     Method,
@@ -37,9 +40,22 @@ def test_i8_a_sender_that_is_stopped_for_good(tmp_path: Path, phase: str) -> Non
         assert_sound(bed, a)
 
 
-@pytest.mark.full
-@pytest.mark.parametrize("phase", ["precopy", "stopping", "finalizing"])
-@pytest.mark.parametrize("victim", ["receive", "guest", "gateway", "device"])
+def each_at_the_target(*phases: str, sampled: tuple[str, str] = ("", "")) -> list[ParameterSet]:
+    """Each victim in each of `phases`; all but one pair are left to `make test-full`."""
+    return [
+        pytest.param(*pair, marks=() if pair == sampled else pytest.mark.full)
+        for pair in itertools.product(phases, ("receive", "guest", "gateway", "device"))
+    ]
+
+
+@pytest.mark.parametrize(
+    ("phase", "victim"),
+    each_at_the_target(
+        *("preparing", "precopy", "pausing", "stopping", "finalizing", "verifying"),
+        *("awaiting-ready", "releasing"),
+        sampled=("finalizing", "device"),
+    ),
+)
 def test_i8_somebody_at_the_target_that_is_stopped_for_good(
     tmp_path: Path, phase: str, victim: str
 ) -> None:
@@ -61,6 +77,37 @@ def test_i8_somebody_at_the_target_that_is_stopped_for_good(
         receiver.wait(MIGRATION_S)
         assert bed.status(b) != "running"
         assert_sound(bed, a)
+
+
+@pytest.mark.parametrize(
+    ("phase", "victim"), each_at_the_target("committing", "owning", "starting-guest")
+)
+def test_i7_i8_somebody_at_the_target_that_is_stopped_once_the_commit_is_sent(
+    tmp_path: Path, phase: str, victim: str
+) -> None:
+    """Until both commands have ended, or for as long as a target waits for its source: then the one
+    that hung goes on, and the documented procedure finds one owner."""
+    with new_bed(tmp_path, small_setup(METHOD)) as bed:
+        a, b = start_both(bed)
+        hold = ("--break-at", phase)
+        at_source = phase == "committing"
+        sender, receiver = start_migration(
+            bed, a, b, METHOD, *(hold if at_source else ()), receive=() if at_source else hold
+        )
+        holder = sender if at_source else receiver
+        holder.wait_stopped()
+        stopped = receiver if victim == "receive" else getattr(b, victim)
+        stopped.signal(signal.SIGSTOP)
+        if holder is not stopped:
+            holder.resume()
+        codes = {"send": sender.wait(MIGRATION_S)}
+        if victim != "receive":
+            codes["receive"] = receiver.wait(MIGRATION_S)
+        stopped.signal(signal.SIGCONT)
+        codes["receive"] = receiver.wait(MIGRATION_S)
+        assert Exit.INTERNAL not in codes.values(), (sender.tail(), receiver.tail())
+        owner = settle(bed, a, b, "", codes, sender, receiver)
+        check(bed, owner, b if owner is a else a, "")
 
 
 @pytest.mark.full
