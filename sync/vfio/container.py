@@ -10,6 +10,7 @@ from sync.vfio.errors import GroupNotViable, NoIommu, NoVfio
 from sync.vfio.handles import Handles
 from sync.vfio.sysfs import PciFunction
 from sync.vfio.uapi import GroupFlags, Ioctl
+from sync.vfio_user.protocol import DmaFlags
 
 CONTAINER = "/dev/vfio/vfio"
 
@@ -29,7 +30,7 @@ class Container:
         fd = handles.ioctl("give out the function", self._group, Ioctl.GROUP_GET_DEVICE_FD, name)
         return handles.own(fd)
 
-    def map(self, iova: int, length: int, address: int, flags: uapi.DmaFlags) -> None:
+    def map(self, iova: int, length: int, address: int, flags: DmaFlags) -> None:
         """Raises OSError."""
         argument = uapi.DMA_MAP.pack(uapi.DMA_MAP.size, flags, address, iova, length)
         self._handles.kernel.ioctl(self._fd, Ioctl.IOMMU_MAP_DMA, argument)

@@ -19,7 +19,17 @@ from sync.vfio.handles import Handles
 from sync.vfio.iommufd import IommuFd
 from sync.vfio.kernel import HostKernel, Kernel
 from sync.vfio.sysfs import PciFunction
-from sync.vfio.uapi import Ioctl, IrqIndex, IrqSet
+from sync.vfio.uapi import Ioctl
+from sync.vfio_user.protocol import (
+    PCI_NUM_REGIONS,
+    DeviceFlags,
+    DmaFlags,
+    FeatureFlags,
+    IrqSet,
+    PciIrq,
+    PciRegion,
+    RegionFlags,
+)
 
 _COMMAND = 4
 _BUS_MASTER = 1 << 2
@@ -31,7 +41,7 @@ class Region:
     """A region: its size, what may be done with it, and where it is in the descriptor."""
 
     size: int
-    flags: uapi.RegionFlags
+    flags: RegionFlags
     offset: int
 
 
@@ -85,9 +95,9 @@ class VfioDevice:
 
     def set_bus_master(self, on: bool) -> None:
         """Whether the function may do DMA at all; its memory BARs are decoded in any case."""
-        command = int.from_bytes(self.read(uapi.CONFIG_REGION, _COMMAND, 2), "little")
+        command = int.from_bytes(self.read(PciRegion.CONFIG, _COMMAND, 2), "little")
         wanted = (command | _MEMORY) & ~_BUS_MASTER | (_BUS_MASTER if on else 0)
-        self.write(uapi.CONFIG_REGION, _COMMAND, wanted.to_bytes(2, "little"))
+        self.write(PciRegion.CONFIG, _COMMAND, wanted.to_bytes(2, "little"))
 
     def enable_msix(self) -> None:
         """Done by `set_irqs`."""
@@ -112,7 +122,7 @@ class VfioDevice:
         `file`: the descriptor and the offset that they are a mapping of, for devices that map it
         themselves.
         """
-        flags = uapi.DmaFlags.READ | (uapi.DmaFlags.WRITE if writable else uapi.DmaFlags(0))
+        flags = DmaFlags.READ | (DmaFlags.WRITE if writable else DmaFlags(0))
         try:
             self.iommu.map(iova, length, address, flags)
         except OSError as error:
@@ -126,30 +136,30 @@ class VfioDevice:
 
     # Interrupts.
 
-    def set_irqs(self, index: IrqIndex, fds: Sequence[int], start: int = 0) -> None:
+    def set_irqs(self, index: PciIrq, fds: Sequence[int], start: int = 0) -> None:
         """Have interrupts signal these eventfds; -1 is nobody. They may be another process's."""
         data = struct.pack(f"={len(fds)}i", *fds)
         flags = IrqSet.DATA_EVENTFD | IrqSet.ACTION_TRIGGER
         self._set_irqs(flags, index, start, len(fds), data)
 
-    def disable_irqs(self, index: IrqIndex) -> None:
+    def disable_irqs(self, index: PciIrq) -> None:
         """Switch all interrupts of a kind off, as MSI-X as a whole."""
         self._set_irqs(IrqSet.DATA_NONE | IrqSet.ACTION_TRIGGER, index, 0, 0)
 
     def mask_intx(self, masked: bool) -> None:
         """Mask or unmask the INTx line."""
         action = IrqSet.ACTION_MASK if masked else IrqSet.ACTION_UNMASK
-        self._set_irqs(IrqSet.DATA_NONE | action, IrqIndex.INTX, 0, 1)
+        self._set_irqs(IrqSet.DATA_NONE | action, PciIrq.INTX, 0, 1)
 
-    def trigger(self, index: IrqIndex, vector: int) -> None:
+    def trigger(self, index: PciIrq, vector: int) -> None:
         """Fire an interrupt as if the function had."""
         self._set_irqs(IrqSet.DATA_NONE | IrqSet.ACTION_TRIGGER, index, vector, 1)
 
     # Features.
 
-    def has_feature(self, feature: int, access: uapi.FeatureFlags) -> bool:
+    def has_feature(self, feature: int, access: FeatureFlags) -> bool:
         """Whether the function's driver offers a VFIO feature."""
-        flags = feature | access | uapi.FeatureFlags.PROBE
+        flags = feature | access | FeatureFlags.PROBE
         argument = bytearray(uapi.FEATURE.pack(uapi.FEATURE.size, flags))
         try:
             self._kernel.ioctl(self.fd, Ioctl.DEVICE_FEATURE, argument)
@@ -158,7 +168,7 @@ class VfioDevice:
         return True
 
     def feature(
-        self, feature: uapi.DeviceFeature, access: uapi.FeatureFlags, data: bytes = b""
+        self, feature: uapi.DeviceFeature, access: FeatureFlags, data: bytes = b""
     ) -> bytes:
         """Set or get a feature: what stands in `data` afterwards."""
         size = uapi.FEATURE.size + len(data)
@@ -172,11 +182,11 @@ class VfioDevice:
         info = bytearray(uapi.DEVICE_INFO.pack(uapi.DEVICE_INFO.size, 0, 0, 0, 0))
         self._ioctl("describe the function", self.fd, Ioctl.DEVICE_GET_INFO, info)
         _, flags, n_regions, _, _ = uapi.DEVICE_INFO.unpack(info)
-        if not flags & uapi.DeviceFlags.PCI:
+        if not flags & DeviceFlags.PCI:
             raise VfioError(f"{self.function.address} is no PCI function to VFIO")
-        self.can_reset = bool(flags & uapi.DeviceFlags.RESET)
+        self.can_reset = bool(flags & DeviceFlags.RESET)
         regions = {}
-        for index in range(min(n_regions, uapi.N_REGIONS)):
+        for index in range(min(n_regions, PCI_NUM_REGIONS)):
             region = bytearray(uapi.REGION_INFO.pack(uapi.REGION_INFO.size, 0, index, 0, 0, 0))
             try:
                 self._kernel.ioctl(self.fd, Ioctl.DEVICE_GET_REGION_INFO, region)
@@ -185,12 +195,12 @@ class VfioDevice:
                 continue
             _, flags, _, _, size, offset = uapi.REGION_INFO.unpack(region)
             if size:
-                regions[index] = Region(size, uapi.RegionFlags(flags & 7), offset)
+                regions[index] = Region(size, RegionFlags(flags & 7), offset)
         return regions
 
-    def _find_vectors(self) -> dict[IrqIndex, int]:
+    def _find_vectors(self) -> dict[PciIrq, int]:
         vectors = {}
-        for index in IrqIndex:
+        for index in PciIrq:
             info = bytearray(uapi.IRQ_INFO.pack(uapi.IRQ_INFO.size, 0, index, 0))
             try:
                 self._kernel.ioctl(self.fd, Ioctl.DEVICE_GET_IRQ_INFO, info)
@@ -208,7 +218,7 @@ class VfioDevice:
         return found.offset + offset
 
     def _set_irqs(
-        self, flags: int, index: IrqIndex, start: int, count: int, data: bytes = b""
+        self, flags: int, index: PciIrq, start: int, count: int, data: bytes = b""
     ) -> None:
         size = uapi.SET_IRQS.size + len(data)
         argument = uapi.SET_IRQS.pack(size, flags, index, start, count) + data

@@ -12,7 +12,8 @@ from typing import Protocol
 from sync.vfio import uapi
 from sync.vfio.device import VfioDevice
 from sync.vfio.iommufd import IommuFd
-from sync.vfio.uapi import DeviceFeature, FeatureFlags
+from sync.vfio.uapi import DeviceFeature
+from sync.vfio_user.protocol import FeatureFlags
 
 _PAGE_BYTES = 4096
 

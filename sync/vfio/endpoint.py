@@ -37,7 +37,6 @@ from sync.vfio.interrupts import FunctionInterrupts
 from sync.vfio.native_migration import NativeMigration, supported
 from sync.vfio.queue_migration import QueueMigration
 from sync.vfio.sysfs import PciFunction
-from sync.vfio.uapi import IrqIndex
 from sync.vfio.user_device import UserDevice
 from sync.vfio_user.protocol import (
     FLAG_NO_REPLY,
@@ -95,8 +94,8 @@ _ACCESSES = (Command.REGION_READ, Command.REGION_WRITE, Command.REGION_WRITE_MUL
 _STEPS = (Command.DEVICE_FEATURE, Command.MIG_DATA_READ, Command.MIG_DATA_WRITE)
 """Of a migration: each begins when what came before it is done."""
 _TOLD = {
-    IrqIndex.ERR: "it reported an error (PCI Express AER): the host's kernel log says which",
-    IrqIndex.REQ: "the host wants it back (an unbind or a removal waits for its release)",
+    PciIrq.ERR: "it reported an error (PCI Express AER): the host's kernel log says which",
+    PciIrq.REQ: "the host wants it back (an unbind or a removal waits for its release)",
 }
 Handler = Callable[[int, int, int, int, memoryview, list[int]], None]
 Answer = bytes | Work[bytes]
@@ -134,7 +133,7 @@ class HostEndpoint:
         self._replies: deque[tuple[_Asked, int, str, bytes]] = deque()
         self._waiting: deque[_Asked] = deque()
         self._under_way: tuple[_Asked | None, Work[bytes]] | None = None
-        self._troubles: dict[IrqIndex, str] = {}
+        self._troubles: dict[PciIrq, str] = {}
         """What the kernel has told of the function, and keeps it from moving."""
         self._memory = PinnedMemory(device)
         device.reset()
@@ -191,8 +190,8 @@ class HostEndpoint:
                 executor.drop_scratch()
             if unfenced and isinstance(device, VfioDevice):
                 raise VfioError(unfenced)
-            if self._device.vectors.get(IrqIndex.MSIX):
-                self._device.disable_irqs(IrqIndex.MSIX)
+            if self._device.vectors.get(PciIrq.MSIX):
+                self._device.disable_irqs(PciIrq.MSIX)
         self._device.reset()
         self._device.set_bus_master(False)
         return b""
@@ -424,7 +423,7 @@ class HostEndpoint:
         flags = IrqFlags.EVENTFD
         if index == PciIrq.INTX:
             flags |= IrqFlags.MASKABLE | IrqFlags.AUTOMASKED
-        return IrqInfo(index, flags, self._device.vectors.get(IrqIndex(index), 0)).pack()
+        return IrqInfo(index, flags, self._device.vectors.get(PciIrq(index), 0)).pack()
 
     def _region_read(self, body: bytes, _: list[int]) -> bytes:
         access = RegionAccess.unpack(body)
@@ -465,7 +464,7 @@ class HostEndpoint:
 
     def _reset(self, _body: bytes, _: list[int]) -> bytes:
         self._device.reset()
-        self._troubles.pop(IrqIndex.ERR, None)
+        self._troubles.pop(PciIrq.ERR, None)
         if self._migration is not None:
             self._migration.reset()
         return b""

@@ -34,8 +34,8 @@ from sync.queues.interface import (
 )
 from sync.vfio.device import VfioDevice
 from sync.vfio.errors import VfioError
-from sync.vfio.uapi import IrqIndex
 from sync.vfio.user_device import UserDevice
+from sync.vfio_user.protocol import PciIrq
 
 DEADLINE_S = 30.0
 """For a register: a controller may take half a minute to get ready (CAP.TO)."""
@@ -158,14 +158,14 @@ class Executor:
 
     def quiet_interrupts(self) -> None:
         """MSI-X is on, and every vector comes to nobody. The kernel has one kind on at a time."""
-        for index in (IrqIndex.INTX, IrqIndex.MSI):
+        for index in (PciIrq.INTX, PciIrq.MSI):
             if self._device.vectors.get(index):
                 with contextlib.suppress(VfioError):
                     self._device.disable_irqs(index)
-        count = self._device.vectors.get(IrqIndex.MSIX, 0)
+        count = self._device.vectors.get(PciIrq.MSIX, 0)
         if count:
             self._device.enable_msix()
-            self._device.set_irqs(IrqIndex.MSIX, [-1] * count)
+            self._device.set_irqs(PciIrq.MSIX, [-1] * count)
 
     def drop_scratch(self) -> None:
         """Take all scratch memory away after a plan that failed."""

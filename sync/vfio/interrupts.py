@@ -15,11 +15,16 @@ import select
 from sync.vfio.device import VfioDevice
 from sync.vfio.errors import VfioError
 from sync.vfio.guest_memory import close_all
-from sync.vfio.uapi import IrqIndex
 from sync.vfio.user_device import UserDevice
-from sync.vfio_user.protocol import PCI_NUM_IRQS, IrqSet, SetIrqs, VfioUserError
+from sync.vfio_user.protocol import (
+    PCI_NUM_IRQS,
+    IrqSet,
+    PciIrq,
+    SetIrqs,
+    VfioUserError,
+)
 
-_TOLD = (IrqIndex.ERR, IrqIndex.REQ)
+_TOLD = (PciIrq.ERR, PciIrq.REQ)
 
 
 class FunctionInterrupts:
@@ -27,8 +32,8 @@ class FunctionInterrupts:
 
     def __init__(self, device: VfioDevice | UserDevice) -> None:
         self._device = device
-        self._asked_for: dict[IrqIndex, dict[int, int]] = {index: {} for index in IrqIndex}
-        self.told: dict[int, IrqIndex] = {}
+        self._asked_for: dict[PciIrq, dict[int, int]] = {index: {} for index in PciIrq}
+        self.told: dict[int, PciIrq] = {}
         """Our own eventfds; each is readable when the kernel has to tell what it stands for."""
         for index in _TOLD:
             if device.vectors.get(index):
@@ -40,7 +45,7 @@ class FunctionInterrupts:
                 else:
                     self.told[fd] = index
 
-    def hear(self, fd: int) -> IrqIndex:
+    def hear(self, fd: int) -> PciIrq:
         """What `fd`, one of `told`, stands for; it is passed on to the VMM."""
         with contextlib.suppress(BlockingIOError):
             os.eventfd_read(fd)
@@ -59,32 +64,32 @@ class FunctionInterrupts:
 
         Raises `VfioUserError`, `VfioError`.
         """
-        index = IrqIndex(request.index) if request.index < PCI_NUM_IRQS else None
+        index = PciIrq(request.index) if request.index < PCI_NUM_IRQS else None
         count = self._device.vectors.get(index, 0) if index is not None else 0
         if index is None or request.start + request.count > count:
             raise VfioUserError(errno.EINVAL)
         if request.flags & IrqSet.ACTION_TRIGGER:
             self._trigger(index, request, fds)
-        elif index is IrqIndex.INTX and request.count:
+        elif index is PciIrq.INTX and request.count:
             self._device.mask_intx(bool(request.flags & IrqSet.ACTION_MASK))
         else:
             raise VfioUserError(errno.ENOTSUP)
 
     def signal_vector(self, vector: int) -> None:
         """Fire a vector of the guest's; one that it has not asked for comes to nobody."""
-        self._signal(IrqIndex.MSIX, vector)
+        self._signal(PciIrq.MSIX, vector)
 
     def restore(self) -> None:
         """What the VMM has asked for, after a walk during which nobody was interrupted."""
-        if self._device.vectors.get(IrqIndex.MSIX):
-            self._device.disable_irqs(IrqIndex.MSIX)
-        for index in (IrqIndex.INTX, IrqIndex.MSI, IrqIndex.MSIX):
+        if self._device.vectors.get(PciIrq.MSIX):
+            self._device.disable_irqs(PciIrq.MSIX)
+        for index in (PciIrq.INTX, PciIrq.MSI, PciIrq.MSIX):
             known = self._asked_for[index]
             if known:
                 fds = [known.get(vector, -1) for vector in range(max(known) + 1)]
                 self._device.set_irqs(index, fds)
 
-    def _trigger(self, index: IrqIndex, request: SetIrqs, fds: list[int]) -> None:
+    def _trigger(self, index: PciIrq, request: SetIrqs, fds: list[int]) -> None:
         known = self._asked_for[index]
         ours = index in self.told.values()
         if request.is_disable:
@@ -111,7 +116,7 @@ class FunctionInterrupts:
             for vector in chosen:
                 self._device.trigger(index, vector)
 
-    def _signal(self, index: IrqIndex, vector: int) -> None:
+    def _signal(self, index: PciIrq, vector: int) -> None:
         fd = self._asked_for[index].get(vector)
         if fd is None:
             return

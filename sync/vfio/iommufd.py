@@ -8,6 +8,7 @@ from sync.vfio.errors import NoVfio
 from sync.vfio.handles import Handles
 from sync.vfio.sysfs import PciFunction
 from sync.vfio.uapi import Ioctl, IommuIoctl
+from sync.vfio_user.protocol import DmaFlags
 
 IOMMU = "/dev/iommu"
 
@@ -43,12 +44,12 @@ class IommuFd:
         """The function's descriptor."""
         return self._device
 
-    def map(self, iova: int, length: int, address: int, flags: uapi.DmaFlags) -> None:
+    def map(self, iova: int, length: int, address: int, flags: DmaFlags) -> None:
         """Raises OSError."""
         allowed = uapi.IoasMapFlags.FIXED_IOVA
-        if flags & uapi.DmaFlags.READ:
+        if flags & DmaFlags.READ:
             allowed |= uapi.IoasMapFlags.READABLE
-        if flags & uapi.DmaFlags.WRITE:
+        if flags & DmaFlags.WRITE:
             allowed |= uapi.IoasMapFlags.WRITEABLE
         argument = uapi.IOAS_MAP.pack(
             uapi.IOAS_MAP.size, allowed, self._space, address, length, iova

@@ -16,8 +16,13 @@ from sync.vfio import uapi
 from sync.vfio.device import VfioDevice
 from sync.vfio.errors import VfioError
 from sync.vfio.executor import PAUSE_S, Work
-from sync.vfio.uapi import DeviceFeature, FeatureFlags
-from sync.vfio_user.protocol import MigrationState, MigrationSupport, VfioUserError
+from sync.vfio.uapi import DeviceFeature
+from sync.vfio_user.protocol import (
+    FeatureFlags,
+    MigrationState,
+    MigrationSupport,
+    VfioUserError,
+)
 
 MAX_STREAM_BYTES = 16 << 30
 """A state that is longer could not be moved in time, and is refused before the guest stands."""

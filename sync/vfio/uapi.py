@@ -1,6 +1,7 @@
 """Numbers and forms of the kernel's VFIO interface, as far as they are used.
 
-Owns no behaviour. Source: Linux, include/uapi/linux/vfio.h and iommufd.h (6.12).
+Owns no behaviour. What vfio-user has taken over from it stands in `sync.vfio_user.protocol`.
+Source: Linux, include/uapi/linux/vfio.h and iommufd.h (6.12).
 """
 
 import struct
@@ -67,47 +68,6 @@ class DeviceFeature(IntEnum):
 class GroupFlags(IntFlag):
     VIABLE = 1 << 0
 
-
-class DeviceFlags(IntFlag):
-    RESET = 1 << 0
-    PCI = 1 << 1
-
-
-class RegionFlags(IntFlag):
-    READ = 1 << 0
-    WRITE = 1 << 1
-    MMAP = 1 << 2
-
-
-class DmaFlags(IntFlag):
-    READ = 1 << 0
-    WRITE = 1 << 1
-
-
-class IrqIndex(IntEnum):
-    INTX = 0
-    MSI = 1
-    MSIX = 2
-    ERR = 3
-    REQ = 4
-
-
-class IrqSet(IntFlag):
-    DATA_NONE = 1 << 0
-    DATA_EVENTFD = 1 << 2
-    ACTION_MASK = 1 << 3
-    ACTION_UNMASK = 1 << 4
-    ACTION_TRIGGER = 1 << 5
-
-
-class FeatureFlags(IntFlag):
-    GET = 1 << 16
-    SET = 1 << 17
-    PROBE = 1 << 18
-
-
-CONFIG_REGION = 7
-N_REGIONS = 9
 
 GROUP_STATUS = struct.Struct("=II")
 DEVICE_INFO = struct.Struct("=IIIII")

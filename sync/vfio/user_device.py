@@ -17,7 +17,6 @@ from sync.pci import MSIX_CAPABILITY, MSIX_ENABLE
 from sync.registers.profile.locate import DeviceView
 from sync.vfio.device import Region
 from sync.vfio.errors import MemoryNotPinned, NoFunction, VfioError
-from sync.vfio.uapi import IrqIndex, RegionFlags
 from sync.vfio_user.errors import errno_text
 from sync.vfio_user.framing import Framer, Message, close_fds, recv_into_framer, send_message
 from sync.vfio_user.protocol import (
@@ -34,8 +33,10 @@ from sync.vfio_user.protocol import (
     IrqInfo,
     IrqInfoRequest,
     IrqSet,
+    PciIrq,
     PciRegion,
     RegionAccess,
+    RegionFlags,
     RegionInfo,
     RegionInfoRequest,
     SetIrqs,
@@ -129,7 +130,7 @@ class UserDevice:
     def unmap_dma(self, iova: int, length: int) -> None:
         self._ask(Command.DMA_UNMAP, DmaUnmap(0, iova, length).pack())
 
-    def set_irqs(self, index: IrqIndex, fds: Sequence[int], start: int = 0) -> None:
+    def set_irqs(self, index: PciIrq, fds: Sequence[int], start: int = 0) -> None:
         flags = IrqSet.DATA_EVENTFD | IrqSet.ACTION_TRIGGER
         at = 0
         while at < len(fds):
@@ -142,17 +143,17 @@ class UserDevice:
             self._ask(Command.DEVICE_SET_IRQS, body, fds[at:end] if gives else ())
             at = end
 
-    def disable_irqs(self, index: IrqIndex) -> None:
+    def disable_irqs(self, index: PciIrq) -> None:
         self._set_irqs(IrqSet.DATA_NONE | IrqSet.ACTION_TRIGGER, index, 0, 0)
 
     def mask_intx(self, masked: bool) -> None:
         action = IrqSet.ACTION_MASK if masked else IrqSet.ACTION_UNMASK
-        self._set_irqs(IrqSet.DATA_NONE | action, IrqIndex.INTX, 0, 1)
+        self._set_irqs(IrqSet.DATA_NONE | action, PciIrq.INTX, 0, 1)
 
-    def trigger(self, index: IrqIndex, vector: int) -> None:
+    def trigger(self, index: PciIrq, vector: int) -> None:
         self._set_irqs(IrqSet.DATA_NONE | IrqSet.ACTION_TRIGGER, index, vector, 1)
 
-    def _set_irqs(self, flags: int, index: IrqIndex, start: int, count: int) -> None:
+    def _set_irqs(self, flags: int, index: PciIrq, start: int, count: int) -> None:
         self._ask(Command.DEVICE_SET_IRQS, SetIrqs(flags, index, start, count).pack())
 
     def _describe(self) -> None:
@@ -167,7 +168,7 @@ class UserDevice:
             if region.size:
                 self.regions[index] = Region(region.size, RegionFlags(region.flags & 3), 0)
         self.vectors = {}
-        for irq in IrqIndex:
+        for irq in PciIrq:
             if irq < info.num_irqs:
                 answer = self._ask(Command.DEVICE_GET_IRQ_INFO, IrqInfoRequest(irq).pack())
                 self.vectors[irq] = IrqInfo.unpack(answer).count

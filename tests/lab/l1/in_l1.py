@@ -17,7 +17,7 @@ from sync.queues.nvme.device_class import Nvme
 from sync.vfio.device import VfioDevice
 from sync.vfio.executor import Executor, complete
 from sync.vfio.sysfs import host_functions
-from sync.vfio.uapi import FeatureFlags, IrqIndex
+from sync.vfio_user.protocol import FeatureFlags, PciIrq
 from tests.sync.queues.world import GUEST_IOVA, Driver, DriverCq, DriverSq
 
 NVME = Nvme()
@@ -170,7 +170,7 @@ def main() -> None:
         "event requests left": len(driver.asked),
         "refusals": list(guest.watch.refusals()),
     }
-    target.disable_irqs(IrqIndex.MSIX)
+    target.disable_irqs(PciIrq.MSIX)
     source.close()
     target.close()
     for function, name in zip(functions, before, strict=True):

@@ -33,7 +33,7 @@ from sync.vfio.errors import (
 )
 from sync.vfio.executor import Executor, complete
 from sync.vfio.sysfs import PciFunction
-from sync.vfio.uapi import FeatureFlags, IrqIndex
+from sync.vfio_user.protocol import FeatureFlags, PciIrq
 from tests.sync.vfio.fake_kernel import DEVICE, FakeKernel, FakeSysfs
 
 ADDRESS = "0000:01:00.0"
@@ -56,10 +56,10 @@ def test_a_function_is_opened_described_and_let_go_of(
     device = VfioDevice(function, kernel)
     assert {index: region.size for index, region in device.regions.items()} == {0: 0x4000, 7: 4096}
     assert device.vectors == {
-        IrqIndex.INTX: 1,
-        IrqIndex.MSI: 1,
-        IrqIndex.MSIX: 65,
-        IrqIndex.REQ: 1,
+        PciIrq.INTX: 1,
+        PciIrq.MSI: 1,
+        PciIrq.MSIX: 65,
+        PciIrq.REQ: 1,
     }
     assert device.can_reset
     device.close()
@@ -108,11 +108,11 @@ def test_memory_is_mapped_and_taken_away(function: PciFunction, kernel: FakeKern
 
 def test_interrupts_go_to_eventfds_of_others(function: PciFunction, kernel: FakeKernel) -> None:
     device = VfioDevice(function, kernel)
-    device.set_irqs(IrqIndex.MSIX, [50, -1, 52], start=4)
-    device.disable_irqs(IrqIndex.MSIX)
+    device.set_irqs(PciIrq.MSIX, [50, -1, 52], start=4)
+    device.disable_irqs(PciIrq.MSIX)
     device.mask_intx(True)
     device.mask_intx(False)
-    device.trigger(IrqIndex.MSIX, 3)
+    device.trigger(PciIrq.MSIX, 3)
     trigger, none, eventfd, mask, unmask = 32, 1, 4, 8, 16
     assert kernel.irqs == [
         (eventfd | trigger, 2, 4, 3, 50, -1, 52),
