@@ -87,8 +87,8 @@ parts in `rules`, what a base is in `locate`.
 
 import re
 import tomllib
-from collections.abc import Iterable
-from typing import Any
+from collections.abc import Callable, Iterable
+from typing import Any, TypeVar
 
 from sync.registers.errors import ProfileError
 from sync.registers.profile.locate import is_base
@@ -112,6 +112,8 @@ from sync.registers.profile.model import (
     Unlisted,
 )
 from sync.registers.profile.rules import KNOWN, check_rules
+
+T = TypeVar("T")
 
 MAX_FILE_BYTES = 256 << 10
 _NAME = re.compile(r"[a-z0-9][a-z0-9._-]{0,63}")
@@ -141,15 +143,15 @@ def parse_profile(text: str) -> Profile:
         name=top.name("name"),
         version=top.text("version", 32),
         unlisted=Unlisted(top.choice("unlisted", [*Unlisted], Unlisted.REPLAY)),
-        matches=tuple(_match(table) for table in top.tables("match", at_least=1)),
-        banks=tuple(_bank(table) for table in top.tables("bank")),
-        registers=tuple(_register(table) for table in top.tables("register", at_least=1)),
-        steps=tuple(_step(table) for table in top.tables("restore")),
-        kicks=tuple(_kick(table) for table in top.tables("kick")),
-        carried=tuple(_carried(table) for table in top.tables("carries")),
-        reset=_reset(top),
-        rings=tuple(_ring(table) for table in top.tables("ring")),
-        comeback=_comeback(top),
+        matches=top.tables("match", _match, at_least=1),
+        banks=top.tables("bank", _bank),
+        registers=top.tables("register", _register, at_least=1),
+        steps=top.tables("restore", _step),
+        kicks=top.tables("kick", _kick),
+        carried=top.tables("carries", _carried),
+        reset=top.table("reset", _reset),
+        rings=top.tables("ring", _ring),
+        comeback=top.table("comeback", _comeback),
     )
     top.finish()
     check_rules(profile)
@@ -189,8 +191,8 @@ class _Table:
             raise self._fail(key, f"a whole number from {low} to {high:#x}")
         return value
 
-    def maybe_integer(self, key: str, low: int, high: int) -> int | None:
-        return self.integer(key, low, high) if self._get(key) is not None else None
+    def maybe_integer(self, key: str, high: int) -> int | None:
+        return self.integer(key, 0, high) if self._get(key) is not None else None
 
     def boolean(self, key: str, default: bool) -> bool:
         value = self._get(key)
@@ -273,28 +275,34 @@ class _Table:
             raise self._fail(key, "a table of register names and numbers")
         return tuple(value.items())
 
-    def tables(self, key: str, at_least: int = 0) -> list["_Table"]:
+    def tables(self, key: str, make: Callable[["_Table"], T], at_least: int = 0) -> tuple[T, ...]:
         value = self._get(key)
         if value is None and not at_least:
-            return []
+            return ()
         if (
             type(value) is not list
             or not at_least <= len(value) <= MAX_REGISTERS
             or any(type(each) is not dict for each in value)
         ):
             raise self._fail(key, f"{at_least} to {MAX_REGISTERS} tables: [[{key}]]")
-        return [
-            _Table(each, f"[[{key}]] {each.get('name', f'number {place}')}")
+        return tuple(
+            _Table(each, f"[[{key}]] {each.get('name', f'number {place}')}").read(make)
             for place, each in enumerate(value, 1)
-        ]
+        )
 
-    def table(self, key: str) -> "_Table | None":
+    def table(self, key: str, make: Callable[["_Table"], T]) -> T | None:
         value = self._get(key)
         if value is None:
             return None
         if type(value) is not dict:
             raise self._fail(key, f"a table: [{key}]")
-        return _Table(value, f"[{key}]")
+        return _Table(value, f"[{key}]").read(make)
+
+    def read(self, make: Callable[["_Table"], T]) -> T:
+        """What `make` makes of the table, which asks for all that is in it."""
+        made = make(self)
+        self.finish()
+        return made
 
     def finish(self) -> None:
         """Raises `ProfileError` if there are keys that nobody asked for."""
@@ -307,15 +315,13 @@ class _Table:
 
 
 def _match(table: _Table) -> Match:
-    match = Match(
+    return Match(
         vendor=table.integer("vendor", 0, 0xFFFF),
         device=table.interval("device", 0xFFFF),
-        subsystem_vendor=table.maybe_integer("subsystem_vendor", 0, 0xFFFF),
+        subsystem_vendor=table.maybe_integer("subsystem_vendor", 0xFFFF),
         subsystem=table.interval("subsystem", 0xFFFF),
         class_code=table.interval("class", 0xFFFFFF),
     )
-    table.finish()
-    return match
 
 
 def _bank(table: _Table) -> Bank:
@@ -324,14 +330,12 @@ def _bank(table: _Table) -> Bank:
         count = table.name("count")
     else:
         count = table.integer("count", 1, MAX_BANK)
-    bank = Bank(
+    return Bank(
         name=table.name("name"),
         selector=table.name("selector"),
         count=count,
         limit=table.integer("limit", 1, MAX_BANK, MAX_BANK),
     )
-    table.finish()
-    return bank
 
 
 def _register(table: _Table) -> Register:
@@ -351,7 +355,7 @@ def _register(table: _Table) -> Register:
             raise ProfileError(f"{table.where}: '{key}' has to be a multiple of 'access', {width}")
     if size is not None and table.has("max_size"):
         raise ProfileError(f"{table.where}: 'max_size' goes with size = \"window\" only")
-    register = Register(
+    return Register(
         name=name,
         base=table.base("base"),
         offset=table.integer("offset", 0, (1 << 32) - 1, 0),
@@ -361,27 +365,24 @@ def _register(table: _Table) -> Register:
         max_size=max_size,
         bank=table.maybe_name("bank"),
         hold_bits=table.integer("hold_bits", 0, _U64, 0),
-        skip=table.maybe_integer("skip", 0, _U64),
+        skip=table.maybe_integer("skip", _U64),
         compare=table.boolean("compare", kind in KNOWN),
         driver_only=table.boolean("driver_only", False),
         reads=table.boolean("reads", kind is RegisterClass.READ_TO_CLEAR),
         owed=Deferral(table.choice("owed", [*Deferral])) if table.has("owed") else None,
         optional=table.boolean("optional", False),
     )
-    table.finish()
-    return register
 
 
 def _step(table: _Table) -> Step:
     step = Step(
         write=table.maybe_name("write"),
-        value=table.maybe_integer("value", 0, _U64),
-        mask=table.maybe_integer("mask", 0, _U64),
+        value=table.maybe_integer("value", _U64),
+        mask=table.maybe_integer("mask", _U64),
         when=table.conditions("when"),
         bank=table.maybe_name("bank"),
         rest=table.boolean("rest", False),
     )
-    table.finish()
     if sum((step.write is not None, step.bank is not None, step.rest)) != 1:
         raise ProfileError(f"{table.where}: exactly one of 'write', 'bank' and 'rest' is needed")
     if step.write is None and (step.value is not None or step.mask is not None):
@@ -392,9 +393,7 @@ def _step(table: _Table) -> Step:
 
 
 def _carried(table: _Table) -> Carried:
-    carried = Carried(table.name("register"), table.bits("bits"), table.conditions("names"))
-    table.finish()
-    return carried
+    return Carried(table.name("register"), table.bits("bits"), table.conditions("names"))
 
 
 def _kick(table: _Table) -> Kick:
@@ -405,42 +404,29 @@ def _kick(table: _Table) -> Kick:
         size=table.integer("size", 1, 8),
         when=table.conditions("when"),
     )
-    table.finish()
     if kick.size not in _WIDTHS:
         raise ProfileError(f"{table.where}: 'size' is {kick.size}; it has to be 1, 2, 4 or 8")
     return kick
 
 
-def _reset(top: _Table) -> Reset | None:
-    table = top.table("reset")
-    if table is None:
-        return None
-    reset = Reset(table.name("register"), table.integer("value", 0, _U64))
-    table.finish()
-    return reset
+def _reset(table: _Table) -> Reset:
+    return Reset(table.name("register"), table.integer("value", 0, _U64))
 
 
 def _ring(table: _Table) -> Ring:
-    ring = Ring(
+    return Ring(
         bank=table.name("bank"),
         size=table.name("size"),
         available=table.name("available"),
         used=table.name("used"),
         when=table.conditions("when"),
     )
-    table.finish()
-    return ring
 
 
-def _comeback(top: _Table) -> Comeback | None:
-    table = top.table("comeback")
-    if table is None:
-        return None
-    comeback = Comeback(
+def _comeback(table: _Table) -> Comeback:
+    return Comeback(
         table.names("same"),
         table.names("left_off"),
         table.conditions("owed"),
         table.conditions("error"),
     )
-    table.finish()
-    return comeback
