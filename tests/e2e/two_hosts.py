@@ -1,5 +1,6 @@
 """What the end-to-end tests share: a small testbed, and how a failed migration is settled."""
 
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,7 +18,7 @@ RESUME_WINDOW_S = 1
 WAIT_S = 15
 GUEST = (
     *("--low-size", "16M", "--high-size", "32M", "--read-area", "16M", "--blocks", "512"),
-    *("--queue-depth", "8", "--cpu-pages", "50", "--iops", "1500"),
+    *("--queue-depth", "8", "--cpu-pages", "50", "--iops", "400"),
 )
 REGISTERS = ("v2", "replay")
 DIRTY = ("logging", "message", "scan")
@@ -50,8 +51,8 @@ def small_setup(method: Method, *guest: str, device: tuple[str, ...] | None = No
 def start_both(bed: Testbed) -> tuple[Host, Host]:
     """Host a with a guest under load, host b waiting for it."""
     a, b = bed.hosts["a"], bed.hosts["b"]
-    bed.start_host(a, incoming=False)
-    bed.start_host(b, incoming=True)
+    with ThreadPoolExecutor() as pool:
+        list(pool.map(lambda host: bed.start_host(host, incoming=host is b), (a, b)))
     bed.wait_operations(a, OPERATIONS)
     return a, b
 
