@@ -15,7 +15,6 @@ import ctypes
 import mmap
 import os
 from collections.abc import Collection, Iterable, Iterator
-from types import TracebackType
 from typing import TYPE_CHECKING, NamedTuple, Self
 
 from sync.errors import SyncError
@@ -230,12 +229,7 @@ class GuestMemory:
     def __enter__(self) -> Self:
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         self.close()
 
 

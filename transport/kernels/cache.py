@@ -78,8 +78,6 @@ class Folder:
             with suppress(OSError):
                 (self.path / "complete").touch()
 
-    exit_name = "local"
-
 
 @contextmanager
 def open_folder() -> Iterator[Folder]:

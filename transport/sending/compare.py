@@ -15,7 +15,6 @@ from abc import abstractmethod
 from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
 import numpy as np
 
@@ -42,10 +41,6 @@ from transport.wire.records import (
     LaneAnswer,
     LaneRequest,
 )
-
-if TYPE_CHECKING:
-    pass
-
 
 AHEAD = 2
 """Requests whose pages this side has not digested yet: the receiver does not run out of them."""

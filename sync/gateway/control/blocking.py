@@ -1,7 +1,6 @@
 """A control connection that blocks, with nothing but the standard library behind it."""
 
 import socket
-from types import TracebackType
 from typing import Self, TypeVar
 
 from sync.gateway.control import requests
@@ -66,10 +65,5 @@ class BlockingClient:
     def __enter__(self) -> Self:
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         self._sock.close()
