@@ -4,18 +4,9 @@ Owns the events, the actions and the transitions of both roles. Does no I/O: the
 events, executes the actions that come back in their order, and reports what became of them as
 further events. It knows no socket, gateway, device or VMM.
 
-It is a two-phase commit (J. Gray, Notes on Data Base Operating Systems, 1978, section 5.8.3.3)
-between two parties, whose durable state is the ownership record of the gateway on each side:
-
-    source's record   owned --RELEASE--> released --RESTORE (reclaims)--> owned
-    target's record   none  --OWN------> owned --START_GUEST--> about to run
-                      none or owned --FENCE--> fenced (for good)
-
-The source writes `released` before it sends the commit. The target writes `owned`, and `about to
-run` before anything of the guest does, or `fenced` before it says that it never will. The source
-takes back what it released only if no commit was sent, or if the target says that it is fenced. So
-there is never a second owner, and where an answer is lost the record still says what the side may
-do.
+It is a two-phase commit between two parties, whose durable state is the ownership record of the
+gateway on each side (docs/architecture.md, "Who owns the guest"). This is how it goes well, with
+the actions in brackets; the tables below say where else an event leads:
 
     SOURCE                                          TARGET
     IDLE                                            IDLE
@@ -61,25 +52,6 @@ do.
      | CHECKED                    <----- checked    ANSWERING         [ANSWER_CHECK]
     CHECKED                                          | ANSWERED
                                                     CHECKED
-
-    Source, PREPARING to RELEASING, on FAILED, PEER_LOST, TIMEOUT, INTERRUPTED, PEER_ABORTED, and
-    COMMITTING on PEER_ABORTED:
-        ABORTING [TELL_ABORT, RESTORE] --RESTORED--> ABORTED
-                                       --RESTORE_FAILED, TIMEOUT--> BROKEN
-    Source, COMMITTING on FAILED, PEER_LOST, TIMEOUT:   IN_DOUBT
-    Source, COMMITTING on PEER_START_FAILED:            OWNER_FAILED
-
-    Target, LISTENING on FAILED, PEER_LOST, TIMEOUT, INTERRUPTED:
-        ABORTED (there is no session to fence)
-    Target, CHECKING_ONLY and ANSWERING, on FAILED, PEER_LOST, TIMEOUT, INTERRUPTED, PEER_ABORTED:
-        ABORTED [TELL_ABORT] (a check leads nowhere near the guest)
-    Target, CHECKING to READY, on FAILED, PEER_LOST, TIMEOUT, INTERRUPTED, PEER_ABORTED:
-        FENCING [FENCE] --FENCED--> ABORTED [TELL_ABORT]
-                        --FENCE_FAILED, TIMEOUT--> BROKEN [TELL_ABORT]
-    Target, OWNING and STARTING_GUEST on FAILED, TIMEOUT (what was written is not known):
-        DISOWNING [FENCE] --FENCED--> ABORTED [TELL_ABORT]
-                          --MAY_HAVE_RUN--> OWNER_FAILED [TELL_START_FAILED]
-                          --FENCE_FAILED, TIMEOUT--> IN_DOUBT (it tells nothing: it knows nothing)
 
 Both machines rely on a link that keeps the order of messages and loses none but by breaking.
 
@@ -164,16 +136,7 @@ class Event(Enum):
 
 
 FROM_PEER = frozenset(
-    {
-        Event.PEER_HELLO,
-        Event.PEER_CHECKS,
-        Event.PEER_ASKS,
-        Event.PEER_READY,
-        Event.PEER_COMMIT,
-        Event.PEER_COMMITTED,
-        Event.PEER_START_FAILED,
-        Event.PEER_ABORTED,
-    }
+    event for event in Event if event.name.startswith("PEER_") and event is not Event.PEER_LOST
 )
 
 

@@ -1,25 +1,12 @@
 """How a session begins and ends, for both roles: a table of states, events and actions.
 
 Owns what may happen when. Pure: events and the time in, actions out; sockets are `connector`'s and
-`router`'s, what is said in an open session is `channels`'s::
-
-    sender    CALLING, UNSUITED ── connected ──► GREETING ── first sign of life ──► HEARD
-              HEARD or GREETING ── accepted ──► OPENING ── tunnel welcome ──► OPEN
-                └── lost ──► CALLING
-    receiver  LISTENING ── HELLO ──► GREETED ── user ──► ACCEPTING ── answer sent ──► OPEN
-                  ▲                     └────── user ──► REFUSING
-                  └───────────── answer sent ────────────────┘
+`router`'s, what is said in an open session is `channels`'s. docs/architecture.md draws the tables.
 
 From OPENING or GREETED on, a lost connection, silence or BYE ends the session; before, a sender
 whose connection ends goes on calling until its time is up: no session is lost yet, and it may
 have greeted a receiver that gives way to the next one. While the session is held, a lost link is
-made anew instead::
-
-    both      OPEN ── hold ──► HELD ── release ──► OPEN
-    sender    HELD ── lost ──► LOST ── connected ──► RESUMING ── resumed ──► REJOINING ──► HELD
-                                ▲                       └────── lost ───────────┘
-                                └───────────────────────────────┘
-    receiver  HELD ── lost ──► LOST ── RESUME ──► HELD;  HELD ── RESUME ──► HELD
+made anew instead.
 
 An event that its state does not list is a fault: of the peer, `RecordError`, if the peer can cause
 it, else of this side, `RuntimeError`.

@@ -4,20 +4,7 @@ Sans-IO: events in, a new state or a typed error out. Not owned here: who may as
 (`requests`), what is done to the device on the way from one state to the next (`jobs`), what the
 states mean for a message (`relay`, `traps`), and how a session's fate is kept (`records`).
 
-                       mediate                 stop                 release
-      +-------------+ --------> +----------+ --------> +---------+ --------> +----------+
-      | passthrough |           | mediated |           | stopped |           | released |
-      +-------------+ <-------- +----------+           +---------+ <-------- +----------+
-       |   ^   ^    ^  restore                              |       reclaim     |    ^
-       |   |   |    +---------------------------------------+                   |    |
-       |   |   |                   restore                                      |    |
-       |   |   | start (owned)                                                  |    |
-       |   |   +--------------+            standby (of a VMM that came since)   |    |
-       |   | abandon          |  +----------------------------------------------+    |
-       |   +---------------+  |  |                                                   |
-       | standby         +---------+  abandon (the guest that was here is away)      |
-       +---------------> | standby | ------------------------------------------------+
-                         +---------+
+The transitions are the table `TRANSITIONS`, which docs/architecture.md draws.
 
 `lost` (the device or the VMM has gone) leads to passthrough, or to released while the guest that
 was here is away: so a VMM that connects does not become its owner. Losing the lease restores a
@@ -132,7 +119,7 @@ LEASE_LOSS: dict[tuple[ClientRole, CustodyState], LeaseLoss] = {
 class Custody:
     """The state and the ownership record of one gateway.
 
-    Every method that names an event of the module's diagram makes that transition or raises
+    Every method that names an event of `TRANSITIONS` makes that transition or raises
     `WrongState`, `WrongSession`, `SessionFenced`, `NotProven` or `NotRecorded` and leaves
     everything as it was.
     """
