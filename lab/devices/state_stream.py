@@ -25,6 +25,8 @@ _CHECKED = slice(4, 12)
 
 
 class Section(IntEnum):
+    """What a section of a device's state holds."""
+
     IDENTITY = 1
     STATE = 2
 

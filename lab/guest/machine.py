@@ -31,6 +31,8 @@ EmitEvent = Callable[[str, dict[str, Any]], None]
 
 
 class RunState(StrEnum):
+    """The states of a VMM that `query-status` tells, by QEMU's names."""
+
     INMIGRATE = "inmigrate"
     RUNNING = "running"
     PAUSED = "paused"

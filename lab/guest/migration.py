@@ -37,6 +37,8 @@ CAPABILITY_NAMES = ("events", "pause-before-switchover")
 
 
 class MigrationStatus(StrEnum):
+    """What `query-migrate` tells of a migration, by QEMU's names."""
+
     NONE = "none"
     SETUP = "setup"
     ACTIVE = "active"

@@ -39,6 +39,8 @@ MAX_BLOCK_LOG2 = 12
 
 
 class Register(IntEnum):
+    """Offsets in BAR 0 (NVMe Base Specification 2.0, 3.1.3)."""
+
     CAP = 0x00
     CC = 0x14
     CSTS = 0x1C

@@ -25,6 +25,8 @@ MMIO_END = 0xFE00_0000
 
 
 class ConfigAccess(Protocol):
+    """Who reaches the configuration space of a function."""
+
     def config_read(self, offset: int, size: int) -> int: ...
 
     def config_write(self, offset: int, size: int, value: int) -> None: ...
@@ -32,6 +34,8 @@ class ConfigAccess(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class Capability:
+    """A capability of a function, and where it stands in its configuration space."""
+
     id: int
     offset: int
 

@@ -9,6 +9,8 @@ from lab.guest.fields import U64, Fields
 
 
 class Kind(StrEnum):
+    """What a request wants of the disk."""
+
     READ = "read"
     WRITE = "write"
     FLUSH = "flush"

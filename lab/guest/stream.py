@@ -42,6 +42,8 @@ _HELLO = struct.Struct("<8sI")
 
 
 class Kind(IntEnum):
+    """What a record is."""
+
     HELLO = 1
     PAGES = 2
     ZEROS = 3
@@ -60,11 +62,15 @@ _LIMITS = {
 
 @dataclass(frozen=True, slots=True)
 class Hello:
+    """The first record: what the guest is made of, which the target has to be made of, too."""
+
     geometry: dict[str, Any]
 
 
 @dataclass(frozen=True, slots=True)
 class PageData:
+    """Pages of RAM as they are."""
+
     pages: Pages
     data: npt.NDArray[np.uint8]
     """uint8 [len(pages), PAGE_BYTES]."""
@@ -72,17 +78,21 @@ class PageData:
 
 @dataclass(frozen=True, slots=True)
 class ZeroPages:
+    """Pages of RAM that hold nothing but zeros."""
+
     pages: Pages
 
 
 @dataclass(frozen=True, slots=True)
 class VmState:
+    """What the guest is beside its RAM."""
+
     state: dict[str, Any]
 
 
 @dataclass(frozen=True, slots=True)
 class End:
-    pass
+    """The last record."""
 
 
 Record = Hello | PageData | ZeroPages | VmState | End

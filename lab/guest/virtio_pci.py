@@ -36,6 +36,8 @@ class Feature(IntEnum):
 
 
 class Status(IntFlag):
+    """The device status field (virtio specification 1.2, 2.1)."""
+
     ACKNOWLEDGE = 1
     DRIVER = 2
     DRIVER_OK = 4

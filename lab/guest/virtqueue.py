@@ -33,6 +33,8 @@ class Segment(NamedTuple):
 
 @dataclass(frozen=True, slots=True)
 class QueueAddresses:
+    """Where the three parts of a queue are in guest memory."""
+
     descriptors: int
     driver: int
     device: int

@@ -1,6 +1,6 @@
 """The cable of a NIC: frames over a UNIX socket that keeps message boundaries.
 
-Owns the connection to whoever listens at a path (`e1000_hub`, or any other peer): made as soon as
+Owns the connection to whoever listens at a path (`hub`, or any other peer): made as soon as
 there is somebody, and again after it was lost. Frames are without CRC, one in each message of a
 SOCK_SEQPACKET socket. What a frame means is the NIC's business.
 

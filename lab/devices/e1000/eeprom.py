@@ -24,6 +24,8 @@ _EERD_DONE = 1 << 4
 
 
 class Eecd(IntFlag):
+    """Bits of EECD, by which a driver moves the EEPROM's lines itself."""
+
     CLOCK = 1 << 0
     SELECT = 1 << 1
     TO_EEPROM = 1 << 2

@@ -1,4 +1,4 @@
-"""A hub for the cables of `e1000_link`: each frame that comes in goes out at every other port.
+"""A hub for the cables of `cable`: each frame that comes in goes out at every other port.
 
 Owns the ports. It learns no addresses, so that a NIC whose guest has moved to another port needs
 not be learned again. A port that does not read loses frames, and holds nobody up.

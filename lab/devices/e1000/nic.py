@@ -1,12 +1,12 @@
 """An Intel 82540EM gigabit NIC, as the stock e1000 driver knows it.
 
 Owns what each register does, interrupts by INTx, and when the transmitter and the receiver run.
-Does not own rings (`e1000_transmit`, `e1000_receive`), PHY, EEPROM, or the cable (`e1000_link`).
+Does not own rings (`transmit`, `receive`), PHY, EEPROM, or the cable (`cable`).
 
 ===  ==========  =====================================================================
 BAR  bytes       what
 ===  ==========  =====================================================================
-0    0x20000     the registers of `e1000_registers`, the statistics, 4 bytes each, accessed
+0    0x20000     the registers of `registers`, the statistics, 4 bytes each, accessed
                  in multiples of 4 bytes; other addresses read as 0 and take no write
 2    0x40        I/O: an address in BAR 0 at 0 (IOADDR), its register at 4 (IODATA)
 ===  ==========  =====================================================================

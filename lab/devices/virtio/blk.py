@@ -46,6 +46,8 @@ _PHYSICAL_BLOCK_EXPONENT = 3
 
 
 class RequestType(IntEnum):
+    """What a request is for (virtio specification 1.2, 5.2.6)."""
+
     IN = 0
     OUT = 1
     FLUSH = 4
@@ -53,6 +55,8 @@ class RequestType(IntEnum):
 
 
 class RequestStatus(IntEnum):
+    """How a request ended (virtio specification 1.2, 5.2.6)."""
+
     OK = 0
     IOERR = 1
     UNSUPP = 2
