@@ -11,6 +11,7 @@ everything happens whose cost does not depend on the amount (`Limits.fixed_cost_
                          + dirty pages / sent pages per second
                          + VMM's remaining bytes / wire bytes per second
                          + comparing the touched pages
+                         + the devices' own state, by link or devices, whichever is slower
                          + fixed cost
 
 This is the rule of pre-copy migration (C. Clark et al., Live Migration of Virtual Machines,
@@ -119,6 +120,10 @@ class Round:
     """What reading the dirty bitmap took: nothing much, unless all of memory is read for it."""
     proof_ns: int = 0
     """What it would take to compare the pages that were touched up to now."""
+    state_bytes: int = 0
+    """What the devices hold of their own and give only once they are at rest."""
+    state_ns: int = 0
+    """What moving that takes on a link that does not count."""
 
     def __post_init__(self) -> None:
         for field in fields(self):
@@ -199,7 +204,16 @@ class Convergence:
             latest.vmm_remaining_bytes, self._peak_bytes_per_s
         )
         reading_ns = latest.collect_ns + latest.proof_ns
-        return seconds * 1e3 + reading_ns / 1e6 + self._limits.fixed_cost_ms
+        return seconds * 1e3 + reading_ns / 1e6 + self.state_ms + self._limits.fixed_cost_ms
+
+    @property
+    def state_ms(self) -> float:
+        """What of the predicted downtime the devices' own state takes."""
+        latest = self._recent[-1]
+        rate = self._peak_bytes_per_s
+        # Nothing may have crossed yet: then what the device takes is all that is known.
+        link_s = latest.state_bytes / rate if rate else 0.0
+        return max(latest.state_ns / 1e6, link_s * 1e3)
 
     def _judge(self, latest: Round) -> tuple[Verdict, Reason]:
         limits = self._limits

@@ -28,7 +28,8 @@ class DeviceState(IntEnum):
     IDLE = 1
     """Nothing was asked of it: a guest need not use its devices."""
     UNKNOWN = 2
-    """Nobody looked, or the target went away before it could tell."""
+    """Nobody looked, the target went away before it could tell, or it was asked and has nothing by
+    which it could be seen to answer."""
     SILENT = 3
     """It was asked, and did not interrupt; or it is gone."""
 
@@ -40,7 +41,7 @@ class DeviceState(IntEnum):
 
 @dataclass(frozen=True)
 class Verdict:
-    """What is told of all devices: the worst, and of each one that is silent why."""
+    """What is told of all devices: the worst, and of each that is as bad why."""
 
     state: DeviceState = DeviceState.UNKNOWN
     text: str = ""
@@ -53,6 +54,8 @@ class Verdict:
 
     def sentence(self, where: str) -> str:
         """What a user has to be told of it; '' where there is nothing."""
+        if self.state is DeviceState.UNKNOWN and self.text:
+            return f" Whether all devices work {where} is not known: {self.text}."
         if self.state is not DeviceState.SILENT:
             return ""
         return f" BUT A DEVICE DOES NOT WORK {where}: {self.text}. {ADVICE}"
@@ -69,8 +72,8 @@ async def watch_devices(gateways: Sequence[GatewayClient], seconds: float) -> Ve
     async with trio.open_nursery() as nursery:
         for number in range(len(gateways)):
             nursery.start_soon(watch, number)
-    silent = [each.text for each in verdicts if each.state is DeviceState.SILENT]
-    return Verdict(max(each.state for each in verdicts), "; ".join(silent))
+    worst = max(each.state for each in verdicts)
+    return Verdict(worst, "; ".join(each.text for each in verdicts if each.state is worst))
 
 
 async def _watch_device(number: int, gateway: GatewayClient, seconds: float) -> Verdict:
@@ -91,10 +94,15 @@ async def _watch_device(number: int, gateway: GatewayClient, seconds: float) -> 
         if trio.current_time() >= until:
             if not asked:
                 return Verdict(DeviceState.IDLE)
+            if not did.vectors and not did.refused:
+                return Verdict(
+                    DeviceState.UNKNOWN,
+                    f"the guest takes no interrupts from device {number}, as a driver that polls",
+                )
             refused = f", {did.refused} accesses refused" if did.refused else ""
             return Verdict(
                 DeviceState.SILENT,
                 f"device {number} has not interrupted once in {seconds:g} s ({did.writes} register "
-                f"writes by the guest{refused})",
+                f"writes by the guest{refused}; a driver that only polls looks the same)",
             )
         await trio.sleep(POLL_S)

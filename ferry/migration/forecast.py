@@ -21,8 +21,9 @@ from ferry.findings import Finding, note, ok
 from ferry.migration.precopy import ROUND_INTERVAL_S, limits_of
 from ferry.migration.send_options import Options
 from ferry.progress import bytes_text, seconds_text
-from sync.convergence import Convergence, Limits, Reason, Round, Verdict
+from sync.convergence import FIXED_COST_MS, Convergence, Reason, Round, Verdict
 from sync.memory import PAGE_BYTES, GuestMemory
+from sync.registers.interface import NOTHING_LEFT, StateLeft
 from transport.kernels.digests import digest_pages
 from transport.kernels.files import new_files
 
@@ -34,6 +35,8 @@ COMPRESSED_PAGES = 64
 """So many are compressed to see how small they get."""
 WORST_RATE = 0.6
 """Of the link's measured rate: what is left of it while both hosts work."""
+TOLD_MS = 10.0
+"""Of what a device adds to the downtime; less is not told to people."""
 _Z = 1.96
 """Of a normal distribution, for 95 %."""
 
@@ -89,15 +92,37 @@ def _bound(hits: int, sampled: int, total: int, *, most: bool) -> float:
 
 
 @dataclass(frozen=True, slots=True)
+class DeviceShare:
+    """What one device adds to the downtime."""
+
+    left: StateLeft | None = NOTHING_LEFT
+    """State of its own; None if it does not tell how much."""
+    showing_ms: float = 0.0
+    """What it takes to show the target's guest memory."""
+
+    def ms(self, bytes_per_s: float) -> float:
+        """On a link of that rate; without a state that is not known."""
+        length, ns_per_byte = self.left or NOTHING_LEFT
+        return self.showing_ms + max(length * ns_per_byte / 1e6, length / bytes_per_s * 1e3)
+
+
+@dataclass(frozen=True, slots=True)
 class Course:
     """One way in which it may go."""
 
     rounds: int
     duration_s: float
     """Until the guest runs on the target."""
-    downtime_ms: float
+    memory_ms: float
+    """The part of the downtime that is for memory."""
+    devices_ms: tuple[float, ...]
+    """Those of the devices."""
     verdict: Verdict
     reason: Reason
+
+    @property
+    def downtime_ms(self) -> float:
+        return FIXED_COST_MS + self.memory_ms + sum(self.devices_ms)
 
     @property
     def converges(self) -> bool:
@@ -113,6 +138,7 @@ class Forecast:
     best: Course
     worst: Course
     limit_ms: float
+    devices: tuple[DeviceShare, ...]
 
     def values(self) -> dict[str, Any]:
         """As an event has it: ranges are [least, most]."""
@@ -122,6 +148,7 @@ class Forecast:
             "rounds": rounds,
             "duration_s": [best.duration_s, worst.duration_s],
             "downtime_ms": [best.downtime_ms, worst.downtime_ms],
+            "memory_downtime_ms": [best.memory_ms, worst.memory_ms],
             "downtime_limit_ms": self.limit_ms,
             "converges": [best.converges, worst.converges],
             "dirty_bytes_per_s": [
@@ -131,23 +158,46 @@ class Forecast:
             "zero_bytes": int(look.zero / look.sampled * look.n_pages) * PAGE_BYTES,
         }
 
+    def device_values(self, number: int) -> dict[str, Any]:
+        """What an event has of one device; null where it is not known."""
+        left = self.devices[number].left
+        range_ms = [course.devices_ms[number] for course in (self.best, self.worst)]
+        return {
+            "state_bytes": None if left is None else left.bytes,
+            "downtime_ms": None if left is None else range_ms,
+        }
+
+    def _device_text(self, number: int) -> str:
+        values = self.device_values(number)
+        if values["downtime_ms"] is None:
+            return f"; without the state of device {number}, which does not tell how much it has"
+        if values["downtime_ms"][1] < TOLD_MS:
+            return ""
+        return f"; {_range(values['downtime_ms'], '{:.0f}')} ms of it are device {number}'s own"
+
     def finding(self) -> Finding:
         """In words, with what to do where it may not come to an end as it should."""
         v = self.values()
         dirty = " to ".join(bytes_text(rate) for rate in v["dirty_bytes_per_s"])
+        own = "".join(map(self._device_text, range(len(self.devices))))
+        zero = v["zero_bytes"] / v["memory_bytes"]
         text = (
             f"{_range(v['rounds'], '{:.0f}')} rounds in "
             f"{_range(v['duration_s'], seconds_text)}, then a downtime of "
-            f"{_range(v['downtime_ms'], '{:.0f}')} ms (limit {self.limit_ms:.0f} ms); the guest "
-            f"writes {dirty} in a second, {v['zero_bytes'] / v['memory_bytes']:.0%} of its memory "
-            "is zero"
+            f"{_range(v['downtime_ms'], '{:.0f}')} ms (limit {self.limit_ms:.0f} ms){own}; the "
+            f"guest writes {dirty} in a second, {zero:.0%} of its memory is zero"
         )
-        if self.worst.converges:
+        if not self.worst.converges:
+            given_up = self.worst.verdict is Verdict.GIVE_UP
+            does = "would be given up" if given_up else "takes longer then"
+            may = f"what is left may not become small enough, and the migration {does}"
+        elif self.worst.downtime_ms > self.limit_ms:
+            may = "the guest may stand still for longer than the limit"
+        else:
             return ok("forecast", text)
-        does = "would be given up" if self.worst.verdict is Verdict.GIVE_UP else "takes longer then"
         return note(
             "forecast",
-            f"{text}; what is left may not become small enough, and the migration {does}",
+            f"{text}; {may}",
             "allow a longer --downtime-limit or more --bandwidth, use --on-stall throttle, or "
             "choose a calmer hour",
         )
@@ -201,16 +251,22 @@ def _compressed(memory: GuestMemory, pages: Any) -> float:
 
 
 def forecast(
-    look: Look, bytes_per_s: float, options: Options, *, scans: bool, showing_ms: float = 0.0
+    look: Look,
+    bytes_per_s: float,
+    options: Options,
+    *,
+    scans: bool,
+    devices: Sequence[DeviceShare] = (),
 ) -> Forecast:
     """What follows from a look and from the rate of the link; `scans`: dirty pages are found by
-    reading all of memory; `showing_ms` is that of `limits_of`."""
-    limits = limits_of(options, showing_ms)
+    reading all of memory."""
     may_compress = options.codec not in ("none", "delta")
     ratio = look.compressed if may_compress else 1.0
-    best = _course(look, bytes_per_s, ratio, options, limits, most=False, scans=scans)
-    worst = _course(look, bytes_per_s * WORST_RATE, 1.0, options, limits, most=True, scans=scans)
-    return Forecast(look, best, worst, options.downtime_limit)
+    at_best = tuple(each.ms(bytes_per_s) for each in devices)
+    at_worst = tuple(each.ms(bytes_per_s * WORST_RATE) for each in devices)
+    best = _course(look, bytes_per_s, ratio, options, at_best, most=False, scans=scans)
+    worst = _course(look, bytes_per_s * WORST_RATE, 1.0, options, at_worst, most=True, scans=scans)
+    return Forecast(look, best, worst, options.downtime_limit, tuple(devices))
 
 
 def _course(
@@ -218,12 +274,12 @@ def _course(
     bytes_per_s: float,
     ratio: float,
     options: Options,
-    limits: Limits,
+    devices_ms: tuple[float, ...],
     *,
     most: bool,
     scans: bool,
 ) -> Course:
-    convergence = Convergence(limits)
+    convergence = Convergence(limits_of(options, sum(devices_ms)))
     page_bytes = PAGE_BYTES * ratio
     all_ns = look.digest_ns_per_page * look.n_pages / options.lanes
     collect_s = all_ns / 1e9 if scans else 0.0
@@ -250,12 +306,13 @@ def _course(
         if decision.verdict in (Verdict.SWITCH, Verdict.GIVE_UP):
             # The last pages go as these do, not as fast as the zeros of the first round.
             last_s = left * page_bytes / bytes_per_s
-            reading_ms = proof_ns / 1e6 + collect_s * 1e3
-            downtime_ms = last_s * 1e3 + reading_ms + limits.fixed_cost_ms
+            memory_ms = last_s * 1e3 + proof_ns / 1e6 + collect_s * 1e3
+            standing_s = (FIXED_COST_MS + memory_ms + sum(devices_ms)) / 1e3
             return Course(
                 convergence.rounds,
-                elapsed_s + downtime_ms / 1e3,
-                downtime_ms,
+                elapsed_s + standing_s,
+                memory_ms,
+                devices_ms,
                 decision.verdict,
                 decision.reason,
             )

@@ -29,6 +29,7 @@ from sync.convergence import FIXED_COST_MS, Convergence, Limits, Round, Verdict
 from sync.dirty.merge import MergedTrackers
 from sync.dirty.tracker import Bitmap, n_words
 from sync.memory import PAGE_BYTES
+from sync.registers.interface import StateLeft
 from sync.vmm.driver import Vmm, VmmProgress
 from transport.kernels.bitmap import bitmap_to_indices
 from transport.sender import RoundStatistics
@@ -72,13 +73,15 @@ class Precopy:
         pace: Pace,
         proof: RollingProof,
         proof_ns: Callable[[], Awaitable[int]],
+        state_left: Callable[[], Awaitable[StateLeft]],
         throttle: Callable[[], Awaitable[None]],
         report: Report,
         reporter: Reporter,
         showing_ms: float = 0.0,
     ) -> None:
-        """`proof_ns` predicts how long it would take to prove equal what `proof` leaves; `throttle`
-        has the VMM slow the guest down; `showing_ms` is that of `limits_of`."""
+        """`proof_ns` predicts how long it would take to prove equal what `proof` leaves;
+        `state_left` tells what the devices hold themselves; `throttle` has the VMM slow the guest
+        down; `showing_ms` is that of `limits_of`."""
         self._options = options
         self._showing_ms = showing_ms
         self._link = link
@@ -89,6 +92,7 @@ class Precopy:
         self._proof = proof
         self._throttle = throttle
         self._proof_ns = proof_ns
+        self._state_left = state_left
         self._report = report
         self._reporter = reporter
         self._owed: Bitmap = np.zeros(n_words(dirty.n_pages), np.uint64)
@@ -105,6 +109,7 @@ class Precopy:
         """Found since progress was told last."""
         self._device_pages_per_s = 0.0
         self._predicted_ms: float | None = None
+        self._state_ms = 0.0
         self._guest_waits_until = math.inf
         """When a guest that its VMM has paused by itself has waited for rounds long enough."""
 
@@ -119,6 +124,11 @@ class Precopy:
         was predicted."""
         predicted = self._predicted_ms
         return predicted if predicted is not None and math.isfinite(predicted) else 0.0
+
+    @property
+    def decided_for_vmm_ms(self) -> float:
+        """As much of it as is not for the devices' own state."""
+        return max(0.0, self.decided_downtime_ms - self._state_ms)
 
     async def converge(self) -> None:
         """Sends rounds until what is left fits into the downtime. Raises `NotConverged`,
@@ -178,6 +188,7 @@ class Precopy:
                 continue
             convergence.heed(self._options.downtime_limit, self._options.on_stall)
             recent = merged_rounds(self._unjudged)
+            state = await self._state_left()
             decision = convergence.observe(
                 Round(
                     sent_pages=self._sent_pages(recent),
@@ -188,11 +199,14 @@ class Precopy:
                     vmm_remaining_bytes=vmm_bytes,
                     collect_ns=int((collected - collect_began) * 1e9),
                     proof_ns=await self._proof_ns(),
+                    state_bytes=state.bytes,
+                    state_ns=int(state.bytes * state.ns_per_byte),
                 )
             )
             self._unjudged.clear()
             self._judged_at, self._judged_pass = collected, self._pass
             self._predicted_ms = decision.predicted_downtime_ms
+            self._state_ms = convergence.state_ms
             self._note_round(round_, left, self._predicted_ms, progress.remaining_bytes)
             if decision.verdict is Verdict.GIVE_UP:
                 raise NotConverged(decision.message)

@@ -25,7 +25,7 @@ from ferry.migration.check import findings_of, measure, stream_finding
 from ferry.migration.device_watch import Verdict
 from ferry.migration.devices import offer_of
 from ferry.migration.downtime import Downtime, standstill_budget_s
-from ferry.migration.forecast import forecast, look_at
+from ferry.migration.forecast import DeviceShare, forecast, look_at
 from ferry.migration.handover_runner import HandoverRunner
 from ferry.migration.link_news import tell_link
 from ferry.migration.messages import MessageKind, MigrationHello, Notice
@@ -41,6 +41,7 @@ from ferry.migration.source_devices import (
     keep_alive,
     map_memory,
     showing_ms,
+    state_left,
 )
 from ferry.migration.source_link import SourceLink
 from ferry.migration.undo import Undo, UndoStage
@@ -54,6 +55,7 @@ from sync.gateway.errors import GatewayError
 from sync.handover.machine import Action, Event, Handover
 from sync.handover.states import STANDSTILL, Deadlines, HandoverState, Role
 from sync.memory import GuestMemory
+from sync.registers.interface import StateLeft
 from sync.vmm.driver import Vmm, put_back_source, resume_source
 from sync.vmm.errors import VmmError, VmmGone
 from sync.vmm.identity import VmmIdentity, identify
@@ -130,6 +132,8 @@ class Source:
         self.vmm_ended = False
         """The guest has moved, and its VMM here was ended, as asked for."""
         self._is_put_back = False
+        self._is_told = False
+        """That a device does not tell how much state it has."""
         self.report = Report(self._session.hex(), downtime_limit_ms=options.downtime_limit)
         self.watched = Verdict()
         """Whether the devices work at the target."""
@@ -218,15 +222,17 @@ class Source:
             for finding in findings_of(link.sender, identity, memory.n_pages, sample):
                 self._reporter.finding(finding)
             scans = any(device.tracking == "scan" for device in devices)
-            expected = forecast(
-                look,
-                sample.bytes_per_s,
-                options,
-                scans=scans,
-                showing_ms=showing_ms(devices, memory.n_pages),
-            )
+            shares = [
+                DeviceShare(await each.registers.state_left(), showing_ms([each], memory.n_pages))
+                for each in devices
+            ]
+            expected = forecast(look, sample.bytes_per_s, options, scans=scans, devices=shares)
             self._reporter.finding(expected.finding())
-            self._reporter.event("forecast", **expected.values(), devices=self.report.methods)
+            told = [
+                {**methods, **expected.device_values(number)}
+                for number, methods in enumerate(self.report.methods)
+            ]
+            self._reporter.event("forecast", **expected.values(), devices=told)
             return Event.CHECKED
         ranges = tuple(layout.file_ranges())
         prepared = Prepared(devices, memory, vmm, platform, link, ranges, settings, why_closed)
@@ -321,6 +327,7 @@ class Source:
             pace,
             proof,
             proof_ns,
+            partial(self._state_left, prepared.devices),
             partial(vmm.throttle, prepared.settings),
             self.report,
             self._reporter,
@@ -348,6 +355,15 @@ class Source:
             }
         )
         return Event.MEDIATED
+
+    async def _state_left(self, devices: Sequence[SourceDevice]) -> StateLeft:
+        left, silent = await state_left(devices)
+        if silent and not self._is_told:
+            self._is_told = True
+            numbers = ", ".join(map(str, silent))
+            text = f"device {numbers}: how long its state is it does not tell, so the downtime is "
+            self._reporter.event("message", text=f"{text}predicted without it")
+        return left
 
     async def _keep_pace(self, pace: Pace, stream: VmmStream, vmm: Vmm) -> None:
         with self._pacing, contextlib.suppress(VmmError):
@@ -413,7 +429,8 @@ class Source:
         # of the limit is for what follows from it.
         limit_ms = self._options.downtime_limit
         decided_ms = mediated.precopy.decided_downtime_ms
-        await prepared.vmm.allow_switchover(max(1, limit_ms // 3, math.ceil(decided_ms)))
+        for_vmm_ms = mediated.precopy.decided_for_vmm_ms
+        await prepared.vmm.allow_switchover(max(1, limit_ms // 3, math.ceil(for_vmm_ms)))
         async with alongside(mediated.precopy.keep_small):
             paused = await prepared.vmm.wait_pre_switchover()
         # A guest that stands still does not wait for a link.

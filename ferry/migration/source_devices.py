@@ -32,7 +32,7 @@ from sync.gateway.errors import DeviceLost, GatewayError, GatewayLost
 from sync.memory import GuestMemory
 from sync.registers.choose import source_for
 from sync.registers.find import load_profiles
-from sync.registers.interface import SourceRegisters
+from sync.registers.interface import SourceRegisters, StateLeft
 from transport.kernels.digests import scan_changed
 
 ALIVE_S = 1.0
@@ -123,6 +123,17 @@ def showing_ms(devices: Sequence[SourceDevice], n_pages: int) -> float:
     the guest stands still. To unpin a page takes no longer than to find and pin it."""
     ns = sum(each.info.pin_ns_per_page * (1 + each.registers.fence) for each in devices)
     return ns * n_pages / 1e6
+
+
+async def state_left(devices: Sequence[SourceDevice]) -> tuple[StateLeft, list[int]]:
+    """What the devices hold of their own, all together, and the numbers of those that do not tell.
+    Raises what `SourceRegisters` does."""
+    told = [await device.registers.state_left() for device in devices]
+    known = [each for each in told if each is not None]
+    length = sum(each.bytes for each in known)
+    ns = sum(each.bytes * each.ns_per_byte for each in known)
+    silent = [number for number, each in enumerate(told) if each is None]
+    return StateLeft(length, ns / length if length else 0.0), silent
 
 
 async def keep_alive(devices: Sequence[SourceDevice]) -> None:

@@ -25,6 +25,7 @@ from sync.pci import Command
 from sync.vfio_user.protocol import (
     PCI_NUM_IRQS,
     PCI_NUM_REGIONS,
+    DataSize,
     DeviceFlags,
     DeviceInfo,
     DmaMap,
@@ -48,6 +49,8 @@ from sync.vfio_user.protocol import (
 MSIX_PBA_OFFSET = 0x800
 """Where the pending bits are in the MSI-X BAR; the table is at 0."""
 MSIX_BAR_BYTES = 0x1000
+STATE_BYTES = 64 << 10
+"""What a device says that its state has; one with 64 full queues has some 40 KiB."""
 
 Work = TypeVar("Work", bound=Hashable)
 
@@ -86,6 +89,7 @@ class PciDevice(Device, Generic[Work]):
         if v2:
             self._getters[FeatureIndex.MIGRATION] = self._get_migration
             self._getters[FeatureIndex.MIG_DEVICE_STATE] = self._get_state
+            self._getters[FeatureIndex.MIG_DATA_SIZE] = lambda _: DataSize(STATE_BYTES).pack()
             self._setters[FeatureIndex.MIG_DEVICE_STATE] = self._set_state
         if self.log is not None:
             self._setters[FeatureIndex.DMA_LOGGING_START] = self._start_logging

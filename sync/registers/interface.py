@@ -25,7 +25,7 @@ Payloads go through whatever link there is, in order and complete. All methods r
 from abc import ABC, abstractmethod
 from collections.abc import AsyncIterator, Mapping
 from dataclasses import dataclass, field
-from typing import ClassVar, Literal, Protocol
+from typing import ClassVar, Literal, NamedTuple, Protocol
 
 from sync.vfio_user.features import MigrationState
 
@@ -43,6 +43,9 @@ class GatewayPort(Protocol):
 
     async def mig_state(self, state: MigrationState) -> None:
         """Raises `DeviceRefusal`."""
+
+    async def mig_size(self) -> int | None:
+        """None if the device does not tell how much state it has."""
 
     async def mig_read(self, max_bytes: int) -> bytes: ...
 
@@ -73,6 +76,18 @@ class RegisterReport:
     """Register writes that start the device at the target."""
 
 
+class StateLeft(NamedTuple):
+    """State of a device's own that has to move while the guest stands still."""
+
+    bytes: int
+    ns_per_byte: float
+    """What moving it takes, as far as that was measured: reading, sending, and writing at the
+    target."""
+
+
+NOTHING_LEFT = StateLeft(0, 0.0)
+
+
 class SourceRegisters(ABC):
     """The source's half for one device."""
 
@@ -98,6 +113,10 @@ class SourceRegisters(ABC):
     def precopy(self) -> AsyncIterator[bytes]:
         """Payloads of what has come up since; bounded, so that a busy device cannot hold us. What
         could not be kept until it was fetched is made up for by a state as that of `begin`."""
+
+    async def state_left(self) -> "StateLeft | None":
+        """What is left for `final`, as far as it grows with the device; None if nobody knows."""
+        return NOTHING_LEFT
 
     @abstractmethod
     async def quiesce(self) -> None:

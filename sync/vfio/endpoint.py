@@ -48,6 +48,7 @@ from sync.vfio_user.protocol import (
     PCI_NUM_REGIONS,
     Capabilities,
     Command,
+    DataSize,
     DeviceFlags,
     DeviceInfo,
     Disconnected,
@@ -484,6 +485,7 @@ class HostEndpoint:
         if migration is None or index not in {
             FeatureIndex.MIGRATION,
             FeatureIndex.MIG_DEVICE_STATE,
+            FeatureIndex.MIG_DATA_SIZE,
         }:
             raise VfioUserError(errno.ENOTSUP)
         if request.is_probe:
@@ -491,6 +493,11 @@ class HostEndpoint:
         data = request.data
         if index == FeatureIndex.MIGRATION:
             data = MigrationFlags(migration.support).pack()
+        elif index == FeatureIndex.MIG_DATA_SIZE:
+            size = migration.size()
+            if size is None or request.is_set:
+                raise VfioUserError(errno.ENOTSUP)
+            data = DataSize(size).pack()
         elif request.is_set:
             return self._set_state(migration, request)
         else:

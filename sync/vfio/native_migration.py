@@ -71,14 +71,23 @@ class NativeMigration:
     def set_state(self, wanted: MigrationState) -> Work[None]:
         """Raises `VfioError`, `CannotMove`."""
         yield from ()
-        if wanted is MigrationState.STOP_COPY:
-            self._check_size()
+        if wanted is MigrationState.STOP_COPY and (length := self.size() or 0) > MAX_STREAM_BYTES:
+            raise CannotMove([f"its state has {length} bytes, more than {MAX_STREAM_BYTES}"])
         request = uapi.DEVICE_STATE.pack(wanted, -1)
         answer = self._device.feature(DeviceFeature.MIG_DEVICE_STATE, FeatureFlags.SET, request)
         _, stream = uapi.DEVICE_STATE.unpack(answer)
         if stream >= 0 or wanted in _ENDS_STREAM:
             self._end_stream()
             self._stream = stream
+
+    def size(self) -> int | None:
+        """The driver's estimate of what is left to read at rest, in bytes; None if it has none."""
+        if not self._device.has_feature(DeviceFeature.MIG_DATA_SIZE, FeatureFlags.GET):
+            return None
+        data = bytes(uapi.DATA_SIZE.size)
+        answer = self._device.feature(DeviceFeature.MIG_DATA_SIZE, FeatureFlags.GET, data)
+        (length,) = uapi.DATA_SIZE.unpack(answer)
+        return int(length)
 
     def read(self, size: int) -> Work[bytes]:
         """Up to `size` bytes of the stream; less if there are no more now."""
@@ -126,15 +135,6 @@ class NativeMigration:
         )
         _, _, initial_bytes, dirty_bytes = uapi.PRECOPY_INFO.unpack(info)
         return int(initial_bytes + dirty_bytes)
-
-    def _check_size(self) -> None:
-        if not self._device.has_feature(DeviceFeature.MIG_DATA_SIZE, FeatureFlags.GET):
-            return
-        data = bytes(uapi.DATA_SIZE.size)
-        answer = self._device.feature(DeviceFeature.MIG_DATA_SIZE, FeatureFlags.GET, data)
-        (length,) = uapi.DATA_SIZE.unpack(answer)
-        if length > MAX_STREAM_BYTES:
-            raise CannotMove([f"its state has {length} bytes, more than {MAX_STREAM_BYTES}"])
 
     def _wait(self, until: float) -> Work[None]:
         if time.monotonic() > until:

@@ -34,6 +34,7 @@ from sync.vfio_user.protocol import MigrationState, MigrationSupport, PciRegion,
 
 REST_DEADLINE_S = 2.0
 """With the guest paused: a storage device that takes longer for a command is in trouble."""
+TYPICAL_STATE_BYTES = 64 << 10
 _LENGTH = struct.Struct("<I")
 _CONFIG = struct.Struct("<HHBxH")
 _HEAD_BYTES = _CONFIG.size + _LENGTH.size
@@ -120,6 +121,10 @@ class QueueMigration:
             case _:
                 raise VfioUserError(errno.EINVAL, f"no way to {wanted.name}")
         self.state = wanted
+
+    def size(self) -> int | None:
+        """What a state has, in bytes, at the most that is usual."""
+        return TYPICAL_STATE_BYTES
 
     def read(self, size: int) -> Work[bytes]:
         """Up to `size` bytes of the stream."""

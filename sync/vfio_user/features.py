@@ -15,6 +15,7 @@ from sync.vfio_user.wire import require_argsz, unpack_exactly, unpack_start
 _FEATURE: Final = struct.Struct("<II")
 _MIGRATION: Final = struct.Struct("<Q")
 _STATE: Final = struct.Struct("<Ii")
+_DATA_SIZE: Final = struct.Struct("<Q")
 _CONTROL: Final = struct.Struct("<QII")
 _RANGE: Final = struct.Struct("<QQ")
 _REPORT: Final = struct.Struct("<QQQ")
@@ -31,6 +32,8 @@ class FeatureIndex(IntEnum):
     DMA_LOGGING_START = 6
     DMA_LOGGING_STOP = 7
     DMA_LOGGING_REPORT = 8
+    MIG_DATA_SIZE = 9
+    """Numbered as the kernel does (linux/vfio.h); devices may offer it."""
 
 
 class FeatureFlags(IntFlag):
@@ -170,6 +173,21 @@ class MigState:
             return cls(MigrationState(state), data_fd)
         except ValueError:
             raise ProtocolError(f"device state {state} is unknown") from None
+
+
+@dataclass(frozen=True, slots=True)
+class DataSize:
+    """Data of feature MIG_DATA_SIZE: how many bytes of state are left to read once the device is
+    at rest, as it estimates it."""
+
+    length: int
+
+    def pack(self) -> bytes:
+        return _DATA_SIZE.pack(self.length)
+
+    @classmethod
+    def unpack(cls, body: bytes | memoryview) -> Self:
+        return cls(*unpack_exactly(_DATA_SIZE, body, "feature MIG_DATA_SIZE"))
 
 
 @dataclass(frozen=True, slots=True)

@@ -27,7 +27,8 @@ MIG_DATA_WRITE             `MigData` with data         empty
 =========================  ==========================  =============================
 
 Data of `Feature` by its index: MIGRATION `MigrationFlags`, MIG_DEVICE_STATE `MigState`,
-DMA_LOGGING_START and _STOP `LoggingControl`, DMA_LOGGING_REPORT `LoggingReport`.
+DMA_LOGGING_START and _STOP `LoggingControl`, DMA_LOGGING_REPORT `LoggingReport`, MIG_DATA_SIZE
+`DataSize`.
 
 Source: QEMU, docs/interop/vfio-user.rst.
 """
@@ -44,6 +45,7 @@ from sync.vfio_user.access import (
 )
 from sync.vfio_user.errors import Disconnected, ProtocolError, VfioUserError
 from sync.vfio_user.features import (
+    DataSize,
     Feature,
     FeatureFlags,
     FeatureIndex,

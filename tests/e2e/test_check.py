@@ -46,7 +46,14 @@ def test_a_check_and_then_the_migration_with_the_same_receiver(tmp_path: Path) -
             foretold = sender.wait_event("forecast")
             assert 40 << 20 <= foretold["memory_bytes"] > foretold["zero_bytes"] > 0
             assert foretold["dirty_bytes_per_s"][1] > 0, "the guest's load writes"
-            assert foretold["devices"] == [{"registers": "replay", "dirty": "logging"}]
+            assert foretold["devices"] == [
+                {
+                    "registers": "replay",
+                    "dirty": "logging",
+                    "state_bytes": 0,
+                    "downtime_ms": [0, 0],
+                }
+            ]
             assert bed.status(a) == "running"
         bed.wait_operations(a, 200)
         migration = bed.send(a, b, *METHOD.flags)

@@ -160,6 +160,20 @@ def test_the_fixed_cost_and_the_vmm_count() -> None:
     assert policy.observe(less).verdict is Verdict.SWITCH
 
 
+def test_state_of_the_devices_own_counts_by_link_or_by_device_whichever_is_slower() -> None:
+    policy = Convergence(Limits(downtime_ms=100, fixed_cost_ms=50))
+    quiet = moved(1000, 100_000_000, 1_000_000_000, 0)
+    slow_device = dataclasses.replace(quiet, state_bytes=1_000_000, state_ns=60_000_000)
+    assert policy.observe(slow_device).predicted_downtime_ms == pytest.approx(110)
+    assert policy.state_ms == pytest.approx(60)
+    slow_link = dataclasses.replace(quiet, state_bytes=7_000_000, state_ns=60_000_000)
+    decision = policy.observe(slow_link)
+    assert decision.verdict is Verdict.CONTINUE
+    assert decision.predicted_downtime_ms == pytest.approx(120)
+    small = dataclasses.replace(quiet, state_bytes=4_000_000, state_ns=10_000_000)
+    assert policy.observe(small).verdict is Verdict.SWITCH
+
+
 @pytest.mark.parametrize("what", ["collect_ns", "proof_ns"])
 def test_reading_the_bitmap_once_more_and_the_proof_count(what: str) -> None:
     policy = Convergence(Limits(downtime_ms=100, fixed_cost_ms=50))

@@ -235,8 +235,9 @@ class GatewayClient:
         """Sets the device's migration state (VFIO migration v2)."""
         await self._call(requests.SetMigrationState(state))
 
-    async def mig_state_get(self) -> MigrationState:
-        return (await self._call(requests.GetMigrationState())).state
+    async def mig_size(self) -> int | None:
+        """How many bytes of state the device estimates to have; None if it does not tell."""
+        return (await self._call(requests.GetStateSize())).bytes
 
     async def mig_read(self, max_bytes: int) -> bytes:
         """Reads device state. Fewer bytes than asked for, or none, mean that there is no more now.

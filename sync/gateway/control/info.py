@@ -80,6 +80,8 @@ class Activity:
     refused: int = 0
     """Accesses that the device has answered with an error."""
     interrupts: int = 0
+    vectors: int = 0
+    """Of those that the guest has armed, how many are counted at present."""
 
 
 @dataclass(frozen=True, slots=True)

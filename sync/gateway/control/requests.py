@@ -21,7 +21,7 @@ from sync.gateway.engine.records import NO_TERMS, Fate, Terms
 from sync.registers.record import RECORD_BYTES
 from sync.vfio_user.protocol import MigrationState
 
-VERSION = 6
+VERSION = 7
 
 MAX_JOURNAL_RECORDS = MAX_BLOB_BYTES // RECORD_BYTES
 MAX_RECOVERY_S = 600.0
@@ -163,10 +163,11 @@ class DeviceState:
 
 
 @dataclass(frozen=True, slots=True)
-class DeviceMigrationState:
-    """The device's migration state (VFIO migration v2)."""
+class StateSize:
+    """How much state of its own the device has (VFIO migration v2)."""
 
-    state: MigrationState
+    bytes: int | None
+    """Left to read once it is at rest, as it estimates it; null if it does not tell."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -316,8 +317,8 @@ class SetMigrationState(Request[Done]):
 
 
 @dataclass(frozen=True, slots=True)
-class GetMigrationState(Request[DeviceMigrationState]):
-    op = "mig_state_get"
+class GetStateSize(Request[StateSize]):
+    op = "mig_size"
     roles = LEASE
     states = _AT_DEVICE | {CustodyState.PASSTHROUGH, CustodyState.RELEASED}
 
@@ -499,7 +500,7 @@ REQUESTS: dict[str, type[Request[Any]]] = {
         Batch,
         Stop,
         SetMigrationState,
-        GetMigrationState,
+        GetStateSize,
         ReadDeviceState,
         WriteDeviceState,
         ResetDevice,

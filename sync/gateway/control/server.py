@@ -87,7 +87,7 @@ class ControlServer:
             requests.Batch: self._batch,
             requests.Stop: self._stop,
             requests.SetMigrationState: self._set_migration_state,
-            requests.GetMigrationState: self._get_migration_state,
+            requests.GetStateSize: self._get_state_size,
             requests.ReadDeviceState: self._read_device_state,
             requests.WriteDeviceState: self._write_device_state,
             requests.ResetDevice: self._reset_device,
@@ -341,9 +341,8 @@ class ControlServer:
         job = jobs.set_migration_state(self._link(), request.state)
         self._run(client, job, _done, held=False)
 
-    def _get_migration_state(self, client: Client, request: requests.GetMigrationState) -> None:
-        job = jobs.get_migration_state(self._link())
-        self._run(client, job, requests.DeviceMigrationState, held=False)
+    def _get_state_size(self, client: Client, request: requests.GetStateSize) -> None:
+        self._run(client, jobs.state_size(self._link()), requests.StateSize, held=False)
 
     def _read_device_state(self, client: Client, request: requests.ReadDeviceState) -> None:
         job = jobs.read_migration_data(self._link(), request.max_bytes)

@@ -86,6 +86,10 @@ class Interrupts:
 
     # --- taps ---
 
+    @property
+    def n_tapped(self) -> int:
+        return len(self._taps)
+
     def fileno(self) -> int:
         """Readable while a tap has fired."""
         return self._arrivals.fileno()

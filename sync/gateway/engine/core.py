@@ -751,7 +751,12 @@ class Core:
             dropped_writes=link.gate.dropped if link else 0,
             journal_records=link.journal.n_records if link else 0,
             journal_overflow=link.journal.overflow if link else False,
-            activity=Activity(link.watch.writes, link.watch.refused, link.interrupts.arrived)
+            activity=Activity(
+                link.watch.writes,
+                link.watch.refused,
+                link.interrupts.arrived,
+                link.interrupts.n_tapped,
+            )
             if link
             else Activity(),
             last_recovery=self.last_recovery,

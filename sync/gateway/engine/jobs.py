@@ -11,7 +11,6 @@ from sync.gateway.control.requests import DirtyHalf, Mediate, Mediation, Recaptu
 from sync.gateway.datapath.bitmap import DirtyBitmap
 from sync.gateway.datapath.dma import AtDevice
 from sync.gateway.engine import comeback
-from sync.gateway.engine import device_handshake as device
 from sync.gateway.engine import device_steps as steps
 from sync.gateway.engine.custody import Custody, CustodyState
 from sync.gateway.engine.device_link import DeviceLink
@@ -22,7 +21,10 @@ from sync.memory import PAGE_BYTES
 from sync.vfio_user.errors import ProtocolError
 from sync.vfio_user.protocol import (
     Command,
+    DataSize,
     DeviceInfoRequest,
+    Feature,
+    FeatureIndex,
     IrqSet,
     MigData,
     MigrationState,
@@ -238,9 +240,12 @@ def set_migration_state(link: DeviceLink, state: MigrationState) -> Job[None]:
     yield from steps.set_migration_state(state)
 
 
-def get_migration_state(link: DeviceLink) -> Job[MigrationState]:
+def state_size(link: DeviceLink) -> Job[int | None]:
+    """How many bytes of state the device estimates to have; None if it does not tell."""
     _require_v2(link)
-    return (yield from device.get_migration_state())
+    request = Feature.get(FeatureIndex.MIG_DATA_SIZE, len(DataSize(0).pack()))
+    (answer,) = yield [Call(Command.DEVICE_FEATURE, request.pack())]
+    return None if answer.error else DataSize.unpack(Feature.unpack(answer.body).data).length
 
 
 def read_migration_data(link: DeviceLink, max_bytes: int) -> Job[bytes]:

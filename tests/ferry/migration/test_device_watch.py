@@ -38,6 +38,7 @@ def _watch(*gateways: Gateway) -> Verdict:
 
 
 NOTHING, ASKED, WORKS = Activity(), Activity(writes=4, refused=1), Activity(9, 0, 1)
+ARMED, POLLED = Activity(writes=4, vectors=2), Activity(writes=4)
 
 
 @pytest.mark.parametrize(
@@ -50,7 +51,18 @@ NOTHING, ASKED, WORKS = Activity(), Activity(writes=4, refused=1), Activity(9, 0
             Gateway(NOTHING, ASKED),
             DeviceState.SILENT,
             "device 0 has not interrupted once in 3 s (4 register writes by the guest, "
-            "1 accesses refused)",
+            "1 accesses refused; a driver that only polls looks the same)",
+        ),
+        (
+            Gateway(NOTHING, ARMED),
+            DeviceState.SILENT,
+            "device 0 has not interrupted once in 3 s (4 register writes by the guest; a driver "
+            "that only polls looks the same)",
+        ),
+        (
+            Gateway(NOTHING, POLLED),
+            DeviceState.UNKNOWN,
+            "the guest takes no interrupts from device 0, as a driver that polls",
         ),
         (Gateway(NOTHING, connected=False), DeviceState.SILENT, "device 0 is gone"),
         (Gateway(NOTHING, None), DeviceState.SILENT, "device 0: the gateway is gone"),
@@ -75,6 +87,14 @@ def test_the_worst_of_all_devices_is_told() -> None:
     assert verdict.state is DeviceState.SILENT
     assert verdict.text.startswith("device 1 has not")
     assert "BUT A DEVICE DOES NOT WORK there: device 1" in verdict.sentence("there")
+
+
+def test_a_device_that_cannot_be_judged_is_said_to_be_one() -> None:
+    verdict = _watch(Gateway(WORKS), Gateway(POLLED), Gateway(NOTHING))
+    assert verdict.state is DeviceState.UNKNOWN
+    told = Verdict.told(verdict.state.word, verdict.text).sentence("there")
+    assert told.startswith(" Whether all devices work there is not known: the guest takes no")
+    assert not Verdict().sentence("there")
 
 
 def test_what_the_peer_words_otherwise_is_not_known() -> None:

@@ -13,11 +13,12 @@ from hypothesis import strategies as st
 
 from ferry.findings import Level
 from ferry.migration import forecast as module
-from ferry.migration.forecast import Look, Written, forecast, look_at
+from ferry.migration.forecast import DeviceShare, Look, Written, forecast, look_at
 from ferry.migration.precopy import limits_of
 from ferry.migration.send_options import Options
-from sync.convergence import Reason, Verdict
+from sync.convergence import FIXED_COST_MS, Reason, Verdict
 from sync.memory import PAGE_BYTES, GuestMemory, MemoryRegion
+from sync.registers.interface import StateLeft
 from transport.kernels.digests import digest_pages
 
 MIB = 1 << 20
@@ -132,8 +133,38 @@ def test_a_look_sees_what_is_written_whoever_writes_it(monkeypatch: pytest.Monke
 
 def test_memory_that_has_to_be_pinned_is_part_of_the_downtime() -> None:
     plain, pinned = (
-        forecast(IDLE, 100 * MIB, OPTIONS, scans=False, showing_ms=ms) for ms in (0.0, 70.0)
+        forecast(IDLE, 100 * MIB, OPTIONS, scans=False, devices=[DeviceShare(showing_ms=ms)])
+        for ms in (0.0, 70.0)
     )
     for before, after in ((plain.best, pinned.best), (plain.worst, pinned.worst)):
         assert after.downtime_ms == pytest.approx(before.downtime_ms + 70)
     assert limits_of(OPTIONS, 70.0).fixed_cost_ms == limits_of(OPTIONS).fixed_cost_ms + 70
+
+
+def test_state_of_a_devices_own_is_part_of_the_downtime_and_told_of_each() -> None:
+    """256 MiB at 9 ns a byte, or by a link of 100 MiB/s, which is slower."""
+    large, silent = DeviceShare(StateLeft(256 * MIB, 9.0)), DeviceShare(None)
+    told = forecast(IDLE, 100 * MIB, OPTIONS, scans=False, devices=[DeviceShare(), large, silent])
+    assert told.device_values(0) == {"state_bytes": 0, "downtime_ms": [0, 0]}
+    assert told.device_values(1)["downtime_ms"] == pytest.approx([2560, 2560 / 0.6])
+    assert told.device_values(2) == {"state_bytes": None, "downtime_ms": None}
+    values = told.values()
+    for devices, memory, whole in zip(
+        (2560, 2560 / 0.6), values["memory_downtime_ms"], values["downtime_ms"], strict=True
+    ):
+        assert whole == pytest.approx(devices + memory + FIXED_COST_MS)
+    assert not told.best.converges
+    text = told.finding().text
+    assert "2560 to 4267 ms of it are device 1's own" in text
+    assert "without the state of device 2" in text and "device 0" not in text
+    fast = forecast(IDLE, 10_000 * MIB, OPTIONS, scans=False, devices=[large])
+    assert fast.device_values(0)["downtime_ms"] == pytest.approx([2415.9, 2415.9], abs=0.1)
+
+
+def test_a_downtime_above_the_limit_is_noted_though_the_rounds_converge() -> None:
+    """The rounds are judged by zeros, too, which go faster than what is sent last."""
+    look = replace(IDLE, zero=8000, written=(Written(0.5, 130), Written(2.0, 190)))
+    told = forecast(look, 100 * MIB, OPTIONS, scans=False)
+    assert told.worst.converges and told.worst.downtime_ms > 300
+    assert told.finding().level is Level.NOTE
+    assert "may stand still for longer than the limit" in told.finding().text

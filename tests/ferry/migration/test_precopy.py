@@ -5,7 +5,7 @@ import io
 import json
 from collections.abc import Callable
 from types import SimpleNamespace
-from typing import Any, cast
+from typing import Any, Literal, cast
 
 import numpy as np
 import pytest
@@ -23,6 +23,7 @@ from ferry.migration.vmm_stream import VmmStream
 from ferry.progress import Reporter
 from sync.convergence import Limits
 from sync.dirty.tracker import Bitmap
+from sync.registers.interface import NOTHING_LEFT, StateLeft
 from sync.vmm.driver import VmmProgress
 from sync.vmm.errors import VmmError, VmmGone
 from transport.sender import RoundStatistics
@@ -112,9 +113,13 @@ def precopy(
     proof: RollingProof | None = None,
     throttle: Callable[[], Any] | None = None,
     options: Options = OPTIONS,
+    state: StateLeft = NOTHING_LEFT,
 ) -> Precopy:
     async def proof_ns() -> int:
         return int(proof_ms * 1e6)
+
+    async def state_left() -> StateLeft:
+        return state
 
     reporter = Reporter("send", as_json=True, stream=said or io.StringIO())
     return Precopy(
@@ -126,6 +131,7 @@ def precopy(
         PACE,
         proof or RollingProof(N_PAGES),
         proof_ns,
+        state_left,
         throttle or trio.lowlevel.checkpoint,
         Report(session=""),
         reporter,
@@ -260,6 +266,26 @@ def test_a_scan_and_the_proof_are_part_of_the_downtime_that_is_predicted() -> No
     events = [json.loads(line) for line in said.getvalue().splitlines()]
     predicted = [e["predicted_downtime_ms"] for e in events if e["event"] == "round"]
     assert predicted[0] == pytest.approx(1500 + 200 + Limits().fixed_cost_ms)
+
+
+def test_a_devices_own_state_that_does_not_fit_is_found_while_the_guest_runs() -> None:
+    later = dataclasses.replace(FIRST_PASS, rounds=2, remaining_bytes=0)
+    large = StateLeft(256 << 20, 20.0)
+
+    async def body(on_stall: Literal["switch", "abort"]) -> Precopy:
+        options = dataclasses.replace(OPTIONS, on_stall=on_stall)
+        rounds = precopy(
+            FakeLink(), FakeDirty({1, 2}), FakeVmm(later), options=options, state=large
+        )
+        await rounds.converge()
+        return rounds
+
+    clock = trio.testing.MockClock(autojump_threshold=0)
+    with pytest.raises(NotConverged, match="give-up"):
+        trio.run(body, "abort", clock=clock)
+    switched = trio.run(body, "switch", clock=trio.testing.MockClock(autojump_threshold=0))
+    assert switched.decided_downtime_ms > 5000
+    assert switched.decided_for_vmm_ms < 100
 
 
 @pytest.mark.parametrize("error", [VmmGone("gone"), VmmError("refused")])

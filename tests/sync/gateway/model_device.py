@@ -10,6 +10,7 @@ from sync.vfio_user.protocol import (
     HEADER,
     Capabilities,
     Command,
+    DataSize,
     DeviceInfo,
     DmaMap,
     DmaUnmap,
@@ -91,6 +92,13 @@ class Registers:
         return self.config if region == 7 else self.bar
 
 
+_OF_MIGRATION = (
+    FeatureIndex.MIGRATION,
+    FeatureIndex.MIG_DEVICE_STATE,
+    FeatureIndex.MIG_DATA_SIZE,
+)
+
+
 class DeviceFeatures:
     """Migration states and a DMA log, each if wanted."""
 
@@ -114,7 +122,7 @@ class DeviceFeatures:
 
     def handle(self, request: Feature) -> bytes:
         index = request.index
-        wanted = self.v2 if index <= 2 else self.logging
+        wanted = self.v2 if index in _OF_MIGRATION else self.logging
         if not wanted or index in self.refuse:
             raise VfioUserError(errno.ENOTSUP)
         if request.is_probe:
@@ -125,6 +133,8 @@ class DeviceFeatures:
             if request.is_set:
                 self.state = MigState.unpack(request.data).device_state
             return MigState(self.state).pack()
+        if index == FeatureIndex.MIG_DATA_SIZE:
+            return DataSize(len(self.state_data)).pack()
         if index == FeatureIndex.DMA_LOGGING_START:
             if self.log_page:
                 raise VfioUserError(errno.EBUSY)

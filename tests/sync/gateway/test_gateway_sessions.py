@@ -34,6 +34,7 @@ from sync.vfio_user.protocol import (
     Capabilities,
     DmaMap,
     DmaUnmap,
+    FeatureIndex,
     IrqSet,
     MigrationState,
     RegionAccess,
@@ -185,7 +186,10 @@ def test_a_whole_migration_at_the_source(
             device.features.state_data = state
             assert await gateway.mig_read(4 << 20) == state
             await gateway.mig_state(MigrationState.STOP_COPY)
-            assert await gateway.mig_state_get() == MigrationState.STOP_COPY
+            device.features.state_data = b"left"
+            assert await gateway.mig_size() == 4
+            device.features.refuse.add(FeatureIndex.MIG_DATA_SIZE)
+            assert await gateway.mig_size() is None
             resume = pack_accesses([Access(Op.WRITE, 0, 8, 4, b"kick")])
             await gateway.stop(fence=False, resume=resume)
             with pytest.raises(WrongSession):
@@ -392,7 +396,7 @@ def test_requests_are_refused_with_a_reason(
             with pytest.raises(WrongState):
                 await gateway.dirty()
             with pytest.raises(Unsupported):
-                await gateway.mig_state_get()
+                await gateway.mig_size()
             with pytest.raises(BadRequest):
                 await gateway.arm_recovery("/x", float("nan"))
             assert vmm.region_read(0, 0, 4) == bytes(4)

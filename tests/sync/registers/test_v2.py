@@ -14,7 +14,14 @@ from sync.gateway.errors import DeviceRefused
 from sync.registers.choose import source_for, target_for
 from sync.registers.errors import PayloadError, RegisterError, RestartRefused, SequenceError
 from sync.registers.payload import PayloadKind, split, with_number
-from sync.registers.v2 import CHUNK_BYTES, PRECOPY_BYTES, StreamSource, StreamTarget
+from sync.registers.v2 import (
+    CHUNK_BYTES,
+    MAX_STREAM_BYTES,
+    PRECOPY_BYTES,
+    UNMEASURED_NS_PER_BYTE,
+    StreamSource,
+    StreamTarget,
+)
 
 STOP, RUNNING, STOP_COPY, RESUMING, PRE_COPY = 1, 2, 3, 4, 6
 NEXT = {
@@ -35,12 +42,16 @@ class V2Device:
         self.early, self.late = early, late
         self.written = b""
         self.rejects = False
+        self.size: int | None = None
 
     async def mig_state(self, state: int) -> None:
         if state not in NEXT[self.state] or (self.rejects and state == STOP):
             raise DeviceRefused
         self.state = state
         self.history.append(state)
+
+    async def mig_size(self) -> int | None:
+        return self.size
 
     async def mig_read(self, max_bytes: int) -> bytes:
         assert self.state in (PRE_COPY, STOP_COPY)
@@ -229,3 +240,27 @@ async def test_a_stream_that_is_not_complete_is_no_state(model: SimpleNamespace)
             await far.receive(payload)
         with pytest.raises(PayloadError, match="did not send all"):
             await far.finish()
+
+
+@trio_test
+async def test_what_is_left_is_what_the_device_tells_else_what_it_had_last(
+    model: SimpleNamespace,
+) -> None:
+    source = V2Device(bytes(3 << 20))
+    near, _ = halves(model, source, V2Device(), precopy=True)
+    assert (await near.state_left()) == (0, UNMEASURED_NS_PER_BYTE)
+    await listed(near.begin(b"", 0))
+    left = await near.state_left()
+    assert left is not None and left.bytes == 3 << 20 and left.ns_per_byte > 0
+    assert left.ns_per_byte != UNMEASURED_NS_PER_BYTE
+    source.early = bytes(1000)
+    await listed(near.precopy())
+    assert (await near.state_left() or left).bytes == 1000
+    source.size = 256 << 20
+    assert (await near.state_left() or left).bytes == 256 << 20
+    source.size = MAX_STREAM_BYTES + 1
+    with pytest.raises(RegisterError, match="can be moved"):
+        await near.state_left()
+    source.size = None
+    secretive, _ = halves(model, source, V2Device(), precopy=False)
+    assert await secretive.state_left() is None

@@ -12,8 +12,10 @@ from sync.vfio.errors import MemoryNotPinned
 from sync.vfio.sysfs import PciFunction
 from sync.vfio_user.protocol import (
     Command,
+    DataSize,
     Feature,
     FeatureFlags,
+    FeatureIndex,
     LoggingControl,
     LoggingReport,
     MigData,
@@ -88,6 +90,17 @@ def test_a_state_that_is_too_large_is_refused_before_the_guest_stands(
         client.enter(MigrationState.STOP_COPY)
     assert "its state has" in client.endpoint.reason
     assert kernel.state == PRE_COPY
+
+
+def test_how_much_state_is_left_is_told_where_the_driver_tells_it(
+    client: Model, kernel: MigratingKernel
+) -> None:
+    ask = Feature.get(FeatureIndex.MIG_DATA_SIZE, 8).pack()
+    answer = client.ask(Command.DEVICE_FEATURE, ask)
+    assert DataSize.unpack(Feature.unpack(answer).data).length == kernel.size == 27
+    kernel.features.remove(9)
+    with pytest.raises(Refused, match="ENOTSUP"):
+        client.ask(Command.DEVICE_FEATURE, ask)
 
 
 def test_a_way_that_the_driver_does_not_go_is_refused(client: Model) -> None:

@@ -79,7 +79,7 @@ def test_a_device_with_migration_states_runs_again_after_an_abort(
     assert bench.job(jobs.read_migration_data(bench.link, 100)) == b"state" * 6
     assert bench.job(jobs.read_migration_data(bench.link, 100)) == b""
     restore(bench)
-    assert bench.job(jobs.get_migration_state(bench.link)) is MigrationState.RUNNING
+    assert bench.device.features.state is MigrationState.RUNNING
 
 
 def test_i8_a_restore_tries_everything_even_if_a_step_is_refused(
