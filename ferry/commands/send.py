@@ -23,6 +23,7 @@ from ferry.progress import Reporter
 from sync.handover.machine import Event
 from sync.handover.states import HandoverState
 
+UNTOUCHED = "Nothing was touched."
 ADVICE = {
     HandoverState.ABORTED: "The guest continues on this host with its device in passthrough.",
     HandoverState.IN_DOUBT: (
@@ -85,6 +86,8 @@ async def send(
     if state is HandoverState.COMMITTED:
         return succeed(options, reporter, source.report, source.watched, vmm_ended=source.vmm_ended)
     advice = {state: text.format(session=source.session) for state, text in ADVICE.items()}
+    if not source.touched:
+        advice[HandoverState.ABORTED] = UNTOUCHED
     return conclude(reporter, state, source.runner, advice)
 
 

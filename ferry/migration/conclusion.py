@@ -1,6 +1,6 @@
 """How `send` and `receive` end: the exit code, and what the user is told of it."""
 
-from ferry.errors import Exit, NotOwner
+from ferry.errors import Exit
 from ferry.exit_codes import describe, exit_code_of
 from ferry.migration.handover_runner import HandoverRunner
 from ferry.progress import Reporter, complain
@@ -29,8 +29,7 @@ def conclude(
         reason += f"; then {describe(runner.cleanup_error)}"
     if not reason.endswith((".", "?")):
         reason += "."
-    # What is said of the guest is not so where it was not this host's to begin with.
-    hint = "" if isinstance(error, NotOwner) else advice.get(state, "")
+    hint = advice.get(state, "")
     if draft := getattr(error, "draft", ""):
         complain(draft)
         hint = f"A draft to start from is on standard error. {hint}"

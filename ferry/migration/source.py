@@ -129,6 +129,8 @@ class Source:
         self._tokens = (secrets.token_hex(8), secrets.token_hex(8))
         self._undo = Undo()
         self._pacing = trio.CancelScope()
+        self.touched = False
+        """Something has been done to a device; before, nothing here is other than it was."""
         self.vmm_ended = False
         """The guest has moved, and its VMM here was ended, as asked for."""
         self._is_put_back = False
@@ -278,6 +280,7 @@ class Source:
     # --- pre-copy ---
 
     async def _mediate(self, prepared: Prepared) -> Event:
+        self.touched = True
         options, vmm, link = self._options, prepared.vmm, prepared.link
         memory = prepared.memory
         link.sender.attach_memory(memory.array, cache_bytes=options.cache, files=memory.files)

@@ -98,7 +98,7 @@ async def attach_devices(
         gateway = await held.enter_async_context(
             await GatewayClient.connect(path, role=ClientRole.SOURCE, session=session)
         )
-        info = await check_gateway(path, gateway)
+        info = gateway.info
         if info.state == "released":
             moved = info.sessions.get(info.session) is Fate.MOVED
             raise NotOwner(
@@ -108,6 +108,7 @@ async def attach_devices(
                 f"whose it is now says `vfio-ferry resolve --session {info.session}`, on the "
                 "target first"
             )
+        info = await check_gateway(path, gateway)
         registers = source_for(view_of(info), gateway, profiles, options.registers)
         tracking = choose_method(options.dirty, info.supports)
         device = SourceDevice(number, path, gateway, info, registers, tracking)

@@ -164,6 +164,7 @@ def test_a_gateway_that_is_not_there(tmp_path: Path) -> None:
     )
     assert done.returncode == Exit.DEVICE
     assert "no gateway answers" in done.stdout + done.stderr
+    assert "is it running? Nothing was touched.\n" in done.stdout
     assert "Traceback" not in done.stderr
 
 
