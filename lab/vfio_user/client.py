@@ -15,6 +15,7 @@ from errno import EINVAL, EIO, ENOTSUP
 from pathlib import Path
 from typing import Final, Self, TypeVar
 
+from lab.vfio_user.access import DmaAccess
 from lab.vfio_user.channel import Channel
 from sync.vfio_user.framing import Message, close_fds
 from sync.vfio_user.protocol import (
@@ -26,7 +27,6 @@ from sync.vfio_user.protocol import (
     DeviceInfo,
     DeviceInfoRequest,
     Disconnected,
-    DmaAccess,
     DmaMap,
     DmaUnmap,
     Feature,

@@ -10,8 +10,9 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from errno import EEXIST, EFAULT, EINVAL, ENOENT, ENOSPC
 
+from lab.vfio_user.access import DmaAccess
 from lab.vfio_user.channel import Channel
-from sync.vfio_user.access import DmaAccess, DmaFlags, DmaMap
+from sync.vfio_user.access import DmaFlags, DmaMap
 from sync.vfio_user.errors import Disconnected, ProtocolError, VfioUserError
 from sync.vfio_user.framing import close_fds
 from sync.vfio_user.wire import Command

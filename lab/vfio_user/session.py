@@ -276,7 +276,7 @@ class Session:
         fd = self._device.region_fd(request.index) if info.flags & RegionFlags.MMAP else None
         if fd is not None and not self._client_max_fds:
             raise VfioUserError(EINVAL, "the client takes no descriptors")
-        return info.pack(request.argsz), () if fd is None else (fd,)
+        return info.pack(), () if fd is None else (fd,)
 
     def _region_io_fds(self, message: Message) -> _Reply:
         request = RegionIoFdsRequest.unpack(message.body)

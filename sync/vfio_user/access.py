@@ -1,7 +1,7 @@
-"""Messages that touch memory or registers: DMA map and unmap, region, DMA and multi-write access.
+"""Messages that touch memory or registers: DMA map and unmap, region and multi-write access.
 
-Source: vfio-user specification, sections VFIO_USER_DMA_MAP, _DMA_UNMAP, _REGION_READ/WRITE,
-_DMA_READ/WRITE and _REGION_WRITE_MULTI. Ranges are checked only against what the message itself
+Source: vfio-user specification, sections VFIO_USER_DMA_MAP, _DMA_UNMAP, _REGION_READ/WRITE
+and _REGION_WRITE_MULTI. Ranges are checked only against what the message itself
 says; whether a region exists is the receiver's business.
 """
 
@@ -16,8 +16,6 @@ from sync.vfio_user.wire import require_argsz, unpack_exactly, unpack_start
 _DMA_MAP: Final = struct.Struct("<IIQQQ")
 _DMA_UNMAP: Final = struct.Struct("<IIQQ")
 _REGION_ACCESS: Final = struct.Struct("<QII")
-_DMA_ACCESS: Final = struct.Struct("<QQ")
-_DMA_ACCESS_SHORT: Final = struct.Struct("<QI")
 _WRITE_COUNT: Final = struct.Struct("<Q")
 _WRITE: Final = struct.Struct("<QII8s")
 
@@ -122,36 +120,6 @@ class RegionAccess:
         if data and len(data) != count:
             raise ProtocolError(f"region access of {count} bytes carries {len(data)}")
         return cls(offset, region, count, data)
-
-
-@dataclass(frozen=True, slots=True)
-class DmaAccess:
-    """DMA_READ and DMA_WRITE, request and reply: `count` bytes at a DMA address of the client.
-
-    A write request and a read reply carry `data` of exactly `count` bytes, a read request and a
-    write reply carry none.
-    """
-
-    address: int
-    count: int
-    data: bytes = b""
-
-    def pack(self) -> bytes:
-        return _DMA_ACCESS.pack(self.address, self.count) + self.data
-
-    @classmethod
-    def unpack(cls, body: bytes | memoryview) -> Self:
-        # The specification gives the count of a write reply 4 bytes, QEMU and libvfio-user send 8.
-        if len(body) == _DMA_ACCESS_SHORT.size:
-            address, count = _DMA_ACCESS_SHORT.unpack(body)
-        else:
-            address, count = unpack_start(_DMA_ACCESS, body, "DMA access")
-        data = bytes(body[_DMA_ACCESS.size :])
-        if data and len(data) != count:
-            raise ProtocolError(f"DMA access of {count} bytes carries {len(data)}")
-        if address + count > ADDRESS_LIMIT:
-            raise ProtocolError(f"DMA access of {count:#x} bytes at {address:#x}")
-        return cls(address, count, data)
 
 
 @dataclass(frozen=True, slots=True)

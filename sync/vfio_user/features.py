@@ -103,11 +103,6 @@ class Feature:
     def is_probe(self) -> bool:
         return bool(self.flags & FeatureFlags.PROBE)
 
-    @property
-    def missing_bytes(self) -> int:
-        """How much of `data` was cut off, in bytes."""
-        return max(0, self.argsz - _FEATURE.size - len(self.data))
-
     @classmethod
     def get(cls, index: int, reply_data_bytes: int, data: bytes = b"") -> Self:
         """Return a request for a feature's data, of which there are up to `reply_data_bytes`."""

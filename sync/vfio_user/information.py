@@ -1,9 +1,8 @@
 """Messages about what a device has: device, region and interrupt information, SET_IRQS.
 
 Source: vfio-user specification, sections VFIO_USER_DEVICE_GET_INFO, _GET_REGION_INFO,
-_GET_REGION_IO_FDS, _GET_IRQ_INFO and _SET_IRQS; <linux/vfio.h> for capability identities and PCI
-indices. `argsz` of a request is the largest reply body its sender can take; a reply that would be
-larger is cut to its fixed part and says in its own `argsz` how much was needed.
+_GET_REGION_IO_FDS, _GET_IRQ_INFO and _SET_IRQS; <linux/vfio.h> for PCI indices.
+`argsz` of a request is the largest reply body that its sender can take.
 """
 
 import struct
@@ -16,14 +15,7 @@ from sync.vfio_user.wire import require_argsz, unpack_exactly, unpack_start
 
 _INFO: Final = struct.Struct("<IIII")
 _REGION: Final = struct.Struct("<IIIIQQ")
-_CAP: Final = struct.Struct("<HHI")
-_SPARSE: Final = struct.Struct("<II")
-_AREA: Final = struct.Struct("<QQ")
-_TYPE: Final = struct.Struct("<II")
 _SET_IRQS: Final = struct.Struct("<IIIII")
-
-_CAP_SPARSE_MMAP: Final = 1
-_CAP_TYPE: Final = 2
 
 
 class DeviceFlags(IntFlag):
@@ -32,7 +24,7 @@ class DeviceFlags(IntFlag):
 
 
 class RegionFlags(IntFlag):
-    """CAPS is not among them: packing sets it when there are capabilities, unpacking removes it."""
+    """CAPS is not among them: unpacking removes it."""
 
     READ = 1
     WRITE = 2
@@ -172,87 +164,25 @@ class IrqInfoRequest(_Question):
 class RegionInfo:
     """DEVICE_GET_REGION_INFO reply: a region of `size` bytes.
 
-    `offset`: where the region starts in its descriptor (MMAP only).
-    `sparse_areas`: (offset, size) in bytes of the parts that can be mapped; empty: all of it.
-    `region_type`: (type, subtype) of a device-specific region.
-    `missing_bytes`: length of the capabilities that were cut off because the request's `argsz` was
-    too small; ask again with 32 bytes more than that.
-    Capabilities of other kinds are passed over.
+    `offset`: where the region starts in its descriptor (MMAP only). Capabilities behind it are
+    passed over.
     """
 
     index: int
     flags: int
     size: int
     offset: int = 0
-    sparse_areas: tuple[tuple[int, int], ...] = ()
-    region_type: tuple[int, int] | None = None
-    missing_bytes: int = 0
 
-    def pack(self, argsz: int | None = None) -> bytes:
-        """Return the reply body, cut to its fixed part if it is longer than `argsz`."""
-        caps = self._pack_caps()
-        full = _REGION.size + (len(caps) or self.missing_bytes)
-        has_caps = full > _REGION.size
-        flags = self.flags | (_REGION_FLAG_CAPS if has_caps else 0)
-        complete = bool(caps) and (argsz is None or full <= argsz)
-        fixed = _REGION.pack(
-            full, flags, self.index, _REGION.size if complete else 0, self.size, self.offset
-        )
-        return fixed + caps if complete else fixed
-
-    def _pack_caps(self) -> bytes:
-        parts = []
-        if self.sparse_areas:
-            areas = b"".join(_AREA.pack(*area) for area in self.sparse_areas)
-            parts.append((_CAP_SPARSE_MMAP, _SPARSE.pack(len(self.sparse_areas), 0) + areas))
-        if self.region_type is not None:
-            parts.append((_CAP_TYPE, _TYPE.pack(*self.region_type)))
-        caps = b""
-        for number, (identity, content) in enumerate(parts, 1):
-            following = _REGION.size + len(caps) + _CAP.size + len(content)
-            caps += _CAP.pack(identity, 1, following if number < len(parts) else 0) + content
-        return caps
+    def pack(self) -> bytes:
+        return _REGION.pack(_REGION.size, self.flags, self.index, 0, self.size, self.offset)
 
     @classmethod
     def unpack(cls, body: bytes | memoryview) -> Self:
-        argsz, flags, index, cap_offset, size, offset = unpack_start(
+        argsz, flags, index, _, size, offset = unpack_start(
             _REGION, body, "DEVICE_GET_REGION_INFO reply"
         )
         require_argsz(argsz, max(_REGION.size, len(body)), "DEVICE_GET_REGION_INFO reply")
-        plain = flags & ~_REGION_FLAG_CAPS
-        if argsz > len(body):
-            missing = argsz - _REGION.size
-            return cls(index, plain, size, offset, missing_bytes=missing)
-        if not flags & _REGION_FLAG_CAPS:
-            return cls(index, plain, size, offset)
-        sparse, region_type = _unpack_caps(body, cap_offset)
-        return cls(index, plain, size, offset, sparse, region_type)
-
-
-def _unpack_caps(
-    body: bytes | memoryview, position: int
-) -> tuple[tuple[tuple[int, int], ...], tuple[int, int] | None]:
-    sparse: tuple[tuple[int, int], ...] = ()
-    region_type = None
-    while position:
-        if position < _REGION.size:
-            raise ProtocolError("region capability inside the region information")
-        identity, _, following = unpack_start(_CAP, body[position:], "region capability")
-        content = body[position + _CAP.size :]
-        if identity == _CAP_SPARSE_MMAP:
-            count, _ = unpack_start(_SPARSE, content, "sparse areas")
-            length = count * _AREA.size
-            areas = content[_SPARSE.size : _SPARSE.size + length]
-            if len(areas) != length:
-                raise ProtocolError(f"{count} sparse areas do not fit into the reply")
-            sparse = tuple(_AREA.iter_unpack(areas))
-        elif identity == _CAP_TYPE:
-            kind, subtype = unpack_start(_TYPE, content, "region type")
-            region_type = (kind, subtype)
-        if following and following <= position:
-            raise ProtocolError("region capabilities do not go forward")
-        position = following
-    return sparse, region_type
+        return cls(index, flags & ~_REGION_FLAG_CAPS, size, offset)
 
 
 @dataclass(frozen=True, slots=True)

@@ -17,8 +17,6 @@ DEVICE_GET_IRQ_INFO        `IrqInfoRequest`            `IrqInfo`
 DEVICE_SET_IRQS            `SetIrqs`                   empty
 REGION_READ                `RegionAccess`              `RegionAccess` with data
 REGION_WRITE               `RegionAccess` with data    `RegionAccess`
-DMA_READ                   `DmaAccess`                 `DmaAccess` with data
-DMA_WRITE                  `DmaAccess` with data       `DmaAccess`
 DEVICE_RESET               empty                       empty
 REGION_WRITE_MULTI         `WriteMulti`                `WriteMultiReply`
 DEVICE_FEATURE             `Feature`                   `Feature`
@@ -28,13 +26,12 @@ MIG_DATA_WRITE             `MigData` with data         empty
 
 Data of `Feature` by its index: MIGRATION `MigrationFlags`, MIG_DEVICE_STATE `MigState`,
 DMA_LOGGING_START and _STOP `LoggingControl`, DMA_LOGGING_REPORT `LoggingReport`, MIG_DATA_SIZE
-`DataSize`.
+`DataSize`. DMA_READ and DMA_WRITE are `sync.gateway.datapath.dma_service`'s.
 
 Source: QEMU, docs/interop/vfio-user.rst.
 """
 
 from sync.vfio_user.access import (
-    DmaAccess,
     DmaFlags,
     DmaMap,
     DmaUnmap,

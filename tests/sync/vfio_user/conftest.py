@@ -61,7 +61,7 @@ class RecordingDevice(Device):
         if index == 1:
             return RegionInfo(index, 1, 4096)
         if index == 2:
-            return RegionInfo(index, 7, 1 << 16, 0, ((0x1000, 0x1000), (0x4000, 0x2000)), (9, 8))
+            return RegionInfo(index, 7, 1 << 16)
         return RegionInfo(index, 0, 0)
 
     def region_fd(self, index: int) -> int | None:

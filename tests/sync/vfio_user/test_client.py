@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 
+from lab.vfio_user.access import DmaAccess
 from lab.vfio_user.client import Client
 from lab.vfio_user.server import Server
 from sync.vfio_user.protocol import (
@@ -19,7 +20,6 @@ from sync.vfio_user.protocol import (
     Command,
     DeviceInfo,
     Disconnected,
-    DmaAccess,
     DmaMap,
     DmaUnmap,
     Feature,
@@ -85,9 +85,8 @@ def test_every_request(client: Client, device: Any) -> None:
 
 def test_region_mapping_brings_the_descriptor(client: Client, device: Any) -> None:
     os.pwrite(device.mapped_fd, b"shared", 0)
-    info, fd = client.region_mapping(2)
+    _, fd = client.region_mapping(2)
     assert fd is not None
-    assert info.sparse_areas == ((0x1000, 0x1000), (0x4000, 0x2000))
     assert os.pread(fd, 6, 0) == b"shared"
     os.close(fd)
     assert client.region_mapping(0) == (RegionInfo(0, 3, 4096), None)
@@ -318,7 +317,7 @@ def test_i9_a_reply_that_answers_something_else(
 
 
 def test_a_reply_that_stays_too_long_is_not_asked_for_for_ever(liar: LyingServer) -> None:
-    liar.bodies = [RegionInfo(0, 3, 4096, missing_bytes=40).pack()] * 3
+    liar.bodies = [struct.pack("<IIIIQQ", 72, 11, 0, 0, 4096, 0)] * 3
     with Client(liar.path) as client, pytest.raises(ProtocolError):
         client.region_info(0)
 

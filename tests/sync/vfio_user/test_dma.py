@@ -17,6 +17,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import lab.vfio_user.channel as channel_module
+from lab.vfio_user.access import DmaAccess
 from lab.vfio_user.client import CLIENT_CAPABILITIES, Client
 from lab.vfio_user.dma import DmaTable
 from lab.vfio_user.server import Server
@@ -24,7 +25,6 @@ from sync.vfio_user.protocol import (
     Capabilities,
     Command,
     Disconnected,
-    DmaAccess,
     DmaFlags,
     DmaMap,
     DmaUnmap,

@@ -59,17 +59,6 @@ def test_descriptions(peer: Any) -> None:
     assert (errno, RegionInfo.unpack(body)) == (0, RegionInfo(1, 1, 4096))
 
 
-def test_region_information_larger_than_argsz_is_cut(peer: Any) -> None:
-    errno, body = peer.ask(Command.DEVICE_GET_REGION_INFO, RegionInfoRequest(2, 40).pack())
-    assert errno == 0
-    assert len(body) == 32
-    (needed,) = struct.unpack_from("<I", body)
-    errno, body = peer.ask(Command.DEVICE_GET_REGION_INFO, RegionInfoRequest(2, needed).pack())
-    assert errno == 0
-    assert len(body) == needed
-    assert RegionInfo.unpack(body).region_type == (9, 8)
-
-
 def test_no_part_of_a_region_is_told_of_by_a_descriptor(peer: Any) -> None:
     errno, body = peer.ask(Command.DEVICE_GET_REGION_IO_FDS, RegionIoFdsRequest(2, 96).pack())
     assert (errno, body) == (0, struct.pack("<IIII", 16, 0, 2, 0))

@@ -8,6 +8,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from lab.vfio_user.access import DmaAccess
 from sync.gateway.engine import jobs
 from sync.gateway.engine.custody import CustodyState
 from sync.gateway.errors import (
@@ -18,7 +19,6 @@ from sync.gateway.errors import (
 )
 from sync.vfio_user.protocol import (
     Command,
-    DmaAccess,
     FeatureIndex,
 )
 from tests.sync.gateway.conftest import Bench

@@ -11,6 +11,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from lab.vfio_user.access import DmaAccess
 from sync.gateway.datapath.bitmap import DirtyBitmap
 from sync.gateway.datapath.dma import AtDevice, DmaFault, DmaMemory, DmaRegion
 from sync.gateway.engine.job_runner import Answer
@@ -19,7 +20,6 @@ from sync.vfio_user.protocol import (
     HEADER,
     Capabilities,
     Command,
-    DmaAccess,
     DmaMap,
     DmaUnmap,
     Version,

@@ -6,6 +6,7 @@ from collections.abc import Callable
 
 import pytest
 
+from lab.vfio_user.access import DmaAccess
 from sync.gateway.datapath.dma import AtDevice
 from sync.gateway.engine import jobs
 from sync.gateway.engine.custody import CustodyState
@@ -21,7 +22,6 @@ from sync.registers.record import (
 )
 from sync.vfio_user.protocol import (
     Command,
-    DmaAccess,
     FeatureIndex,
     IrqSet,
     MigrationState,
