@@ -98,8 +98,6 @@ class ReceiverStatistics:
     """Deltas and copies whose base did not match; the sender sends these pages again in full."""
     lane_bytes: int
     """Bytes of frames and of requests for digests, on the data lanes."""
-    records_sent: int
-    records_received: int
     tunnel_bytes_sent: int
     tunnel_bytes_received: int
     dropped_messages: int
@@ -217,8 +215,6 @@ class Receiver(SessionEnd):
             pages_applied=sum(lane.pages for lane in counters),
             pages_rejected=sum(lane.rejected for lane in counters),
             lane_bytes=sum(lane.bytes for lane in counters),
-            records_sent=talk.records.sent,
-            records_received=talk.records.received,
             tunnel_bytes_sent=talk.tunnel.sent,
             tunnel_bytes_received=talk.tunnel.received,
             dropped_messages=self._router.dropped,

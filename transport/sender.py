@@ -156,8 +156,6 @@ class SenderStatistics:
     """Of these: under way when a link was lost, so that what was in them was sent again."""
     codecs: tuple[str, ...]
     """The codec that each lane uses at the moment."""
-    records_sent: int
-    records_received: int
     tunnel_bytes_sent: int
     """Bytes of the tunnel that were queued, within the peer's window."""
     tunnel_bytes_received: int
@@ -433,8 +431,6 @@ class Sender(SessionEnd):
             lane_bytes=sum(lane.counters.bytes for lane in self._lanes),
             lost_messages=sum(lane.counters.lost for lane in self._lanes),
             codecs=tuple(str(source.choice.codec) for source in self._lane_sources),
-            records_sent=talk.records.sent,
-            records_received=talk.records.received,
             tunnel_bytes_sent=talk.tunnel.sent,
             tunnel_bytes_received=talk.tunnel.received,
             round_trip_ns=talk.round_trip_ns,

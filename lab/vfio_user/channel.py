@@ -20,7 +20,7 @@ from typing import Final
 
 from sync.vfio_user.errors import Disconnected, ProtocolError, VfioUserError
 from sync.vfio_user.framing import Framer, Message, close_fds, recv_into_framer, send_message
-from sync.vfio_user.wire import Header, encode_message
+from sync.vfio_user.wire import FLAG_ERROR, FLAG_REPLY, FLAG_TYPE_MASK, Header, encode_message
 
 BACKLOG_BYTES: Final = 32 << 20
 """Bound on requests that arrived while this side waited for a reply; a peer that posts more than
@@ -74,7 +74,7 @@ class Channel:
             self._expected[message_id] = command
         self._send(encode_message(message_id, command, body), fds)
         reply = self._wait(lambda: self._replies.pop(message_id, None))
-        if reply.header.is_error:
+        if reply.header.flags & FLAG_ERROR:
             close_fds(reply.fds)
             raise VfioUserError(reply.header.error or EIO)
         return reply
@@ -194,7 +194,7 @@ class Channel:
             header = message.header
             if self._failure is not None:
                 close_fds(message.fds)
-            elif header.is_reply:
+            elif header.flags & FLAG_TYPE_MASK == FLAG_REPLY:
                 if self._expected.pop(header.message_id, None) == header.command:
                     self._replies[header.message_id] = message
                 else:

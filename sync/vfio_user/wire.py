@@ -58,16 +58,8 @@ class Header(NamedTuple):
     error: int
 
     @property
-    def is_reply(self) -> bool:
-        return self.flags & FLAG_TYPE_MASK == FLAG_REPLY
-
-    @property
     def wants_reply(self) -> bool:
         return not self.flags & FLAG_NO_REPLY
-
-    @property
-    def is_error(self) -> bool:
-        return bool(self.flags & FLAG_ERROR)
 
     def pack(self) -> bytes:
         return HEADER.pack(*self)

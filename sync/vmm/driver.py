@@ -90,7 +90,6 @@ class VmmProgress:
     rounds: int
     """How often the VMM has read its dirty bitmap."""
     page_bytes: int
-    expected_downtime_ms: int
     downtime_ms: int
     error: str
     """The VMM's `error-desc`, or empty."""
@@ -453,7 +452,6 @@ def parse_progress(migration: Any) -> VmmProgress:
         dirty_pages_per_s=number(ram, "dirty-pages-rate"),
         rounds=number(ram, "dirty-sync-count"),
         page_bytes=number(ram, "page-size"),
-        expected_downtime_ms=number(migration, "expected-downtime"),
         downtime_ms=number(migration, "downtime"),
         error=str(migration.get("error-desc", "")),
     )

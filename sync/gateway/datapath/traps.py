@@ -92,7 +92,7 @@ class Capture:
     def _read(
         self, message_id: int, flags: int, message: memoryview, descriptors: list[int]
     ) -> None:
-        offset, region, count = _access(message, 0)
+        offset, region, count = _access(message)
         relay = self._relay
         if not 0 < count <= self._max_bytes or region > _MAX_REGION or offset + count > _LIMIT:
             relay.answer(message_id, flags, Command.REGION_READ, error=errno.EINVAL)
@@ -287,7 +287,7 @@ def reads(relay: Relay, deferred: DeferredReads, *, at_rest: bool) -> dict[int, 
     """
 
     def read(message_id: int, flags: int, message: memoryview, descriptors: list[int]) -> None:
-        offset, region, count = _access(message, 0)
+        offset, region, count = _access(message)
         if flags & FLAG_NO_REPLY:
             raise ProtocolError("a read that wants no reply")
 
@@ -364,8 +364,8 @@ def refusals(relay: Relay) -> dict[int, VmmCommand]:
     return {command: refusal(command) for command in _MIGRATION}
 
 
-def _access(message: memoryview, carried: int) -> tuple[int, int, int]:
-    if len(message) != _BODY + carried:
+def _access(message: memoryview) -> tuple[int, int, int]:
+    if len(message) != _BODY:
         raise ProtocolError(f"a register access of {len(message)} bytes")
     offset, region, count = _ACCESS.unpack_from(message, HEADER_BYTES)
     return offset, region, count

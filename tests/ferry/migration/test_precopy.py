@@ -30,7 +30,7 @@ from transport.sender import RoundStatistics
 from transport.session.link import LinkState
 
 N_PAGES = 256
-FIRST_PASS = VmmProgress("active", 0, 300 << 20, 512 << 20, 7, 1, 4096, 0, 0, "")
+FIRST_PASS = VmmProgress("active", 0, 300 << 20, 512 << 20, 7, 1, 4096, 0, "")
 OPTIONS = Options(to="ipc:///x", qmp="q")
 MEMORY = np.zeros(N_PAGES * 4096, np.uint8)
 PACE = Pace(300)

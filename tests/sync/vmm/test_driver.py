@@ -427,7 +427,7 @@ def test_progress_before_any_migration() -> None:
         {"status": "active", "ram": {"transferred": -1}},
         {"status": "active", "ram": {"remaining": True}},
         {"status": "active", "ram": {"total": math.nan}},
-        {"status": "active", "expected-downtime": math.inf},
+        {"status": "active", "downtime": math.inf},
     ],
 )
 def test_i9_malformed_progress_is_refused(answer: Any) -> None:

@@ -2,6 +2,7 @@
 
 import os
 import threading
+import time
 from collections.abc import Callable
 from functools import partial
 from typing import Any
@@ -51,7 +52,7 @@ def test_a_flushed_record_has_arrived(link_pair: Any) -> None:
     async def scenario() -> None:
         async with link_pair() as pair:
             await pair.sender.send_record(7, b"commit", flush=True)
-            assert pair.receiver.statistics().records_received == 1
+            assert pair.receiver._shared.talk.records.received == 1
 
     run_trio(scenario)
 
@@ -230,7 +231,11 @@ def test_a_session_leaves_no_thread_and_no_descriptor(
     run_trio(scenario)  # what the first session loads for good does not count
     before = open_fds()
     run_trio(scenario)
-    assert open_fds() == before
+    deadline = time.monotonic() + DEADLINE_S
+    while (left := open_fds()) > before:
+        # libzmq closes its sockets in a thread of its own.
+        assert time.monotonic() < deadline, (left, before)
+        time.sleep(0.01)
 
 
 def test_ipv6_is_spoken_where_the_url_says_so(link_pair: Any) -> None:
