@@ -189,6 +189,12 @@ def test_i9_who_belongs_to_the_session_is_never_put_out_for_who_does_not(
         sending, receiving = SenderOptions(secret=secret), ReceiverOptions(secret=secret)
         async with link_pair(n_pages=n_pages, sending=sending, receiving=receiving) as pair:
             port = int(pair.receiver.url.rpartition(":")[2])
+            (watch,) = pair.receiver._router._watches.values()
+            lanes = 2 + sending.lanes * bool(n_pages)
+            # A connection belongs to the session once its first message has been read.
+            await until(
+                lambda: sum(not each.stranger for each in [*watch._connections.values()]) == lanes
+            )
             idle = []
             try:
                 for _ in range(3 * MAX_CONNECTIONS):
