@@ -50,6 +50,20 @@ def test_a_receiver_is_not_restarted_where_somebody_has_to_look() -> None:
     )
 
 
+def test_a_gateway_that_is_not_root_may_write_where_it_has_to() -> None:
+    """Everything else is read-only to it (ProtectSystem=strict), and /run/vfio-ferry is root's."""
+    service = (HOUSE / "deploy/systemd/vfio-ferry-gateway@.service").read_text()
+    (records,) = re.findall(r"^ExecStart=.* --records (\S+)", service, re.MULTILINE)
+    (state,) = re.findall(r"^StateDirectory=(.*)$", service, re.MULTILINE)
+    assert records == f"/var/lib/{state}/records"
+    socket = (HOUSE / "deploy/systemd/vfio-ferry-gateway@.socket").read_text()
+    (user,) = re.findall(r"^SocketUser=(.*)$", socket, re.MULTILINE)
+    folders = {str(Path(path).parent) for path in re.findall(r"^ListenStream=(.*)$", socket, re.M)}
+    (made,) = re.findall(r"^ExecStartPre=\S+ -d -o (.*)$", socket, re.MULTILINE)
+    assert made == f"{user} -g {user} -m 0755 {folders.pop()}" and not folders
+    assert f"User={user}\n" in service
+
+
 @pytest.mark.skipif(shutil.which("systemd-analyze") is None, reason="no systemd-analyze here")
 def test_systemd_takes_them(tmp_path: Path) -> None:
     where = install(tmp_path, shutil.which("true") or "/bin/true")
