@@ -21,6 +21,8 @@ def why_not_private(path: str | Path) -> str:
             status = at.stat()
         except FileNotFoundError:
             continue
+        except PermissionError:
+            return f"{at} cannot even be looked at: run this as the user whose it is"
         if status.st_uid not in (0, os.geteuid()):
             return f"{at} belongs to another user (uid {status.st_uid}): use a folder of your own"
         sticky = stat.S_ISDIR(status.st_mode) and status.st_mode & stat.S_ISVTX

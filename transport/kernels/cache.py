@@ -85,7 +85,8 @@ def open_folder() -> Iterator[Folder]:
     try:
         descriptor = _open(default_cache() / f"kernels-{digest()}")
     except OSError as error:
-        why_not = str(error)
+        told = error.strerror
+        why_not = f"{error.filename}: {told}" if told and error.filename else str(error)
     else:
         try:
             yield Folder(Path(f"/proc/self/fd/{descriptor}"), "", descriptor)

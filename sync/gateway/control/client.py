@@ -97,8 +97,10 @@ class GatewayClient:
             await sock.connect(os.fspath(path))
         except OSError as error:
             sock.close()
+            refused = isinstance(error, PermissionError)
+            advice = "run this as the gateway's user" if refused else "is it running?"
             raise GatewayUnreachable(
-                f"no gateway answers at {os.fspath(path)} ({error.strerror}): is it running?"
+                f"no gateway answers at {os.fspath(path)} ({error.strerror}): {advice}"
             ) from error
         client = cls(sock)
         no_gateway = (

@@ -9,6 +9,7 @@ import pytest
 
 from ferry.cli import main
 from ferry.errors import ConfigError, Exit, LocalError
+from ferry.private import check_private
 from ferry.secret_file import Trust, is_of_this_host, read_authorized, read_identity, read_secret
 from transport.session.secret import Keys, public_key
 
@@ -249,3 +250,15 @@ def test_words_that_do_not_go_together_are_refused(trust: Trust, why: str) -> No
     for side in (trust.of_sender, trust.of_receiver):
         with pytest.raises(ConfigError, match=why):
             side("tcp://127.0.0.1:1")
+
+
+def test_a_folder_of_somebody_else_is_refused_in_words(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refused(path: Path, **_: object) -> None:
+        raise PermissionError(13, "Permission denied", str(path))
+
+    monkeypatch.setattr(Path, "resolve", lambda path: path)
+    monkeypatch.setattr(Path, "stat", refused)
+    with pytest.raises(LocalError, match="run this as the user whose it is"):
+        check_private(tmp_path / "control.sock")
