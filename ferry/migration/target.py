@@ -49,7 +49,6 @@ from sync.vmm.driver import Vmm
 from sync.vmm.errors import VmmError, VmmGone
 from sync.vmm.identity import VmmIdentity, identify
 from sync.vmm.pci import PciPlatform
-from sync.vmm.settings import MigrationSettings
 from sync.vmm.states import RUNNING, in_words
 from sync.vmm.uncarried import check_carried
 from transport.receiver import Receiver, ReceiverStatistics
@@ -57,8 +56,8 @@ from transport.wire.errors import TransportError
 
 TELL_S = 1.0
 """How long the source may take to hear why this side gives up."""
-PUT_BACK_S = 2.0
-"""How long a VMM may take to get its settings back, whatever the end was."""
+ANNOUNCE_S = 2.0
+"""How long a VMM may take to be told to announce its guest, whatever the end was."""
 CONNECT_S = 5.0
 """How long the VMM may take to listen for its stream once it has said that it does."""
 
@@ -71,8 +70,6 @@ class Checked:
     devices: tuple[TargetDevice, ...]
     platform: PciPlatform | None
     """What the VMM keeps of the devices; QEMU only."""
-    settings: MigrationSettings
-    """The VMM's own, as they were."""
 
 
 @dataclass
@@ -166,14 +163,13 @@ class Target:
             vouched=self._options.vouch_one_vm,
         )
         compare_places(places, [each.place for each in hello.devices])
-        settings = await self._vmm.settings()
         layout = MemoryLayout.from_rows(hello.files, hello.layout)
         await check_late_files(self._vmm, devices[0].gateway, layout)
         identity = await identify(self._vmm)
         await check_carried(self._vmm)
         _compare_vmms(identity, Notice(hello.vmm))
         platform = await self._check_platform(bytes.fromhex(hello.platform))
-        checked = Checked(hello, devices, platform, settings)
+        checked = Checked(hello, devices, platform)
         self.runner.offer(
             {
                 Action.ANSWER_CHECK: partial(self._answer_check, identity),
@@ -212,7 +208,7 @@ class Target:
             await device.gateway.standby(hello.session, terms)
         if checked.platform is not None:
             await checked.platform.restore(bytes.fromhex(hello.platform))
-        self._held.push_async_callback(self._put_back, checked.settings)
+        self._held.push_async_callback(self._announce)
         with tempfile.TemporaryDirectory(prefix="vfio-ferry-") as folder:
             path = f"{folder}/vmm.sock"
             await self._vmm.start_incoming(f"unix:{path}")
@@ -351,10 +347,9 @@ class Target:
             notice = Notice({"ms": took_ms}).pack()
             await self._link.send_record(MessageKind.COMMITTED, notice, flush=True)
 
-    async def _put_back(self, settings: MigrationSettings) -> None:
-        """Gives the VMM its settings back; one that was loading when its stream broke off ends."""
-        with trio.move_on_after(PUT_BACK_S), contextlib.suppress(VmmError):
-            await self._vmm.put_back(settings)
+    async def _announce(self) -> None:
+        """Tells the network of the guest; a VMM whose stream broke off while it loaded has ended."""
+        with trio.move_on_after(ANNOUNCE_S), contextlib.suppress(VmmError):
             await self._vmm.announce()
 
     async def watch_devices(self) -> None:

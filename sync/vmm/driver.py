@@ -55,7 +55,9 @@ from sync.vmm.states import (
 )
 
 POLL_S = 0.05
-"""How often a VMM is asked when it sends no event: the end of loading comes without one."""
+"""How often a VMM is asked when it sends no event."""
+LOADING_POLL_S = 0.005
+"""How often one is asked that loads its stream, whose guest stands still meanwhile."""
 RECONNECT_S = 2.0
 PAUSE_CAPABILITY = "pause-before-switchover"
 ANNOUNCEMENT = {"initial": 50, "max": 550, "rounds": 5, "step": 100}
@@ -194,9 +196,9 @@ class Vmm(AsyncResource):
 
     async def start_incoming(self, uri: str) -> None:
         """Has the target's VMM listen at `uri` (`unix:PATH`), and wait when it has its guest: one
-        that was started without -S would run it at once, whoever owns it."""
+        that was started without -S would run it at once, whoever owns it. Changes none of its
+        settings, so that nobody has to put them back."""
         await self.execute("stop")
-        await self._set_capabilities("events")
         await self.execute("migrate-incoming", {"uri": uri})
 
     async def start_outgoing(self, uri: str, *, may_throttle: bool = False) -> None:
@@ -285,12 +287,11 @@ class Vmm(AsyncResource):
     async def wait_loaded(self) -> None:
         """Waits until the target has loaded everything and is paused. Raises `MigrationFailed`."""
         while True:
-            seen = self.client.events_seen
             if self._status_unless_failed(await self.execute("query-migrate")) == "completed":
                 state = await self.run_state()
                 if state != "inmigrate":
                     break
-            await self._wait_event_or_poll(seen)
+            await trio.sleep(LOADING_POLL_S)
         if state not in STOPPED:
             raise VmmNotReady(f"the target's guest is {state!r} after loading, it has to wait")
 

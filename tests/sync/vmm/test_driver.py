@@ -107,6 +107,7 @@ def test_the_target_sequence(with_qemu: Any) -> None:
             await vmm.check_target()
             await vmm.start_incoming("unix:/run/stream")
             assert qemu.arguments["migrate-incoming"] == {"uri": "unix:/run/stream"}
+            assert not [name for name in qemu.commands if name.startswith("migrate-set")]
             loaded = trio.Event()
             async with trio.open_nursery() as nursery:
 
