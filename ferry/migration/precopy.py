@@ -37,8 +37,8 @@ from transport.sender import RoundStatistics
 ROUND_INTERVAL_S = 0.1
 """A round is no shorter: below this the fixed cost of a round is most of it."""
 PROGRESS_INTERVAL_S = 1.0
-ASK_INTERVAL_S = 0.1
-"""How often the VMM is asked how far it is: rounds may be much shorter."""
+LOOK_INTERVAL_S = 0.1
+"""How often devices and VMM are looked at beside the rounds of an open stream."""
 ROW_INTERVAL_S = 5.0
 """Rounds that are not judged are told together, at the latest after this time."""
 RATE_ROUNDS = 32
@@ -105,6 +105,7 @@ class Precopy:
         """The VMM's pass over its memory, and the one in which rounds were judged last."""
         self._vmm_rounds, self._vmm_left = 1, math.inf
         """What it said last: how many passes it has begun, and how many bytes are left."""
+        self._asking, self._collecting = trio.Lock(), trio.Lock()
         self._device_pages = 0
         """Found since progress was told last."""
         self._device_pages_per_s = 0.0
@@ -133,14 +134,23 @@ class Precopy:
     async def converge(self) -> None:
         """Sends rounds until what is left fits into the downtime. Raises `NotConverged`,
         `MigrationFailed`."""
-        async with alongside(self._tell_progress):
+        async with alongside(self._tell_progress), alongside(self._look_beside):
             await self._rounds_until_small()
+
+    async def _look_beside(self) -> None:
+        """Looks at devices and VMM while the rounds of an open stream go on, for whose answers no
+        lane has to wait then."""
+        while True:
+            await trio.sleep(LOOK_INTERVAL_S)
+            if self._stream.is_open:
+                await self._ask()
+                await self.collect_devices()
 
     async def _rounds_until_small(self) -> None:
         options = self._options
         convergence = Convergence(limits_of(options, self._showing_ms))
         await self._collect()
-        progress, asked_at = await self._ask(), trio.current_time()
+        await self._ask()
         while True:
             began, links = trio.current_time(), self._links
             round_ = await self._send_in_time()
@@ -163,28 +173,23 @@ class Precopy:
                 self._note_round(round_)
                 await self._collect()
                 continue
+            # The VMM is in its first pass over all of memory: nothing converges before that is
+            # over, so these rounds are not judged. When all pages take the lanes, neither are those
+            # in the middle of a pass.
             if self._stream.is_open:
-                if self._proof.n_rolling >= ROLL_PAGES and progress.rounds <= 1:
+                if self._proof.n_rolling >= ROLL_PAGES and self._vmm_rounds <= 1:
                     await self._roll()
-                since_s = trio.current_time() - asked_at
-                if since_s < ASK_INTERVAL_S:
+                if self._pass == self._judged_pass:
                     self._note_round(round_)
-                    await self._collect()
+                    self._owe(*self._stream.collect())
                     continue
-            progress, asked_at = await self._ask(), trio.current_time()
-            collect_began = trio.current_time()
-            await self._collect()
+            progress = await self._ask()
+            collect_s = await self._collect()
             collected = trio.current_time()
             left = self._owed_pages() + self._vmm_pages(progress)
             vmm_bytes = 0 if self._stream.is_open else progress.remaining_bytes
-            if not self._is_due(progress):
-                # The VMM is in its first pass over all of memory: nothing converges before that
-                # is over, so these rounds are not judged. When all pages take the lanes, neither
-                # are those in the middle of a pass.
-                if self._stream.is_open:
-                    self._note_round(round_)
-                else:
-                    self._note_round(round_, left, None, progress.remaining_bytes)
+            if not self._stream.is_open and progress.rounds <= 1:
+                self._note_round(round_, left, None, progress.remaining_bytes)
                 continue
             convergence.heed(self._options.downtime_limit, self._options.on_stall)
             recent = merged_rounds(self._unjudged)
@@ -197,7 +202,7 @@ class Precopy:
                     interval_ns=int((collected - self._judged_at) * 1e9),
                     dirty_pages=left,
                     vmm_remaining_bytes=vmm_bytes,
-                    collect_ns=int((collected - collect_began) * 1e9),
+                    collect_ns=int(collect_s * 1e9),
                     proof_ns=await self._proof_ns(),
                     state_bytes=state.bytes,
                     state_ns=int(state.bytes * state.ns_per_byte),
@@ -226,8 +231,9 @@ class Precopy:
         return self._link.sender.link.resumed
 
     async def _ask(self) -> VmmProgress:
-        announced = self._stream.pages
-        progress = await self._vmm.check_migration()
+        async with self._asking:
+            announced = self._stream.pages
+            progress = await self._vmm.check_migration()
         # In a pass that takes long a VMM that may throttle looks again and again at what is dirty,
         # and does not count that: only then is more left than before.
         if progress.rounds > self._vmm_rounds or progress.remaining_bytes > self._vmm_left:
@@ -236,11 +242,6 @@ class Precopy:
         self._pace.remain(progress.remaining_bytes // PAGE_BYTES)
         self._pace.announced(self._stream.pages - announced)
         return progress
-
-    def _is_due(self, progress: VmmProgress) -> bool:
-        if self._stream.is_open:
-            return self._pass > self._judged_pass
-        return progress.rounds > 1
 
     def _sent_pages(self, rounds: RoundStatistics) -> int:
         """Pages that went as fast as those that are left will. In its first pass the VMM brings all
@@ -253,7 +254,7 @@ class Precopy:
         """What the VMM has still to announce, if that takes our lanes."""
         if not self._stream.is_open:
             return 0
-        unknown_s = min(ASK_INTERVAL_S, trio.current_time() - self._judged_at)
+        unknown_s = min(LOOK_INTERVAL_S, trio.current_time() - self._judged_at)
         return progress.remaining_bytes // PAGE_BYTES + int(progress.dirty_pages_per_s * unknown_s)
 
     async def _paused_within(self, seconds: float) -> bool:
@@ -277,13 +278,17 @@ class Precopy:
                 with trio.move_on_after(ROUND_INTERVAL_S):
                     await self._stream.wait_worth_a_round()
 
-    async def collect_devices(self) -> None:
-        """Finds what the devices wrote last: they are at rest."""
-        found = await self._dirty.collect()
+    async def collect_devices(self) -> float:
+        """Finds what the devices have written; how long that took, in seconds."""
+        async with self._collecting:
+            began = trio.current_time()
+            found = await self._dirty.collect()
+            took_s = trio.current_time() - began
         pages = bitmap_to_indices(found)
         self._stream.wrote(pages)
         self._device_pages += pages.size
         self._owe(found, float(pages.size))
+        return took_s
 
     async def finish(self) -> None:
         """Sends the last round: nothing writes to the guest's memory any more."""
@@ -293,10 +298,11 @@ class Precopy:
         self._note_round(round_)
         self._tell_rounds()
 
-    async def _collect(self) -> None:
-        # All of it before any page is read (I1).
-        await self.collect_devices()
+    async def _collect(self) -> float:
+        """All of it before any page is read (I1). Returns what `collect_devices` does."""
+        took_s = await self.collect_devices()
         self._owe(*self._stream.collect())
+        return took_s
 
     def _owe(self, bits: Bitmap, cost: float) -> None:
         self._owed |= bits
@@ -309,17 +315,23 @@ class Precopy:
             await self._proof.roll(self._link)
 
     async def _send(self) -> RoundStatistics:
-        """Sends what is owed; it stays owed if this is cancelled."""
+        """Sends what is owed; it stays owed if this is cancelled. What is found meanwhile is owed
+        after this."""
         links = self._links
-        round_ = await self._link.send_pages(bitmap_to_indices(self._owed))
+        pages, cost = self._owed, self._owed_cost
+        self._owed, self._owed_cost = np.zeros_like(pages), 0.0
+        try:
+            round_ = await self._link.send_pages(bitmap_to_indices(pages))
+        except BaseException:
+            self._owed |= pages
+            self._owed_cost += cost
+            raise
         round_trip_s = self._link.sender.statistics().round_trip_ns / 1e9
         if links == self._links:
             seconds = round_.duration_ns / 1e9
-            self._pace.sent(self._owed_cost, round_.wire_bytes, seconds, round_trip_s)
+            self._pace.sent(cost, round_.wire_bytes, seconds, round_trip_s)
         self._stream.acknowledged()
-        self._proof.sent(self._owed)
-        self._owed[:] = 0
-        self._owed_cost = 0.0
+        self._proof.sent(pages & ~self._owed)
         return round_
 
     async def _send_in_time(self) -> RoundStatistics:

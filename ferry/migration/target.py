@@ -348,7 +348,7 @@ class Target:
             await self._link.send_record(MessageKind.COMMITTED, notice, flush=True)
 
     async def _announce(self) -> None:
-        """Tells the network of the guest; a VMM whose stream broke off while it loaded has ended."""
+        """Tells the network of the guest; a VMM whose stream broke off meanwhile has ended."""
         with trio.move_on_after(ANNOUNCE_S), contextlib.suppress(VmmError):
             await self._vmm.announce()
 

@@ -84,6 +84,8 @@ class VmmStream:
         self._cost_under_way = 0.0
         self._hurry = False
         self._changed = trio.Event()
+        self._gathered = trio.Event()
+        """Enough is announced for a round."""
         self._to_pass = deque[bytes]()
         self._queued_bytes = 0
         self._ended = False
@@ -148,8 +150,12 @@ class VmmStream:
 
     async def wait_worth_a_round(self) -> None:
         """Waits until enough is announced for a round of its own."""
-        while not (self._cost > 0 and self._cost >= self._pace.round_cost):
-            await self._changed.wait()
+        while not self._is_worth_a_round:
+            await self._gathered.wait()
+
+    @property
+    def _is_worth_a_round(self) -> bool:
+        return self._cost > 0 and self._cost >= self._pace.round_cost
 
     def hurry(self) -> None:
         """From here on the VMM is read as fast as it writes: its guest stands still."""
@@ -230,7 +236,9 @@ class VmmStream:
         self._cost += self._pace.cost_of(event.pages.size, int(event.zeros.sum()))
         self._pace.announced(event.pages.size)
         self.pages += int(event.pages.size)
-        self._wake()
+        if self._is_worth_a_round:
+            self._gathered.set()
+            self._gathered = trio.Event()
 
     def _decide(self, form: StreamForm, reason: str) -> None:
         if form is StreamForm.CLOSED and self._must_open:
@@ -243,9 +251,15 @@ class VmmStream:
         )
 
     async def _wait_for_room(self) -> None:
+        if self._has_room:
+            return
         with trio.move_on_after(UNREAD_S):
-            while not self._hurry and self.backlog > self._pace.max_backlog:
+            while not self._has_room:
                 await self._changed.wait()
+
+    @property
+    def _has_room(self) -> bool:
+        return self._hurry or self.backlog <= self._pace.max_backlog
 
     async def _queue(self, data: bytes) -> None:
         self._to_pass.append(data)

@@ -335,6 +335,20 @@ def test_i1_what_is_announced_and_what_devices_wrote_is_one_dirty_set() -> None:
     assert stream.told[:2] == [{2, 9}, {7}]
 
 
+def test_i1_what_is_found_beside_a_round_is_owed_after_it() -> None:
+    link = FakeLink(taking(0.15, 0.15, 1e9, 0.0))
+    dirty = FakeDirty({1}, {1, 2}, {3}, {4, 5})
+
+    async def body() -> None:
+        rounds = precopy(link, dirty, FakeVmm(paused_at=0.4), stream=OpenStream())
+        with pytest.raises(NotConverged):
+            await rounds.converge()
+        await rounds.finish()
+
+    trio.run(body, clock=trio.testing.MockClock(autojump_threshold=0))
+    assert link.sent == [{1}, {1, 2}, {3, 4, 5}]
+
+
 def test_a_pass_of_the_vmm_is_judged_once_by_what_it_has_still_to_announce() -> None:
     said = io.StringIO()
     later = dataclasses.replace(FIRST_PASS, rounds=2, remaining_bytes=40 << 20)
