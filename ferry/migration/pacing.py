@@ -51,17 +51,27 @@ class Paced(Protocol):
 class Pace:
     """The pace of one migration."""
 
-    def __init__(self, downtime_limit_ms: float, most_bytes_per_s: int = MAX_BYTES_PER_S) -> None:
-        """`most_bytes_per_s` is what the VMM never gets more than."""
-        self.allow(downtime_limit_ms)
+    def __init__(
+        self,
+        downtime_limit_ms: float,
+        most_bytes_per_s: int = MAX_BYTES_PER_S,
+        bandwidth: int | None = None,
+    ) -> None:
+        """`most_bytes_per_s` is what the VMM never gets more than, `bandwidth` what all of us may
+        send, in bytes a second."""
+        self.allow(downtime_limit_ms, bandwidth)
         self._most = most_bytes_per_s
-        self._rates = deque[float](maxlen=RECENT_ROUNDS)
+        self._rates = deque[tuple[float, float]](maxlen=RECENT_ROUNDS)
+        """Of recent rounds: pages and bytes a second."""
+        self._sizes = deque[tuple[float, int]](maxlen=RECENT_ROUNDS)
+        """Of these, their cost and bytes."""
         self._pages_per_s = 0.0
         self._remaining_pages = 0
 
-    def allow(self, downtime_limit_ms: float) -> None:
-        """The guest may stand still for so long."""
+    def allow(self, downtime_limit_ms: float, bandwidth: int | None = None) -> None:
+        """The guest may stand still for so long, and so much may be sent in a second."""
         self._share_s = downtime_limit_ms / 1e3 / SHARE_OF_DOWNTIME
+        self._bandwidth = bandwidth or MAX_BYTES_PER_S
 
     @staticmethod
     def cost_of(pages: int, zeros: int) -> float:
@@ -72,8 +82,14 @@ class Pace:
         answer could come says nothing of the rate, nor do pages that took next to no bytes."""
         cost = min(cost, wire_bytes / CHEAP_PAGE_BYTES)
         if cost >= 1 and (duration_s >= 2 * round_trip_s or not self._rates):
-            self._rates.append(cost / max(duration_s - round_trip_s, duration_s / 4, 1e-4))
-            self._pages_per_s = max(self._rates)
+            took_s = max(duration_s - round_trip_s, duration_s / 4, 1e-4)
+            self._rates.append((cost / took_s, wire_bytes / took_s))
+            self._sizes.append((cost, wire_bytes))
+            pages_per_s, bytes_per_s = (max(each) for each in zip(*self._rates, strict=True))
+            pages, n_bytes = (sum(each) for each in zip(*self._sizes, strict=True))
+            # Pages of few bytes went fast, and what a limit lets through at once even faster.
+            bytes_per_s = min(bytes_per_s, self._bandwidth)
+            self._pages_per_s = min(pages_per_s, bytes_per_s * pages / n_bytes)
 
     def remain(self, pages: int) -> None:
         """The VMM says that it has so many pages to announce before it could pause its guest."""

@@ -117,7 +117,7 @@ class Precopy:
     def change(self, options: Options) -> None:
         """Goes on with other limits."""
         self._options = options
-        self._pace.allow(options.downtime_limit)
+        self._pace.allow(options.downtime_limit, options.bandwidth)
 
     @property
     def decided_downtime_ms(self) -> float:

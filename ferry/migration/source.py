@@ -312,7 +312,8 @@ class Source:
             everything = self._proves_everything(dirty)
             return await proof_time.predict_ns(proof.left(dirty.touched), everything=everything)
 
-        pace = Pace(options.downtime_limit, prepared.settings.most_bytes_per_s or MAX_BYTES_PER_S)
+        most = prepared.settings.most_bytes_per_s or MAX_BYTES_PER_S
+        pace = Pace(options.downtime_limit, most, options.bandwidth)
         stream = VmmStream(
             memory.array,
             prepared.files,

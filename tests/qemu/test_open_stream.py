@@ -21,7 +21,7 @@ from lab.testbed import Process
 from perf.errors import NeedMissing
 from perf.links import shaped_link
 from sync.vmm.driver import Vmm
-from sync.vmm.settings import THROTTLE, MigrationSettings
+from sync.vmm.settings import SLEEPING_THROTTLE, THROTTLE, MigrationSettings
 from tests.qemu.moving import DEADLINE_S, WatchedRig, run, unable
 
 pytestmark = [pytest.mark.qemu, pytest.mark.full, pytest.mark.timeout(800)]
@@ -148,7 +148,8 @@ async def throttle_of(vmm: Vmm) -> int:
 
 
 async def wait_throttled(vmm: Vmm) -> None:
-    while await throttle_of(vmm) < OPERATORS["cpu-throttle-initial"]:  # noqa: ASYNC110
+    """Until it is throttled by more than while that sleeps."""
+    while await throttle_of(vmm) <= SLEEPING_THROTTLE["max-cpu-throttle"]:  # noqa: ASYNC110
         await trio.sleep(POLL_S)
 
 

@@ -73,6 +73,19 @@ def test_rounds_that_cost_next_to_nothing_do_not_raise_the_rate() -> None:
     assert pace.max_backlog == backlog
 
 
+@pytest.mark.parametrize("bandwidth", [None, 6_000_000])
+def test_i10_short_pages_or_what_a_limit_lets_through_at_once_do_not_raise_the_rate(
+    bandwidth: int | None,
+) -> None:
+    pace = Pace(3000, bandwidth=bandwidth)
+    for _ in range(4):
+        pace.sent(1500, 1500 * 4000, 1.0, 0.0)
+    backlog = pace.max_backlog
+    duration_s = 0.004 if bandwidth else 0.02
+    pace.sent(150, 120_000, duration_s, 0.0)
+    assert backlog <= pace.max_backlog < 1.1 * backlog
+
+
 def test_while_the_vmm_has_much_to_look_at_rounds_are_longer() -> None:
     pace = Pace(LIMIT_MS)
     send(pace, 10_000, 1.0, 0.0)
