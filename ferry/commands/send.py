@@ -10,7 +10,13 @@ import trio
 from ferry.errors import ConfigError, Exit
 from ferry.metrics import MigrationMetrics
 from ferry.migration.conclusion import conclude
-from ferry.migration.control import Steering, changed, control_socket, settings
+from ferry.migration.control import (
+    Steering,
+    changed,
+    control_socket,
+    settings,
+    settings_text,
+)
 from ferry.migration.device_watch import DeviceState, Verdict
 from ferry.migration.kernels import make_kernels_ready
 from ferry.migration.report import Report
@@ -103,8 +109,7 @@ def _steering(source: Source, stop: StopRequest, reporter: Reporter) -> Steering
     def change(wanted: dict[str, Any]) -> dict[str, Any]:
         source.change(changed(source.options, wanted))
         now = settings(source.options)
-        told = ", ".join(f"{name} {value}" for name, value in now.items())
-        reporter.event("message", text=f"limits changed: {told}")
+        reporter.event("message", text=f"limits changed: {settings_text(now)}")
         return now
 
     return Steering(status, partial(stop.ask, "cancelled by `vfio-ferry cancel`"), change)

@@ -4,7 +4,7 @@ from dataclasses import dataclass
 
 from ferry.config import option
 from ferry.errors import ConfigError, Exit
-from ferry.migration.control import ask
+from ferry.migration.control import ask, settings_text
 from ferry.progress import Reporter
 
 
@@ -33,6 +33,6 @@ def run(options: Options) -> int:
     if not wanted:
         raise ConfigError("nothing to set: give --bandwidth, --downtime-limit or --on-stall")
     found = ask(options.control_socket, {"do": "set", "settings": wanted})
-    text = "from now on: " + "  ".join(f"{name}={value}" for name, value in found.items())
+    text = f"from now on: {settings_text(found)}"
     Reporter("set", as_json=options.json).event("message", text=text)
     return Exit.OK

@@ -5,7 +5,7 @@ from typing import Any
 
 from ferry.config import option
 from ferry.errors import Exit
-from ferry.migration.control import ask
+from ferry.migration.control import ask, settings_text
 from ferry.progress import Reporter, parts_of
 
 
@@ -29,5 +29,5 @@ def _text(v: dict[str, Any]) -> str:
     lines = [f"{v['phase']}: {v['detail']}" if v.get("detail") else str(v["phase"])]
     if v.get("progress"):
         lines += parts_of("", v["progress"])[1:]
-    lines.append("  ".join(f"{name}={value}" for name, value in v["settings"].items()))
+    lines.append(settings_text(v["settings"]))
     return "\n".join(lines)

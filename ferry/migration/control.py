@@ -23,6 +23,7 @@ from ferry.exit_codes import describe
 from ferry.migration.send_options import Options
 from ferry.nurseries import alongside
 from ferry.private import check_private
+from ferry.progress import bytes_text
 from sync.vfio_user.sockets import file_identity, listen_unix, unlink_unix
 
 REQUESTS = ("status", "cancel", "set")
@@ -72,6 +73,16 @@ def _is_alive(path: Path) -> bool:
 def settings(options: Options) -> dict[str, Any]:
     """What of `options` can be changed, as it is."""
     return {name: getattr(options, name) for name in _SETTINGS}
+
+
+def settings_text(values: dict[str, Any]) -> str:
+    """What `settings` tells, in words."""
+    rate = values.get("bandwidth")
+    bandwidth = "none" if rate is None else f"{bytes_text(rate)}/s"
+    return (
+        f"bandwidth {bandwidth}, downtime limit {values.get('downtime_limit')} ms, on stall "
+        f"{values.get('on_stall')}"
+    )
 
 
 def changed(options: Options, wanted: dict[str, Any]) -> Options:

@@ -3,13 +3,15 @@
 import contextlib
 import time
 
+from ferry.migration.handover_runner import HandoverRunner
 from ferry.progress import Reporter, seconds_text
 from transport.session.link import SessionEnd
 from transport.wire.errors import TransportError
 
 
-async def tell_link(end: SessionEnd, reporter: Reporter) -> None:
-    """Tells whenever `end` loses its link, and when the session goes on, until the session ends."""
+async def tell_link(end: SessionEnd, runner: HandoverRunner, reporter: Reporter) -> None:
+    """Tells whenever `end` loses its link, and when the session goes on, until the session ends or
+    the migration has failed."""
     known = end.link
     with contextlib.suppress(TransportError):
         while True:
@@ -24,6 +26,8 @@ async def tell_link(end: SessionEnd, reporter: Reporter) -> None:
                     text=f"The link works again, after {seconds_text(took_s)}; the migration goes "
                     "on where it was.",
                 )
+            if runner.first_error is not None:
+                return
             if known.lost:
                 reporter.event(
                     "link",

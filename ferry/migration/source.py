@@ -214,7 +214,7 @@ class Source:
         self._nursery.start_soon(link.listen)
         if not options.check:
             link.sender.hold()
-            self._nursery.start_soon(tell_link, link.sender, self._reporter)
+            self._nursery.start_soon(tell_link, link.sender, self.runner, self._reporter)
         if options.check:
             for device, methods in zip(devices, self.report.methods, strict=True):
                 self._reporter.finding(ok(f"device at {device.path}", methods_text(**methods)))

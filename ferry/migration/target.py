@@ -236,7 +236,7 @@ class Target:
             }
         )
         self._link.attach_memory(memory.array, files=memory.files)
-        self._nursery.start_soon(tell_link, self._link, self._reporter)
+        self._nursery.start_soon(tell_link, self._link, self.runner, self._reporter)
         self._nursery.start_soon(self._listen, checked.devices, incoming)
         self._nursery.start_soon(run_tunnel, stream, self._link, self.runner)
         self._nursery.start_soon(self._watch_vmm)
