@@ -14,6 +14,7 @@ from typing import Any
 from ferry.errors import ConfigError
 from ferry.findings import methods_text
 from ferry.progress import bytes_text, seconds_text
+from sync.handover.states import HandoverState
 
 Event = dict[str, Any]
 
@@ -41,14 +42,17 @@ svg { width: 100%; height: auto; margin: .5em 0; font: 11px system-ui, sans-seri
 
 
 def read_events(path: str) -> list[Event]:
-    """The events in the file. Raises `ConfigError` where it has none of a migration."""
+    """The events of the last migration in the file, whose last line may have been cut off. Raises
+    `ConfigError` where it has none of a migration."""
     events: list[Event] = []
     try:
-        with Path(path).open(encoding="utf-8") as file:
-            for line in file:
-                found = json.loads(line)
-                if isinstance(found, dict) and found.get("role") == "send":
-                    events.append(found)
+        *whole, rest = Path(path).read_text(encoding="utf-8").split("\n")
+        for line in (*whole, *([rest] if rest.endswith("}") else [])):
+            found = json.loads(line)
+            if isinstance(found, dict) and found.get("role") == "send":
+                if found.get("phase") == HandoverState.PREPARING.value:
+                    events.clear()
+                events.append(found)
     except OSError as error:
         raise ConfigError(f"cannot read {path}: {error.strerror}") from error
     except ValueError as error:

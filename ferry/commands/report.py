@@ -4,7 +4,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from ferry.config import option
-from ferry.errors import Exit
+from ferry.errors import ConfigError, Exit
 from ferry.html_report import page, read_events
 
 
@@ -17,6 +17,14 @@ class Options:
 def run(options: Options) -> int:
     """Writes the page; returns the exit code."""
     out = Path(options.output) if options.output else Path(options.file).with_suffix(".html")
-    out.write_text(page(read_events(options.file)), encoding="utf-8")
+    events = read_events(options.file)
+    try:
+        text = page(events)
+    except (KeyError, TypeError, ValueError) as error:
+        raise ConfigError(
+            f"{options.file} has events of another form than `send --json` of this release: "
+            f"{type(error).__name__} {error}"
+        ) from error
+    out.write_text(text, encoding="utf-8")
     print(out)
     return Exit.OK

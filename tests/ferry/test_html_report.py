@@ -10,7 +10,7 @@ import pytest
 
 from ferry.cli import main
 from ferry.errors import Exit
-from ferry.html_report import page
+from ferry.html_report import page, read_events
 
 ROUND = {
     **dict.fromkeys(("dirty_pages", "sent_pages", "zero", "same", "delta", "copy", "lz4"), 3),
@@ -104,3 +104,22 @@ def test_what_has_no_migration_in_it(
     assert main(["report", str(tmp_path / "none")]) == Exit.USAGE
     assert main(["report"]) == Exit.USAGE
     assert "FILE is missing" in capsys.readouterr().err
+
+
+def test_the_last_migration_of_a_file_counts_and_its_last_line_may_be_cut(tmp_path: Path) -> None:
+    failed = json.dumps({"role": "send", "time": 1.0, "event": "error", "message": "no link"})
+    written = [failed, *map(json.dumps, lines(EVENTS))]
+    path = tmp_path / "send.jsonl"
+    path.write_text("\n".join(written) + '\n{"event": "mess')
+    events = read_events(str(path))
+    assert [each["event"] for each in events] == [each["event"] for each in EVENTS]
+
+
+@pytest.mark.parametrize("wrong", [{"event": "phase"}, {"event": "phase", "time": "x"}])
+def test_events_of_another_form_are_refused_in_words(
+    tmp_path: Path, wrong: dict[str, Any], capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = tmp_path / "send.jsonl"
+    path.write_text(json.dumps({"role": "send", **wrong}) + "\n")
+    assert main(["report", str(path)]) == Exit.USAGE
+    assert "events of another form" in capsys.readouterr().err
