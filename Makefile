@@ -6,6 +6,8 @@ VENV := .venv
 BIN := $(VENV)/bin
 
 LOWEST := .venv-lowest
+# The kernels are compiled outside of any test's time, and by one process.
+WARM_UP := 'from ferry.migration.kernels import warm_up_all; warm_up_all()'
 
 BEGAN := $(shell date +%s)
 # More than processors: many tests wait for a peer that is silent.
@@ -36,6 +38,7 @@ soak: $(VENV)/ready
 
 test-lowest: $(LOWEST)/ready
 	@# The unit tests with the lowest versions that pyproject.toml allows.
+	-$(LOWEST)/bin/python -c $(WARM_UP)
 	$(LOWEST)/bin/python -m pytest --numprocesses auto --dist worksteal -m "not full" \
 		tests/transport tests/sync tests/ferry tests/lab $(TEST_ARGS)
 
@@ -48,7 +51,7 @@ $(LOWEST)/ready: pyproject.toml tests/lowest_versions.py
 prepare: $(VENV)/ready
 	@# Once, and outside of any test's time. Should it fail, the tests that need it say why.
 	-$(BIN)/python -m lab.qemu prepare
-	-$(BIN)/python -c 'from ferry.migration.kernels import warm_up_all; warm_up_all()'
+	-$(BIN)/python -c $(WARM_UP)
 
 prepare-browser: $(VENV)/ready
 	-$(BIN)/python -m lab.browser
