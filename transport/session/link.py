@@ -21,7 +21,8 @@ from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, replace
 from enum import Enum
-from typing import TypeVar
+from functools import partial
+from typing import NoReturn, TypeVar
 
 import numpy as np
 import numpy.typing as npt
@@ -35,6 +36,8 @@ from transport.wire.extents import Extent, check_extents
 from transport.wire.frames import PAGE_BYTES
 from transport.wire.records import MAX_RESUME_MS
 
+LOOK_S = 0.5
+"""How often `wait_ended` looks."""
 GRACE_S = 0.05
 """From a connection's end to PeerLost: what the peer said last may still be in libzmq's queues of
 another connection."""
@@ -298,6 +301,11 @@ class SessionEnd(ABC):
         if flush:
             records = self._shared.talk.records
             await self._when(lambda: records.delivered >= mine or None, look_first=True)
+
+    async def wait_ended(self) -> NoReturn:
+        """Raises what ends the session, soon after it has ended, whatever has not been read yet."""
+        while True:
+            await self._when(lambda: None, change=partial(trio.sleep, LOOK_S))
 
     async def receive_record(self) -> Record:
         """The next record of the peer. Cancelled, it takes no record away."""
