@@ -81,6 +81,8 @@ def test_a_device_that_nobody_knows_is_refused_with_a_start_for_its_profile(
         ({"vendor": 0x144D, "device": 0xA808, "class_code": 0x010802}, "NVMe"),
         ({"vendor": 0x1AF4, "device": 0x1041, "class_code": 0x020000}, "virtio-net"),
         ({"vendor": 0x1AF4, "device": 0x1000}, "virtio-net"),
+        ({"vendor": 0x1AF4, "device": 0x1048}, "virtio-scsi"),
+        ({"vendor": 0x1AF4, "device": 0x1004}, "virtio-scsi"),
         ({"vendor": 0x1AF4, "device": 0x1050}, "virtio-gpu"),
         ({"vendor": 0x1AF4, "device": 0x105A}, "virtio-fs"),
     ],
