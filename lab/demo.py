@@ -16,7 +16,7 @@ from ferry.config import natural, option, positive, size
 from ferry.errors import Exit, LocalError
 from ferry.migration.report import Report
 from ferry.progress import Reporter, bytes_text
-from lab.testbed import Process, Setup, Testbed
+from lab.testbed import Process, Setup, Start, Testbed, start_command
 
 MIGRATION_S = 240.0
 WORK_S = 150.0
@@ -64,7 +64,7 @@ class Options:
     json: bool = option("print events as JSON lines", False)
 
 
-def run(options: Options) -> int:
+def run(options: Options, start: Start = start_command) -> int:
     reporter = Reporter("demo", as_json=options.json)
     check_functions(options.function)
     with working_folder(options.folder) as folder:
@@ -82,6 +82,7 @@ def run(options: Options) -> int:
             ),
             disk=disk,
             image_bytes=options.disk,
+            start=start,
         )
         with Testbed(folder, setup) as bed:
             for host, function in zip(bed.hosts.values(), options.function, strict=False):
@@ -151,8 +152,9 @@ def _demonstrate(bed: Testbed, options: Options, reporter: Reporter) -> Exit:
             pool.submit(bed.start_host, b, incoming=True),
         ):
             started.result()
-    receive = bed.receive(b, on_event=tell)
-    before = bed.wait_operations(a, options.operations, WORK_S)
+        receives = pool.submit(bed.receive, b, on_event=tell)
+        before = bed.wait_operations(a, options.operations, WORK_S)
+        receive = receives.result()
     say(f"the guest runs on host a: {_io_text(before)}")
     flags = ["--verify", "all"]
     if options.device != "nvme" and not options.function:

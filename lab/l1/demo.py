@@ -5,6 +5,7 @@ demo` runs once for each kind of device, with gateways that own functions behind
 `vfio-pci`, and prints its report.
 """
 
+import compileall
 import os
 import subprocess
 import sys
@@ -23,6 +24,8 @@ from transport.user_cache import CACHE_VARIABLE, default_cache
 KINDS = ("nvme", "virtio")
 WITH_LINUX = "nvme-linux"
 """A stock QEMU and a stock Linux in the emulated host: emulation in emulation."""
+HOUSE = Path(lab.__file__).parents[1]
+ROOMS = ("transport", "sync", "ferry", "lab")
 DEADLINE_S = 1800.0
 """The small guest needs a few minutes on an idle machine of two cores."""
 ANY_PROCESSOR = {"NUMBA_CPU_NAME": "generic"}
@@ -53,7 +56,7 @@ def run(options: Options) -> int:
 
     cache = Path(options.cache).absolute() if options.cache else default_cache()
     environment = prepare(say, cache=cache, mirror=options.mirror)
-    compile_kernels(cache)
+    compile_ahead(cache)
     say("starting a host with an IOMMU; all that follows happens there, slowly")
     words = [*(options.device or KINDS), *(["--json"] if options.json else [])]
     with working_folder(options.folder) as folder:
@@ -72,7 +75,7 @@ def variables(cache: Path | None = None) -> dict[str, str]:
     """The environment in which the product runs in the emulated host as it does here, with what
     the folder `cache` has."""
     return {
-        "PYTHONPATH": str(Path(lab.__file__).parents[1]),
+        "PYTHONPATH": str(HOUSE),
         "PATH": os.environ["PATH"],
         "HOME": "/root",
         CACHE_VARIABLE: str(cache or default_cache()),
@@ -80,8 +83,11 @@ def variables(cache: Path | None = None) -> dict[str, str]:
     }
 
 
-def compile_kernels(cache: Path | None = None) -> None:
-    """Compile what the emulated host needs, unless `cache` has it. Raises `LocalError`."""
+def compile_ahead(cache: Path | None = None) -> None:
+    """Compile what the emulated host needs, kernels into `cache`, unless it is there. Raises
+    `LocalError`."""
+    for room in ROOMS:
+        compileall.compile_dir(HOUSE / room, quiet=2)
     program = "from ferry.migration.kernels import warm_up_all; warm_up_all()"
     done = subprocess.run(
         [sys.executable, "-c", program],

@@ -10,13 +10,11 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-from lab import demo
-from lab.qemu import demo as with_linux
+from lab.l1 import forked
 from sync.vfio.sysfs import PciFunction, host_functions
-from transport.kernels.cache import digest
 from transport.user_cache import CACHE_VARIABLE, default_cache
 
-LOAD: dict[str, Any] = {"iops": 40, "operations": 300, "queue_depth": 7}
+LOAD: dict[str, Any] = {"iops": 20, "operations": 100, "queue_depth": 7}
 """Of the small guest: more would leave no processor to the rest."""
 LINUX_BYTES = 192 << 20
 IDENTITIES = {"nvme": (0x1B36, 0x0010), "virtio": (0x1AF4, 0x1042)}
@@ -31,6 +29,8 @@ def functions(kind: str) -> list[PciFunction]:
 
 def take_kernels() -> None:
     """A folder of compiled kernels that is root's, whoever has compiled them."""
+    from transport.kernels.cache import digest
+
     name = f"kernels-{digest()}"
     own = Path(tempfile.mkdtemp())
     shutil.copytree(default_cache() / name, own / name)
@@ -38,26 +38,33 @@ def take_kernels() -> None:
 
 
 def main(words: list[str]) -> int:
-    cache = default_cache()
-    take_kernels()
     for kind in (word for word in words if word != "--json"):
         print(f"--- {kind} ---", flush=True)
         device, _, linux = kind.partition("-")
-        addresses = tuple(each.address for each in functions(device))
         common: dict[str, Any] = {
             "device": device,
-            "function": addresses,
+            "function": tuple(each.address for each in functions(device)),
             "json": "--json" in words,
         }
-        if linux:
-            code = with_linux.run(
-                with_linux.Options(**common, memory=LINUX_BYTES, writes=20, cache=str(cache))
-            )
-        else:
-            code = demo.run(demo.Options(**common, **LOAD))
+        code = _with_linux(common) if linux else _with_small_guest(common)
         if code:
             return code
     return 0
+
+
+def _with_small_guest(common: dict[str, Any]) -> int:
+    forked.prepare()
+    from lab import demo
+
+    return demo.run(demo.Options(**common, **LOAD), forked.Forked)
+
+
+def _with_linux(common: dict[str, Any]) -> int:
+    from lab.qemu import demo
+
+    cache = str(default_cache())
+    take_kernels()
+    return demo.run(demo.Options(**common, memory=LINUX_BYTES, writes=20, cache=cache))
 
 
 if __name__ == "__main__":

@@ -8,6 +8,7 @@ something.
 - `doorbells`: posted writes that tell of nothing new, followed by the watch.
 - `walk_ahead`, `walk_rest`: a pair of I/O `queue`s from a reset to twice around its
   rings, less one; then what a guest submits before its pause, which is in the downtime.
+- `pin`, `unpin`: memory that a function is shown and taken (`l1`).
 - `dirty_by_queues`: what a round of commands wrote, asked of the gateway, in a sparse guest of
   `gib`; `dirty_by_scan`: a scan of as much memory, none of which is there, so it is not slower.
 - `downtime`: the demonstration's guest, with all that it writes meanwhile.
@@ -47,12 +48,12 @@ def _here(words: list[str]) -> Iterator[Measurement]:
 
 
 def _in_l1(words: list[str]) -> Iterator[Measurement]:
-    from lab.l1.demo import compile_kernels, variables
+    from lab.l1.demo import compile_ahead, variables
     from lab.l1.host import run_in_l1
     from lab.qemu.environment import prepare
 
     environment = prepare(lambda text: print(text, file=sys.stderr))
-    compile_kernels()
+    compile_ahead()
     with tempfile.TemporaryDirectory() as folder:
         outcome = run_in_l1(
             environment, Path(folder), (sys.executable, *words), variables(), L1_DEADLINE_S

@@ -5,6 +5,7 @@ which is the emulated one. Prints each measurement as a JSON line with the field
 `perf.benchmark.Measurement`. `perf.benchmarks.hardware` says what is measured.
 """
 
+import ctypes
 import json
 import mmap
 import os
@@ -190,6 +191,21 @@ def accesses(
     yield Measurement("doorbells", rate, "1/s", "higher")
 
 
+def pinning(device: VfioDevice, n_bytes: int) -> Iterator[Measurement]:
+    """Of so much memory, all of which is there: shown to a function, and taken away again."""
+    memory = mmap.mmap(-1, n_bytes)
+    np.frombuffer(memory, np.uint8)[::4096] = 1
+    address = ctypes.addressof(ctypes.c_char.from_buffer(memory))
+    times = [time.perf_counter()]
+    device.map_dma(BASE, n_bytes, address)
+    times.append(time.perf_counter())
+    device.unmap_dma(BASE, n_bytes)
+    times.append(time.perf_counter())
+    for name, took_s in zip(("pin", "unpin"), np.diff(times), strict=True):
+        where = {"guest-mib": n_bytes >> 20}
+        yield Measurement(name, float(took_s) * 1e3, "ms", "lower", where)
+
+
 async def log_ms(guest: Guest, control: Path, rounds: int) -> float:
     """How long it takes to collect what the queues say is dirty, in milliseconds, at the median."""
     times = []
@@ -276,6 +292,9 @@ def main(settings: dict[str, Any]) -> None:
                     tell(found)
                 for found in accesses(own, guest, int(settings["reads"]), settings["doorbells"]):
                     tell(found)
+                if isinstance(own, VfioDevice):
+                    for found in pinning(own, n_bytes):
+                        tell(found)
                 took = trio.run(log_ms, guest, at / "control", int(settings["rounds"]))
                 memory = {"guest-mib": n_bytes >> 20}
                 tell(Measurement("dirty_by_queues", took, "ms", "lower", memory))
