@@ -26,6 +26,7 @@ WITH_LINUX = "nvme-linux"
 """A stock QEMU and a stock Linux in the emulated host: emulation in emulation."""
 HOUSE = Path(lab.__file__).parents[1]
 ROOMS = ("transport", "sync", "ferry", "lab")
+INSIDE = "import sys; from lab.l1.inside import main; sys.exit(main(sys.argv[1:]))"
 DEADLINE_S = 1800.0
 """The small guest needs a few minutes on an idle machine of two cores."""
 ANY_PROCESSOR = {"NUMBA_CPU_NAME": "generic"}
@@ -63,7 +64,7 @@ def run(options: Options) -> int:
         outcome = run_in_l1(
             environment,
             folder.absolute(),
-            (sys.executable, "-m", "lab.l1.inside", *words),
+            (sys.executable, "-c", INSIDE, *words),
             variables(cache),
             DEADLINE_S,
             on_line=lambda line: print(line, flush=True),

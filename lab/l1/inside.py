@@ -5,7 +5,6 @@ The arguments are kinds, and `--json`. The exit code is that of the first demons
 
 import os
 import shutil
-import sys
 import tempfile
 from pathlib import Path
 from typing import Any
@@ -65,7 +64,3 @@ def _with_linux(common: dict[str, Any]) -> int:
     cache = str(default_cache())
     take_kernels()
     return demo.run(demo.Options(**common, memory=LINUX_BYTES, writes=20, cache=cache))
-
-
-if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
