@@ -70,13 +70,14 @@ def run(options: Options, start: Start = start_command) -> int:
     with working_folder(options.folder) as folder:
         nvme = options.device == "nvme"
         disk = "nvme" if nvme else "virtio-blk"
+        high = options.memory - 32 * MIB
         setup = Setup(
             device=()
             if nvme or options.function
             else tuple(device_flags(options.registers, options.dirty)),
             gateway=("--bind",) if options.function else ("--queues",) if nvme else (),
             guest=(
-                *("--high-size", str(options.memory - 32 * MIB), "--disk", disk),
+                *("--high-size", str(high), "--read-area", str(high * 2 // 3), "--disk", disk),
                 *("--queue-depth", str(options.queue_depth), "--irq", options.irq),
                 *("--iops", str(options.iops)),
             ),

@@ -64,4 +64,5 @@ def _run(arguments: list[str], *files: Any) -> None:
     os.setsid()
     for number, file in enumerate(files, 1):
         os.dup2(file.detach(), number)
+    sys.stdout, sys.stderr = os.fdopen(1, "w", closefd=False), os.fdopen(2, "w", closefd=False)
     sys.exit(main(arguments))

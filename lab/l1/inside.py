@@ -13,8 +13,14 @@ from lab.l1 import forked
 from sync.vfio.sysfs import PciFunction, host_functions
 from transport.user_cache import CACHE_VARIABLE, default_cache
 
-LOAD: dict[str, Any] = {"iops": 20, "operations": 100, "queue_depth": 7}
-"""Of the small guest: more would leave no processor to the rest."""
+LOAD: dict[str, Any] = {
+    "memory": 80 << 20,
+    "iops": 20,
+    "operations": 100,
+    "queue_depth": 7,
+    "downtime_limit": 2000,
+}
+"""Of the small guest: more would leave no processor to the rest, which takes its time, too."""
 LINUX_BYTES = 192 << 20
 IDENTITIES = {"nvme": (0x1B36, 0x0010), "virtio": (0x1AF4, 0x1042)}
 """Vendor and device of QEMU's, by kind."""
