@@ -18,7 +18,7 @@ LOAD: dict[str, Any] = {
     "iops": 20,
     "operations": 100,
     "queue_depth": 7,
-    "downtime_limit": 2000,
+    "downtime_limit": 10_000,
 }
 """Of the small guest: more would leave no processor to the rest, which takes its time, too."""
 LINUX_BYTES = 192 << 20
