@@ -31,6 +31,8 @@ from transport.kernels.digests import scan_changed
 
 MOVED_BYTES = 96 << 20
 """Some 4000 accesses, and every page of the read area is dirty."""
+BUSY = ("--iops", "1500")
+"""So much is moved before a `send` that stands still is ended for it."""
 JOURNAL = ("--journal-size", "64K")
 """2000 accesses: enough for `send` to keep up with, unless it waits for something."""
 LONG_SCAN_S = 11.0
@@ -42,7 +44,7 @@ LONG_SCAN_S = 11.0
 )
 def test_i10_a_sender_that_takes_nothing_costs_a_new_snapshot(tmp_path: Path, dirty: str) -> None:
     method = Method("replay", dirty)
-    setup = dataclasses.replace(small_setup(method), gateway=JOURNAL)
+    setup = dataclasses.replace(small_setup(method, *BUSY), gateway=JOURNAL)
     with new_bed(tmp_path, setup) as bed:
         a, b = start_both(bed)
         patient = ("--peer-timeout", "120")
@@ -59,7 +61,7 @@ def test_i10_a_sender_that_takes_nothing_costs_a_new_snapshot(tmp_path: Path, di
 
 def test_i10_a_link_that_takes_nothing_costs_the_migration(tmp_path: Path) -> None:
     method = Method("replay", "logging")
-    setup = dataclasses.replace(small_setup(method), gateway=JOURNAL)
+    setup = dataclasses.replace(small_setup(method, *BUSY), gateway=JOURNAL)
     with new_bed(tmp_path, setup) as bed:
         a, b = start_both(bed)
         sender, receiver = start_migration(
@@ -104,7 +106,7 @@ def test_a_first_scan_may_take_longer_than_the_journal_lasts(
 
     monkeypatch.setattr("ferry.migration.source_devices.scan_changed", scan)
     method = Method("replay", "scan")
-    setup = dataclasses.replace(small_setup(method), gateway=JOURNAL)
+    setup = dataclasses.replace(small_setup(method, *BUSY), gateway=JOURNAL)
     with new_bed(tmp_path, setup) as bed:
         a, b = start_both(bed)
         receiver = bed.receive(b)
