@@ -9,6 +9,7 @@ port is served by the client library's own server.
 import contextlib
 import threading
 from collections.abc import Callable
+from pathlib import Path
 from queue import SimpleQueue
 from typing import TYPE_CHECKING, Any
 
@@ -43,6 +44,9 @@ class _Outlet:
         self.client: Any = prometheus_client
         self.registry = prometheus_client.CollectorRegistry()
         self._path = path
+        if path is not None and Path(path).exists() and not Path(path).is_file():
+            # Each writing puts a new file into its place, be it a device.
+            raise LocalError(f"cannot write {path}: there is something else than a file")
         try:
             self._write_file()
         except OSError as error:

@@ -1,5 +1,6 @@
 """Metrics: named as Prometheus has it, written in one piece, and telling what events told."""
 
+import os
 import socket
 import threading
 import time
@@ -91,6 +92,13 @@ def test_a_migration_at_a_port_of_this_host(tmp_path: Path) -> None:
 def test_a_file_that_cannot_be_written_is_told_at_once(tmp_path: Path) -> None:
     with pytest.raises(LocalError, match="none/f: No such file"):
         MigrationMetrics("send", str(tmp_path / "none" / "f"))
+
+
+def test_what_is_no_file_is_not_replaced_by_one(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "pipe")
+    with pytest.raises(LocalError, match="pipe: there is something else"):
+        MigrationMetrics("send", str(tmp_path / "pipe"))
+    assert (tmp_path / "pipe").is_fifo()
 
 
 def test_a_gateway_is_asked_now_and_then_and_written_as_it_is(
