@@ -9,6 +9,7 @@ import socket
 import stat
 import time
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -27,8 +28,6 @@ from sync.vmm.states import (
 RETRY_S = 0.02
 GREETING_S = 1.0
 """A VMM that does not greet for so long has a client that hangs."""
-LAST_ANSWER_S = 0.2
-"""Nothing more is tried so shortly before the deadline: the VMM's state would not become known."""
 READ_BYTES = 1 << 16
 
 
@@ -88,7 +87,7 @@ def recover_source(
             if end_holder is not None:
                 greeted_by = min(deadline, time.monotonic() + GREETING_S)
             with _Connection(qmp_path, deadline, greeted_by) as connection:
-                state = _resume(connection, done, deadline, ran, wanted)
+                state = _resume(connection, done, ran, wanted)
                 if put_back:
                     _put_back(connection, done, MigrationSettings.unpack(put_back))
         except (VmmGone, OSError) as error:
@@ -108,33 +107,34 @@ def recover_source(
 def _resume(
     connection: "_Connection",
     done: list[str],
-    deadline: float,
     ran: bool,
     wanted: Callable[[], bool],
 ) -> str:
     """Returns the run state in the end."""
+    known = ""
     while True:
         # With the VMM's only connection in hand: nobody else can begin anything with it.
         if not wanted():
             raise VmmNotReady("the VMM there is another one, or its guest was moved since")
-        # In this order: a migration that ends between both answers is seen as under way.
-        status = migration_status_of(connection.execute("query-migrate"))
-        state = run_state_of(connection.execute("query-status"))
-        step = resume_step(state, status, ran=ran)
-        if step is ResumeStep.NOTHING:
-            return state
-        if step is not ResumeStep.WAIT:
-            try:
-                connection.execute(step.value)
-            except VmmRefused:
-                # The state has moved on meanwhile. If not, the deadline ends this.
-                pass
-            else:
-                what = f"{step.value} from {status if step is ResumeStep.CANCEL else state}"
-                if what not in done:
-                    done.append(what)
-        if time.monotonic() + LAST_ANSWER_S >= deadline:
-            raise VmmNotReady(f"the guest is still {state!r} (migration {status!r})")
+        try:
+            # In this order: a migration that ends between both answers is seen as under way.
+            status = migration_status_of(connection.execute("query-migrate"))
+            state = run_state_of(connection.execute("query-status"))
+            step = resume_step(state, status, ran=ran)
+            if step is ResumeStep.NOTHING:
+                return state
+            known = f"the guest is still {state!r} (migration {status!r})"
+            # Refused, the state has moved on meanwhile; if it has not, the deadline ends this.
+            with suppress(VmmRefused):
+                if step is not ResumeStep.WAIT:
+                    connection.execute(step.value)
+                    what = f"{step.value} from {status if step is ResumeStep.CANCEL else state}"
+                    if what not in done:
+                        done.append(what)
+        except TimeoutError as error:
+            if known:
+                raise VmmNotReady(known) from error
+            raise
         time.sleep(RETRY_S)
 
 
@@ -148,7 +148,7 @@ def _put_back(connection: "_Connection", done: list[str], settings: MigrationSet
 
 
 class _Connection:
-    """A QMP connection, negotiated. Every wait ends at `deadline` with `VmmGone`, that for the
+    """A QMP connection, negotiated. Every wait ends at `deadline` with `TimeoutError`, that for the
     greeting at `greeted_by` with `VmmBusy`."""
 
     def __init__(self, path: str, deadline: float, greeted_by: float) -> None:
@@ -198,5 +198,5 @@ class _Connection:
     def _set_timeout(self) -> None:
         left = self._deadline - time.monotonic()
         if left <= 0:
-            raise VmmGone("the VMM did not answer in time")
+            raise TimeoutError("the VMM did not answer in time")
         self._socket.settimeout(left)

@@ -134,6 +134,9 @@ def test_a_guest_that_does_not_come_back_is_told_of(with_qemu: Any) -> None:
         qemu.errors["cont"] = "no"
         with pytest.raises(VmmNotReady, match="postmigrate"):
             await recovered(qemu, 1.0)
+        qemu.silent.add("cont")
+        with pytest.raises(VmmNotReady, match="postmigrate"):
+            await recovered(qemu, 1.0)
 
     with_qemu(body)
 
