@@ -9,6 +9,7 @@ import importlib
 import importlib.metadata
 import io
 import os
+import select
 import sys
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -179,7 +180,10 @@ def _output_is_taken() -> bool:
     except OSError:
         silence(sys.stdout)
         return False
-    return True
+    # What could not be written is dropped, so that nothing is left that could fail again.
+    poller = select.poll()
+    poller.register(sys.stdout, 0)
+    return not poller.poll(0)
 
 
 if __name__ == "__main__":

@@ -29,6 +29,8 @@ LANES = 2
 WINDOW_FRAMES = 4
 SLOWLY = ("--bandwidth", "20M")
 """So that the first pass takes some seconds."""
+BUSY = ("--iops", "1500")
+"""Of what such a guest writes more is left after each round than a millisecond allows."""
 
 
 @contextmanager
@@ -90,7 +92,7 @@ def test_i3_i4_cut_again_and_again_a_migration_ends_right(
     endless = ("--downtime-limit", "1", "--max-rounds", "100000", *steered)
     rng = random.Random(n_cuts)
     with (
-        new_bed(short_path, small_setup(METHOD)) as bed,
+        new_bed(short_path, small_setup(METHOD, *BUSY)) as bed,
         linked(bed, *endless, link_flags=flags) as (_, b, sender, receiver, link),
     ):
         cuts = 0

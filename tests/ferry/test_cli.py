@@ -41,9 +41,11 @@ def test_exit_codes_are_all_explained(capsys: pytest.CaptureFixture[str]) -> Non
 
 
 @pytest.mark.parametrize("arguments", [["exit-codes"], ["bench", "list"]])
-def test_output_that_nobody_takes(arguments: list[str]) -> None:
-    # As users have it: all that is printed is still in a buffer when the command ends.
-    environment = {k: v for k, v in os.environ.items() if k != "PYTHONUNBUFFERED"}
+@pytest.mark.parametrize("buffered", [True, False])
+def test_output_that_nobody_takes(arguments: list[str], buffered: bool) -> None:
+    # As users have it, all that is printed is still in a buffer when the command ends, if it is not
+    # too much for one.
+    environment = os.environ | {"PYTHONUNBUFFERED": "" if buffered else "1"}
     read_end, write_end = os.pipe()
     os.close(read_end)
     for output, says in (
