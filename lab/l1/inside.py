@@ -15,8 +15,8 @@ from transport.user_cache import CACHE_VARIABLE, default_cache
 
 LOAD: dict[str, Any] = {
     "memory": 80 << 20,
-    "iops": 20,
-    "operations": 100,
+    "iops": 40,
+    "operations": 300,
     "queue_depth": 7,
     "downtime_limit": 10_000,
 }
