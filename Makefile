@@ -9,6 +9,9 @@ LOWEST := .venv-lowest
 # The kernels are compiled outside of any test's time, and by one process.
 WARM_UP := 'from ferry.migration.kernels import warm_up_all; warm_up_all()'
 
+# Tests start hundreds of processes, each of which would compile all that it imports.
+unexport PYTHONDONTWRITEBYTECODE
+
 BEGAN := $(shell date +%s)
 # More than processors: many tests wait for a peer that is silent.
 WORKERS := $(shell echo $$((($$(nproc) * 3 + 1) / 2)))
