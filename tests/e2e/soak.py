@@ -61,6 +61,10 @@ class Moving:
             process.signal(signal.SIGCONT)
 
 
+def has_been(process: Process, phase: str) -> bool:
+    return any(event.get("phase") == phase for event in process.events)
+
+
 def nothing(_: Moving) -> None:
     """The migration has to succeed."""
 
@@ -82,7 +86,7 @@ def kill_target(moving: Moving) -> None:
     if moving.receiver.running:
         moving.receiver.signal(signal.SIGSTOP)
         time.sleep(READ_S)
-        if not any(event.get("phase") == "owning" for event in moving.receiver.events):
+        if not has_been(moving.receiver, "owning"):
             victim.kill()
         moving.receiver.signal(signal.SIGCONT)
 
@@ -110,12 +114,15 @@ def upgrade_gateway(moving: Moving) -> None:
 
 
 def stop_send_for_good(moving: Moving) -> None:
-    """It hangs, and its gateway ends it; before it has touched anything, nobody but we does."""
-    if any(event.get("phase") == "precopy" for event in moving.sender.events):
-        if moving.sender.running:
-            moving.sender.signal(signal.SIGSTOP)
-    else:
+    """It hangs, and its gateway ends it; before it has touched anything, nobody but we does, nor
+    afterwards."""
+    if not has_been(moving.sender, "precopy"):
         moving.sender.kill()
+    elif moving.sender.running:
+        moving.sender.signal(signal.SIGSTOP)
+        time.sleep(READ_S)
+        if has_been(moving.sender, "committed"):
+            moving.sender.signal(signal.SIGCONT)
 
 
 def stop_somebody(moving: Moving) -> None:
@@ -226,8 +233,7 @@ class Soak:
         if Exit.OK in codes:
             return moving.target
         self.revive(moving.target)
-        phases = {event.get("phase") for event in moving.sender.events}
-        if "committing" not in phases:
+        if not has_been(moving.sender, "committing"):
             return moving.source
         settled = run_resolve(self._bed, moving.target, "--role", "target")
         if settled["outcome"] == "committed":
