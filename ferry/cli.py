@@ -182,7 +182,10 @@ def _output_is_taken() -> bool:
         return False
     # What could not be written is dropped, so that nothing is left that could fail again.
     poller = select.poll()
-    poller.register(sys.stdout, 0)
+    try:
+        poller.register(sys.stdout, 0)
+    except io.UnsupportedOperation:
+        return True  # a stream within this process
     return not poller.poll(0)
 
 
