@@ -92,6 +92,7 @@ class Bare:
         line = line.removeprefix("ExecStart=").replace("/etc/vfio-ferry/%i.toml", str(self.config))
         line = line.replace("/run/vfio-ferry/%i/vmm.sock", str(self.host.gateway_socket))
         line = line.replace("/run/vfio-ferry/%i/control.sock", str(self.host.control_socket))
+        line = line.replace("/var/lib/vfio-ferry/%i/records", str(self.host.folder / "records"))
         program, *words = shlex.split(line)
         assert program == "/usr/bin/vfio-ferry" and "%i" not in line
         return self.ferry(*words)
