@@ -30,7 +30,7 @@ from sync.vmm.errors import VmmGone
 from sync.vmm.settings import MigrationSettings
 from tests.e2e.two_hosts import PEER_TIMEOUT_S, RESUME_WINDOW_S, run_resolve
 from tests.e2e.two_hosts import resolve_both as settle_both
-from tests.qemu.moving import DEADLINE_S, WatchedRig, run
+from tests.qemu.moving import DEADLINE_S, PATIENT, WatchedRig, run
 from tests.qemu.proxy import LinkProxy, Proxy
 
 pytestmark = [pytest.mark.qemu, pytest.mark.timeout(1500)]
@@ -249,7 +249,7 @@ def test_i8_the_guest_goes_on_at_the_source(
                         raise
                 target = await rig.start(stack, "b", incoming=True)
                 before = await settings_of(source), await settings_of(target)
-                await rig.migrate(source, "ab")
+                await rig.migrate(source, "ab", *PATIENT)
                 assert (await settings_of(source), await settings_of(target)) == before
                 await rig.wait_work(target)
                 await rig.end(target)

@@ -10,7 +10,7 @@ from lab.qemu.environment import Environment
 from lab.qemu.machine import MachineSpec, VfioUserDevice
 from lab.qemu.two_hosts import Case, Rig
 from lab.testbed import Setup, Testbed
-from tests.qemu.moving import tell
+from tests.qemu.moving import PATIENT, tell
 from tests.qemu.test_guest import gateway, run_guest, serving
 
 pytestmark = [pytest.mark.qemu, pytest.mark.full, pytest.mark.timeout(400)]
@@ -66,7 +66,7 @@ def test_linux_goes_on_at_another_controller(
                 await rig.wait(source, lambda report: report.loads == 1)
                 await rig.wait_writes(source, 100)
                 target = await rig.start(stack, "b", incoming=True)
-                sender = await rig.migrate(source, "ab")
+                sender = await rig.migrate(source, "ab", *PATIENT)
                 tell(sender.wait_event("report"))
                 await rig.wait_writes(target, 100)
                 await rig.end(target)
