@@ -94,6 +94,8 @@ class RollingProof:
         self._unproven: Bitmap = np.zeros(n_words(n_pages), np.uint64)
         self._rolling: Bitmap = np.zeros_like(self._unproven)
         """Sent, and to be compared at the next occasion."""
+        self._written: Bitmap = np.zeros_like(self._unproven)
+        """Collected since the comparison began that is under way."""
         low = np.zeros(self._unproven.size * 64, np.bool_)
         low[: min(LOW_PAGES, n_pages)] = True
         self._low: Bitmap = np.packbits(low, bitorder="little").view(np.uint64)
@@ -105,6 +107,7 @@ class RollingProof:
         """These pages have been written since they were compared."""
         self._unproven |= bits
         self._touched |= bits
+        self._written |= bits
         self._rolling &= ~bits
 
     def sent(self, bits: Bitmap) -> None:
@@ -116,16 +119,17 @@ class RollingProof:
         return int(np.bitwise_count(self._rolling).sum())
 
     async def roll(self, link: SourceLink) -> None:
-        """Compares what was sent and not compared yet. What differs was written meanwhile, or will
-        be sent again at the latest when all else stands still."""
+        """Compares what was sent and not compared yet. What differs, or is collected meanwhile, is
+        not proven by it: that will be sent again at the latest when all else stands still."""
         bits = self._rolling.copy()
         pages = bitmap_to_indices(bits)
         self._rolling[:] = 0
+        self._written[:] = 0
         if pages.size:
             differing = await link.sender.verify(pages)
             self.rolled_pages += int(pages.size)
             equal = bits & ~indices_to_bitmap(differing, bits.size * 64)
-            self._unproven &= ~equal
+            self._unproven &= ~equal | self._written
 
     def left(self, devices: Bitmap) -> Bitmap:
         """What is to be compared when nothing writes any more; `devices`: what these touched."""

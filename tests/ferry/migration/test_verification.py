@@ -2,6 +2,7 @@
 
 import mmap
 import os
+from collections.abc import Callable
 from types import SimpleNamespace
 from typing import Any
 
@@ -160,13 +161,15 @@ def pages_of(bits: NDArray[np.uint64]) -> set[int]:
 
 
 class Rolling:
-    """Answers comparisons: `differing` differ."""
+    """Answers comparisons: `differing` differ. `meanwhile` is done before the answer."""
 
-    def __init__(self, differing: set[int]) -> None:
+    def __init__(self, differing: set[int], meanwhile: Callable[[], None] = lambda: None) -> None:
         self.sender = self
         self._differing = np.array(sorted(differing), np.uint32)
+        self._meanwhile = meanwhile
 
     async def verify(self, indices: NDArray[np.uint32]) -> NDArray[np.uint32]:
+        self._meanwhile()
         return self._differing[np.isin(self._differing, indices)]
 
 
@@ -183,6 +186,24 @@ def test_i6_only_what_was_equal_and_not_written_since_is_proven() -> None:
 
     trio.run(main)
     assert pages_of(proof.left(bits_of(set()))) == {300, 301, 302, 303}
+
+
+def test_i6_what_is_written_while_it_is_compared_is_not_proven_by_that() -> None:
+    proof = RollingProof(1024)
+
+    def write() -> None:
+        proof.collected(bits_of({301}))
+
+    async def main() -> None:
+        proof.collected(bits_of({300, 301}))
+        proof.sent(bits_of({300, 301}))
+        await proof.roll(Rolling(set(), write))  # type: ignore[arg-type]
+        assert pages_of(proof.left(bits_of(set()))) == {301}
+        proof.sent(bits_of({301}))
+        await proof.roll(Rolling(set()))  # type: ignore[arg-type]
+
+    trio.run(main)
+    assert not pages_of(proof.left(bits_of(set())))
 
 
 def test_i6_what_hooks_of_the_vmm_may_write_is_compared_after_it_has_loaded() -> None:
