@@ -168,6 +168,8 @@ class Controller:
                 self.mask = 0
                 self.ready = False
             self.cc = value
+        elif 0x24 <= offset < 0x38 and self.cc & 1:
+            raise AssertionError("the admin queue is set up at a controller that is enabled")
         elif offset == 0x24:
             self.aqa = value
         elif offset == 0x0C:
