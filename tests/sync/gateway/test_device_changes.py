@@ -15,7 +15,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import trio
 
 from lab.devices.disk import Disk
 from lab.devices.e1000.nic import E1000
@@ -23,9 +22,7 @@ from lab.devices.virtio.blk import VirtioBlk
 from lab.devices.virtio.virtqueue import Chain
 from lab.vfio_user.client import Client
 from lab.vfio_user.server import Server
-from sync.gateway.control.client import GatewayClient
 from sync.gateway.engine.core import Limits
-from sync.gateway.engine.custody import ClientRole
 from sync.gateway.engine.loop import Gateway, GatewayOptions
 from sync.gateway.errors import AnotherDevice, NewDeviceUnreachable
 from sync.registers.find import load_profiles
@@ -50,6 +47,7 @@ from tests.lab.devices.e1000_driver import (
     Ram,
     frame,
 )
+from tests.sync.replacing import replace_device
 
 WAIT_S = 20.0
 HOLD_S = 0.3
@@ -108,13 +106,7 @@ class Site:
         device.close()
 
     def replace(self, name: str) -> None:
-        async def ask() -> None:
-            path = self.folder / "control"
-            async with await GatewayClient.connect(path, role=ClientRole.SOURCE) as gateway:
-                await gateway.prepare_device(str(self.folder / name))
-                await gateway.switch_device()
-
-        trio.run(ask)
+        replace_device(self.folder / "control", self.folder / name)
 
     def close(self) -> None:
         self.vmm.close()

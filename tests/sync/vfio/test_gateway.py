@@ -35,6 +35,7 @@ from sync.vfio_user.errors import Disconnected
 from sync.vfio_user.protocol import MigrationState
 from tests.sync.dirty.test_trackers import pages_in
 from tests.sync.queues.world import GUEST_IOVA
+from tests.sync.replacing import replace_device
 from tests.sync.vfio.fake_kernel import FakeSysfs
 from tests.sync.vfio.model_kernel import ACCESS_PLATFORM, ModelKernel, VirtioKernel
 from tests.sync.vfio.moving import (
@@ -353,15 +354,7 @@ class ServedHost:
         self.vmm = Vmm(folder / "vmm")
 
     def replace(self, name: str) -> None:
-        """`vfio-ferry replace --device NAME`."""
-
-        async def ask() -> None:
-            path = self.folder / "control"
-            async with await GatewayClient.connect(path, role=ClientRole.SOURCE) as gateway:
-                await gateway.prepare_device(str(self.folder / name))
-                await gateway.switch_device()
-
-        trio.run(ask)
+        replace_device(self.folder / "control", self.folder / name)
 
     def renew(self, device: NvmeController | VirtioBlk) -> None:
         """The device goes with all that it knows, and another one takes its place."""

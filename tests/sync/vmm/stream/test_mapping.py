@@ -107,6 +107,16 @@ def guests(draw: st.DrawFn) -> Guest:
     return Guest(memory, files, distinct)
 
 
+def open_stream(guest: Guest) -> OpenedStream:
+    return OpenedStream(
+        guest.memory,
+        guest.files,
+        max_held_bytes=1 << 20,
+        max_tail_bytes=1 << 16,
+        kernel=STREAM_KERNEL,
+    )
+
+
 def _run(
     guest: Guest, order: Sequence[int], races: dict[int, bytes]
 ) -> tuple[OpenedStream, set[int], bytes]:
@@ -118,13 +128,7 @@ def _run(
     """
     blocks = [Block(b"block%d" % n, N_PAGES) for n in order]
     writer = StreamWriter(blocks)
-    stream = OpenedStream(
-        guest.memory,
-        guest.files,
-        max_held_bytes=1 << 20,
-        max_tail_bytes=1 << 16,
-        kernel=STREAM_KERNEL,
-    )
+    stream = open_stream(guest)
     pages, passed = set[int](), bytearray()
 
     def feed(data: bytes) -> None:
@@ -194,13 +198,7 @@ def test_a_stale_copy_is_never_trusted_to_the_end(guest: Guest, seed: int, n_sta
         Record(b"ram", at, None if guest.page(at) == ZERO else guest.page(at))
         for at in range(N_PAGES)
     ]
-    stream = OpenedStream(
-        other.memory,
-        other.files,
-        max_held_bytes=1 << 20,
-        max_tail_bytes=1 << 16,
-        kernel=STREAM_KERNEL,
-    )
+    stream = open_stream(other)
     data = writer.header() + writer.setup() + writer.part(records, 3) + b"\4tail"
     stream.feed(data)
     passed = bytearray()
