@@ -168,10 +168,13 @@ class Process:
                 self._popen.send_signal(number)
 
     def kill(self) -> None:
-        """SIGKILL, and gone."""
+        """SIGKILL, and gone. Raises `TestbedError` if it is not in time."""
         self.signal(signal.SIGKILL)
         self._popen.wait()
-        while self.running:
+        deadline = time.monotonic() + START_S
+        while self.running:  # an heir is no child, which could be waited for
+            if time.monotonic() > deadline:
+                raise TestbedError(f"{self.name} does not end, though killed")
             time.sleep(POLL_S)
 
     def resume(self) -> None:

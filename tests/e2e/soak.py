@@ -23,8 +23,12 @@ from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
+import trio
+
 from ferry.errors import Exit
-from lab.testbed import Host, Process, Setup, Testbed
+from lab.testbed import Host, Process, Setup, Testbed, TestbedError
+from sync.gateway.control.client import GatewayClient
+from sync.gateway.engine.records import Fate
 from sync.gateway.errors import UpgradeFailed
 from tests.e2e.cut_link import Link
 from tests.e2e.two_hosts import GUEST, METHODS, assert_sound, run_resolve, start_both
@@ -33,12 +37,11 @@ RUN_S = 180.0
 """No run takes longer from its first process to its verdict."""
 LATEST_S = 4.0
 """A fault strikes within so much time after `send` was started."""
+HAS_GUEST = (Fate.OWNED, Fate.ABOUT_TO_RUN, Fate.RUNNING)
 WINDOW_S = 10.0
 WAIT_S = 20.0
 """A sender may be struck before it has come."""
 PEER_TIMEOUT_S = 3
-READ_S = 0.2
-"""What a process has said before it was stopped is read by then."""
 
 
 @dataclass
@@ -65,8 +68,26 @@ def has_been(process: Process, phase: str) -> bool:
     return any(event.get("phase") == phase for event in process.events)
 
 
+def fate_at(host: Host) -> Fate | None:
+    """Of the session that the host's gateway had last. A process that has stopped changes it no
+    more."""
+
+    async def ask() -> Fate | None:
+        async with await GatewayClient.connect(host.control_socket) as gateway:
+            return gateway.info.sessions.get(gateway.info.session)
+
+    return trio.run(ask)
+
+
 def nothing(_: Moving) -> None:
     """The migration has to succeed."""
+
+
+def stop(process: Process) -> None:
+    """It does nothing more from here on, if it has not ended."""
+    process.signal(signal.SIGSTOP)
+    with suppress(TestbedError):
+        process.wait_stopped()
 
 
 def kill_send(moving: Moving) -> None:
@@ -84,11 +105,10 @@ def kill_target(moving: Moving) -> None:
     victim = moving.rng.choice([host.guest, host.gateway, host.device])
     assert victim is not None
     if moving.receiver.running:
-        moving.receiver.signal(signal.SIGSTOP)
-        time.sleep(READ_S)
-        if not has_been(moving.receiver, "owning"):
+        stop(moving.receiver)
+        if fate_at(host) not in HAS_GUEST:
             victim.kill()
-        moving.receiver.signal(signal.SIGCONT)
+        moving.receiver.resume()
 
 
 def restart_device(moving: Moving) -> None:
@@ -119,10 +139,9 @@ def stop_send_for_good(moving: Moving) -> None:
     if not has_been(moving.sender, "precopy"):
         moving.sender.kill()
     elif moving.sender.running:
-        moving.sender.signal(signal.SIGSTOP)
-        time.sleep(READ_S)
-        if has_been(moving.sender, "committed"):
-            moving.sender.signal(signal.SIGCONT)
+        stop(moving.sender)
+        if fate_at(moving.source) is Fate.MOVED:
+            moving.sender.resume()
 
 
 def stop_somebody(moving: Moving) -> None:
